@@ -1,0 +1,52 @@
+"""The few collective operations that the objectives need; each is the identity in a single process."""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.nn import functional as differentiable
+
+
+def _initialised() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _initialised() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if _initialised() else 0
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+@torch.no_grad()
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """(N, ...) on each process -> (world * N, ...) in rank order, without gradient. N must agree between processes."""
+    if world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over processes, differentiable: the gradient of every process's loss flows back to every summand."""
+    if world_size() == 1:
+        return tensor
+    return differentiable.all_reduce(tensor)
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def broadcast_object(value):
+    """Rank zero's picklable `value`, on every process."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,135 @@
+"""What a forward pass costs, in units: one unit = the base encoder on one uncompressed image.
+
+Analytic costs are FLOPs of the encoder at that sequence length, the same on every machine. Measured ones are timed on
+this device and kept as a table.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..models import AccelViTConfig, AccelViTModel
+from .strategy import Compression, possible_patch_sizes
+
+TABLE_NAME = "cost_table.json"
+
+ForwardCost = Callable[[Compression], float]
+"""Cost of one forward under a compression, in units: `CostTable` is one, `partial(forward_cost, config)` another."""
+
+
+def forward_flops(config: AccelViTConfig, compression: Compression, image_size: int | None = None) -> int:
+    """Multiply-adds (each counted as two) of one encoder forward on one square image of `image_size` pixels.
+
+    Matrix products only, which are over 99% of a ViT's: patch projection of the kept patches, attention, MLP.
+    """
+    size = image_size or config.image_size
+    patches = compression.kept_tokens(size)
+    tokens, hidden = patches + config.num_prefix_tokens, config.hidden_size
+    projection = patches * config.num_channels * compression.patch_size**2 * hidden
+    attention = 4 * tokens * hidden**2 + 2 * tokens**2 * hidden
+    mlp = 2 * tokens * hidden * config.intermediate_size
+    return 2 * (projection + config.num_hidden_layers * (attention + mlp))
+
+
+def forward_cost(config: AccelViTConfig, compression: Compression, image_size: int | None = None) -> float:
+    """Analytic cost of a forward under `compression`, in units; `image_size` (pixels) defaults to the config's."""
+    unit = forward_flops(config, Compression(config.patch_size))
+    return forward_flops(config, compression, image_size) / unit
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Measured forward costs in units, with where they were measured."""
+
+    costs: dict[Compression, float]
+    device: str
+
+    def __call__(self, compression: Compression) -> float:
+        try:
+            return self.costs[compression]
+        except KeyError:
+            raise KeyError(
+                f"no measured cost for {compression}; the table holds {[str(c) for c in self.costs]}. Remove "
+                f"{TABLE_NAME} to have it measured again, or use cost=analytic"
+            ) from None
+
+    def save(self, path: Path) -> None:
+        entries = [
+            {"patch_size": c.patch_size, "token_dropout": c.token_dropout, "units": units}
+            for c, units in self.costs.items()
+        ]
+        path.write_text(json.dumps({"device": self.device, "costs": entries}, indent=1))
+
+    @classmethod
+    def load(cls, path: Path) -> "CostTable":
+        stored: dict[str, Any] = json.loads(path.read_text())
+        costs = {Compression(e["patch_size"], e["token_dropout"]): e["units"] for e in stored["costs"]}
+        return cls(costs, stored["device"])
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@torch.inference_mode()
+def measure_costs(
+    config: AccelViTConfig,
+    compressions: Iterable[Compression],
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
+    repeats: int = 7,
+    dtype: torch.dtype | None = None,
+) -> CostTable:
+    """Time forwards of `batch_size` images at the config's image size, relative to the uncompressed one.
+
+    The compressions are timed in turn, `repeats` times round after one warm-up round, and the median of each is taken:
+    a slow moment of the machine then falls on all of them alike. `dtype` (bf16, fp16) times under autocast.
+    """
+    device = torch.device(device)
+    base = Compression(config.patch_size)
+    wanted = list(dict.fromkeys([base, *compressions]))
+    model = AccelViTModel(config).to(device).eval()
+    images = torch.randn(batch_size, config.num_channels, config.image_size, config.image_size, device=device)
+    seconds: dict[Compression, list[float]] = {c: [] for c in wanted}
+    for repeat in range(repeats + 1):
+        for compression in wanted:
+            _synchronize(device)
+            start = time.perf_counter()
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                model(images, compression.patch_size, compression.token_dropout)
+            _synchronize(device)
+            if repeat:
+                seconds[compression].append(time.perf_counter() - start)
+    unit = statistics.median(seconds[base])
+    return CostTable({c: statistics.median(times) / unit for c, times in seconds.items()}, device_name(device))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def cost_grid(config: AccelViTConfig) -> list[Compression]:
+    """Token dropout 0 to 0.9 for every possible patch size: the paper's sample-cost figure."""
+    sizes = possible_patch_sizes(config.image_size, config.patch_size)
+    return [Compression(patch_size, tenth / 10) for patch_size in sizes for tenth in range(10)]
+
+
+def cost_rows(config: AccelViTConfig, table: CostTable) -> list[dict[str, Any]]:
+    """One row a compression of `table`: tokens, analytic and measured cost."""
+    return [
+        {
+            "patch_size": compression.patch_size,
+            "token_dropout": compression.token_dropout,
+            "tokens": compression.kept_tokens(config.image_size) + config.num_prefix_tokens,
+            "analytic": forward_cost(config, compression),
+            "measured": measured,
+        }
+        for compression, measured in sorted(table.costs.items())
+    ]

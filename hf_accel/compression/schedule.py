@@ -1,0 +1,203 @@
+"""The schedule of compressions (progress -> Strategy) and the plan that spends a budget along it."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .strategy import Compression, Strategy, check_compression
+
+STAGE_KEYS = ("until", "patch_size", "token_dropout", "target_patch_size", "target_token_dropout")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A strategy that holds while progress < `until`."""
+
+    until: float
+    strategy: Strategy
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A stepwise function from progress in [0, 1] to a Strategy: stages in order, the last one until 1.
+
+    Raises:
+        ValueError: no stage, `until` not increasing, or a last `until` other than 1.
+    """
+
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "stages", tuple(self.stages))
+        ends = [stage.until for stage in self.stages]
+        if not ends:
+            raise ValueError("a schedule needs at least one stage")
+        if any(later <= earlier for earlier, later in zip([0.0, *ends], ends, strict=False)):
+            raise ValueError(f"the stages' `until` must increase from above 0, got {ends}")
+        if ends[-1] != 1:
+            raise ValueError(f"progress runs from 0 to 1: the last stage must have `until: 1.0`, got {ends[-1]}")
+
+    @classmethod
+    def constant(cls, strategy: Strategy) -> "Schedule":
+        return cls((Stage(1.0, strategy),))
+
+    def __call__(self, progress: float) -> Strategy:
+        if not 0 <= progress <= 1:
+            raise ValueError(f"progress must lie in [0, 1], got {progress}")
+        index = bisect_right([stage.until for stage in self.stages], progress)
+        return self.stages[min(index, len(self.stages) - 1)].strategy
+
+    @property
+    def strategies(self) -> list[Strategy]:
+        """The distinct strategies, in order of first use."""
+        return list(dict.fromkeys(stage.strategy for stage in self.stages))
+
+    def validate(self, image_size: int, base_patch_size: int) -> None:
+        """Raises ValueError if a stage asks for a patch size that this model and image size do not allow."""
+        for number, stage in enumerate(self.stages, 1):
+            for compression in (stage.strategy.online, stage.strategy.target_branch):
+                try:
+                    check_compression(compression, image_size, base_patch_size)
+                except ValueError as error:
+                    raise ValueError(f"stage {number} of the schedule: {error}") from None
+
+    @classmethod
+    def parse(cls, value: Any, base_patch_size: int, folder: Path | None = None) -> "Schedule":
+        """From the form that recipes use: a list of stages, or the path of a YAML file that holds such a list.
+
+        A stage is `{until, patch_size, token_dropout, target_patch_size, target_token_dropout}`; patch_size defaults to
+        the base patch, token_dropout to 0, the target's to the paper's (same patch, no dropout).
+        """
+        if value is None:
+            return cls.constant(Strategy(Compression(base_patch_size)))
+        if isinstance(value, str):
+            path = Path(value) if folder is None or Path(value).exists() else folder / value
+            if not path.is_file():
+                raise ValueError(f"schedule: no file {value!r}; give a list of stages or the path of a YAML file")
+            value = yaml.safe_load(path.read_text())
+            value = value.get("stages") if isinstance(value, Mapping) else value
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise ValueError(f"schedule: expected a list of stages or a path, got {value!r}")
+        return cls(tuple(_parse_stage(stage, number, base_patch_size) for number, stage in enumerate(value, 1)))
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """The recipe's form of this schedule, every key spelled out."""
+        return [
+            {
+                "until": stage.until,
+                "patch_size": stage.strategy.online.patch_size,
+                "token_dropout": stage.strategy.online.token_dropout,
+                "target_patch_size": stage.strategy.target_branch.patch_size,
+                "target_token_dropout": stage.strategy.target_branch.token_dropout,
+            }
+            for stage in self.stages
+        ]
+
+
+def _parse_stage(stage: Any, number: int, base_patch_size: int) -> Stage:
+    if not isinstance(stage, Mapping):
+        raise ValueError(f"stage {number} of the schedule: expected a mapping with keys {STAGE_KEYS}, got {stage!r}")
+    unknown = set(stage) - set(STAGE_KEYS)
+    if unknown:
+        raise ValueError(f"stage {number} of the schedule: unknown key {sorted(unknown)[0]!r}; keys are {STAGE_KEYS}")
+    until = stage.get("until")
+    if isinstance(until, bool) or not isinstance(until, int | float):
+        raise ValueError(f"stage {number} of the schedule: `until` must be a number in (0, 1], got {until!r}")
+    try:
+        online = Compression(stage.get("patch_size", base_patch_size), stage.get("token_dropout", 0.0))
+        target = Compression(
+            stage.get("target_patch_size", online.patch_size), stage.get("target_token_dropout", 0.0)
+        )
+    except ValueError as error:
+        raise ValueError(f"stage {number} of the schedule: {error}") from None
+    return Stage(float(until), Strategy(online, target))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of a plan. `spent` are the units before it; `progress` is spent / budget."""
+
+    index: int
+    strategy: Strategy
+    spent: float
+    cost: float
+    progress: float
+
+
+@dataclass(frozen=True)
+class _Segment:
+    first: int
+    strategy: Strategy
+    spent: float
+    cost: float
+
+
+class Plan:
+    """Every step of a run, known before it starts: budget + schedule + batch size -> strategy and progress of each.
+
+    The run takes as many steps as the budget pays for and never one more: `total_cost <= budget`, and what is left is
+    less than a step.
+
+    Args:
+        budget: units (one unit = one forward of the base encoder on one uncompressed image).
+        schedule: progress -> Strategy.
+        batch_size: images an optimizer step, over all processes and accumulated micro-batches.
+        units_per_image: what one training image costs under a strategy, in units (an objective's).
+
+    Raises:
+        ValueError: the budget does not pay for one step.
+    """
+
+    def __init__(
+        self, budget: float, schedule: Schedule, batch_size: int, units_per_image: Callable[[Strategy], float]
+    ):
+        self.budget, self.schedule, self.batch_size = float(budget), schedule, batch_size
+        self.segments: list[_Segment] = []
+        spent, first = 0.0, 0
+        for stage in schedule.stages:
+            cost = batch_size * units_per_image(stage.strategy)
+            # The tolerance (in steps) keeps a budget of exactly n steps from losing one to rounding.
+            to_stage_end = math.ceil((stage.until * self.budget - spent) / cost - 1e-9)
+            affordable = math.floor((self.budget - spent) / cost + 1e-9)
+            steps = max(0, min(to_stage_end, affordable))
+            if steps:
+                self.segments.append(_Segment(first, stage.strategy, spent, cost))
+                first, spent = first + steps, spent + steps * cost
+        self.num_steps, self.total_cost = first, spent
+        if not self.num_steps:
+            cost = batch_size * units_per_image(schedule(0.0))
+            raise ValueError(
+                f"a budget of {self.budget:g} units does not pay for one step of {batch_size} images, which costs "
+                f"{cost:g} units; raise the budget or lower the batch size"
+            )
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, index: int) -> Step:
+        if not 0 <= index < self.num_steps:
+            raise IndexError(f"the plan has steps 0 to {self.num_steps - 1}, asked for {index}")
+        segment = self.segments[bisect_right(self.segments, index, key=lambda s: s.first) - 1]
+        spent = segment.spent + (index - segment.first) * segment.cost
+        return Step(index, segment.strategy, spent, segment.cost, min(1.0, spent / self.budget))
+
+    def __iter__(self) -> Iterator[Step]:
+        return (self[index] for index in range(self.num_steps))
+
+    def spent_after(self, steps: int) -> float:
+        """Units spent once `steps` steps are done."""
+        return self.total_cost if steps >= self.num_steps else self[steps].spent
+
+    def first_step_at(self, progress: float) -> int:
+        """The smallest number of steps after which at least `progress` of what the plan spends is spent."""
+        wanted = progress * self.total_cost * (1 - 1e-12)
+        low, high = 0, self.num_steps
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.spent_after(middle) >= wanted else (middle + 1, high)
+        return low

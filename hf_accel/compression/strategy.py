@@ -1,0 +1,73 @@
+"""What is shortened: a `Compression` of one view, and the `Strategy` of one training step (one compression a branch)."""
+
+from dataclasses import dataclass
+
+from ..models.modeling_accel_vit import num_kept_tokens
+
+
+@dataclass(frozen=True, order=True)
+class Compression:
+    """How one view is shortened before it enters the encoder.
+
+    Args:
+        patch_size: side of a patch in pixels, of a view at the model's image size.
+        token_dropout: ratio of patch tokens dropped, in [0, 1); 0 keeps all.
+    """
+
+    patch_size: int
+    token_dropout: float = 0.0
+
+    def __post_init__(self):
+        if isinstance(self.patch_size, bool) or not isinstance(self.patch_size, int) or self.patch_size < 1:
+            raise ValueError(f"patch_size must be a positive whole number of pixels, got {self.patch_size!r}")
+        if isinstance(self.token_dropout, bool) or not isinstance(self.token_dropout, int | float):
+            raise ValueError(f"token_dropout must be a number in [0, 1), got {self.token_dropout!r}")
+        if not 0 <= self.token_dropout < 1:
+            raise ValueError(f"token_dropout must lie in [0, 1), got {self.token_dropout!r}; 0 keeps every token")
+        object.__setattr__(self, "token_dropout", float(self.token_dropout))
+
+    def kept_tokens(self, image_size: int) -> int:
+        """Patch tokens that remain of a square view of `image_size` pixels (prefix tokens are not counted)."""
+        return num_kept_tokens((image_size // self.patch_size) ** 2, self.token_dropout)
+
+    def __str__(self):
+        return f"patch {self.patch_size}, dropout {self.token_dropout:g}"
+
+
+@dataclass(frozen=True, order=True)
+class Strategy:
+    """The compressions of a step: of the branch that is trained and of the branch that gives its targets.
+
+    Without `target`, the paper's default: patch scaling is symmetric, token dropout acts on the online branch only.
+    """
+
+    online: Compression
+    target: Compression | None = None
+
+    def __post_init__(self):
+        if self.target is None:
+            object.__setattr__(self, "target", Compression(self.online.patch_size))
+
+    @property
+    def target_branch(self) -> Compression:
+        """`target`, which `__post_init__` has filled in."""
+        assert self.target is not None
+        return self.target
+
+    def __str__(self):
+        return f"{self.online} | target {self.target}"
+
+
+def possible_patch_sizes(image_size: int, base_patch_size: int) -> list[int]:
+    """Patch sizes that compress: from the base up, dividing the image, and leaving a grid of at least 2 x 2."""
+    return [p for p in range(base_patch_size, image_size // 2 + 1) if image_size % p == 0]
+
+
+def check_compression(compression: Compression, image_size: int, base_patch_size: int) -> None:
+    """Raises ValueError, naming what is possible, if this model cannot run under `compression`."""
+    possible = possible_patch_sizes(image_size, base_patch_size)
+    if compression.patch_size not in possible:
+        raise ValueError(
+            f"patch_size {compression.patch_size} is not possible at image_size {image_size} and base patch "
+            f"{base_patch_size}; it must be one of {possible}"
+        )

@@ -1,0 +1,100 @@
+"""What every objective shares: how a view is encoded under a compression, and what the Trainer may ask of it."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import ModelOutput
+
+from ..compression.cost import ForwardCost
+from ..compression.strategy import Compression, Strategy
+from ..distributed import rank
+from ..draws import rows_generator
+from ..models import AccelViTConfig, AccelViTModel
+from ..models.modeling_accel_vit import AccelViTPreTrainedModel
+
+
+class Draw(NamedTuple):
+    """What the random draws of a micro-batch are a function of."""
+
+    seed: int
+    step: int
+    micro_step: int = 0
+
+
+@dataclass
+class ObjectiveOutput(ModelOutput):
+    """`loss`: scalar, to be minimised. `metrics`: detached scalars worth logging, by name."""
+
+    loss: torch.FloatTensor | None = None
+    metrics: dict[str, torch.Tensor] | None = None
+
+
+class ObjectiveForPreTraining(AccelViTPreTrainedModel):
+    """Base of the `...ForPreTraining` models.
+
+    The encoder under training is `self.encoder`, under the prefix by which a training checkpoint opens as an
+    `AccelViTModel` directly. A subclass gives `forward(views, strategy, draw)` and `units_per_image`, and, when it has a
+    target branch, `update_target`.
+    """
+
+    num_views: ClassVar[int] = 2
+
+    def __init__(self, config: AccelViTConfig):
+        super().__init__(config)
+        self.encoder = AccelViTModel(config)
+
+    def forward(self, views: list[torch.Tensor], strategy: Strategy, draw: Draw) -> ObjectiveOutput:
+        raise NotImplementedError
+
+    def units_per_image(self, strategy: Strategy, forward_cost: ForwardCost) -> float:
+        """Cost of training on one image under `strategy`, in units; the backward counts as two forwards."""
+        raise NotImplementedError
+
+    def update_target(self, momentum: float) -> None:
+        """Once per optimizer step, after it. Objectives without a target branch have nothing to do."""
+
+    @property
+    def exported_encoder(self) -> AccelViTModel:
+        """The encoder that is evaluated and saved in `final/`."""
+        return self.encoder
+
+    def encode(
+        self, encoder: nn.Module, view: torch.Tensor, compression: Compression, draw: Draw, branch: str
+    ) -> torch.Tensor:
+        """(B, C, S, S) -> pooled features (B, hidden_size) under `compression`.
+
+        `compression.patch_size` is in pixels of a view at the config's image size; a view made at another resolution is
+        cut into the same grid. Each branch of each micro-batch keeps its own tokens, and two processes keep the ones that
+        one process with the same global batch would.
+        """
+        grid = self.config.image_size // compression.patch_size
+        generator = None
+        if compression.token_dropout > 0:
+            first_row = rank() * view.shape[0]
+            generator = rows_generator(first_row, grid**2, draw.seed, "tokens", draw.step, draw.micro_step, branch)
+        output = encoder(
+            view,
+            patch_size=view.shape[-1] // grid,
+            token_dropout=compression.token_dropout,
+            generator=generator,
+        )
+        return output.pooler_output
+
+
+def keep_default_init(*modules: nn.Module) -> None:
+    """Exempt heads from the ViT's initialisation: the original implementations leave theirs at torch's default."""
+    for module in modules:
+        for child in module.modules():
+            cast(Any, child)._is_hf_initialized = True
+
+
+@torch.no_grad()
+def embedding_std(embeddings: torch.Tensor) -> torch.Tensor:
+    """Spread of (N, D) embeddings: sqrt(D) times the mean over D of the std over N of the normalised rows.
+
+    About 1 when they fill the sphere and 0 when they have collapsed to a point, whatever D.
+    """
+    normalised = nn.functional.normalize(embeddings.float(), dim=1)
+    return normalised.std(dim=0, correction=0).mean() * embeddings.shape[1] ** 0.5

@@ -1,0 +1,51 @@
+"""Projection and prediction heads, and the BatchNorm that spans processes."""
+
+import torch
+from torch import nn
+
+from ..distributed import all_reduce, world_size
+
+
+class BatchNorm1d(nn.BatchNorm1d):
+    """`nn.BatchNorm1d` over the global batch: its statistics, and their gradient, span all processes.
+
+    torch's SyncBatchNorm refuses CPU tensors; this one runs wherever the process group does, so that two processes can be
+    held against one. Each process must bring the same number of rows.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(N, D) -> (N, D)."""
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        rows = input.float()
+        count = rows.shape[0] * world_size()
+        mean = all_reduce(rows.sum(dim=0)) / count
+        centred = rows - mean
+        variance = all_reduce(centred.square().sum(dim=0)) / count
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            momentum = 0.1 if self.momentum is None else self.momentum
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+                unbiased = variance * (count / max(count - 1, 1))
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        output = centred * torch.rsqrt(variance + self.eps)
+        if self.affine:
+            output = output * self.weight + self.bias
+        return output.to(input.dtype)
+
+
+def mlp(num_layers: int, input_size: int, hidden_size: int, output_size: int, last_norm: bool = True) -> nn.Sequential:
+    """(N, input_size) -> (N, output_size): MoCo-v3's head. Linear layers without bias, BatchNorm and ReLU between them,
+    and, with `last_norm`, a BatchNorm without scale and shift at the end (arXiv 2104.02057, section 4.1 and its code).
+    """
+    layers: list[nn.Module] = []
+    for index in range(num_layers):
+        last = index == num_layers - 1
+        size = output_size if last else hidden_size
+        layers.append(nn.Linear(input_size if index == 0 else hidden_size, size, bias=False))
+        if not last:
+            layers += [BatchNorm1d(size), nn.ReLU(inplace=True)]
+        elif last_norm:
+            layers.append(BatchNorm1d(size, affine=False))
+    return nn.Sequential(*layers)

@@ -1,0 +1,104 @@
+"""MoCo-v3: Chen, Xie, He, "An Empirical Study of Training Self-Supervised Vision Transformers" (arXiv 2104.02057)."""
+
+import torch
+from torch import nn
+
+from ..compression.cost import ForwardCost
+from ..compression.strategy import Strategy
+from ..distributed import all_gather, rank
+from ..models import AccelViTConfig, AccelViTModel
+from .base import Draw, ObjectiveForPreTraining, ObjectiveOutput, embedding_std, keep_default_init
+from .heads import mlp
+from .momentum import copy_to_target, update_momentum
+
+
+def contrastive_loss(query: torch.Tensor, key: torch.Tensor, temperature: float) -> torch.Tensor:
+    """InfoNCE of each query against the keys of the whole global batch, times 2 T (arXiv 2104.02057, algorithm 1).
+
+    Args:
+        query: (N, D), not normalised; carries gradient.
+        key: (N, D), not normalised; key[i] is the positive of query[i], every other key of every process a negative. No
+            gradient flows into keys gathered from other processes, nor into these.
+        temperature: T > 0.
+
+    Returns:
+        Scalar: the mean over this process's queries.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        half = query.dtype in (torch.float16, torch.bfloat16)
+        query, key = (query.float(), key.float()) if half else (query, key.to(query.dtype))
+        query = nn.functional.normalize(query, dim=1)
+        keys = all_gather(nn.functional.normalize(key.detach(), dim=1))
+        logits = query @ keys.T / temperature
+        labels = torch.arange(len(query), device=query.device) + rank() * len(query)
+        return nn.functional.cross_entropy(logits, labels) * (2 * temperature)
+
+
+class MoCoForPreTraining(ObjectiveForPreTraining):
+    """Encoder, projector and predictor against a momentum encoder and projector.
+
+    Args:
+        config: the encoder's.
+        projector_hidden_size, projection_size: widths of the heads.
+        temperature: T of the loss.
+        symmetric: also swap the views' roles and add the two losses, as the original code does; otherwise one direction,
+            as in the accelerated setting of arXiv 2410.22364.
+    """
+
+    def __init__(
+        self,
+        config: AccelViTConfig,
+        projector_hidden_size: int = 4096,
+        projection_size: int = 256,
+        temperature: float = 0.2,
+        symmetric: bool = False,
+    ):
+        super().__init__(config)
+        self.temperature, self.symmetric = temperature, symmetric
+        self.projector = mlp(3, config.hidden_size, projector_hidden_size, projection_size)
+        self.predictor = mlp(2, projection_size, projector_hidden_size, projection_size)
+        self.momentum_encoder = AccelViTModel(config)
+        self.momentum_projector = mlp(3, config.hidden_size, projector_hidden_size, projection_size)
+        keep_default_init(self.projector, self.predictor, self.momentum_projector)
+        self.post_init()
+        copy_to_target(self.momentum_encoder, self.encoder)
+        copy_to_target(self.momentum_projector, self.projector)
+
+    def query(self, view: torch.Tensor, strategy: Strategy, draw: Draw, branch: str) -> torch.Tensor:
+        """(B, C, S, S) -> (B, projection_size)."""
+        features = self.encode(self.encoder, view, strategy.online, draw, branch)
+        return self.predictor(self.projector(features))
+
+    @torch.no_grad()
+    def key(self, view: torch.Tensor, strategy: Strategy, draw: Draw, branch: str) -> torch.Tensor:
+        """(B, C, S, S) -> (B, projection_size), without gradient."""
+        features = self.encode(self.momentum_encoder, view, strategy.target_branch, draw, branch)
+        return self.momentum_projector(features)
+
+    def forward(self, views: list[torch.Tensor], strategy: Strategy, draw: Draw) -> ObjectiveOutput:
+        """`views`: two of (B, C, S, S)."""
+        first, second = views
+        query, key = self.query(first, strategy, draw, "query1"), self.key(second, strategy, draw, "key2")
+        loss = contrastive_loss(query, key, self.temperature)
+        if self.symmetric:
+            other_query, other_key = (
+                self.query(second, strategy, draw, "query2"),
+                self.key(first, strategy, draw, "key1"),
+            )
+            loss = loss + contrastive_loss(other_query, other_key, self.temperature)
+        return ObjectiveOutput(loss=loss, metrics={"embedding_std": embedding_std(query)})
+
+    def units_per_image(self, strategy: Strategy, forward_cost: ForwardCost) -> float:
+        """3 c(online) + c(target); twice that for the symmetric loss."""
+        one_direction = 3 * forward_cost(strategy.online) + forward_cost(strategy.target_branch)
+        return 2 * one_direction if self.symmetric else one_direction
+
+    def update_target(self, momentum: float) -> None:
+        update_momentum(self.momentum_encoder, self.encoder, momentum)
+        update_momentum(self.momentum_projector, self.projector, momentum)
+
+    def train(self, mode: bool = True):
+        """Stochastic depth is for the branch that learns: the momentum encoder stays in eval mode."""
+        super().train(mode)
+        self.momentum_encoder.eval()
+        return self

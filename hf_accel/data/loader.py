@@ -1,0 +1,294 @@
+"""Batches for training and evaluation.
+
+Training order and draws are pure functions of (seed, epoch) and (seed, step, micro step, row), so a loader starts at
+any step without replaying the ones before, and the number of workers changes nothing.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..draws import generator
+from .sources import Bad, CorruptImage, ImageSource, image_tensor, upright_size
+from .views import ViewConfig, view_boxes
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+
+CROP_FRACTION = 0.875
+"""Side of the centre crop that is evaluated, over the shortest edge, where images are larger than the model's."""
+
+
+class Item(NamedTuple):
+    """One image of a micro-batch: its index in the set and its row among the rows of all processes."""
+
+    index: int
+    step: int
+    micro_step: int
+    row: int
+
+
+class TrainSampler(Sampler[list[Item]]):
+    """This process's batches of the optimizer steps `first_step` to `last_step` (exclusive).
+
+    An epoch is a permutation of the set without its tail. Step by step, each of `accumulation` micro-batches takes the
+    next `world_size * batch_size_per_process` images, and each rank its consecutive rows of them.
+    Raises ValueError for a set smaller than one step's images.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size_per_process: int,
+        world_size: int = 1,
+        rank: int = 0,
+        accumulation: int = 1,
+        seed: int = 0,
+        first_step: int = 0,
+        last_step: int = 1,
+    ):
+        self.num_images, self.batch_size, self.accumulation = num_images, batch_size_per_process, accumulation
+        self.global_batch = world_size * batch_size_per_process
+        self.rows = slice(rank * batch_size_per_process, (rank + 1) * batch_size_per_process)
+        self.seed, self.first_step, self.last_step = seed, first_step, last_step
+        self.steps_per_epoch = num_images // (self.global_batch * accumulation)
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"the training set has {num_images} images and one step takes {self.global_batch * accumulation} "
+                f"({batch_size_per_process} per process x {world_size} processes x {accumulation} accumulated): "
+                f"take a batch size of at most {num_images // (world_size * accumulation)} per process, or more images"
+            )
+
+    def __len__(self) -> int:
+        return max(0, self.last_step - self.first_step) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        epoch, order = -1, torch.empty(0)
+        for step in range(self.first_step, self.last_step):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                order = torch.randperm(self.num_images, generator=generator(self.seed, "order", epoch))
+            for micro_step in range(self.accumulation):
+                start = (step % self.steps_per_epoch * self.accumulation + micro_step) * self.global_batch
+                mine = order[start : start + self.global_batch][self.rows].tolist()
+                yield [Item(index, step, micro_step, row) for row, index in enumerate(mine, self.rows.start)]
+
+
+class TrainImages(Dataset):
+    """Micro-batches by their `Item`s, as dicts for `make_views`."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        configs: Sequence[ViewConfig],
+        view_size: Callable[[int], int],
+        seed: int,
+        global_batch: int,
+    ):
+        self.source, self.configs, self.view_size = source, configs, view_size
+        self.seed, self.global_batch = seed, global_batch
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, items: list[Item]) -> dict[str, Any]:
+        first = items[0]
+        bad: list[Bad] = []
+        batch: dict[str, Any] = {
+            "step": first.step,
+            "micro_step": first.micro_step,
+            "rows": slice(first.row, first.row + len(items)),
+            "global_batch": self.global_batch,
+            "bad": bad,
+        }
+        pixels = self.source.pixels
+        if pixels is None:
+            batch["crops"] = self._crops(items, bad)
+        else:
+            if pixels.stride(1) == 0:  # a gray set, repeated three times without taking memory
+                pixels = pixels[:, :1]
+            batch["images"] = pixels[torch.tensor([item.index for item in items])]
+        return batch
+
+    def _crops(self, items: list[Item], bad: list[Bad]) -> list[Tensor]:
+        """One uint8 (B, 3, S, S) per view. Each image is read and decoded once, and no larger than its crops need."""
+        size = self.view_size(items[0].step)
+        opened = [self._open(item, bad) for item in items]
+        boxes = self._boxes(items, [image for _, image in opened])
+        crops = torch.empty(len(self.configs), len(items), 3, size, size, dtype=torch.uint8)
+        for position, (index, image) in enumerate(opened):
+            full, mine = upright_size(image), boxes[:, position]
+            try:
+                image = self.source.decode(index, image, shrink=_shrink(mine, size))
+            except CorruptImage as error:
+                bad.append((error.index, error.name, error.reason))
+                _, image = self.source.next_readable((index + 1) % len(self), bad)
+                full, mine = image.size, self._boxes([items[position]], [image])[:, 0]
+            for view, box in enumerate(mine.tolist()):
+                crops[view, position] = _crop(image, full, box, size)
+        return list(crops)
+
+    def _open(self, item: Item, bad: list[Bad]) -> tuple[int, "Image"]:
+        try:
+            return item.index, self.source.open(item.index)
+        except CorruptImage as error:
+            bad.append((error.index, error.name, error.reason))
+            return self.source.next_readable((item.index + 1) % len(self), bad)
+
+    def _boxes(self, items: list[Item], images: "list[Image]") -> Tensor:
+        """(views, B, 4) boxes of these rows, which follow each other."""
+        widths, heights = torch.tensor([upright_size(image) for image in images]).unbind(1)
+        first = items[0]
+        rows = slice(first.row, first.row + len(items))
+        where = (self.seed, first.step, first.micro_step)
+        return torch.stack(
+            [
+                view_boxes(config, heights, widths, *where, view, rows, self.global_batch)
+                for view, config in enumerate(self.configs)
+            ]
+        )
+
+
+def _shrink(boxes: Tensor, size: int) -> float:
+    """How many times smaller an image may be decoded before one of its boxes (views, 4) is smaller than `size`."""
+    sides = torch.stack([boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]]).abs()
+    return float(sides.min()) / size
+
+
+def _crop(image: "Image", full: tuple[int, int], box: list[float], size: int) -> Tensor:
+    """uint8 (3, size, size): `box`, in pixels of the `full` (width, height), out of `image`, which may be smaller."""
+    import PIL.Image
+
+    left, top, right, bottom = box
+    mirrored = left > right
+    left, right = min(left, right), max(left, right)
+    across, down = image.width / full[0], image.height / full[1]
+    scaled = (left * across, top * down, min(right * across, image.width), min(bottom * down, image.height))
+    crop = image_tensor(image.resize((size, size), PIL.Image.Resampling.BILINEAR, box=scaled))
+    return crop.flip(-1) if mirrored else crop
+
+
+class EvalImages(Dataset):
+    """Batches by index: centre crops, normalised. What cannot be read gives way to the next image and its label."""
+
+    def __init__(self, source: ImageSource, size: int, resize: int):
+        self.source, self.size, self.resize = source, size, resize
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+        bad: list[Bad] = []
+        source, index = self.source, torch.tensor(indices)
+        if source.pixels is not None and source.pixels.shape[2:] == (self.size, self.size) and self.resize == self.size:
+            pixels = source.pixels[index]
+        else:
+            read = [source.next_readable(number, bad) for number in indices]
+            index = torch.tensor([number for number, _ in read])
+            pixels = torch.stack([_centre_crop(image, self.size, self.resize) for _, image in read])
+        mean, std = (torch.tensor(value)[:, None, None] for value in (source.mean, source.std))
+        batch = {"pixel_values": (pixels / 255 - mean) / std, "index": index, "bad": bad}
+        if source.labels is not None:
+            batch["labels"] = source.labels[index]
+        return batch
+
+
+def _centre_crop(image: "Image", size: int, resize: int) -> Tensor:
+    """uint8 (3, size, size): shortest edge to `resize`, antialiased bilinear, then the centre."""
+    import PIL.Image
+
+    short = min(image.size)
+    width, height = (int(resize * side / short) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), PIL.Image.Resampling.BILINEAR)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image_tensor(image.crop((left, top, left + size, top + size)))
+
+
+class ReportingLoader(DataLoader):
+    """Tells the source, in this process, what its workers could not read."""
+
+    def __init__(self, source: ImageSource, dataset: Dataset, seed: int, num_workers: int, **options: Any):
+        if source.pixels is not None:
+            num_workers = 0  # picking rows is quicker than passing them between processes
+        super().__init__(
+            dataset,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
+            generator=generator(seed, "workers"),  # else iterating advances the global generator
+            **options,
+        )
+        self.source = source
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for batch in super().__iter__():
+            self.source.report(batch["bad"])
+            yield batch
+
+
+def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+    return batch
+
+
+def train_loader(
+    source: ImageSource,
+    sampler: TrainSampler,
+    configs: Sequence[ViewConfig],
+    view_size: Callable[[int], int],
+    num_workers: int = 0,
+    seed: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Micro-batches for `make_views`, dicts with "step", "micro_step", "rows", "global_batch", "bad" and either
+
+    - "images": uint8 (B, C, H, W), C = 1 for a gray set, of a source held in memory; or
+    - "crops": one uint8 (B, 3, S, S) per view with S = `view_size(step)`, decoded and cropped by the workers with the
+      draws that `make_views` would make. Where workers are spawned, `view_size` must be a plain function or method.
+
+    Iterating raises CorruptDataError when more than 1% of the set could not be read.
+    """
+    dataset = TrainImages(source, configs, view_size, seed, sampler.global_batch)
+    return ReportingLoader(source, dataset, seed, num_workers, batch_sampler=sampler, pin_memory=pin_memory)
+
+
+def eval_loader(
+    source: ImageSource,
+    size: int,
+    batch_size: int,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    resize: int | None = None,
+) -> DataLoader:
+    """The set in order, or every `world_size`-th image from `rank` on, each batch a dict with
+
+    "pixel_values": float (B, 3, size, size), "labels": int64 (B,) where there are any, "index": int64 (B,), "bad".
+    The shortest edge is first brought to `resize` (default `resize_edge(source, size)`), as `image_processor` does.
+    """
+    dataset = EvalImages(source, size, resize or resize_edge(source, size))
+    indices = range(len(source))[rank::world_size]
+    return ReportingLoader(source, dataset, 0, num_workers, sampler=indices, batch_size=batch_size)
+
+
+def resize_edge(source: ImageSource, size: int) -> int:
+    """Shortest edge before the centre crop: size / 0.875 where the median image is larger than `size`, else `size`."""
+    edges = sorted(min(sides) for sides in source.sample_sizes())
+    return round(size / CROP_FRACTION) if edges and edges[len(edges) // 2] > size else size
+
+
+def image_processor(source: ImageSource, size: int, resize: int | None = None) -> "BitImageProcessorPil":
+    """The transformers image processor that does what `eval_loader` does, to be saved beside the model."""
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+
+    return BitImageProcessorPil(
+        size={"shortest_edge": resize or resize_edge(source, size)},
+        crop_size={"height": size, "width": size},
+        resample=2,  # PIL.Image.Resampling.BILINEAR
+        image_mean=list(source.mean),
+        image_std=list(source.std),
+    )

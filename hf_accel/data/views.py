@@ -1,0 +1,330 @@
+"""Two-view augmentation of a batch, as MoCo-v3 does it, in batched torch on whatever device the images are.
+
+Recipe: Chen et al., "An Empirical Study of Training Self-Supervised Vision Transformers", ICCV 2021 (arXiv 2104.02057),
+which takes it from BYOL (Grill et al., NeurIPS 2020, arXiv 2006.07733). In the order of the original code: crop, colour
+jitter, grayscale, blur, solarize, flip, normalise.
+
+Draws are made on the CPU for the whole global batch, each from its own `generator(seed, purpose, step, micro_step,
+view)`, and every process takes its rows. Which images an operation touches is thus known without asking the device, and
+rows are selected instead of computing every operation for every image.
+
+Images are float (B, 3, S, S) in [0, 1] between the operations; `rows` are positions in the batch.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..draws import generator
+
+CROP_ATTEMPTS = 10
+"""Boxes drawn per image before falling back to a centre crop, as in torchvision's RandomResizedCrop."""
+
+CACHE_BYTES = 2**22
+"""On a CPU, images are augmented in runs of this size, which stay in the cache from one operation to the next."""
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """How one view is drawn; the defaults are MoCo-v3's first view.
+
+    `jitter`, `grayscale`, `blur`, `solarize` and `flip` are probabilities.
+    """
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # area of the box, as a fraction of the image's
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the box
+    rotation: float = 0.0  # largest angle, degrees
+    shear: float = 0.0  # largest horizontal shear, degrees
+    jitter: float = 0.8
+    brightness: float = 0.4  # strengths: factors from [1 - strength, 1 + strength]
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1  # largest shift, in turns of the colour circle
+    grayscale: float = 0.2
+    blur: float = 1.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of a 224 px view
+    solarize: float = 0.0
+    flip: float = 0.5
+
+
+_DIGIT = ViewConfig(
+    crop_scale=(0.4, 1.0), jitter=0.8, saturation=0.0, hue=0.0, grayscale=0.0, blur=0.5, blur_sigma=(0.8, 8.0), flip=0.0
+)
+
+AUGMENTATIONS: dict[str, tuple[ViewConfig, ...]] = {
+    "moco": (ViewConfig(), ViewConfig(blur=0.1, solarize=0.2)),
+    "digits": (_DIGIT, _DIGIT),  # a mirrored digit is another shape, or none; there is no colour to jitter
+}
+
+
+# Crop
+
+
+def crop_boxes(
+    heights: Tensor, widths: Tensor, scale: tuple[float, float], ratio: tuple[float, float], draws: Tensor
+) -> Tensor:
+    """Random crops after Inception (Szegedy et al., CVPR 2015, arXiv 1409.4842), with torchvision's rejection rule.
+
+    `heights`, `widths`: (B,) pixels; `draws`: (B, attempts, 4) uniform in [0, 1) for area, aspect ratio, top, left.
+    Returns (B, 4) float boxes `left, top, right, bottom` on whole pixels, the first of the attempts that fits into its
+    image, or else the largest central box whose ratio is allowed.
+    """
+    draws, heights, widths = draws.double(), heights.double()[:, None], widths.double()[:, None]
+    area = heights * widths * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
+    log_ratio = math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * draws[..., 1]
+    box_width = (area * log_ratio.exp()).sqrt().round()
+    box_height = (area / log_ratio.exp()).sqrt().round()
+    fits = (box_width >= 1) & (box_width <= widths) & (box_height >= 1) & (box_height <= heights)
+    top = (draws[..., 2] * (heights - box_height + 1)).floor()
+    left = (draws[..., 3] * (widths - box_width + 1)).floor()
+    attempts = torch.stack([left, top, left + box_width, top + box_height], -1)
+    first = fits.int().argmax(1)
+    chosen = attempts[torch.arange(len(draws)), first]
+    return torch.where(fits.any(1, keepdim=True), chosen, _centre_boxes(heights[:, 0], widths[:, 0], ratio)).float()
+
+
+def _centre_boxes(heights: Tensor, widths: Tensor, ratio: tuple[float, float]) -> Tensor:
+    """(B, 4): the largest central box of each image whose width / height lies within `ratio`."""
+    box_width = torch.minimum(widths, (heights * ratio[1]).round()).clamp(min=1)
+    box_height = torch.minimum(heights, (widths / ratio[0]).round()).clamp(min=1)
+    left, top = ((widths - box_width) / 2).floor(), ((heights - box_height) / 2).floor()
+    return torch.stack([left, top, left + box_width, top + box_height], -1)
+
+
+def _triangle_filter(start: Tensor, stop: Tensor, length: int, size: int) -> Tensor:
+    """(B, size, length): weights that resample `length` pixels between `start` and `stop` (B,) into `size`.
+
+    The rule of Pillow's BILINEAR: a triangle as wide as the shrink factor, at least one pixel, around each output
+    pixel's centre; weights beyond the image are cut off and the rest sums to one.
+    """
+    step = ((stop - start) / size)[:, None, None]
+    centres = start[:, None, None] + (torch.arange(size, device=start.device)[:, None] + 0.5) * step
+    pixels = torch.arange(length, device=start.device) + 0.5
+    weights = (1 - (pixels - centres).abs() / step.abs().clamp(min=1)).clamp_(min=0)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Cut `boxes` (B, 4) out of uint8 `images` (B, C, H, W), antialiased: float (B, C, size, size) in [0, 1].
+
+    Equal to Pillow's `image.resize((size, size), BILINEAR, box=box)` but for its rounding to 8 bits (twice). The filter
+    is separable, so each image takes two matrix products. A box whose left exceeds its right gives the mirror image.
+    """
+    batch, channels, height, width = images.shape
+    left, top, right, bottom = boxes.to(images.device).unbind(1)
+    across = _triangle_filter(left, right, width, size).div_(255)
+    down = _triangle_filter(top, bottom, height, size)
+    lines = images.reshape(batch, channels * height, width).to(across.dtype) @ across.transpose(1, 2)
+    return down[:, None] @ lines.view(batch, channels, height, size)
+
+
+# Operations on (B, C, S, S) in [0, 1]; parameters are (B,) or (B, 1, 1, 1)
+
+
+def _gray(images: Tensor) -> Tensor:
+    """(B, 1, S, S): ITU-R 601 luma, Pillow's mode L."""
+    red, green, blue = images.unbind(1)
+    return (red * 0.299).add_(green, alpha=0.587).add_(blue, alpha=0.114)[:, None]
+
+
+def brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Colour jitter after SimCLR (Chen et al., ICML 2020, arXiv 2002.05709, appendix A), as are the next three."""
+    return (images * factor).clamp_(0, 1)
+
+
+def contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the image's mean gray."""
+    mean = images.mean((2, 3), keepdim=True)
+    return torch.lerp(_gray(mean) if images.shape[1] == 3 else mean, images, factor).clamp_(0, 1)
+
+
+def saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the gray image."""
+    return torch.lerp(_gray(images), images, factor).clamp_(0, 1)
+
+
+def hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue by `shift` turns, with value and saturation of the HSV model (Smith, SIGGRAPH 1978) kept.
+
+    With the hue h in turns and the chroma c = max - min, red is `min + c * clip(|6 h - 3| - 1, 0, 1)`, green and blue
+    are `min + c * clip(2 - |6 h - 2|, 0, 1)` and `min + c * clip(2 - |6 h - 4|, 0, 1)`. Masks are floats: on a CPU,
+    torch's comparisons to booleans and its `where` take ten times as long as arithmetic.
+    """
+    red, green, blue = images.unbind(1)
+    value, least = images.amax(1), images.amin(1)
+    chroma = (value - least).mul_(6)
+    scale = chroma.clamp(min=1e-12).reciprocal_()
+    turns = (red - green).mul_(scale).add_(4 / 6)  # where blue is largest
+    turns.lerp_((blue - red).mul_(scale).add_(2 / 6), (value - green).eq_(0))
+    turns.lerp_((green - blue).mul_(scale), (value - red).eq_(0))
+    turns.add_(shift[:, :, 0] + 1).frac_()
+    turned = torch.empty_like(images)
+    base = torch.add(least, chroma, alpha=-1 / 6)
+    torch.addcmul(base, chroma, (turns - 3 / 6).abs_().clamp_(1 / 6, 2 / 6), out=turned[:, 0])
+    base = least.add_(chroma, alpha=2 / 6)
+    torch.addcmul(base, chroma, (turns - 2 / 6).abs_().clamp_(1 / 6, 2 / 6), value=-1, out=turned[:, 1])
+    torch.addcmul(base, chroma, (turns - 4 / 6).abs_().clamp_(1 / 6, 2 / 6), value=-1, out=turned[:, 2])
+    return turned.clamp_(0, 1)
+
+
+def grayscale(images: Tensor) -> Tensor:
+    """Gray in all three channels."""
+    return _gray(images).repeat(1, 3, 1, 1)
+
+
+def solarize(images: Tensor) -> Tensor:
+    """Invert what is brighter than half (BYOL, arXiv 2006.07733, appendix B)."""
+    return torch.minimum(images, 1 - images)
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """Gaussian blur (SimCLR, arXiv 2002.05709, appendix A) of each image by its own `sigma` (B,) pixels.
+
+    The kernel ends at `radius` pixels; edges are repeated. On a CPU, adding shifted copies is quicker than a grouped
+    convolution or a product with banded matrices, up to the 13 taps of a 224 px view.
+    """
+    offsets = torch.arange(-radius, radius + 1, device=images.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True))[:, :, None, None, None]
+    for axis, padding in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
+        padded, length = F.pad(images, padding, mode="replicate"), images.shape[axis]
+        images = padded.narrow(axis, radius, length) * kernel[:, radius]
+        for tap in range(radius):  # the kernel is symmetric: both neighbours at a distance share their weight
+            pair = padded.narrow(axis, tap, length) + padded.narrow(axis, 2 * radius - tap, length)
+            images.addcmul_(pair, kernel[:, tap])
+    return images
+
+
+def rotate_and_shear(images: Tensor, angle: Tensor, shear: Tensor) -> Tensor:
+    """Turn and slant about the centre by `angle` and `shear` (B,) radians; bilinear, edges repeated."""
+    cos, sin, slant = angle.cos(), angle.sin(), shear.tan()
+    zero = torch.zeros_like(cos)
+    matrix = torch.stack([cos, sin + cos * slant, zero, -sin, cos - sin * slant, zero], 1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix.to(images.device, images.dtype), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+# Views
+
+
+def _change(images: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+    """`images`, with `operation(images, *parameters)` where `chosen` (B, on the CPU). May write into `images`."""
+    rows = chosen.nonzero()[:, 0]
+    if len(rows) == 0:
+        return images
+    if len(rows) < len(images):
+        parameters = tuple(parameter[rows] for parameter in parameters)
+    parameters = tuple(parameter.to(images.device, images.dtype) for parameter in parameters)
+    if len(rows) == len(images):
+        return operation(images, *parameters)
+    rows = rows.to(images.device)
+    return images.index_copy_(0, rows, operation(images.index_select(0, rows), *parameters))
+
+
+def _jitter(images: Tensor, config: ViewConfig, draws: Tensor) -> Tensor:
+    """The colour operations in an order drawn per image; `draws` (B, 9) uniform. Gray images have no colour to turn."""
+    chosen, order, factors = draws[:, 0] < config.jitter, draws[:, 1:5].argsort(1), 2 * draws[:, 5:] - 1
+    operations = (brightness, contrast, saturation, hue)
+    strengths = (config.brightness, config.contrast, config.saturation, config.hue)
+    gray = images.shape[1] == 1
+    for position in range(4):
+        for number, (operation, strength) in enumerate(zip(operations, strengths, strict=True)):
+            if strength == 0 or (gray and operation in (saturation, hue)):
+                continue
+            amount = factors[:, number] * strength + (0 if operation is hue else 1)
+            rows = chosen & (order[:, position] == number)
+            images = _change(images, rows, operation, amount[:, None, None, None])
+    return images
+
+
+def _augment(images: Tensor, config: ViewConfig, draws: dict[str, Tensor]) -> Tensor:
+    """Everything between the crop and the normalisation. `draws` hold the rows of these images."""
+    if config.rotation or config.shear:
+        limits = torch.tensor([math.radians(config.rotation), math.radians(config.shear)])
+        angle, shear = ((2 * draws["rotate"] - 1) * limits).unbind(1)
+        images = _change(images, torch.ones(len(images), dtype=torch.bool), rotate_and_shear, angle, shear)
+    images = _jitter(images, config, draws["jitter"])
+    if images.shape[1] == 3:
+        images = _change(images, draws["grayscale"][:, 0] < config.grayscale, grayscale)
+    low, high = (sigma * images.shape[-1] / 224 for sigma in config.blur_sigma)
+    sigma, radius = low + (high - low) * draws["blur"][:, 1], math.ceil(3 * high)
+    images = _change(images, draws["blur"][:, 0] < config.blur, partial(gaussian_blur, radius=radius), sigma)
+    return _change(images, draws["solarize"][:, 0] < config.solarize, solarize)
+
+
+def view_boxes(
+    config: ViewConfig,
+    heights: Tensor,
+    widths: Tensor,
+    seed: int,
+    step: int,
+    micro_step: int,
+    view: int,
+    rows: slice,
+    global_batch: int,
+) -> Tensor:
+    """(B, 4) boxes of one view of images of these sizes (B,); left and right are swapped where the view is mirrored."""
+    uniform = torch.rand(global_batch, CROP_ATTEMPTS, 4, generator=generator(seed, "crop", step, micro_step, view))
+    mirrored = torch.rand(global_batch, generator=generator(seed, "flip", step, micro_step, view)) < config.flip
+    boxes = crop_boxes(heights, widths, config.crop_scale, config.crop_ratio, uniform[rows])
+    return torch.where(mirrored[rows, None], boxes[:, [2, 1, 0, 3]], boxes)
+
+
+_DRAWS = {"rotate": 2, "jitter": 9, "grayscale": 1, "blur": 2, "solarize": 1}
+
+
+def make_views(
+    batch: dict,
+    configs: Sequence[ViewConfig],
+    size: int,
+    seed: int,
+    step: int,
+    micro_step: int = 0,
+    rows: slice | None = None,
+    global_batch: int | None = None,
+    mean: Sequence[float] = (0.0, 0.0, 0.0),
+    std: Sequence[float] = (1.0, 1.0, 1.0),
+) -> list[Tensor]:
+    """One normalised float (B, 3, size, size) per config, on the device of the batch.
+
+    `batch` holds "images", uint8 (B, C, H, W), to be cropped here, or "crops", a list of uint8 (B, C, size, size) that
+    a loader has cut with the same draws; C is 3, or 1 for gray images, which are then augmented once and repeated.
+    `rows` are this process's among the `global_batch` rows of the micro-batch (default: the batch is all there is).
+    A pure function of its arguments.
+    """
+    count = len(batch["images"]) if "images" in batch else len(batch["crops"][0])
+    rows, global_batch = rows or slice(0, count), global_batch or count
+    views = []
+    for view, config in enumerate(configs):
+        draws = {
+            name: torch.rand(global_batch, width, generator=generator(seed, name, step, micro_step, view))[rows]
+            for name, width in _DRAWS.items()
+        }
+        if "images" in batch:
+            source = batch["images"]
+            heights, widths = torch.tensor(source.shape[-2:])[:, None].expand(2, count)
+            draws["boxes"] = view_boxes(config, heights, widths, seed, step, micro_step, view, rows, global_batch)
+        else:
+            source = batch["crops"][view]
+        views.append(_make_view(source, config, size, draws, mean, std))
+    return views
+
+
+def _make_view(
+    source: Tensor, config: ViewConfig, size: int, draws: dict[str, Tensor], mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    """One view of `source`, uint8 (B, C, H, W), or (B, C, size, size) where `draws` hold no boxes."""
+    mean_tensor, std_tensor = (torch.tensor(value, device=source.device).view(3, 1, 1) for value in (mean, std))
+    output = torch.empty(len(source), 3, size, size, device=source.device)
+    run = len(source) if source.is_cuda else max(16, CACHE_BYTES // (4 * source.shape[1] * size**2))
+    for start in range(0, len(source), run):
+        part = slice(start, start + run)
+        mine = {name: values[part] for name, values in draws.items()}
+        images = crop_and_resize(source[part], mine["boxes"], size) if "boxes" in mine else source[part] / 255
+        torch.sub(_augment(images, config, mine), mean_tensor, out=output[part]).div_(std_tensor)
+    return output

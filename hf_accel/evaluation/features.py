@@ -1,0 +1,155 @@
+"""Features of every image of a loader: from any vision encoder of `AutoModel`, or the raw pixels as a baseline."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.data_loader import DataLoaderStateMixin
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..distributed import all_gather, rank, world_size
+
+RAW_PIXEL_SIZE = 32
+GATHER_ROWS = 65536
+"""Rows a collective moves at a time, so that the device never holds the whole bank."""
+
+Batch = dict[str, Any]
+
+
+def extract_features(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    device: torch.device | str,
+    patch_size: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D) in fp32 and labels (N,) of every sample of the loader, once each and in its order, on the CPU.
+
+    The feature is `pooler_output`, else the CLS token (mean of the tokens for a config with `use_cls_token=False`, mean
+    of the map for a convolutional encoder). The model is in eval mode meanwhile, on `device` already, and afterwards as
+    it was; no random state moves.
+
+    When distributed, all processes call this with the same plain loader; each takes every world-th batch and all get
+    all features.
+
+    Args:
+        loader: dicts with "pixel_values" (B, C, H, W), as the model wants them, and "labels" (B,).
+        patch_size: in pixels, for encoders that take one; None is the encoder's own.
+        dtype: bf16 or fp16 for autocast, None for none.
+
+    Raises:
+        ValueError: no samples.
+        KeyError: a batch without "pixel_values" or "labels".
+        TypeError: a loader that accelerate has sharded already.
+    """
+    device = torch.device(device)
+    options = {} if patch_size is None else {"patch_size": patch_size}
+
+    def encode(pixel_values: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            return _pooled(model(pixel_values=pixel_values, **options), model)
+
+    with _eval_mode(model):
+        return _collect(encode, loader, device)
+
+
+def raw_pixel_features(loader: Iterable[Batch], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Features (N, C * h * w) and labels (N,) like `extract_features`, but of the bare pixels: what learning must beat.
+
+    Larger images are averaged down to 32 px a side, so that a bank of them fits in memory.
+    """
+
+    def flatten(pixel_values: Tensor) -> Tensor:
+        height, width = (min(side, RAW_PIXEL_SIZE) for side in pixel_values.shape[-2:])
+        return F.adaptive_avg_pool2d(pixel_values.float(), (height, width)).flatten(1)
+
+    return _collect(flatten, loader, torch.device(device))
+
+
+def _pooled(outputs: Any, model: nn.Module) -> Tensor:
+    pooled = getattr(outputs, "pooler_output", None)
+    if pooled is not None:
+        return pooled.flatten(1)
+    hidden = outputs.last_hidden_state
+    if hidden.ndim == 4:
+        return hidden.mean((2, 3))
+    return hidden[:, 0] if getattr(model.config, "use_cls_token", True) else hidden.mean(1)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+# Not inference_mode: what a model caches on the way (resized kernels) must serve a later backward.
+@torch.no_grad()
+def _collect(
+    encode: Callable[[Tensor], Tensor], loader: Iterable[Batch], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    features, tags = [torch.empty(0, 0)], [torch.empty(0, 2, dtype=torch.long)]  # a tag: number of the batch, label
+    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed from the global generator
+        for number, batch in _own_batches(loader):
+            for key in ("pixel_values", "labels"):
+                if key not in batch:
+                    raise KeyError(f"evaluation needs {key!r} in every batch, got {sorted(batch)}")
+            features.append(encode(batch["pixel_values"].to(device, non_blocking=True)).float().cpu())
+            labels = torch.as_tensor(batch["labels"]).cpu().long()
+            tags.append(torch.stack([torch.full_like(labels, number), labels], 1))
+    rows, tag = torch.cat(features[1:] or features), torch.cat(tags)
+    if world_size() > 1:
+        tag = _gather_rows(tag, device)
+        in_order = tag[:, 0].argsort(stable=True)
+        rows, tag = _gather_rows(rows, device)[in_order], tag[in_order]
+    if len(tag) == 0:
+        raise ValueError("the loader has no samples")
+    return rows, tag[:, 1]
+
+
+def _own_batches(loader: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+    """(number, batch) of every world-th batch, from this process's rank on; a DataLoader loads no others."""
+    if world_size() == 1:
+        yield from enumerate(loader)
+        return
+    if isinstance(loader, DataLoaderStateMixin):
+        raise TypeError("the loader is sharded already: pass it as it was before accelerator.prepare")
+    own = slice(rank(), None, world_size())
+    if isinstance(loader, DataLoader) and loader.batch_sampler is not None:
+        batches = DataLoader(
+            loader.dataset,
+            batch_sampler=list(loader.batch_sampler)[own],
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            worker_init_fn=loader.worker_init_fn,
+        )
+    else:
+        batches = islice(loader, own.start, None, own.step)
+    for position, batch in enumerate(batches):
+        yield own.start + position * own.step, batch
+
+
+def _gather_rows(rows: Tensor, device: torch.device) -> Tensor:
+    """(n, D) on each process, of any n -> all of them (sum of n, D) in rank order, on the CPU."""
+    shapes = all_gather(torch.tensor([rows.shape], device=device)).cpu()
+    counts, width = shapes[:, 0].tolist(), int(shapes[:, 1].max())
+    parts: list[list[Tensor]] = [[] for _ in counts]
+    for start in range(0, max(counts), GATHER_ROWS):
+        size = min(GATHER_ROWS, max(counts) - start)
+        padded = torch.zeros(size, width, dtype=rows.dtype)
+        own = rows[start : start + size]
+        if len(own):
+            padded[: len(own)] = own
+        gathered = all_gather(padded.to(device)).cpu().split(size)
+        for part, block, count in zip(parts, gathered, counts, strict=True):
+            part.append(block[: max(0, count - start)])
+    return torch.cat([block for part in parts for block in part]) if max(counts) else rows

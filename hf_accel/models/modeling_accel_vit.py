@@ -1,0 +1,588 @@
+"""PyTorch AccelViT model: a ViT whose sequences can be shortened, by a larger patch and by dropping patch tokens.
+
+Sources: Lin et al., "Accelerating Augmentation Invariance Pretraining" (arXiv 2410.22364); Beyer et al., "FlexiViT"
+(arXiv 2212.08013); Chen et al., MoCo-v3 (arXiv 2104.02057). Parameter names are those of transformers' ViT.
+"""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack  # pyright: ignore[reportAttributeAccessIssue]
+from transformers.utils import logging
+from transformers.utils.generic import TransformersKwargs, can_return_tuple, maybe_autocast
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_accel_vit import AccelViTConfig
+
+logger = logging.get_logger(__name__)
+
+
+def cached_table(shape: Callable[..., tuple[int, ...]]) -> Callable[[Callable[..., torch.Tensor]], Any]:
+    """Turn `compute(*numbers)`, in float64 on the CPU, into a cached `table(*numbers, device=, dtype=)` of that shape.
+
+    The cache belongs to the process, not to a model: nothing of it is saved, copied or pickled. To `torch.compile` the
+    table is an operator, so a graph holds for several patch sizes and does not compute it again.
+    """
+
+    def decorate(compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @lru_cache(maxsize=256)
+        def cached(*key: Any) -> torch.Tensor:
+            *numbers, device, dtype = key
+            # A tensor first made under inference mode could never take part in a backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                return compute(*numbers).to(device, dtype).contiguous()
+
+        # The Hub's copy of this file may be loaded beside the package's: each has operators of its own.
+        operator = torch.library.custom_op(
+            f"{__name__.replace('.', '_')}::{compute.__name__}",
+            lambda numbers, device, dtype: cached(*numbers, device, dtype).clone(),
+            mutates_args=(),
+            schema="(SymInt[] numbers, Device device, ScalarType dtype) -> Tensor",
+        )
+        operator.register_fake(lambda numbers, device, dtype: torch.empty(shape(*numbers), device=device, dtype=dtype))
+
+        def table(*numbers: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+            if torch.compiler.is_compiling():
+                return operator(numbers, device, dtype)
+            return cached(*numbers, device, dtype)
+
+        return table
+
+    return decorate
+
+
+def interpolation_matrix(old_size: int, new_size: int) -> torch.Tensor:
+    """(new_size, old_size), float64: linear resize of a line of pixels, half-pixel centres, no antialias.
+
+    Bilinear resize is separable: of an image `x` (old_size, old_size) it is `A @ x @ A.T`.
+    """
+    eye = torch.eye(old_size, dtype=torch.float64, device="cpu")
+    return nn.functional.interpolate(eye[None], size=new_size, mode="linear", align_corners=False)[0].T
+
+
+@cached_table(lambda old_size, new_size: (new_size, old_size))
+def kernel_resize_matrix(old_size: int, new_size: int) -> torch.Tensor:
+    """(new_size, old_size): pinv(A^T). As B = A (x) A, the pseudo-inverse of B^T is that of A^T on either axis."""
+    return torch.linalg.pinv(interpolation_matrix(old_size, new_size).T)
+
+
+@cached_table(lambda old_size, new_size: (new_size, old_size))
+def position_resize_matrix(old_size: int, new_size: int) -> torch.Tensor:
+    """(new_size, old_size): sampling at the positions (i + 1/2) old_size / new_size - 1/2, clamped at the border."""
+    return interpolation_matrix(old_size, new_size)
+
+
+@cached_table(lambda base_grid_size, height, width, hidden_size: (height * width, hidden_size))
+def sincos_position_table(base_grid_size: int, height: int, width: int, hidden_size: int) -> torch.Tensor:
+    """(height * width, hidden_size): MoCo-v3's fixed embedding, at continuous positions relative to the image.
+
+    The patch at the fraction u of the image's side has the position `u * base_grid_size - 1/2`. A quarter of the
+    channels each: sin and cos of what MoCo-v3's code names w, then of h. Its w is the row: its meshgrid indexes "ij".
+    """
+    frequencies = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64, device="cpu") / (hidden_size // 4))
+
+    def waves(size: int) -> torch.Tensor:
+        positions = (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5) * base_grid_size / size - 0.5
+        angles = positions[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    rows = waves(height)[:, None].expand(-1, width, -1)
+    columns = waves(width)[None].expand(height, -1, -1)
+    return torch.cat([rows, columns], dim=2).flatten(0, 1)
+
+
+def resize_patch_kernel(kernel: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """The kernel for another patch size: FlexiViT's `w_p = pinv(B^T) w` (arXiv 2212.08013, section 3.4).
+
+    With B the bilinear resize of a patch from p0 to p pixels, `<B x, w_p> = <x, w>` for every patch x if p >= p0; for a
+    smaller p it is the least-squares solution of `B^T w_p = w`.
+
+    Args:
+        kernel: (D, C, p0, p0). The result is differentiable with respect to it, and computed in fp32 or better.
+        patch_size: p in pixels.
+
+    Returns:
+        (D, C, p, p), of the kernel's dtype; the kernel itself if p = p0.
+
+    Raises:
+        ValueError: `patch_size` is no positive whole number, or the kernel is not square.
+    """
+    check_patch_size(patch_size)
+    if kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3]:
+        raise ValueError(f"the kernel must be (D, C, p0, p0), got {tuple(kernel.shape)}")
+    if kernel.shape[-1] == patch_size:
+        return kernel
+    dtype = torch.promote_types(kernel.dtype, torch.float32)
+    matrix = kernel_resize_matrix(kernel.shape[-1], patch_size, device=kernel.device, dtype=dtype)
+    with maybe_autocast(kernel.device.type, enabled=False):
+        return (matrix @ kernel.to(dtype) @ matrix.T).to(kernel.dtype)
+
+
+def check_patch_size(patch_size: int) -> None:
+    if isinstance(patch_size, bool) or not isinstance(patch_size, int) or patch_size < 1:
+        raise ValueError(
+            f"patch_size must be a positive whole number of pixels, got {patch_size!r}; None is the base patch size"
+        )
+
+
+def num_kept_tokens(num_patches: int, token_dropout: float) -> int:
+    """max(1, int(num_patches * (1 - token_dropout))): the patch tokens that remain.
+
+    1e-9 is added before rounding down, as 10 * (1 - 0.9) is 0.9999999999999998 in floating point.
+
+    Raises:
+        ValueError: `token_dropout` is not in [0, 1).
+    """
+    if not 0 <= token_dropout < 1:
+        raise ValueError(
+            f"token_dropout must lie in [0, 1), got {token_dropout!r}: it is the ratio of patch tokens to drop, and 0 "
+            "keeps all"
+        )
+    return max(1, int(num_patches * (1 - token_dropout) + 1e-9))
+
+
+@torch.compiler.disable()
+def draw(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    """Uniform (rows, columns) on the generator's device. `torch.compile` cannot trace a generator."""
+    return torch.rand(rows, columns, generator=generator, device=generator.device)
+
+
+def sample_kept_tokens(
+    batch_size: int,
+    num_patches: int,
+    token_dropout: float,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Which patch tokens to keep: drawn uniformly without replacement, afresh for each image.
+
+    The tokens with the smallest of `torch.rand(batch_size, num_patches, generator=generator)`, which is drawn on the
+    generator's device (without one, on `device`): a CPU generator gives the same tokens on every device.
+
+    Returns:
+        (batch_size, num_kept_tokens) int64 on `device`, ascending in each row.
+    """
+    num_kept = num_kept_tokens(num_patches, token_dropout)
+    if generator is None:
+        noise = torch.rand(batch_size, num_patches, device=device)
+    else:
+        noise = draw(batch_size, num_patches, generator).to(device)
+    order = noise.argsort(dim=1, stable=True)
+    return order[:, :num_kept].sort(dim=1).values
+
+
+_resize_was_reported = False
+
+
+@torch.compiler.disable()
+def warn_of_resize(old_size: tuple[int, int], new_size: tuple[int, int], patch_size: int) -> None:
+    """Once in the life of the process."""
+    global _resize_was_reported
+    if not _resize_was_reported:
+        logger.warning(
+            f"patch_size {patch_size} does not divide an image of {old_size[0]} x {old_size[1]} pixels, which is "
+            f"resized to {new_size[0]} x {new_size[1]}; further ones are resized without another warning"
+        )
+        _resize_was_reported = True
+
+
+def resize_to_multiple(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(B, C, H, W), resized (bilinear, antialiased) to the nearest multiples of `patch_size`, at least one patch."""
+    height, width = pixel_values.shape[-2:]
+    if height % patch_size == 0 and width % patch_size == 0:
+        return pixel_values
+    new_size = (
+        max(1, (2 * height + patch_size) // (2 * patch_size)) * patch_size,
+        max(1, (2 * width + patch_size) // (2 * patch_size)) * patch_size,
+    )
+    warn_of_resize((height, width), new_size, patch_size)
+    return nn.functional.interpolate(pixel_values, size=new_size, mode="bilinear", antialias=True)
+
+
+class AccelViTPatchProjection(nn.Conv2d):
+    """The patch kernel at the base patch size p0; each call derives the kernel of its own patch size."""
+
+    def forward(
+        self, pixel_values: torch.Tensor, patch_size: int, kept_tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, C, H, W) -> (B, L, D) with L = (H / p) (W / p), or (B, K, D) of the `kept_tokens` (B, K) alone.
+
+        Dropped patches are gone before the projection: they cost nothing.
+        """
+        weight = resize_patch_kernel(self.weight, patch_size)
+        if kept_tokens is None:
+            tokens = nn.functional.conv2d(pixel_values, weight, self.bias, stride=patch_size)
+            return tokens.flatten(2).transpose(1, 2)
+        batch_size, channels, height, width = pixel_values.shape
+        rows, columns = height // patch_size, width // patch_size
+        patches = pixel_values.reshape(batch_size, channels, rows, patch_size, columns, patch_size)
+        images = torch.arange(batch_size, device=kept_tokens.device)[:, None]
+        kept_patches = patches.permute(0, 2, 4, 1, 3, 5)[images, kept_tokens // columns, kept_tokens % columns]
+        return nn.functional.linear(kept_patches.flatten(2), weight.flatten(1), self.bias)
+
+
+class AccelViTPatchEmbeddings(nn.Module):
+    """(B, num_channels, H, W) -> (B, kept patches, hidden_size)."""
+
+    def __init__(self, config: AccelViTConfig):
+        super().__init__()
+        self.num_channels = config.num_channels
+        self.projection = AccelViTPatchProjection(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+
+    def forward(
+        self, pixel_values: torch.Tensor, patch_size: int, kept_tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
+            expected = f"(batch_size, {self.num_channels}, height, width)"
+            raise ValueError(f"pixel_values must be {expected}, got {tuple(pixel_values.shape)}")
+        return self.projection(pixel_values, patch_size, kept_tokens)
+
+
+class AccelViTEmbeddings(nn.Module):
+    """CLS and register tokens, patch embeddings and their positions."""
+
+    def __init__(self, config: AccelViTConfig):
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, size)) if config.use_cls_token else None
+        self.register_tokens = (
+            nn.Parameter(torch.zeros(1, config.num_register_tokens, size)) if config.num_register_tokens else None
+        )
+        self.patch_embeddings = AccelViTPatchEmbeddings(config)
+        # as in ViT, the position of CLS comes first; sin-cos gives it none, as in MoCo-v3
+        num_positions = config.grid_size**2 + int(config.use_cls_token)
+        learned = config.position_embedding_type == "learned"
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, size)) if learned else None
+
+    def patch_positions(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
+        """(1, height * width, hidden_size): positions of a grid, which spans the image whatever its size."""
+        grid_size, hidden_size = self.config.grid_size, self.config.hidden_size
+        if self.position_embeddings is None:
+            return sincos_position_table(grid_size, height, width, hidden_size, device=like.device, dtype=like.dtype)
+        stored = self.position_embeddings[:, int(self.config.use_cls_token) :]
+        if height == width == grid_size:
+            return stored
+        dtype = torch.promote_types(stored.dtype, torch.float32)
+        rows = position_resize_matrix(grid_size, height, device=stored.device, dtype=dtype)
+        columns = position_resize_matrix(grid_size, width, device=stored.device, dtype=dtype)
+        with maybe_autocast(stored.device.type, enabled=False):
+            table = stored.to(dtype).reshape(grid_size, grid_size, hidden_size)
+            sampled = torch.einsum("hr,wc,rcd->hwd", rows, columns, table)
+        return sampled.reshape(1, height * width, hidden_size).to(stored.dtype)
+
+    def prefix_tokens(self, batch_size: int) -> list[torch.Tensor]:
+        """Of (batch_size, n, hidden_size) each: CLS and registers, as far as there are any."""
+        prefix = []
+        if self.cls_token is not None:
+            cls_token = self.cls_token
+            if self.position_embeddings is not None:
+                cls_token = cls_token + self.position_embeddings[:, :1]
+            prefix.append(cls_token.expand(batch_size, -1, -1))
+        if self.register_tokens is not None:
+            prefix.append(self.register_tokens.expand(batch_size, -1, -1))
+        return prefix
+
+    def forward(
+        self, pixel_values: torch.Tensor, patch_size: int, kept_tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, C, H, W) -> (B, num_prefix_tokens + L, hidden_size), or K for L if `kept_tokens` (B, K) are given."""
+        weight = self.patch_embeddings.projection.weight
+        batch_size, _, height, width = pixel_values.shape
+        positions = self.patch_positions(height // patch_size, width // patch_size, like=weight)
+        if kept_tokens is not None:
+            positions = positions[0, kept_tokens]
+        tokens = self.patch_embeddings(pixel_values.to(weight.dtype), patch_size, kept_tokens) + positions
+        return torch.cat([*self.prefix_tokens(batch_size), tokens], dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, heads, N, d) each -> output (B, N, heads, d) and weights (B, heads, N, N)."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class AccelViTAttention(nn.Module):
+    def __init__(self, config: AccelViTConfig):
+        super().__init__()
+        self.config = config
+        self.num_attention_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, N, D) -> (B, N, D), and the weights (B, heads, N, N) where the implementation gives them."""
+        batch_size, length, _ = hidden_states.shape
+        heads = (batch_size, length, self.num_attention_heads, self.head_dim)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation or "eager", eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            self.q_proj(hidden_states).view(heads).transpose(1, 2),
+            self.k_proj(hidden_states).view(heads).transpose(1, 2),
+            self.v_proj(hidden_states).view(heads).transpose(1, 2),
+            None,
+            dropout=0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(hidden_states.shape).contiguous()
+        return self.o_proj(attn_output), attn_weights
+
+
+class AccelViTMLP(nn.Module):
+    def __init__(self, config: AccelViTConfig):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class AccelViTLayerScale(nn.Module):
+    """A learned factor per channel (arXiv 2103.17239)."""
+
+    def __init__(self, config: AccelViTConfig):
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.lambda1
+
+
+class AccelViTDropPath(nn.Module):
+    """Stochastic depth per sample (arXiv 1603.09382): in training a branch is zeroed with probability `drop_prob`."""
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return hidden_states
+        keep_prob = 1 - self.drop_prob
+        kept = torch.rand(hidden_states.shape[0], 1, 1, device=hidden_states.device) < keep_prob
+        return hidden_states * (kept.to(hidden_states.dtype) / keep_prob)
+
+    def extra_repr(self) -> str:
+        return f"p={self.drop_prob}"
+
+
+class AccelViTLayer(GradientCheckpointingLayer):
+    def __init__(self, config: AccelViTConfig, drop_prob: float):
+        super().__init__()
+        scaled = config.layerscale_value is not None
+        self.attention = AccelViTAttention(config)
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = AccelViTMLP(config)
+        self.layer_scale1 = AccelViTLayerScale(config) if scaled else nn.Identity()
+        self.layer_scale2 = AccelViTLayerScale(config) if scaled else nn.Identity()
+        self.drop_path = AccelViTDropPath(drop_prob)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        residual = hidden_states
+        hidden_states, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
+        hidden_states = self.drop_path(self.layer_scale1(hidden_states)) + residual
+
+        residual = hidden_states
+        hidden_states = self.mlp(self.layernorm_after(hidden_states))
+        return self.drop_path(self.layer_scale2(hidden_states)) + residual
+
+
+class AccelViTPreTrainedModel(PreTrainedModel):
+    """Base of the models. One that holds an encoder names it `encoder`, by which `AutoModel` opens its checkpoint."""
+
+    config: AccelViTConfig
+    config_class = AccelViTConfig
+    base_model_prefix = "encoder"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)  # pyright: ignore[reportAssignmentType]
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["AccelViTEmbeddings", "AccelViTLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": AccelViTLayer, "attentions": AccelViTAttention}
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As MoCo-v3: Xavier uniform, the patch kernel seen as a Linear of its pixels, a CLS token of almost zero."""
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+        elif isinstance(module, AccelViTPatchProjection):
+            bound = math.sqrt(6 / (module.weight[0].numel() + module.weight.shape[0]))
+            init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, AccelViTLayerScale):
+            init.constant_(module.lambda1, float(self.config.layerscale_value or 0.0))
+        elif isinstance(module, AccelViTEmbeddings):
+            if module.cls_token is not None:
+                init.normal_(module.cls_token, std=1e-6)
+            for parameter in (module.register_tokens, module.position_embeddings):
+                if parameter is not None:
+                    init.trunc_normal_(parameter, std=self.config.initializer_range)
+
+    def initialize_weights(self) -> None:
+        """Also the last step of `from_pretrained`, which puts new parameters in the place of frozen ones."""
+        super().initialize_weights()
+        if self.config.freeze_patch_projection:
+            for module in self.modules():
+                if isinstance(module, AccelViTPatchProjection):
+                    module.requires_grad_(False)
+
+
+class AccelViTModel(AccelViTPreTrainedModel):
+    """The encoder. `patch_size` and `token_dropout` shorten the sequence of a call, in train and eval mode alike."""
+
+    def __init__(self, config: AccelViTConfig):
+        super().__init__(config)
+        self.embeddings = AccelViTEmbeddings(config)
+        # plain numbers: a torch.linspace would be on the meta device in from_pretrained
+        steps = max(config.num_hidden_layers - 1, 1)
+        drop_probs = [config.drop_path_rate * layer / steps for layer in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList([AccelViTLayer(config, drop_prob) for drop_prob in drop_probs])
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        patch_size: int | None = None,
+        token_dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+            Normalised images of any size. Sides that `patch_size` does not divide are resized to the nearest multiple.
+        patch_size (`int`, *optional*):
+            Side of a patch in pixels; `None` is the base patch size of the config.
+        token_dropout (`float`, *optional*, defaults to 0.0):
+            Ratio of patch tokens dropped, in [0, 1). CLS and registers stay.
+        generator (`torch.Generator`, *optional*):
+            Draws the tokens that are kept; `None` is the default generator of the pixels' device.
+        output_hidden_states, output_attentions (`bool`, *optional*):
+            Also return the input and the output of every layer, or the attention weights (eager attention has them).
+
+        Returns `last_hidden_state` (batch_size, num_prefix_tokens + kept patch tokens, hidden_size) after the last
+        LayerNorm, and `pooler_output` (batch_size, hidden_size).
+
+        Raises `ValueError` if `patch_size` or `token_dropout` is impossible.
+        """
+        patch_size = self.config.patch_size if patch_size is None else patch_size
+        check_patch_size(patch_size)
+        pixel_values = resize_to_multiple(pixel_values, patch_size)
+        num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
+        kept_tokens = None
+        if num_kept_tokens(num_patches, token_dropout) < num_patches:
+            kept_tokens = sample_kept_tokens(
+                pixel_values.shape[0], num_patches, token_dropout, generator, pixel_values.device
+            )
+        return self.encode(pixel_values, patch_size, kept_tokens, **kwargs)
+
+    # Apart from `forward`, so that the break which a generator makes in a compiled graph is outside of the capturing of
+    # outputs: inside, it would break the graph again at every layer.
+    @capture_outputs(tie_last_hidden_states=False)
+    def encode(
+        self,
+        pixel_values: torch.Tensor,
+        patch_size: int,
+        kept_tokens: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """`forward` with the kept tokens (batch_size, K) given, or all of them, and sides that `patch_size` divides."""
+        hidden_states = self.embeddings(pixel_values, patch_size, kept_tokens)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        sequence_output = self.layernorm(hidden_states)
+        if self.config.pooling == "cls":
+            pooled_output = sequence_output[:, 0]
+        else:
+            pooled_output = sequence_output[:, self.config.num_prefix_tokens :].mean(dim=1)
+        return BaseModelOutputWithPooling(last_hidden_state=sequence_output, pooler_output=pooled_output)
+
+
+class AccelViTForImageClassification(AccelViTPreTrainedModel):
+    """The encoder with a linear classifier on its pooled output."""
+
+    def __init__(self, config: AccelViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels or 0
+        self.encoder = AccelViTModel(config)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels) if self.num_labels else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        patch_size: int | None = None,
+        token_dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        r"""
+        labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+            Classes; `loss` is their cross-entropy, or what `config.problem_type` says.
+
+        The others are those of [`AccelViTModel`].
+        """
+        outputs: BaseModelOutputWithPooling = self.encoder(pixel_values, patch_size, token_dropout, generator, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "AccelViTForImageClassification",
+    "AccelViTModel",
+    "AccelViTPreTrainedModel",
+    "num_kept_tokens",
+    "resize_patch_kernel",
+    "sample_kept_tokens",
+]

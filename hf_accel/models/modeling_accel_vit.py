@@ -267,11 +267,11 @@ class AccelViTEmbeddings(nn.Module):
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, size)) if learned else None
 
     def patch_positions(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
-        """(1, height * width, hidden_size): positions of a grid, which spans the image whatever its size."""
+        """(height * width, hidden_size): positions of a grid, which spans the image whatever its size."""
         grid_size, hidden_size = self.config.grid_size, self.config.hidden_size
         if self.position_embeddings is None:
             return sincos_position_table(grid_size, height, width, hidden_size, device=like.device, dtype=like.dtype)
-        stored = self.position_embeddings[:, int(self.config.use_cls_token) :]
+        stored = self.position_embeddings[0, int(self.config.use_cls_token) :]
         if height == width == grid_size:
             return stored
         dtype = torch.promote_types(stored.dtype, torch.float32)
@@ -280,7 +280,7 @@ class AccelViTEmbeddings(nn.Module):
         with maybe_autocast(stored.device.type, enabled=False):
             table = stored.to(dtype).reshape(grid_size, grid_size, hidden_size)
             sampled = torch.einsum("hr,wc,rcd->hwd", rows, columns, table)
-        return sampled.reshape(1, height * width, hidden_size).to(stored.dtype)
+        return sampled.flatten(0, 1).to(stored.dtype)
 
     def prefix_tokens(self, batch_size: int) -> list[torch.Tensor]:
         """Of (batch_size, n, hidden_size) each: CLS and registers, as far as there are any."""
@@ -302,8 +302,8 @@ class AccelViTEmbeddings(nn.Module):
         batch_size, _, height, width = pixel_values.shape
         positions = self.patch_positions(height // patch_size, width // patch_size, like=weight)
         if kept_tokens is not None:
-            positions = positions[0, kept_tokens]
-        tokens = self.patch_embeddings(pixel_values.to(weight.dtype), patch_size, kept_tokens) + positions
+            positions = positions[kept_tokens]
+        tokens = self.patch_embeddings(pixel_values, patch_size, kept_tokens) + positions
         return torch.cat([*self.prefix_tokens(batch_size), tokens], dim=1)
 
 
@@ -511,7 +511,8 @@ class AccelViTModel(AccelViTPreTrainedModel):
         """
         patch_size = self.config.patch_size if patch_size is None else patch_size
         check_patch_size(patch_size)
-        pixel_values = resize_to_multiple(pixel_values, patch_size)
+        dtype = self.embeddings.patch_embeddings.projection.weight.dtype
+        pixel_values = resize_to_multiple(pixel_values.to(dtype), patch_size)
         num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
         kept_tokens = None
         if num_kept_tokens(num_patches, token_dropout) < num_patches:

@@ -1,0 +1,69 @@
+"""torch.compile: the same results, whole graphs without a generator, and few breaks with one."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from hf_accel import AccelViTConfig, AccelViTModel
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def tiny(**overrides: Any) -> AccelViTModel:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return AccelViTModel(AccelViTConfig(**{**sizes, "image_size": 32, "patch_size": 8, **overrides}))
+
+
+@pytest.mark.parametrize("kind", ["sincos", pytest.param("learned", marks=pytest.mark.slow)])
+def test_one_graph_for_every_patch_and_image_size(kind: str) -> None:
+    model = tiny(position_embedding_type=kind, num_hidden_layers=1).eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for size, patch_size in [((32, 32), 8), ((32, 32), 16), ((32, 32), 4), ((48, 64), 16)]:
+        images = torch.randn(2, 3, *size)
+        expected = model(images, patch_size).last_hidden_state
+        assert torch.equal(compiled(images, patch_size).last_hidden_state, expected), (size, patch_size)
+
+
+def test_gradients_through_a_resized_kernel() -> None:
+    model = tiny(position_embedding_type="learned")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    images = torch.randn(2, 3, 32, 32)
+    gradients = []
+    for run in (model, compiled):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            run(images, 16).pooler_output.square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, of_compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, of_compiled, rtol=0, atol=0.02 * plain.abs().max().item() + 1e-6)
+
+
+def test_a_generator_breaks_the_graph_outside_of_the_layers() -> None:
+    model = tiny(num_hidden_layers=6).eval()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    images = torch.randn(2, 3, 32, 32)
+    for seed in range(4):
+        expected = model(images, 8, 0.5, torch.Generator().manual_seed(seed)).pooler_output
+        assert torch.equal(compiled(images, 8, 0.5, torch.Generator().manual_seed(seed)).pooler_output, expected)
+    # the sorting of the draw and the whole encoder, once for all generators
+    assert counter.frame_count <= 3
+
+
+def test_whole_graph_without_a_generator() -> None:
+    model = tiny().eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    images = torch.randn(2, 3, 32, 32)
+    torch.manual_seed(3)
+    expected = model(images, token_dropout=0.5).pooler_output
+    torch.manual_seed(3)
+    assert torch.equal(compiled(images, token_dropout=0.5).pooler_output, expected)

@@ -1,0 +1,69 @@
+"""The configuration: what it refuses, what it derives, and the presets."""
+
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+
+from hf_accel import PRESETS, AccelViTConfig, AccelViTModel
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"hidden_size": 18, "num_attention_heads": 3}, "hidden_size 18 must be a multiple of 4.*'learned'"),
+        ({"hidden_size": 20, "num_attention_heads": 3}, "hidden_size 20 must be a multiple of num_attention_heads 3"),
+        ({"image_size": 100, "patch_size": 16}, "image_size 100 must be a multiple of patch_size 16"),
+        ({"patch_size": 0}, "patch_size must be at least 1, got 0"),
+        ({"use_cls_token": False}, "pooling='cls' needs use_cls_token=True.*pooling='mean'"),
+        ({"num_register_tokens": -1}, "num_register_tokens must be 0 or more, got -1"),
+        ({"drop_path_rate": 1.0}, r"drop_path_rate must lie in \[0, 1\), got 1.0"),
+    ],
+)
+def test_an_impossible_combination_is_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AccelViTConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"pooling": "max"}, {"position_embedding_type": "rope"}, {"patch_size": "16"}, {"hidden_size": 3.5}]
+)
+def test_a_wrong_type_or_choice_is_named(fields: dict[str, Any]) -> None:
+    with pytest.raises(StrictDataclassFieldValidationError, match=next(iter(fields))):
+        AccelViTConfig(**fields)
+
+
+def test_hidden_size_is_free_with_learned_positions() -> None:
+    assert AccelViTConfig(hidden_size=18, num_attention_heads=3, position_embedding_type="learned").hidden_size == 18
+
+
+def test_prefix_tokens_and_grid() -> None:
+    assert AccelViTConfig().num_prefix_tokens == 1
+    assert AccelViTConfig(num_register_tokens=4).num_prefix_tokens == 5
+    assert AccelViTConfig(use_cls_token=False, pooling="mean", num_register_tokens=2).num_prefix_tokens == 2
+    assert AccelViTConfig(image_size=240).grid_size == 15
+
+
+@pytest.mark.parametrize(
+    "name, heads, millions",
+    [("vit_tiny", 3, 5.5), ("vit_small", 12, 21.6), ("vit_base", 12, 85.6), ("vit_large", 16, 303.1)],
+)
+def test_presets(name: str, heads: int, millions: float) -> None:
+    config = PRESETS[name]()
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in AccelViTModel(config).parameters())
+    assert config.num_attention_heads == heads
+    assert count / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+def test_presets_take_overrides() -> None:
+    config = PRESETS["vit_small"](image_size=240, num_attention_heads=6)
+    assert (config.hidden_size, config.image_size, config.num_attention_heads) == (384, 240, 6)
+
+
+def test_roundtrip() -> None:
+    fields: dict[str, Any] = {"layerscale_value": 1e-5, "drop_path_rate": 0, "pooling": "mean", "num_labels": 7}
+    config = AccelViTConfig(**fields)
+    assert config.to_dict() != AccelViTConfig().to_dict() and config.num_labels == 7
+    assert AccelViTConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()

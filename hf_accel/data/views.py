@@ -53,7 +53,14 @@ class ViewConfig:
 
 
 _DIGIT = ViewConfig(
-    crop_scale=(0.4, 1.0), jitter=0.8, saturation=0.0, hue=0.0, grayscale=0.0, blur=0.5, blur_sigma=(0.8, 8.0), flip=0.0
+    crop_scale=(0.4, 1.0),
+    rotation=15,
+    shear=15,
+    saturation=0,
+    hue=0,
+    grayscale=0,
+    blur_sigma=(0.8, 8.0),
+    flip=0,
 )
 
 AUGMENTATIONS: dict[str, tuple[ViewConfig, ...]] = {

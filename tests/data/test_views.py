@@ -299,6 +299,13 @@ def test_digits_are_never_mirrored_and_moco_crops_are_mirrored_half_of_the_time(
     assert all(abs(share(config) - 0.5) < 0.05 for config in AUGMENTATIONS["moco"])
 
 
+def test_every_view_of_every_step_has_its_own_boxes():
+    sides, rows = torch.full((4,), 100), slice(0, 4)
+    keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+    boxes = [views.view_boxes(ViewConfig(), sides, sides, *key, rows=rows, global_batch=4) for key in keys]
+    assert len({tuple(box.flatten().tolist()) for box in boxes}) == len(keys)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_device_changes_nothing():

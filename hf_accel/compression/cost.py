@@ -77,7 +77,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_costs(
     config: AccelViTConfig,
     compressions: Iterable[Compression],

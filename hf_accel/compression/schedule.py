@@ -110,9 +110,7 @@ def _parse_stage(stage: Any, number: int, base_patch_size: int) -> Stage:
         raise ValueError(f"stage {number} of the schedule: `until` must be a number in (0, 1], got {until!r}")
     try:
         online = Compression(stage.get("patch_size", base_patch_size), stage.get("token_dropout", 0.0))
-        target = Compression(
-            stage.get("target_patch_size", online.patch_size), stage.get("target_token_dropout", 0.0)
-        )
+        target = Compression(stage.get("target_patch_size", online.patch_size), stage.get("target_token_dropout", 0.0))
     except ValueError as error:
         raise ValueError(f"stage {number} of the schedule: {error}") from None
     return Stage(float(until), Strategy(online, target))

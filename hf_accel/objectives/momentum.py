@@ -16,7 +16,7 @@ def update_momentum(target: nn.Module, online: nn.Module, momentum: float) -> No
     targets, onlines = list(target.parameters()), list(online.parameters())
     if len(targets) != len(onlines):
         raise ValueError(f"target has {len(targets)} parameters, online {len(onlines)}")
-    torch._foreach_lerp_(targets, onlines, 1.0 - momentum)
+    torch._foreach_lerp_(targets, onlines, 1.0 - momentum)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def copy_to_target(target: nn.Module, online: nn.Module) -> None:

@@ -1,0 +1,272 @@
+"""A recipe: every setting of a run, flat, from a YAML file and `key=value` overrides; each error names key and fix."""
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .compression import Schedule
+from .data import AUGMENTATIONS
+from .models import PRESETS, AccelViTConfig
+from .objectives import OBJECTIVES
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message names the key, the value and the fix."""
+
+
+def _key(default: Any, text: str, group: str = "") -> Any:
+    metadata = {"help": text, "group": group}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Recipe:
+    """One field a key; `python hf_accel/run.py --help` prints them."""
+
+    task: Literal["pretrain", "evaluate", "cost"] = _key("pretrain", "what to do", "run")
+    output_dir: str = _key("runs/default", "folder of everything the run writes; an interrupted run resumes from it")
+    seed: int = _key(0, "every random draw is a function of it")
+
+    data: str = _key(
+        "bundled", "'bundled' digits, Hub dataset id, image folder, or parquet/arrow file or folder", "data"
+    )
+    train_split: str | None = _key(None, "split to train on; default: train")
+    validation_split: str | None = _key(
+        None, "split for kNN accuracy; default: validation, val, test or a held-out tenth"
+    )
+    image_column: str | None = _key(None, "column of images; default: the one of type Image")
+    label_column: str | None = _key(None, "column of labels (evaluation only); default: the one of type ClassLabel")
+    augmentation: str = _key("moco", f"views: one of {', '.join(AUGMENTATIONS)}")
+    view_resolution: Literal["full", "matched"] = _key(
+        "full",
+        "matched: make the views of larger patches at a proportionally lower resolution, same tokens, less data work",
+    )
+    num_workers: int = _key(0, "processes that decode images; 0 for data held in memory")
+
+    model: str = _key("vit_small", f"preset: one of {', '.join(PRESETS)}", "model")
+    model_config: dict[str, Any] = _key(
+        {}, "AccelViTConfig fields over the preset's, e.g. model_config.num_hidden_layers=6"
+    )
+    image_size: int = _key(224, "side of a view in pixels")
+    patch_size: int = _key(16, "base patch size in pixels; must divide image_size")
+    attn_implementation: str | None = _key(None, "sdpa (default), eager or flash_attention_2")
+    gradient_checkpointing: bool = _key(False, "trade compute for memory")
+
+    objective: str = _key("moco", f"one of {', '.join(OBJECTIVES)}", "objective")
+    projector_hidden_size: int = _key(4096, "width of the heads' hidden layers")
+    projection_size: int = _key(256, "width of the embeddings that are compared")
+    temperature: float = _key(0.2, "of the loss")
+    symmetric: bool = _key(False, "both directions of the loss (8 units an image) instead of one (4)")
+    momentum: float = _key(0.99, "weight kept by the momentum encoder at the start")
+    momentum_end: float = _key(1.0, "and at the end, reached along a cosine of progress")
+
+    budget: float = _key(
+        0.0, "units to spend; N uncompressed epochs cost N x images x units an image (4, symmetric 8)", "budget"
+    )
+    schedule: list[Any] | str | None = _key(
+        None, "stages {until, patch_size, token_dropout, target_patch_size, target_token_dropout} or a YAML file; "
+        "default: uncompressed"
+    )  # fmt: skip
+    cost: Literal["analytic", "measured"] = _key("analytic", "units from FLOPs, or timed on this device")
+
+    batch_size: int = _key(256, "images a step, over all processes and accumulated micro-batches", "optimisation")
+    gradient_accumulation_steps: int = _key(1, "micro-batches a step")
+    learning_rate: float = _key(1.5e-4, "peak, for this batch size")
+    lr_schedule: Literal["cosine", "poly"] = _key("cosine", "after the warm-up; poly: base x (1 - progress^2)")
+    warmup: float = _key(0.1, "progress over which the learning rate rises linearly")
+    weight_decay: float = _key(0.1, "of matrices; none on biases and norms")
+    weight_decay_end: float | None = _key(
+        None, "value at the end, reached along a cosine of progress; default: constant"
+    )
+    max_grad_norm: float = _key(0.0, "clip gradients to this norm; 0: never")
+    mixed_precision: Literal["no", "bf16", "fp16"] = _key("no", "autocast")
+    torch_compile: bool = _key(False, "compile the model; one compilation per shape of the schedule")
+
+    eval_points: list[float] = _key(
+        [0.0, 0.25, 0.5, 0.75, 1.0], "progress at which kNN accuracy is taken", "evaluation"
+    )
+    knn_k: int = _key(20, "neighbours")
+    knn_temperature: float = _key(0.07, "of their votes")
+    checkpoint: str | None = _key(None, "task=evaluate: folder of the encoder")
+    eval_patch_size: int | None = _key(None, "task=evaluate: patch size in pixels; default: the base patch")
+
+    logging_steps: int = _key(50, "steps between log lines", "logging and saving")
+    save_steps: float = _key(0.1, "steps between checkpoints, or below 1 a fraction of the run")
+    save_total_limit: int = _key(2, "checkpoints kept; at least 2, so that a kill during a save loses none")
+    report_to: list[str] = _key(["tensorboard"], "trackers of the Trainer: tensorboard, trackio, ...")
+
+    def __post_init__(self):
+        for check in (_check_choices, _check_numbers, _check_model):
+            check(self)
+
+    def encoder_config(self) -> AccelViTConfig:
+        overrides = {"image_size": self.image_size, "patch_size": self.patch_size, **self.model_config}
+        if self.objective == "moco":
+            overrides.setdefault("freeze_patch_projection", True)
+        return PRESETS[self.model](**overrides)
+
+    def compression_schedule(self) -> Schedule:
+        return Schedule.parse(self.schedule, self.patch_size)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+def _fail(key: str, value: Any, problem: str) -> typing.NoReturn:
+    raise RecipeError(f"{key}={value!r}: {problem}")
+
+
+def _check_choices(recipe: Recipe) -> None:
+    tables = {"model": PRESETS, "objective": OBJECTIVES, "augmentation": AUGMENTATIONS}
+    for key, table in tables.items():
+        value = getattr(recipe, key)
+        if value not in table:
+            close = difflib.get_close_matches(str(value), list(table), 1, 0.4)
+            _fail(key, value, f"must be one of {list(table)}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    names = {f.name for f in fields(AccelViTConfig)}
+    for name in recipe.model_config:
+        if name not in names or name in ("image_size", "patch_size"):
+            close = difflib.get_close_matches(name, list(names), 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            own = name in ("image_size", "patch_size")
+            _fail(
+                f"model_config.{name}",
+                recipe.model_config[name],
+                "is a key of its own" if own else f"no such field{hint}",
+            )
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    positive = ("image_size", "patch_size", "projector_hidden_size", "projection_size", "temperature", "batch_size")
+    positive += (
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "knn_k",
+        "knn_temperature",
+        "logging_steps",
+        "save_steps",
+    )
+    for key in positive:
+        if getattr(recipe, key) <= 0:
+            _fail(key, getattr(recipe, key), "must be above 0")
+    for key in ("momentum", "momentum_end", "warmup"):
+        if not 0 <= getattr(recipe, key) <= 1:
+            _fail(key, getattr(recipe, key), "must lie in [0, 1]")
+    for key in ("weight_decay", "max_grad_norm", "num_workers", "budget"):
+        if getattr(recipe, key) < 0:
+            _fail(key, getattr(recipe, key), "must not be negative")
+    if recipe.task == "pretrain" and recipe.budget == 0:
+        _fail("budget", recipe.budget, "a pretraining run needs a budget in units, e.g. budget=400000")
+    if recipe.task == "evaluate" and not recipe.checkpoint:
+        _fail(
+            "checkpoint", recipe.checkpoint, "task=evaluate needs the folder of an encoder, e.g. checkpoint=RUN/final"
+        )
+    if recipe.save_total_limit < 2:
+        _fail(
+            "save_total_limit", recipe.save_total_limit, "must be at least 2, so that a kill during a save loses none"
+        )
+    if any(not isinstance(p, int | float) or not 0 <= p <= 1 for p in recipe.eval_points):
+        _fail("eval_points", recipe.eval_points, "must be numbers in [0, 1]")
+    if recipe.batch_size % recipe.gradient_accumulation_steps:
+        _fail(
+            "batch_size",
+            recipe.batch_size,
+            f"must be a multiple of gradient_accumulation_steps={recipe.gradient_accumulation_steps}",
+        )
+
+
+def _check_model(recipe: Recipe) -> None:
+    if recipe.image_size % recipe.patch_size:
+        _fail("patch_size", recipe.patch_size, f"must divide image_size={recipe.image_size}")
+    try:
+        recipe.encoder_config()
+    except Exception as error:  # the config's own checks raise several types; all are about the recipe's values
+        raise RecipeError(f"model_config={recipe.model_config!r}: {error}") from error
+    try:
+        recipe.compression_schedule().validate(recipe.image_size, recipe.patch_size)
+    except (ValueError, yaml.YAMLError) as error:
+        raise RecipeError(f"schedule={recipe.schedule!r}: {error}") from None
+
+
+def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply `key=value` overrides (values in YAML; `a.b=value` sets an entry of a mapping).
+
+    Raises:
+        RecipeError: unknown key, wrong type, impossible value or combination.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        if not Path(path).is_file():
+            raise RecipeError(f"no recipe at {str(path)!r}; give the path of a YAML file, e.g. recipes/moco.yaml")
+        try:
+            loaded = yaml.safe_load(Path(path).read_text())
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{path} is not valid YAML: {error}") from None
+        if not isinstance(loaded, Mapping | None):
+            raise RecipeError(f"{path}: expected `key: value` lines, got {type(loaded).__name__}")
+        values.update(loaded or {})
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise RecipeError(f"{override!r}: overrides are written key=value, e.g. seed=1")
+        head, *rest = key.split(".")
+        value = yaml.safe_load(text)
+        if rest:
+            values[head] = {**values.get(head, {}), ".".join(rest): value}
+        else:
+            values[head] = value
+    return Recipe(**{key: _typed(key, value) for key, value in values.items()})
+
+
+def _typed(key: str, value: Any) -> Any:
+    """`value` as the type of `key` (whole numbers may stand where floats belong), or a RecipeError."""
+    hints = typing.get_type_hints(Recipe)
+    if key not in hints:
+        close = difflib.get_close_matches(str(key), list(hints), 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise RecipeError(f"{key}={value!r}: there is no such key{hint} (--help lists them)")
+    hint = hints[key]
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in kinds:
+        origin = typing.get_origin(kind) or kind
+        if origin is Literal:
+            if value in typing.get_args(kind) and isinstance(value, str):
+                return value
+        elif origin is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        elif type(value) is origin:
+            return value
+    # YAML 1.1 reads `no` as False and 1e-3 as a string
+    if origin is Literal and value is False and "no" in typing.get_args(hint):
+        return "no"
+    tip = " (write floats with a point, as 1.0e-3)" if float in kinds and isinstance(value, str) else ""
+    raise RecipeError(f"{key}={value!r}: expected {type_name(hint)}{tip}")
+
+
+def type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(typing.get_args(hint))
+    if isinstance(hint, types.UnionType):
+        return " or ".join(type_name(part) for part in typing.get_args(hint))
+    return {types.NoneType: "null"}.get(hint, getattr(typing.get_origin(hint) or hint, "__name__", str(hint)))
+
+
+def describe_keys() -> str:
+    """Every key with type, default and one line, by group: the text of --help."""
+    hints, lines = typing.get_type_hints(Recipe), []
+    defaults = Recipe(budget=1.0)
+    for key in fields(Recipe):
+        if key.metadata["group"]:
+            lines.append(f"\n{key.metadata['group']}:")
+        default = None if key.name == "budget" else getattr(defaults, key.name)
+        lines.append(f"  {key.name} ({type_name(hints[key.name])}; default {default!r})")
+        lines.append(f"      {key.metadata['help']}")
+    return "\n".join(lines)

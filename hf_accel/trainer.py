@@ -1,0 +1,319 @@
+"""`PretrainTrainer`: the transformers Trainer, driven by a plan that spends a budget along a schedule."""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from . import distributed
+from .compression import Plan, Strategy
+from .data import AUGMENTATIONS, ImageSource, TrainSampler, eval_loader, make_views, train_loader
+from .draws import generator
+from .evaluation import extract_features, knn_accuracy
+from .objectives import Draw, ObjectiveForPreTraining
+from .recipe import Recipe
+from .report import write_json
+
+RUN_STATE_NAME = "run_state.json"
+"""Written last into a checkpoint: what has none was interrupted while it was saved and is not resumed from."""
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is NaN or infinite."""
+
+
+def cosine(start: float, end: float, progress: float) -> float:
+    """From `start` at progress 0 to `end` at 1 along half a cosine."""
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def learning_rate_factor(progress: float, schedule: str, warmup: float) -> float:
+    """Learning rate over its peak: a linear rise over `warmup`, then `cosine` to 0 or `poly` (1 - progress^2)."""
+    rise = min(1.0, progress / warmup) if warmup > 0 else 1.0
+    if schedule == "poly":
+        return rise * (1 - progress**2)
+    after = max(0.0, progress - warmup) / max(1 - warmup, 1e-12)
+    return rise * cosine(1.0, 0.0, min(1.0, after))
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint whose saving was not interrupted."""
+    found = [path.parent for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{RUN_STATE_NAME}")]
+    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+class PretrainTrainer(Trainer):
+    """Trains an objective until its budget is spent.
+
+    Args:
+        recipe: the settings.
+        plan: strategy and progress of every step.
+        source: training images.
+        validation: labelled images for kNN accuracy, or None.
+    """
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: ObjectiveForPreTraining,
+        args: TrainingArguments,
+        recipe: Recipe,
+        plan: Plan,
+        source: ImageSource,
+        validation: ImageSource | None = None,
+        **kwargs: Any,
+    ):
+        self.recipe, self.plan, self.source, self.validation = recipe, plan, source, validation
+        self.view_configs = AUGMENTATIONS[recipe.augmentation][: model.num_views]
+        self.seconds = {"total": 0.0, "data": 0.0, "forward_backward": 0.0, "evaluation": 0.0}
+        self._metric_sums: dict[str, torch.Tensor] = {}
+        self._metric_count = 0
+        self._window = (time.perf_counter(), 0, 0.0)
+        super().__init__(model=model, args=args, train_dataset=source, eval_dataset=validation, **kwargs)
+        self.add_callback(ProgressCallback(self))
+
+    # Data
+
+    def view_size(self, step: int) -> int:
+        """Pixels of the views of a step: the image size, or, matched, what the step's patches leave of it."""
+        return view_size(self.plan[step].strategy, self.recipe)
+
+    def get_train_dataloader(self):
+        """One pass is the whole run, from the step that is next: a resumed run reads no batch only to skip it."""
+        sampler = TrainSampler(
+            len(self.source),
+            self.args.per_device_train_batch_size,
+            self.args.world_size,
+            self.args.process_index,
+            self.args.gradient_accumulation_steps,
+            self.recipe.seed,
+            first_step=self._first_step,
+            last_step=self.plan.num_steps,
+        )
+        loader = train_loader(
+            self.source,
+            sampler,
+            self.view_configs,
+            self.view_size,
+            self.recipe.num_workers,
+            self.recipe.seed,
+            pin_memory=self.args.device.type == "cuda",
+        )
+        return WholeRun(loader, self.plan.num_steps * self.args.gradient_accumulation_steps)
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any):
+        self._first_step = 0
+        if resume_from_checkpoint:
+            state = json.loads((Path(resume_from_checkpoint) / RUN_STATE_NAME).read_text())
+            self._first_step, self.seconds = state["step"], state["seconds"]
+        self._started, self._seconds_before = time.perf_counter(), self.seconds["total"]
+        self._window = (self._started, self._first_step, self.seconds["data"])
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        start = time.perf_counter()
+        batches = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.seconds["data"] += time.perf_counter() - start
+        return batches
+
+    # One step
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        start = time.perf_counter()
+        # Stochastic depth draws from the global generators: make those, too, a function of the step alone.
+        key = (inputs["step"], inputs["micro_step"], distributed.rank())
+        torch.manual_seed(generator(self.recipe.seed, "model", *key).initial_seed())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.seconds["forward_backward"] += time.perf_counter() - start
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        step, micro_step = inputs["step"], inputs["micro_step"]
+        views = make_views(
+            inputs,
+            self.view_configs,
+            self.view_size(step),
+            self.recipe.seed,
+            step,
+            micro_step,
+            inputs["rows"],
+            inputs["global_batch"],
+            self.source.mean,
+            self.source.std,
+        )
+        output = model(views, self.plan[step].strategy, Draw(self.recipe.seed, step, micro_step))
+        for name, value in output.metrics.items():
+            self._metric_sums[name] = self._metric_sums.get(name, 0) + value
+        self._metric_count += 1
+        return (output.loss, output) if return_outputs else output.loss
+
+    def _get_learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0  # the ledger is in units
+
+    # Logging, evaluation, saving
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        steps = self.state.global_step
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                self._diverged()
+            logs.update(self._step_logs(steps))
+        logs["units"] = self.plan.spent_after(steps)
+        logs["progress"] = min(1.0, logs["units"] / self.plan.budget)
+        super().log(logs, start_time)
+
+    def _step_logs(self, steps: int) -> dict[str, float]:
+        strategy, size = self.plan[steps - 1].strategy, self.recipe.image_size
+        online, target = strategy.online, strategy.target_branch
+        prefix = self.model.config.num_prefix_tokens
+        now, data = time.perf_counter(), self.seconds["data"]
+        since, first, data_before = self._window
+        self._window = (now, steps, data)
+        logs = {
+            "patch_size": online.patch_size,
+            "token_dropout": online.token_dropout,
+            "tokens": online.kept_tokens(size) + prefix,
+            "target_patch_size": target.patch_size,
+            "target_token_dropout": target.token_dropout,
+            "target_tokens": target.kept_tokens(size) + prefix,
+            "images_per_second": (steps - first) * self.plan.batch_size / max(now - since, 1e-9),
+            "data_wait_fraction": (data - data_before) / max(now - since, 1e-9),
+        }
+        for name, total in self._metric_sums.items():
+            logs[name] = float(total) / self._metric_count
+        self._metric_sums, self._metric_count = {}, 0
+        return logs
+
+    def _diverged(self) -> None:
+        kept = last_complete_checkpoint(self.args.output_dir)
+        raise TrainingDiverged(
+            f"the loss is not finite at step {self.state.global_step} (seed {self.recipe.seed}). "
+            f"Last good checkpoint: {kept or 'none yet'}. Try a lower learning_rate, a longer warmup, "
+            "max_grad_norm=1.0, model_config.freeze_patch_projection=true, or mixed_precision=bf16 instead of fp16"
+        )
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """kNN accuracy of the exported encoder, as a fraction; nothing without labels."""
+        start = time.perf_counter()
+        metrics: dict[str, float] = {}
+        if self.validation is not None and self.validation.labels is not None and self.source.labels is not None:
+            encoder = self.accelerator.unwrap_model(self.model).exported_encoder
+            accuracy = knn_of(encoder, self.source, self.validation, self.recipe, self.args.device)
+            metrics = {f"{metric_key_prefix}_knn_{name}": value for name, value in accuracy.items()}
+            self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        taken = time.perf_counter() - start
+        self.seconds["evaluation"] += taken
+        since, steps, data = self._window
+        self._window = (since + taken, steps, data)
+        return metrics
+
+    def _save_checkpoint(self, model, trial) -> None:
+        if not bool(torch.isfinite(self.accelerator.gather(self._tr_loss)).all()):
+            self._diverged()
+        super()._save_checkpoint(model, trial)
+        distributed.barrier()
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            write_json(folder / RUN_STATE_NAME, self.run_state())
+
+    def run_state(self) -> dict[str, Any]:
+        """Counters that a resumed run continues from."""
+        self.seconds["total"] = self._seconds_before + time.perf_counter() - self._started
+        steps = self.state.global_step
+        return {"step": steps, "units": self.plan.spent_after(steps), "seconds": self.seconds}
+
+
+def view_size(strategy: Strategy, recipe: Recipe) -> int:
+    """Pixels of a step's views.
+
+    Matched: the resized kernel sees p0 x p0 numbers of each patch only, so the view may be made with p0 pixels a patch;
+    where the branches' patches differ, both need the full view.
+    """
+    online, target = strategy.online.patch_size, strategy.target_branch.patch_size
+    if recipe.view_resolution == "full" or online != target:
+        return recipe.image_size
+    return recipe.image_size // online * recipe.patch_size
+
+
+def knn_of(
+    encoder: torch.nn.Module,
+    source: ImageSource,
+    validation: ImageSource,
+    recipe: Recipe,
+    device: torch.device,
+    patch_size: int | None = None,
+    features: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> dict[str, float]:
+    """kNN accuracy {"top1", "top5"} on `validation`, bank `source`; `features(loader)` replaces the encoder."""
+    pairs = []
+    for images in (source, validation):
+        loader = eval_loader(images, recipe.image_size, 256, recipe.num_workers)
+        pairs.append(features(loader) if features else extract_features(encoder, loader, device, patch_size))
+    (bank, bank_labels), (queries, labels) = pairs
+    return knn_accuracy(bank, bank_labels, queries, labels, recipe.knn_k, recipe.knn_temperature)
+
+
+class WholeRun:
+    """A loader whose length is the run's, wherever it starts: the Trainer reckons its one epoch by it."""
+
+    def __init__(self, loader: Any, length: int):
+        self.loader, self.length, self.dataset = loader, length, loader.dataset
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self):
+        return iter(self.loader)
+
+
+class ProgressCallback(TrainerCallback):
+    """Sets what is a function of progress, updates the target branch, and stops cleanly on SIGTERM."""
+
+    def __init__(self, trainer: PretrainTrainer):
+        self.trainer, self.terminated, self.previous = trainer, False, None
+        points = trainer.recipe.eval_points
+        self.eval_steps = {trainer.plan.first_step_at(point) for point in points if point > 0}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        def note(signum, frame):
+            self.terminated = True
+
+        self.previous = signal.signal(signal.SIGTERM, note)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self.previous or signal.SIG_DFL)
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        recipe, progress = self.trainer.recipe, self.trainer.plan[state.global_step].progress
+        end = recipe.weight_decay if recipe.weight_decay_end is None else recipe.weight_decay_end
+        for group in self.trainer.optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * learning_rate_factor(progress, recipe.lr_schedule, recipe.warmup)
+            if group["weight_decay"] > 0:
+                group["weight_decay"] = cosine(recipe.weight_decay, end, progress)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        recipe, progress = self.trainer.recipe, self.trainer.plan[state.global_step].progress
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        model.update_target(cosine(recipe.momentum, recipe.momentum_end, progress))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        state.epoch = state.global_step * trainer.plan.batch_size / len(trainer.source)
+        control.should_evaluate = state.global_step in self.eval_steps
+        if args.world_size > 1:  # the signal reaches the processes at different steps, and all must stop at one
+            flag = torch.tensor([float(self.terminated)], device=args.device)
+            self.terminated = bool(distributed.all_gather(flag).any())
+        if self.terminated:
+            control.should_save = control.should_training_stop = True

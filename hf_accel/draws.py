@@ -20,7 +20,7 @@ def generator(seed: int, *key: int | str) -> torch.Generator:
 def rows_generator(first_row: int, width: int, seed: int, *key: int | str) -> torch.Generator:
     """`generator(seed, *key)`, advanced past the first `first_row` rows of a `torch.rand(rows, width)`.
 
-    A CPU generator's uniform floats are one sequence, so rank r that asks for its `(b, width)` after `first_row = r * b`
+    A CPU generator's uniform floats are one sequence: rank r, asking for its `(b, width)` after `first_row = r * b`,
     gets exactly the rows r * b to (r + 1) * b of the global batch's draw.
     """
     source = generator(seed, *key)

@@ -96,7 +96,8 @@ def build_objective(recipe: Recipe) -> ObjectiveForPreTraining:
     config = recipe.encoder_config()
     if recipe.attn_implementation:
         config._attn_implementation = recipe.attn_implementation
-    return OBJECTIVES[recipe.objective](  # pyright: ignore[reportCallIssue]
+    objective: Any = OBJECTIVES[recipe.objective]
+    return objective(
         config,
         projector_hidden_size=recipe.projector_hidden_size,
         projection_size=recipe.projection_size,
@@ -188,11 +189,11 @@ def finish(trainer: PretrainTrainer, recipe: Recipe, source: ImageSource, valida
     accuracies = [entry for entry in history if "eval_knn_top1" in entry]
     raw = None
     if validation is not None and validation.labels is not None and source.labels is not None:
-        raw = knn_of(trainer.model, source, validation, recipe, trainer.args.device, features=raw_pixel_features)
+        raw = knn_of(trainer.objective, source, validation, recipe, trainer.args.device, features=raw_pixel_features)
     if not is_main():
         return
     output, seconds = Path(recipe.output_dir), state["seconds"]
-    trainer.accelerator.unwrap_model(trainer.model).exported_encoder.save_pretrained(output / "final")
+    trainer.objective.exported_encoder.save_pretrained(output / "final")
     image_processor(source, recipe.image_size).save_pretrained(output / "final")
     spent_in_parts = seconds["data"] + seconds["forward_backward"]
     results: dict[str, Any] = {
@@ -235,7 +236,7 @@ def evaluate(recipe: Recipe) -> None:
     if validation is None or validation.labels is None:
         raise RecipeError(f"data={recipe.data!r}: task=evaluate needs labels; name their column with label_column=")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = AutoModel.from_pretrained(recipe.checkpoint).to(device)
+    encoder = AutoModel.from_pretrained(str(recipe.checkpoint)).to(device)
     accuracy = knn_of(encoder, source, validation, recipe, device, recipe.eval_patch_size)
     patch_size = recipe.eval_patch_size or getattr(encoder.config, "patch_size", None)
     entry = {"checkpoint": recipe.checkpoint, "data": recipe.data, "patch_size": patch_size, **accuracy}

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -77,8 +77,14 @@ class PretrainTrainer(Trainer):
         self._metric_sums: dict[str, torch.Tensor] = {}
         self._metric_count = 0
         self._window = (time.perf_counter(), 0, 0.0)
-        super().__init__(model=model, args=args, train_dataset=source, eval_dataset=validation, **kwargs)
+        images: dict[str, Any] = {"train_dataset": source, "eval_dataset": validation}
+        super().__init__(model=model, args=args, **images, **kwargs)
         self.add_callback(ProgressCallback(self))
+
+    @property
+    def objective(self) -> ObjectiveForPreTraining:
+        """The model itself, out of what an engine wraps around it."""
+        return cast(ObjectiveForPreTraining, self.accelerator.unwrap_model(cast(Any, self.model)))
 
     # Data
 
@@ -126,7 +132,7 @@ class PretrainTrainer(Trainer):
 
     # One step
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(self, model, inputs: dict[str, Any], num_items_in_batch=None):
         start = time.perf_counter()
         # Stochastic depth draws from the global generators: make those, too, a function of the step alone.
         key = (inputs["step"], inputs["micro_step"], distributed.rank())
@@ -135,7 +141,7 @@ class PretrainTrainer(Trainer):
         self.seconds["forward_backward"] += time.perf_counter() - start
         return loss
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
         step, micro_step = inputs["step"], inputs["micro_step"]
         views = make_views(
             inputs,
@@ -156,7 +162,7 @@ class PretrainTrainer(Trainer):
         return (output.loss, output) if return_outputs else output.loss
 
     def _get_learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        return cast(Any, self.optimizer).param_groups[0]["lr"]
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # the ledger is in units
@@ -176,7 +182,7 @@ class PretrainTrainer(Trainer):
     def _step_logs(self, steps: int) -> dict[str, float]:
         strategy, size = self.plan[steps - 1].strategy, self.recipe.image_size
         online, target = strategy.online, strategy.target_branch
-        prefix = self.model.config.num_prefix_tokens
+        prefix = self.objective.config.num_prefix_tokens
         now, data = time.perf_counter(), self.seconds["data"]
         since, first, data_before = self._window
         self._window = (now, steps, data)
@@ -196,7 +202,7 @@ class PretrainTrainer(Trainer):
         return logs
 
     def _diverged(self) -> None:
-        kept = last_complete_checkpoint(self.args.output_dir)
+        kept = last_complete_checkpoint(self.recipe.output_dir)
         raise TrainingDiverged(
             f"the loss is not finite at step {self.state.global_step} (seed {self.recipe.seed}). "
             f"Last good checkpoint: {kept or 'none yet'}. Try a lower learning_rate, a longer warmup, "
@@ -208,8 +214,9 @@ class PretrainTrainer(Trainer):
         start = time.perf_counter()
         metrics: dict[str, float] = {}
         if self.validation is not None and self.validation.labels is not None and self.source.labels is not None:
-            encoder = self.accelerator.unwrap_model(self.model).exported_encoder
-            accuracy = knn_of(encoder, self.source, self.validation, self.recipe, self.args.device)
+            accuracy = knn_of(
+                self.objective.exported_encoder, self.source, self.validation, self.recipe, self.args.device
+            )
             metrics = {f"{metric_key_prefix}_knn_{name}": value for name, value in accuracy.items()}
             self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -220,12 +227,12 @@ class PretrainTrainer(Trainer):
         return metrics
 
     def _save_checkpoint(self, model, trial) -> None:
-        if not bool(torch.isfinite(self.accelerator.gather(self._tr_loss)).all()):
+        if not bool(torch.isfinite(cast(torch.Tensor, self.accelerator.gather(self._tr_loss))).all()):
             self._diverged()
         super()._save_checkpoint(model, trial)
         distributed.barrier()
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder = Path(self.recipe.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             write_json(folder / RUN_STATE_NAME, self.run_state())
 
     def run_state(self) -> dict[str, Any]:
@@ -298,15 +305,14 @@ class ProgressCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         recipe, progress = self.trainer.recipe, self.trainer.plan[state.global_step].progress
         end = recipe.weight_decay if recipe.weight_decay_end is None else recipe.weight_decay_end
-        for group in self.trainer.optimizer.param_groups:
+        for group in cast(Any, self.trainer.optimizer).param_groups:
             group["lr"] = recipe.learning_rate * learning_rate_factor(progress, recipe.lr_schedule, recipe.warmup)
             if group["weight_decay"] > 0:
                 group["weight_decay"] = cosine(recipe.weight_decay, end, progress)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         recipe, progress = self.trainer.recipe, self.trainer.plan[state.global_step].progress
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        model.update_target(cosine(recipe.momentum, recipe.momentum_end, progress))
+        self.trainer.objective.update_target(cosine(recipe.momentum, recipe.momentum_end, progress))
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self.trainer

@@ -94,7 +94,8 @@ def measure_costs(
     device = torch.device(device)
     base = Compression(config.patch_size)
     wanted = list(dict.fromkeys([base, *compressions]))
-    model = AccelViTModel(config).to(device).eval()
+    model = AccelViTModel(config).eval()
+    model.to(device)  # pyright: ignore[reportArgumentType]
     images = torch.randn(batch_size, config.num_channels, config.image_size, config.image_size, device=device)
     seconds: dict[Compression, list[float]] = {c: [] for c in wanted}
     for repeat in range(repeats + 1):

@@ -1,4 +1,4 @@
-"""What is shortened: a `Compression` of one view, and the `Strategy` of one training step (one compression a branch)."""
+"""What is shortened: the `Compression` of one view, and the `Strategy` of a step, one compression a branch."""
 
 from dataclasses import dataclass
 

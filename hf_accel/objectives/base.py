@@ -5,7 +5,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ..compression.cost import ForwardCost
 from ..compression.strategy import Compression, Strategy
@@ -27,7 +27,7 @@ class Draw(NamedTuple):
 class ObjectiveOutput(ModelOutput):
     """`loss`: scalar, to be minimised. `metrics`: detached scalars worth logging, by name."""
 
-    loss: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
     metrics: dict[str, torch.Tensor] | None = None
 
 
@@ -35,8 +35,8 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
     """Base of the `...ForPreTraining` models.
 
     The encoder under training is `self.encoder`, under the prefix by which a training checkpoint opens as an
-    `AccelViTModel` directly. A subclass gives `forward(views, strategy, draw)` and `units_per_image`, and, when it has a
-    target branch, `update_target`.
+    `AccelViTModel` directly. A subclass gives `forward(views, strategy, draw)` and `units_per_image`, and, when it has
+    a target branch, `update_target`.
     """
 
     num_views: ClassVar[int] = 2
@@ -66,8 +66,8 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
         """(B, C, S, S) -> pooled features (B, hidden_size) under `compression`.
 
         `compression.patch_size` is in pixels of a view at the config's image size; a view made at another resolution is
-        cut into the same grid. Each branch of each micro-batch keeps its own tokens, and two processes keep the ones that
-        one process with the same global batch would.
+        cut into the same grid. Each branch of each micro-batch keeps its own tokens, and two processes keep the ones
+        that one process with the same global batch would.
         """
         grid = self.config.image_size // compression.patch_size
         generator = None

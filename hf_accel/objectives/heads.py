@@ -9,8 +9,8 @@ from ..distributed import all_reduce, world_size
 class BatchNorm1d(nn.BatchNorm1d):
     """`nn.BatchNorm1d` over the global batch: its statistics, and their gradient, span all processes.
 
-    torch's SyncBatchNorm refuses CPU tensors; this one runs wherever the process group does, so that two processes can be
-    held against one. Each process must bring the same number of rows.
+    torch's SyncBatchNorm refuses CPU tensors; this one runs wherever the process group does, so that two processes can
+    be held against one. Each process must bring the same number of rows.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ class MoCoForPreTraining(ObjectiveForPreTraining):
         config: the encoder's.
         projector_hidden_size, projection_size: widths of the heads.
         temperature: T of the loss.
-        symmetric: also swap the views' roles and add the two losses, as the original code does; otherwise one direction,
+        symmetric: also swap the views' roles and add the losses, as the original code does; otherwise one direction,
             as in the accelerated setting of arXiv 2410.22364.
     """
 

@@ -13,10 +13,11 @@ def update_momentum(target: nn.Module, online: nn.Module, momentum: float) -> No
     Raises:
         ValueError: the two modules' parameters differ in number.
     """
-    targets, onlines = list(target.parameters()), list(online.parameters())
+    targets: list[torch.Tensor] = list(target.parameters())
+    onlines: list[torch.Tensor] = list(online.parameters())
     if len(targets) != len(onlines):
         raise ValueError(f"target has {len(targets)} parameters, online {len(onlines)}")
-    torch._foreach_lerp_(targets, onlines, 1.0 - momentum)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    torch._foreach_lerp_(targets, onlines, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def copy_to_target(target: nn.Module, online: nn.Module) -> None:

@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_accel.recipe import Recipe, RecipeError, describe_keys, load_recipe
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_reads_and_comes_back_from_its_resolved_form(path, tmp_path):
+    recipe = load_recipe(path)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("bacth_size=3", ["bacth_size", "batch_size"]),
+        ("batch_size=many", ["batch_size", "many", "int"]),
+        ("batch_size=true", ["batch_size", "True"]),
+        ("learning_rate=1e-3", ["learning_rate", "1.0e-3"]),
+        ("model=vit_tny", ["vit_tny", "vit_tiny"]),
+        ("objective=mocko", ["mocko", "moco"]),
+        ("patch_size=5", ["patch_size=5", "image_size=28"]),
+        ("model_config.hiden_size=3", ["hiden_size", "hidden_size"]),
+        ("model_config.patch_size=7", ["patch_size", "key of its own"]),
+        ("schedule=[{until: 1.0, patch_size: 5}]", ["patch_size 5", "[4, 7, 14]"]),
+        ("schedule=[{until: 0.5}]", ["1.0", "0.5"]),
+        ("schedule=nowhere.yaml", ["nowhere.yaml"]),
+        ("budget=-1", ["budget", "negative"]),
+        ("budget=0", ["budget", "units"]),
+        ("save_total_limit=1", ["save_total_limit", "2"]),
+        ("task=pretain", ["pretain", "pretrain"]),
+        ("task=evaluate", ["checkpoint"]),
+        ("seed", ["key=value"]),
+        ("eval_points=[2]", ["eval_points"]),
+    ],
+)
+def test_a_bad_value_is_an_error_that_names_it_and_the_fix(override, words):
+    with pytest.raises(RecipeError) as error:
+        load_recipe("recipes/moco.yaml", [override])
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(RecipeError, match="no recipe"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(tmp_path / "broken.yaml")
+
+
+def test_overrides_win_and_whole_numbers_become_floats():
+    recipe = load_recipe("recipes/moco.yaml", ["budget=7", "model_config.hidden_size=64", "mixed_precision=no"])
+    assert recipe.budget == 7.0 and isinstance(recipe.budget, float)
+    assert recipe.encoder_config().hidden_size == 64
+    written = yaml.safe_load(Path("recipes/moco.yaml").read_text())["model_config"]
+    assert recipe.encoder_config().num_hidden_layers == written["num_hidden_layers"]
+    assert recipe.mixed_precision == "no"
+
+
+def test_help_lists_every_key():
+    text = describe_keys()
+    assert all(f"  {key} (" in text for key in Recipe.__dataclass_fields__)

@@ -1,0 +1,115 @@
+"""Whole runs in processes of their own: results, exact resume after SIGKILL and SIGTERM."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "model_config.hidden_size=32",
+    "model_config.num_hidden_layers=2",
+    "model_config.intermediate_size=64",
+    "model_config.num_attention_heads=2",
+    "model_config.drop_path_rate=0.2",
+    "projector_hidden_size=64",
+    "projection_size=32",
+    "batch_size=64",
+    "gradient_accumulation_steps=2",
+    "budget=4000",
+    "logging_steps=1",
+    "save_steps=2",
+    "report_to=[]",
+]
+
+
+def start(output: Path, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, "hf_accel/run.py", "recipes/moco.yaml", f"output_dir={output}", *TINY, *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def run(output: Path, *overrides: str) -> str:
+    process = start(output, *overrides)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    return text
+
+
+def interrupt(output: Path, signum: int) -> str:
+    """Start the run, send the signal once it has a complete checkpoint, and return what it printed."""
+    process = start(output)
+    deadline = time.monotonic() + 200
+    while not list(output.glob("checkpoint-*/run_state.json")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signum)
+    text, _ = process.communicate(timeout=100)
+    assert not (output / "results.json").exists(), "the run had ended before the signal: make it longer"
+    return text
+
+
+def last_logs(output: Path) -> list[dict]:
+    logs = json.loads((output / "log_history.json").read_text())["log_history"]
+    exact = ("step", "loss", "learning_rate", "units", "progress", "embedding_std", "eval_knn_top1", "tokens")
+    return [{key: entry[key] for key in exact if key in entry} for entry in logs if "train_runtime" not in entry]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("whole")
+    run(output)
+    return output
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_the_readme_says(whole):
+    results = json.loads((whole / "results.json").read_text())
+    logs = [entry for entry in last_logs(whole) if "loss" in entry]
+    assert results["budget"] - results["units"] < 64 * 4
+    assert logs[-1]["units"] == pytest.approx(results["units"]) and len(logs) == results["steps"]
+    assert results["images_seen"] == 64 * results["steps"]
+    assert {entry["tokens"] for entry in logs} == {17, 25, 50}
+    for name in ("final/config.json", "final/preprocessor_config.json", "recipe.yaml", "curves.png"):
+        assert (whole / name).is_file(), name
+    from transformers import AutoImageProcessor, AutoModel
+
+    import hf_accel  # noqa: F401
+
+    encoder = AutoModel.from_pretrained(whole / "final")
+    checkpoint = AutoModel.from_pretrained(whole / f"checkpoint-{results['steps']}")
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, checkpoint.state_dict()[name]), name
+    assert AutoImageProcessor.from_pretrained(whole / "final").crop_size["height"] == 28
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_interrupted_and_resumed_equals_left_alone(whole, tmp_path, signum):
+    text = interrupt(tmp_path, signum)
+    assert signum == signal.SIGKILL or "same command resumes" in text
+    assert "Resuming from" in run(tmp_path)
+    steps = json.loads((whole / "results.json").read_text())["steps"]
+    for name in ("final/model.safetensors", f"checkpoint-{steps}/model.safetensors"):
+        expected, got = load_file(whole / name), load_file(tmp_path / name)
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[key], got[key]) for key in expected), name
+    assert last_logs(whole) == last_logs(tmp_path)
+    assert "complete" in run(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_folder_with_another_recipe_is_refused_and_kept(whole):
+    process = start(whole, "seed=7")
+    text, _ = process.communicate(timeout=100)
+    assert process.returncode != 0 and "seed=7" in text and "output_dir" in text
+    assert (whole / "results.json").is_file()

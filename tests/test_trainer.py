@@ -1,0 +1,43 @@
+import math
+
+import numpy as np
+import pytest
+
+from hf_accel.compression import Compression, Strategy
+from hf_accel.recipe import load_recipe
+from hf_accel.trainer import cosine, last_complete_checkpoint, learning_rate_factor, view_size
+
+
+def test_learning_rate_against_a_transcription():
+    for progress in np.random.default_rng(0).random(50):
+        for warmup in (0.0, 0.1, 0.4):
+            rise = min(1, progress / warmup) if warmup else 1
+            poly = rise * (1 - progress**2)
+            decay = 0.5 * (1 + math.cos(math.pi * max(0, (progress - warmup) / (1 - warmup))))
+            assert learning_rate_factor(progress, "poly", warmup) == pytest.approx(poly)
+            assert learning_rate_factor(progress, "cosine", warmup) == pytest.approx(rise * decay)
+
+
+def test_cosine_ends_where_it_should():
+    assert cosine(0.99, 1.0, 0.0) == pytest.approx(0.99)
+    assert cosine(0.99, 1.0, 1.0) == pytest.approx(1.0)
+    assert cosine(0.0, 1.0, 0.5) == pytest.approx(0.5)
+
+
+def test_a_checkpoint_torn_by_a_kill_is_not_resumed_from(tmp_path):
+    assert last_complete_checkpoint(tmp_path) is None
+    for step in (5, 10, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}" / "run_state.json").write_text("{}")
+    found = last_complete_checkpoint(tmp_path)
+    assert found is not None and found.name == "checkpoint-10"
+
+
+def test_matched_views_have_base_patches():
+    full = load_recipe("recipes/moco.yaml")
+    matched = load_recipe("recipes/moco.yaml", ["view_resolution=matched"])
+    symmetric, asymmetric = Strategy(Compression(7)), Strategy(Compression(7), Compression(4))
+    assert view_size(symmetric, full) == 28
+    assert view_size(symmetric, matched) == 16
+    assert view_size(asymmetric, matched) == 28

@@ -206,6 +206,7 @@ def finish(trainer: PretrainTrainer, recipe: Recipe, source: ImageSource, valida
         "steps": state["step"],
         "images_seen": state["step"] * trainer.plan.batch_size,
         "seconds": {**seconds, "rest": seconds["total"] - spent_in_parts - seconds["evaluation"]},
+        "processes": trainer.args.world_size,
         "seed": recipe.seed,
         "objective": recipe.objective,
         "schedule": trainer.plan.schedule.to_list(),

@@ -7,6 +7,7 @@ Sources: Lin et al., "Accelerating Augmentation Invariance Pretraining" (arXiv 2
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from operator import index
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ def resize_patch_kernel(kernel: torch.Tensor, patch_size: int) -> torch.Tensor:
     Raises:
         ValueError: `patch_size` is no positive whole number, or the kernel is not square.
     """
-    check_patch_size(patch_size)
+    patch_size = checked_patch_size(patch_size)
     if kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3]:
         raise ValueError(f"the kernel must be (D, C, p0, p0), got {tuple(kernel.shape)}")
     if kernel.shape[-1] == patch_size:
@@ -127,11 +128,17 @@ def resize_patch_kernel(kernel: torch.Tensor, patch_size: int) -> torch.Tensor:
         return (matrix @ kernel.to(dtype) @ matrix.T).to(kernel.dtype)
 
 
-def check_patch_size(patch_size: int) -> None:
+def checked_patch_size(patch_size: int) -> int:
+    """The patch size, which `operator.index` makes a constant of a compiled graph: inductor fails on a dynamic one.
+
+    Raises:
+        ValueError: it is no positive whole number.
+    """
     if isinstance(patch_size, bool) or not isinstance(patch_size, int) or patch_size < 1:
         raise ValueError(
             f"patch_size must be a positive whole number of pixels, got {patch_size!r}; None is the base patch size"
         )
+    return index(patch_size)
 
 
 def num_kept_tokens(num_patches: int, token_dropout: float) -> int:
@@ -298,6 +305,7 @@ class AccelViTEmbeddings(nn.Module):
         self, pixel_values: torch.Tensor, patch_size: int, kept_tokens: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(B, C, H, W) -> (B, num_prefix_tokens + L, hidden_size), or K for L if `kept_tokens` (B, K) are given."""
+        patch_size = checked_patch_size(patch_size)
         weight = self.patch_embeddings.projection.weight
         batch_size, _, height, width = pixel_values.shape
         positions = self.patch_positions(height // patch_size, width // patch_size, like=weight)
@@ -509,8 +517,7 @@ class AccelViTModel(AccelViTPreTrainedModel):
 
         Raises `ValueError` if `patch_size` or `token_dropout` is impossible.
         """
-        patch_size = self.config.patch_size if patch_size is None else patch_size
-        check_patch_size(patch_size)
+        patch_size = checked_patch_size(self.config.patch_size if patch_size is None else patch_size)
         dtype = self.embeddings.patch_embeddings.projection.weight.dtype
         pixel_values = resize_to_multiple(pixel_values.to(dtype), patch_size)
         num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)

@@ -1,5 +1,6 @@
 """torch.compile: the same results, whole graphs without a generator, and few breaks with one."""
 
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,12 +37,12 @@ def test_one_graph_for_every_patch_and_image_size(kind: str) -> None:
 def test_gradients_through_a_resized_kernel() -> None:
     model = tiny(position_embedding_type="learned")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    images = torch.randn(2, 3, 32, 32)
+    images, slope = torch.randn(2, 3, 32, 32), torch.randn(2, 16)
     gradients = []
     for run in (model, compiled):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            run(images, 16).pooler_output.square().sum().backward()
+            (run(images, 16).pooler_output * slope).sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for plain, of_compiled in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, of_compiled, rtol=0, atol=0.02 * plain.abs().max().item() + 1e-6)
@@ -67,3 +68,22 @@ def test_whole_graph_without_a_generator() -> None:
     expected = model(images, token_dropout=0.5).pooler_output
     torch.manual_seed(3)
     assert torch.equal(compiled(images, token_dropout=0.5).pooler_output, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("kind", ["sincos", "learned"])
+def test_inductor(kind: str) -> None:
+    """The default backend, through a schedule: output and gradients at changing compressions and image sizes."""
+    model = tiny(position_embedding_type=kind)
+    compiled = torch.compile(model)
+    for size, patch_size, token_dropout in [(32, 16, 0.5), (32, 8, 0.5), (32, 8, 0.25), (32, 8, 0.0), (48, 8, 0.0)]:
+        images, slope = torch.randn(4, 3, size, size), torch.randn(4, 16)
+        results = []
+        for run in (model, compiled):
+            model.zero_grad()
+            output = run(images, patch_size, token_dropout, torch.Generator().manual_seed(1)).pooler_output
+            (output * slope).sum().backward()
+            results.append([output, *(parameter.grad for parameter in model.parameters())])
+        for plain, of_compiled in zip(*results, strict=True):
+            torch.testing.assert_close(plain, of_compiled, rtol=0, atol=1e-4 * plain.abs().max().item() + 1e-5)

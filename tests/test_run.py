@@ -26,6 +26,7 @@ TINY = [
     "budget=4000",
     "logging_steps=1",
     "save_steps=2",
+    "schedule=[{until: 0.3, patch_size: 7}, {until: 0.7, token_dropout: 0.5}, {until: 1.0}]",
     "report_to=[]",
 ]
 

@@ -30,8 +30,8 @@ logger = logging.get_logger(__name__)
 def cached_table(shape: Callable[..., tuple[int, ...]]) -> Callable[[Callable[..., torch.Tensor]], Any]:
     """Turn `compute(*numbers)`, in float64 on the CPU, into a cached `table(*numbers, device=, dtype=)` of that shape.
 
-    The cache belongs to the process, not to a model: nothing of it is saved, copied or pickled. To `torch.compile` the
-    table is an operator, so a graph holds for several patch sizes and does not compute it again.
+    The cache belongs to the process, not to a model: nothing of it is saved, copied or pickled. To `torch.compile` a
+    table is an opaque operator: a graph neither computes it again nor is tied to one image size.
     """
 
     def decorate(compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -25,7 +25,7 @@ def tiny(**overrides: Any) -> AccelViTModel:
 
 
 @pytest.mark.parametrize("kind", ["sincos", pytest.param("learned", marks=pytest.mark.slow)])
-def test_one_graph_for_every_patch_and_image_size(kind: str) -> None:
+def test_whole_graphs_at_any_patch_and_image_size(kind: str) -> None:
     model = tiny(position_embedding_type=kind, num_hidden_layers=1).eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for size, patch_size in [((32, 32), 8), ((32, 32), 16), ((32, 32), 4), ((48, 64), 16)]:
@@ -77,7 +77,7 @@ def test_inductor(kind: str) -> None:
     """The default backend, through a schedule: output and gradients at changing compressions and image sizes."""
     model = tiny(position_embedding_type=kind)
     compiled = torch.compile(model)
-    for size, patch_size, token_dropout in [(32, 16, 0.5), (32, 8, 0.5), (32, 8, 0.25), (32, 8, 0.0), (48, 8, 0.0)]:
+    for size, patch_size, token_dropout in [(32, 16, 0.5), (32, 8, 0.5), (48, 8, 0.0)]:
         images, slope = torch.randn(4, 3, size, size), torch.randn(4, 16)
         results = []
         for run in (model, compiled):

@@ -1,0 +1,63 @@
+"""Heads against moco-v3's `_build_mlp`, the BatchNorm against torch's; over processes in test_two_processes.py."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_accel.objectives.heads import BatchNorm1d, mlp
+
+
+def kinds(head: nn.Sequential) -> list[tuple]:
+    """(kind, input size, output size) of linear layers, (kind, size, affine) of norms, (kind,) of the rest."""
+    found: list[tuple] = []
+    for layer in head:
+        if isinstance(layer, nn.Linear):
+            assert layer.bias is None
+            found.append(("linear", layer.in_features, layer.out_features))
+        elif isinstance(layer, BatchNorm1d):
+            found.append(("norm", layer.num_features, layer.affine))
+        else:
+            found.append((type(layer).__name__,))
+    return found
+
+
+def test_projector_and_predictor_are_those_of_the_original():
+    # moco/builder.py: MoCo_ViT._build_projector_and_predictor_mlps, mlp 3 and mlp 2
+    projector = [
+        ("linear", 24, 64), ("norm", 64, True), ("ReLU",),
+        ("linear", 64, 64), ("norm", 64, True), ("ReLU",),
+        ("linear", 64, 16), ("norm", 16, False),
+    ]  # fmt: skip
+    predictor = [("linear", 16, 64), ("norm", 64, True), ("ReLU",), ("linear", 64, 16), ("norm", 16, False)]
+    assert kinds(mlp(3, 24, 64, 16)) == projector
+    assert kinds(mlp(2, 16, 64, 16)) == predictor
+    assert kinds(mlp(2, 16, 64, 16, last_norm=False)) == predictor[:-1]
+    assert kinds(mlp(1, 24, 64, 16)) == [("linear", 24, 16), ("norm", 16, False)]
+
+
+def test_output_of_the_last_norm_is_standardised():
+    output = mlp(3, 24, 64, 16)(torch.randn(32, 24))
+    torch.testing.assert_close(output.mean(dim=0), torch.zeros(16), atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.std(dim=0, correction=0), torch.ones(16), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_one_process_is_torch_bit_for_bit(affine):
+    torch.manual_seed(0)
+    ours, theirs = BatchNorm1d(7, affine=affine), nn.BatchNorm1d(7, affine=affine)
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter)
+    theirs.load_state_dict(ours.state_dict())
+    slope = torch.randn(5, 7)
+    for training in (True, True, False):
+        rows, results = 3 * torch.randn(5, 7) + 2, []
+        for norm in (ours, theirs):
+            norm.train(training)
+            norm.zero_grad()
+            mine = rows.clone().requires_grad_()
+            output = norm(mine)
+            (output * slope).sum().backward()
+            results.append([output, mine.grad, *(p.grad for p in norm.parameters()), *norm.buffers()])
+        assert len(results[0]) == len(results[1]) == (7 if affine else 5)
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert not torch.equal(ours.get_buffer("running_mean"), torch.zeros(7))

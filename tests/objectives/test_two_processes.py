@@ -1,0 +1,125 @@
+"""What spans processes, run in two of them over gloo: each result equals one process's with the whole batch.
+
+Run as a script, this file is one of the two: `test_two_processes.py RANK FOLDER`.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from hf_accel.distributed import rank, world_size
+from hf_accel.objectives.heads import BatchNorm1d, mlp
+from hf_accel.objectives.moco import contrastive_loss
+
+ROWS, SIZE, STEPS = 12, 6, 2
+Results = dict[str, torch.Tensor]
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
+
+
+def mine(whole: torch.Tensor) -> torch.Tensor:
+    """This process's rows of a global batch."""
+    share = len(whole) // world_size()
+    return whole[rank() * share : (rank() + 1) * share].clone()
+
+
+def through(module: nn.Module) -> Results:
+    """Training steps of a sum of the outputs, weighed at random; then the module as it is evaluated."""
+    for number, parameter in enumerate(module.parameters()):
+        parameter.data.copy_(random(*parameter.shape, seed=number))
+    results: Results = {}
+    for step in range(STEPS):
+        rows = mine(3 * random(ROWS, SIZE, seed=100 + step) + 2).requires_grad_()
+        output = module.train()(rows)
+        (output * mine(random(*(ROWS, output.shape[1]), seed=200))).sum().backward()
+        assert rows.grad is not None
+        results |= {f"rows {step} output": output.detach(), f"rows {step} gradient": rows.grad}
+    results |= {f"sum {name}": p.grad for name, p in module.named_parameters() if p.grad is not None}
+    results |= {f"same {name}": buffer for name, buffer in module.named_buffers()}
+    with torch.no_grad():
+        return results | {"rows evaluated": module.eval()(mine(random(ROWS, SIZE, seed=300)))}
+
+
+def loss() -> Results:
+    query = mine(random(ROWS, SIZE, seed=1)).requires_grad_()
+    key = mine(random(ROWS, SIZE, seed=2)).requires_grad_()
+    value = contrastive_loss(query, key, 0.2)
+    (value / world_size()).backward()  # data parallel training averages over processes
+    assert query.grad is not None and key.grad is None
+    return {"rows gradient": query.grad, "mean value": value.detach()}
+
+
+CASES: dict[str, Callable[[], Results]] = {
+    "BatchNorm1d": lambda: through(BatchNorm1d(SIZE)),
+    "BatchNorm1d without affine": lambda: through(BatchNorm1d(SIZE, affine=False)),
+    "mlp": lambda: through(mlp(3, SIZE, 8, 4)),
+    "contrastive_loss": loss,
+}
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Results]]:
+    folder = tmp_path_factory.mktemp("gloo")
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, __file__]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(folder)], cwd=root, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=200)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    # Judged by what they wrote: a gloo process may abort at exit after all its work is done.
+    written = [folder / f"{rank}.pt" for rank in range(2)]
+    assert all(path.exists() for path in written), errors
+    loaded = [torch.load(path) for path in written]
+    assert [one.pop("world size") for one in loaded] == [2, 2]
+    return loaded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(CASES))
+def test_two_processes_are_one_with_the_whole_batch(case: str, of_two: list[dict[str, Results]]) -> None:
+    assert world_size() == 1
+    expected, (first, second) = CASES[case](), (one[case] for one in of_two)
+    assert expected.keys() == first.keys() == second.keys()
+    for name, value in expected.items():
+        kind = name.split()[0]
+        if kind == "same":
+            assert torch.equal(first[name], second[name]), name
+        joined = {
+            "rows": lambda a, b: torch.cat([a, b]),
+            "sum": torch.add,
+            "mean": lambda a, b: (a + b) / 2,
+            "same": lambda a, b: a,
+        }[kind](first[name], second[name])
+        torch.testing.assert_close(joined, value, rtol=1e-5, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    results: dict[str, Results | int] = {name: case() for name, case in CASES.items()}
+    torch.save({**results, "world size": world_size()}, folder / f"{rank}.part")
+    (folder / f"{rank}.part").rename(folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,6 +1,7 @@
 """A recipe: every setting of a run, flat, from a YAML file and `key=value` overrides; each error names key and fix."""
 
 import difflib
+import inspect
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from .compression import Schedule
+from .compression.schedule import STAGE_KEYS
 from .data import AUGMENTATIONS
 from .models import PRESETS, AccelViTConfig
 from .objectives import OBJECTIVES
@@ -61,20 +63,14 @@ class Recipe:
     gradient_checkpointing: bool = _key(False, "trade compute for memory")
 
     objective: str = _key("moco", f"one of {', '.join(OBJECTIVES)}", "objective")
-    projector_hidden_size: int = _key(4096, "width of the heads' hidden layers")
-    projection_size: int = _key(256, "width of the embeddings that are compared")
-    temperature: float = _key(0.2, "of the loss")
-    symmetric: bool = _key(False, "both directions of the loss (8 units an image) instead of one (4)")
-    momentum: float = _key(0.99, "weight kept by the momentum encoder at the start")
-    momentum_end: float = _key(1.0, "and at the end, reached along a cosine of progress")
+    objective_config: dict[str, Any] = _key({}, "the objective's own settings, listed below")
 
     budget: float = _key(
         0.0, "units to spend; N uncompressed epochs cost N x images x units an image (4, symmetric 8)", "budget"
     )
     schedule: list[Any] | str | None = _key(
-        None, "stages {until, patch_size, token_dropout, target_patch_size, target_token_dropout} or a YAML file; "
-        "default: uncompressed"
-    )  # fmt: skip
+        None, f"stages of {', '.join(STAGE_KEYS)}, or a YAML file of them; default: uncompressed"
+    )
     cost: Literal["analytic", "measured"] = _key("analytic", "units from FLOPs, or timed on this device")
 
     batch_size: int = _key(256, "images a step, over all processes and accumulated micro-batches", "optimisation")
@@ -104,17 +100,22 @@ class Recipe:
     report_to: list[str] = _key(["tensorboard"], "trackers of the Trainer: tensorboard, trackio, ...")
 
     def __post_init__(self):
-        for check in (_check_choices, _check_numbers, _check_model):
+        for check in (_check_choices, _check_objective, _check_numbers, _check_model):
             check(self)
 
     def encoder_config(self) -> AccelViTConfig:
-        overrides = {"image_size": self.image_size, "patch_size": self.patch_size, **self.model_config}
-        if self.objective == "moco":
-            overrides.setdefault("freeze_patch_projection", True)
-        return PRESETS[self.model](**overrides)
+        defaults = OBJECTIVES[self.objective].encoder_defaults
+        sizes = {"image_size": self.image_size, "patch_size": self.patch_size}
+        return PRESETS[self.model](**{**defaults, **sizes, **self.model_config})
 
     def compression_schedule(self) -> Schedule:
         return Schedule.parse(self.schedule, self.patch_size)
+
+    def local_crop_size(self) -> int | None:
+        """Pixels of the local crops, None where the objective makes none."""
+        settings = {key: parameter.default for key, parameter in objective_settings(self.objective).items()}
+        settings |= self.objective_config
+        return settings["local_crop_size"] if settings.get("num_local_crops") else None
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(asdict(self), sort_keys=False)
@@ -144,9 +145,27 @@ def _check_choices(recipe: Recipe) -> None:
             )
 
 
+def objective_settings(name: str) -> dict[str, inspect.Parameter]:
+    """The keys of `objective_config`: the keyword arguments of the objective, with type and default."""
+    parameters = inspect.signature(OBJECTIVES[name].__init__, eval_str=True).parameters
+    return {key: parameter for key, parameter in parameters.items() if key not in ("self", "config")}
+
+
+def _check_objective(recipe: Recipe) -> None:
+    settings = objective_settings(recipe.objective)
+    for key, value in recipe.objective_config.items():
+        if key not in settings:
+            close = difflib.get_close_matches(key, list(settings), 1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(settings)}"
+            _fail(f"objective_config.{key}", value, f"{recipe.objective} has no such setting{hint}")
+        recipe.objective_config[key] = _as_type(f"objective_config.{key}", value, settings[key].annotation)
+
+
 def _check_numbers(recipe: Recipe) -> None:
-    positive = ("image_size", "patch_size", "projector_hidden_size", "projection_size", "temperature", "batch_size")
-    positive += (
+    positive = (
+        "image_size",
+        "patch_size",
+        "batch_size",
         "gradient_accumulation_steps",
         "learning_rate",
         "knn_k",
@@ -157,9 +176,8 @@ def _check_numbers(recipe: Recipe) -> None:
     for key in positive:
         if getattr(recipe, key) <= 0:
             _fail(key, getattr(recipe, key), "must be above 0")
-    for key in ("momentum", "momentum_end", "warmup"):
-        if not 0 <= getattr(recipe, key) <= 1:
-            _fail(key, getattr(recipe, key), "must lie in [0, 1]")
+    if not 0 <= recipe.warmup <= 1:
+        _fail("warmup", recipe.warmup, "must lie in [0, 1]")
     for key in ("weight_decay", "max_grad_norm", "num_workers", "budget"):
         if getattr(recipe, key) < 0:
             _fail(key, getattr(recipe, key), "must not be negative")
@@ -191,7 +209,7 @@ def _check_model(recipe: Recipe) -> None:
     except Exception as error:  # the config's own checks raise several types; all are about the recipe's values
         raise RecipeError(f"model_config={recipe.model_config!r}: {error}") from error
     try:
-        recipe.compression_schedule().validate(recipe.image_size, recipe.patch_size)
+        recipe.compression_schedule().validate(recipe.image_size, recipe.patch_size, recipe.local_crop_size())
     except (ValueError, yaml.YAMLError) as error:
         raise RecipeError(f"schedule={recipe.schedule!r}: {error}") from None
 
@@ -233,7 +251,10 @@ def _typed(key: str, value: Any) -> Any:
         close = difflib.get_close_matches(str(key), list(hints), 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise RecipeError(f"{key}={value!r}: there is no such key{hint} (--help lists them)")
-    hint = hints[key]
+    return _as_type(key, value, hints[key])
+
+
+def _as_type(key: str, value: Any, hint: Any) -> Any:
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for kind in kinds:
         origin = typing.get_origin(kind) or kind
@@ -244,6 +265,8 @@ def _typed(key: str, value: Any) -> Any:
             return float(value)
         elif type(value) is origin:
             return value
+        elif origin is tuple and isinstance(value, list) and len(value) == len(typing.get_args(kind)):
+            return tuple(_as_type(key, part, inner) for part, inner in zip(value, typing.get_args(kind), strict=True))
     # YAML 1.1 reads `no` as False and 1e-3 as a string
     if origin is Literal and value is False and "no" in typing.get_args(hint):
         return "no"
@@ -269,4 +292,11 @@ def describe_keys() -> str:
         default = None if key.name == "budget" else getattr(defaults, key.name)
         lines.append(f"  {key.name} ({type_name(hints[key.name])}; default {default!r})")
         lines.append(f"      {key.metadata['help']}")
+    for name, objective in OBJECTIVES.items():
+        lines.append(f"\nobjective_config of {name}:")
+        for setting, parameter in objective_settings(name).items():
+            lines.append(f"  {setting} ({type_name(parameter.annotation)}; default {parameter.default!r})")
+        described = inspect.getdoc(objective) or ""
+        about = described.partition("Args:\n")[2].partition("\n\n")[0].splitlines()
+        lines += [f"  {line}" for line in about if not line.lstrip().startswith("config:")]
     return "\n".join(lines)

@@ -97,13 +97,7 @@ def build_objective(recipe: Recipe) -> ObjectiveForPreTraining:
     if recipe.attn_implementation:
         config._attn_implementation = recipe.attn_implementation
     objective: Any = OBJECTIVES[recipe.objective]
-    return objective(
-        config,
-        projector_hidden_size=recipe.projector_hidden_size,
-        projection_size=recipe.projection_size,
-        temperature=recipe.temperature,
-        symmetric=recipe.symmetric,
-    )
+    return objective(config, **recipe.objective_config)
 
 
 def cost_function(recipe: Recipe, device: torch.device) -> ForwardCost:
@@ -151,7 +145,10 @@ def pretrain(recipe: Recipe) -> None:
     if arguments.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     set_seed(recipe.seed)
-    model = build_objective(recipe)
+    try:
+        model = build_objective(recipe)
+    except ValueError as error:
+        raise RecipeError(f"objective_config={recipe.objective_config!r}: {error}") from None
     units = partial(model.units_per_image, forward_cost=cost_function(recipe, arguments.device))
     try:
         plan = Plan(recipe.budget, recipe.compression_schedule(), recipe.batch_size, units)
@@ -193,7 +190,7 @@ def finish(trainer: PretrainTrainer, recipe: Recipe, source: ImageSource, valida
     if not is_main():
         return
     output, seconds = Path(recipe.output_dir), state["seconds"]
-    trainer.objective.exported_encoder.save_pretrained(output / "final")
+    trainer.objective.encoder.save_pretrained(output / "final")
     image_processor(source, recipe.image_size).save_pretrained(output / "final")
     spent_in_parts = seconds["data"] + seconds["forward_backward"]
     results: dict[str, Any] = {

@@ -18,6 +18,7 @@ from .data import AUGMENTATIONS, ImageSource, TrainSampler, eval_loader, make_vi
 from .draws import generator
 from .evaluation import extract_features, knn_accuracy
 from .objectives import Draw, ObjectiveForPreTraining
+from .progress import cosine, learning_rate_factor
 from .recipe import Recipe
 from .report import write_json
 
@@ -27,20 +28,6 @@ RUN_STATE_NAME = "run_state.json"
 
 class TrainingDiverged(RuntimeError):
     """The loss is NaN or infinite."""
-
-
-def cosine(start: float, end: float, progress: float) -> float:
-    """From `start` at progress 0 to `end` at 1 along half a cosine."""
-    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def learning_rate_factor(progress: float, schedule: str, warmup: float) -> float:
-    """Learning rate over its peak: a linear rise over `warmup`, then `cosine` to 0 or `poly` (1 - progress^2)."""
-    rise = min(1.0, progress / warmup) if warmup > 0 else 1.0
-    if schedule == "poly":
-        return rise * (1 - progress**2)
-    after = max(0.0, progress - warmup) / max(1 - warmup, 1e-12)
-    return rise * cosine(1.0, 0.0, min(1.0, after))
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
@@ -72,7 +59,7 @@ class PretrainTrainer(Trainer):
         **kwargs: Any,
     ):
         self.recipe, self.plan, self.source, self.validation = recipe, plan, source, validation
-        self.view_configs = AUGMENTATIONS[recipe.augmentation][: model.num_views]
+        self.view_configs = model.view_configs(AUGMENTATIONS[recipe.augmentation])
         self.seconds = {"total": 0.0, "data": 0.0, "forward_backward": 0.0, "evaluation": 0.0}
         self._metric_sums: dict[str, torch.Tensor] = {}
         self._metric_count = 0
@@ -155,7 +142,8 @@ class PretrainTrainer(Trainer):
             self.source.mean,
             self.source.std,
         )
-        output = model(views, self.plan[step].strategy, Draw(self.recipe.seed, step, micro_step))
+        now = self.plan[step]
+        output = model(views, now.strategy, Draw(self.recipe.seed, step, micro_step), now.progress)
         for name, value in output.metrics.items():
             self._metric_sums[name] = self._metric_sums.get(name, 0) + value
         self._metric_count += 1
@@ -214,9 +202,7 @@ class PretrainTrainer(Trainer):
         start = time.perf_counter()
         metrics: dict[str, float] = {}
         if self.validation is not None and self.validation.labels is not None and self.source.labels is not None:
-            accuracy = knn_of(
-                self.objective.exported_encoder, self.source, self.validation, self.recipe, self.args.device
-            )
+            accuracy = knn_of(self.objective.encoder, self.source, self.validation, self.recipe, self.args.device)
             metrics = {f"{metric_key_prefix}_knn_{name}": value for name, value in accuracy.items()}
             self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -310,9 +296,13 @@ class ProgressCallback(TrainerCallback):
             if group["weight_decay"] > 0:
                 group["weight_decay"] = cosine(recipe.weight_decay, end, progress)
 
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if args.max_grad_norm == 0:  # else clipping has done it
+            self.trainer.accelerator.unscale_gradients()
+        self.trainer.objective.before_optimizer_step(self.trainer.plan[state.global_step].progress)
+
     def on_optimizer_step(self, args, state, control, **kwargs):
-        recipe, progress = self.trainer.recipe, self.trainer.plan[state.global_step].progress
-        self.trainer.objective.update_target(cosine(recipe.momentum, recipe.momentum_end, progress))
+        self.trainer.objective.update_target(self.trainer.plan[state.global_step].progress)
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self.trainer

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_accel"
 
 LEVELS = [
-    {"draws", "distributed"},
+    {"draws", "distributed", "progress"},
     {"models"},
     {"compression"},
     {"data"},

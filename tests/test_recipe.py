@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_accel.recipe import Recipe, RecipeError, describe_keys, load_recipe
+from hf_accel.objectives import OBJECTIVES
+from hf_accel.recipe import Recipe, RecipeError, describe_keys, load_recipe, objective_settings
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 
@@ -29,6 +30,10 @@ def test_every_recipe_reads_and_comes_back_from_its_resolved_form(path, tmp_path
         ("model_config.patch_size=7", ["patch_size", "key of its own"]),
         ("schedule=[{until: 1.0, patch_size: 5}]", ["patch_size 5", "[4, 7, 14]"]),
         ("schedule=[{until: 0.5}]", ["1.0", "0.5"]),
+        ("objective_config.temprature=0.1", ["temprature", "temperature"]),
+        ("objective_config.temperature=hot", ["objective_config.temperature", "hot", "float"]),
+        ("objective_config.temperature=1e-1", ["objective_config.temperature", "1.0e-3"]),
+        ("schedule=[{until: 1.0, local_patch_size: 7}]", ["local crops", "none"]),
         ("schedule=nowhere.yaml", ["nowhere.yaml"]),
         ("budget=-1", ["budget", "negative"]),
         ("budget=0", ["budget", "units"]),
@@ -65,3 +70,6 @@ def test_overrides_win_and_whole_numbers_become_floats():
 def test_help_lists_every_key():
     text = describe_keys()
     assert all(f"  {key} (" in text for key in Recipe.__dataclass_fields__)
+    for name in OBJECTIVES:
+        settings = text.split(f"objective_config of {name}:")[1]
+        assert all(f"  {key} (" in settings for key in objective_settings(name)), name

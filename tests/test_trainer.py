@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from hf_accel.compression import Compression, Strategy
+from hf_accel.progress import cosine, learning_rate_factor
 from hf_accel.recipe import load_recipe
-from hf_accel.trainer import cosine, last_complete_checkpoint, learning_rate_factor, view_size
+from hf_accel.trainer import last_complete_checkpoint, view_size
 
 
 def test_learning_rate_against_a_transcription():

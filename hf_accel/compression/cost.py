@@ -5,6 +5,7 @@ this device and kept as a table.
 """
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -64,7 +65,10 @@ class CostTable:
             {"patch_size": c.patch_size, "token_dropout": c.token_dropout, "units": units}
             for c, units in self.costs.items()
         ]
-        path.write_text(json.dumps({"device": self.device, "costs": entries}, indent=1))
+        # A kill must not leave half a table, which the resumed run would trip over.
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps({"device": self.device, "costs": entries}, indent=1))
+        os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: Path) -> "CostTable":
@@ -89,9 +93,24 @@ def measure_costs(
     """Time forwards of `batch_size` images at the config's image size, relative to the uncompressed one.
 
     The compressions are timed in turn, `repeats` times round after one warm-up round, and the median of each is taken:
-    a slow moment of the machine then falls on all of them alike. `dtype` (bf16, fp16) times under autocast.
+    a slow moment of the machine then falls on all of them alike. `dtype` (bf16, fp16) times under autocast. The random
+    state is left as it was.
     """
     device = torch.device(device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        seconds = _time_forwards(config, compressions, device, batch_size, repeats, dtype)
+    unit = statistics.median(seconds[Compression(config.patch_size)])
+    return CostTable({c: statistics.median(times) / unit for c, times in seconds.items()}, device_name(device))
+
+
+def _time_forwards(
+    config: AccelViTConfig,
+    compressions: Iterable[Compression],
+    device: torch.device,
+    batch_size: int,
+    repeats: int,
+    dtype: torch.dtype | None,
+) -> dict[Compression, list[float]]:
     base = Compression(config.patch_size)
     wanted = list(dict.fromkeys([base, *compressions]))
     model = AccelViTModel(config).eval()
@@ -107,8 +126,7 @@ def measure_costs(
             _synchronize(device)
             if repeat:
                 seconds[compression].append(time.perf_counter() - start)
-    unit = statistics.median(seconds[base])
-    return CostTable({c: statistics.median(times) / unit for c, times in seconds.items()}, device_name(device))
+    return seconds
 
 
 def _synchronize(device: torch.device) -> None:

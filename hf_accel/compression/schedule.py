@@ -11,7 +11,12 @@ import yaml
 
 from .strategy import Compression, Strategy, check_compression
 
-STAGE_KEYS = ("until", "patch_size", "token_dropout", "target_patch_size", "target_token_dropout")
+COMPRESSION_KEYS = ("patch_size", "token_dropout")
+STAGE_KEYS = (
+    "until",
+    *COMPRESSION_KEYS,
+    *(f"{branch}_{key}" for branch in ("target", "local") for key in COMPRESSION_KEYS),
+)
 
 
 @dataclass(frozen=True)
@@ -57,21 +62,27 @@ class Schedule:
         """The distinct strategies, in order of first use."""
         return list(dict.fromkeys(stage.strategy for stage in self.stages))
 
-    def validate(self, image_size: int, base_patch_size: int) -> None:
-        """Raises ValueError if a stage asks for a patch size that this model and image size do not allow."""
+    def validate(self, image_size: int, base_patch_size: int, local_crop_size: int | None = None) -> None:
+        """Raises ValueError if a stage asks for a patch size that this model and these image sizes do not allow, or
+        compresses local crops where there are none."""
         for number, stage in enumerate(self.stages, 1):
-            for compression in (stage.strategy.online, stage.strategy.target_branch):
-                try:
+            strategy = stage.strategy
+            try:
+                for compression in (strategy.online, strategy.target_branch):
                     check_compression(compression, image_size, base_patch_size)
-                except ValueError as error:
-                    raise ValueError(f"stage {number} of the schedule: {error}") from None
+                if strategy.local and local_crop_size is None:
+                    raise ValueError("it compresses local crops, and this objective has none")
+                if strategy.local and local_crop_size:
+                    check_compression(strategy.local, local_crop_size, base_patch_size)
+            except ValueError as error:
+                raise ValueError(f"stage {number} of the schedule: {error}") from None
 
     @classmethod
     def parse(cls, value: Any, base_patch_size: int, folder: Path | None = None) -> "Schedule":
         """From the form that recipes use: a list of stages, or the path of a YAML file that holds such a list.
 
-        A stage is `{until, patch_size, token_dropout, target_patch_size, target_token_dropout}`; patch_size defaults to
-        the base patch, token_dropout to 0, the target's to the paper's (same patch, no dropout).
+        A stage is a mapping with STAGE_KEYS, all but `until` optional; patch_size defaults to the base patch,
+        token_dropout to 0, the target's to the paper's (same patch, no dropout), local crops to being left whole.
         """
         if value is None:
             return cls.constant(Strategy(Compression(base_patch_size)))
@@ -87,16 +98,19 @@ class Schedule:
 
     def to_list(self) -> list[dict[str, Any]]:
         """The recipe's form of this schedule, every key spelled out."""
-        return [
-            {
-                "until": stage.until,
-                "patch_size": stage.strategy.online.patch_size,
-                "token_dropout": stage.strategy.online.token_dropout,
-                "target_patch_size": stage.strategy.target_branch.patch_size,
-                "target_token_dropout": stage.strategy.target_branch.token_dropout,
+        written = []
+        for stage in self.stages:
+            entry: dict[str, Any] = {"until": stage.until}
+            branches = {
+                "": stage.strategy.online,
+                "target_": stage.strategy.target_branch,
+                "local_": stage.strategy.local,
             }
-            for stage in self.stages
-        ]
+            for prefix, compression in branches.items():
+                if compression:
+                    entry |= {prefix + key: getattr(compression, key) for key in COMPRESSION_KEYS}
+            written.append(entry)
+        return written
 
 
 def _parse_stage(stage: Any, number: int, base_patch_size: int) -> Stage:
@@ -111,9 +125,12 @@ def _parse_stage(stage: Any, number: int, base_patch_size: int) -> Stage:
     try:
         online = Compression(stage.get("patch_size", base_patch_size), stage.get("token_dropout", 0.0))
         target = Compression(stage.get("target_patch_size", online.patch_size), stage.get("target_token_dropout", 0.0))
+        local = None
+        if "local_patch_size" in stage or "local_token_dropout" in stage:
+            local = Compression(stage.get("local_patch_size", base_patch_size), stage.get("local_token_dropout", 0.0))
     except ValueError as error:
         raise ValueError(f"stage {number} of the schedule: {error}") from None
-    return Stage(float(until), Strategy(online, target))
+    return Stage(float(until), Strategy(online, target, local))
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,12 @@ class Strategy:
     """The compressions of a step: of the branch that is trained and of the branch that gives its targets.
 
     Without `target`, the paper's default: patch scaling is symmetric, token dropout acts on the online branch only.
+    `local` is for the local crops of an objective that has them; None leaves those whole.
     """
 
     online: Compression
     target: Compression | None = None
+    local: Compression | None = None
 
     def __post_init__(self):
         if self.target is None:
@@ -55,7 +57,7 @@ class Strategy:
         return self.target
 
     def __str__(self):
-        return f"{self.online} | target {self.target}"
+        return f"{self.online} | target {self.target}" + (f" | local {self.local}" if self.local else "")
 
 
 def possible_patch_sizes(image_size: int, base_patch_size: int) -> list[int]:

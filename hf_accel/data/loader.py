@@ -117,21 +117,22 @@ class TrainImages(Dataset):
 
     def _crops(self, items: list[Item], bad: list[Bad]) -> list[Tensor]:
         """One uint8 (B, 3, S, S) per view. Each image is read and decoded once, and no larger than its crops need."""
-        size = self.view_size(items[0].step)
+        default = self.view_size(items[0].step)
+        sizes = [config.size or default for config in self.configs]
         opened = [self._open(item, bad) for item in items]
         boxes = self._boxes(items, [image for _, image in opened])
-        crops = torch.empty(len(self.configs), len(items), 3, size, size, dtype=torch.uint8)
+        crops = [torch.empty(len(items), 3, size, size, dtype=torch.uint8) for size in sizes]
         for position, (index, image) in enumerate(opened):
             full, mine = upright_size(image), boxes[:, position]
             try:
-                image = self.source.decode(index, image, shrink=_shrink(mine, size))
+                image = self.source.decode(index, image, shrink=_shrink(mine, sizes))
             except CorruptImage as error:
                 bad.append(error.bad)
                 _, image = self.source.next_readable((index + 1) % len(self), bad)
                 full, mine = image.size, self._boxes([items[position]], [image])[:, 0]
             for view, box in enumerate(mine.tolist()):
-                crops[view, position] = _crop(image, full, box, size)
-        return list(crops)
+                crops[view][position] = _crop(image, full, box, sizes[view])
+        return crops
 
     def _open(self, item: Item, bad: list[Bad]) -> tuple[int, Image]:
         try:
@@ -154,10 +155,10 @@ class TrainImages(Dataset):
         )
 
 
-def _shrink(boxes: Tensor, size: int) -> float:
-    """How many times smaller an image may be decoded before one of its boxes (views, 4) is smaller than `size`."""
+def _shrink(boxes: Tensor, sizes: Sequence[int]) -> float:
+    """How many times smaller an image may be decoded before one of its boxes (views, 4) is smaller than its view."""
     sides = torch.stack([boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]]).abs()
-    return float(sides.min()) / size
+    return float((sides / torch.tensor(sizes)).min())
 
 
 def _crop(image: Image, full: tuple[int, int], box: list[float], size: int) -> Tensor:
@@ -244,8 +245,9 @@ def train_loader(
     """Micro-batches for `make_views`, dicts with "step", "micro_step", "rows", "global_batch", "bad" and either
 
     - "images": uint8 (B, C, H, W), C = 1 for a gray set, of a source held in memory; or
-    - "crops": one uint8 (B, 3, S, S) per view with S = `view_size(step)`, decoded and cropped by the workers with the
-      draws that `make_views` would make. Where workers are spawned, `view_size` must be a plain function or method.
+    - "crops": one uint8 (B, 3, S, S) per view, S its config's size or `view_size(step)`, decoded and cropped by the
+      workers with the draws that `make_views` would make. Where workers are spawned, `view_size` must be a plain
+      function or method.
 
     Iterating raises CorruptDataError when more than 1% of the set could not be read.
     """

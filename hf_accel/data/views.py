@@ -50,6 +50,7 @@ class ViewConfig:
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of a 224 px view
     solarize: float = 0.0
     flip: float = 0.5
+    size: int | None = None  # pixels of the view's side; None: the run's
 
 
 _DIGIT = ViewConfig(
@@ -297,9 +298,9 @@ def make_views(
     mean: Sequence[float] = (0.0, 0.0, 0.0),
     std: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> list[Tensor]:
-    """One normalised float (B, 3, size, size) per config, on the device of the batch.
+    """One normalised float (B, 3, S, S) per config, S its own size or else `size`, on the device of the batch.
 
-    `batch` holds "images", uint8 (B, C, H, W), to be cropped here, or "crops", a list of uint8 (B, C, size, size) that
+    `batch` holds "images", uint8 (B, C, H, W), to be cropped here, or "crops", a list of uint8 (B, C, S, S) that
     a loader has cut with the same draws; C is 3, or 1 for gray images, which are then augmented once and repeated.
     `rows` are this process's among the `global_batch` rows of the micro-batch (default: the batch is all there is).
     A pure function of its arguments.
@@ -318,7 +319,7 @@ def make_views(
             draws["boxes"] = view_boxes(config, heights, widths, seed, step, micro_step, view, rows, global_batch)
         else:
             source = batch["crops"][view]
-        views.append(_make_view(source, config, size, draws, mean, std))
+        views.append(_make_view(source, config, config.size or size, draws, mean, std))
     return views
 
 

@@ -1,5 +1,6 @@
 """What every objective shares: how a view is encoded under a compression, and what the Trainer may ask of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -9,9 +10,10 @@ from transformers.utils.generic import ModelOutput
 
 from ..compression.cost import ForwardCost
 from ..compression.strategy import Compression, Strategy
+from ..data import ViewConfig
 from ..distributed import rank
 from ..draws import rows_generator
-from ..models import AccelViTConfig, AccelViTModel
+from ..models import AccelViTModel
 from ..models.modeling_accel_vit import AccelViTPreTrainedModel
 
 
@@ -34,42 +36,51 @@ class ObjectiveOutput(ModelOutput):
 class ObjectiveForPreTraining(AccelViTPreTrainedModel):
     """Base of the `...ForPreTraining` models.
 
-    The encoder under training is `self.encoder`, under the prefix by which a training checkpoint opens as an
-    `AccelViTModel` directly. A subclass gives `forward(views, strategy, draw)` and `units_per_image`, and, when it has
-    a target branch, `update_target`.
+    `self.encoder` is the encoder that is evaluated and saved in `final/`, under the prefix by which a training
+    checkpoint opens as an `AccelViTModel` directly. A subclass gives `forward` and `units_per_image`, and what it needs
+    of the rest; the keyword arguments of its `__init__` are the keys of a recipe's `objective_config`.
     """
 
-    num_views: ClassVar[int] = 2
+    encoder: AccelViTModel
+    encoder_defaults: ClassVar[dict[str, Any]] = {}
+    """AccelViTConfig fields over the preset's, unless a recipe's `model_config` says otherwise."""
 
-    def __init__(self, config: AccelViTConfig):
-        super().__init__(config)
-        self.encoder = AccelViTModel(config)
+    def view_configs(self, augmentation: Sequence[ViewConfig]) -> list[ViewConfig]:
+        """The views to be made of an image; `augmentation` holds how the first and the second one are drawn."""
+        return list(augmentation[:2])
 
-    def forward(self, views: list[torch.Tensor], strategy: Strategy, draw: Draw) -> ObjectiveOutput:
+    def forward(
+        self, views: list[torch.Tensor], strategy: Strategy, draw: Draw, progress: float = 0.0
+    ) -> ObjectiveOutput:
+        """`views`: one (B, C, S, S) for each of `view_configs`."""
         raise NotImplementedError
 
     def units_per_image(self, strategy: Strategy, forward_cost: ForwardCost) -> float:
         """Cost of training on one image under `strategy`, in units; the backward counts as two forwards."""
         raise NotImplementedError
 
-    def update_target(self, momentum: float) -> None:
+    def before_optimizer_step(self, progress: float) -> None:
+        """Once per optimizer step, when the gradients are complete."""
+
+    def update_target(self, progress: float) -> None:
         """Once per optimizer step, after it. Objectives without a target branch have nothing to do."""
 
-    @property
-    def exported_encoder(self) -> AccelViTModel:
-        """The encoder that is evaluated and saved in `final/`."""
-        return self.encoder
-
     def encode(
-        self, encoder: nn.Module, view: torch.Tensor, compression: Compression, draw: Draw, branch: str
+        self,
+        encoder: nn.Module,
+        view: torch.Tensor,
+        compression: Compression,
+        draw: Draw,
+        branch: str,
+        image_size: int | None = None,
     ) -> torch.Tensor:
         """(B, C, S, S) -> pooled features (B, hidden_size) under `compression`.
 
-        `compression.patch_size` is in pixels of a view at the config's image size; a view made at another resolution is
-        cut into the same grid. Each branch of each micro-batch keeps its own tokens, and two processes keep the ones
-        that one process with the same global batch would.
+        `compression.patch_size` is in pixels of a view of `image_size` (default: the config's); a view made at another
+        resolution is cut into the same grid. Each branch of each micro-batch keeps its own tokens, and two processes
+        keep the ones that one process with the same global batch would.
         """
-        grid = self.config.image_size // compression.patch_size
+        grid = (image_size or self.config.image_size) // compression.patch_size
         generator = None
         if compression.token_dropout > 0:
             first_row = rank() * view.shape[0]
@@ -81,6 +92,21 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
             generator=generator,
         )
         return output.pooler_output
+
+    def encode_views(
+        self,
+        encoder: nn.Module,
+        views: Sequence[torch.Tensor],
+        compression: Compression,
+        draw: Draw,
+        branch: str,
+        image_size: int | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """As `encode`, for views of one size (B, C, S, S) in a single forward: one (B, hidden_size) each."""
+        # An image's views stand side by side, so that each process's rows follow one another in the global batch.
+        rows = torch.stack(list(views), dim=1).flatten(0, 1)
+        features = self.encode(encoder, rows, compression, draw, branch, image_size)
+        return features.unflatten(0, (-1, len(views))).unbind(1)
 
 
 def keep_default_init(*modules: nn.Module) -> None:

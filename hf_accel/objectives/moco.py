@@ -7,6 +7,7 @@ from ..compression.cost import ForwardCost
 from ..compression.strategy import Strategy
 from ..distributed import all_gather, rank
 from ..models import AccelViTConfig, AccelViTModel
+from ..progress import cosine
 from .base import Draw, ObjectiveForPreTraining, ObjectiveOutput, embedding_std, keep_default_init
 from .heads import mlp
 from .momentum import copy_to_target, update_momentum
@@ -43,7 +44,10 @@ class MoCoForPreTraining(ObjectiveForPreTraining):
         temperature: T of the loss.
         symmetric: also swap the views' roles and add the losses, as the original code does; otherwise one direction,
             as in the accelerated setting of arXiv 2410.22364.
+        momentum, momentum_end: weight kept by the momentum encoder, from progress 0 to 1 along a cosine.
     """
+
+    encoder_defaults = {"freeze_patch_projection": True}  # the stability trick of section 4.2
 
     def __init__(
         self,
@@ -52,9 +56,13 @@ class MoCoForPreTraining(ObjectiveForPreTraining):
         projection_size: int = 256,
         temperature: float = 0.2,
         symmetric: bool = False,
+        momentum: float = 0.99,
+        momentum_end: float = 1.0,
     ):
         super().__init__(config)
         self.temperature, self.symmetric = temperature, symmetric
+        self.momentum, self.momentum_end = momentum, momentum_end
+        self.encoder = AccelViTModel(config)
         self.projector = mlp(3, config.hidden_size, projector_hidden_size, projection_size)
         self.predictor = mlp(2, projection_size, projector_hidden_size, projection_size)
         self.momentum_encoder = AccelViTModel(config)
@@ -75,8 +83,9 @@ class MoCoForPreTraining(ObjectiveForPreTraining):
         features = self.encode(self.momentum_encoder, view, strategy.target_branch, draw, branch)
         return self.momentum_projector(features)
 
-    def forward(self, views: list[torch.Tensor], strategy: Strategy, draw: Draw) -> ObjectiveOutput:
-        """`views`: two of (B, C, S, S)."""
+    def forward(
+        self, views: list[torch.Tensor], strategy: Strategy, draw: Draw, progress: float = 0.0
+    ) -> ObjectiveOutput:
         first, second = views
         query, key = self.query(first, strategy, draw, "query1"), self.key(second, strategy, draw, "key2")
         loss = contrastive_loss(query, key, self.temperature)
@@ -93,7 +102,8 @@ class MoCoForPreTraining(ObjectiveForPreTraining):
         one_direction = 3 * forward_cost(strategy.online) + forward_cost(strategy.target_branch)
         return 2 * one_direction if self.symmetric else one_direction
 
-    def update_target(self, momentum: float) -> None:
+    def update_target(self, progress: float) -> None:
+        momentum = cosine(self.momentum, self.momentum_end, progress)
         update_momentum(self.momentum_encoder, self.encoder, momentum)
         update_momentum(self.momentum_projector, self.projector, momentum)
 

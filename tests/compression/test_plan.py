@@ -54,6 +54,18 @@ def test_first_step_at_is_the_first_to_reach_the_progress():
         assert plan.spent_after(first - 1) < progress * plan.total_cost
 
 
+def test_local_crops_are_whole_unless_a_stage_says_otherwise():
+    stages = [{"until": 0.5, "local_token_dropout": 0.5}, {"until": 0.7, "local_patch_size": 6}, {"until": 1.0}]
+    schedule = Schedule.parse(stages, base_patch_size=4)
+    assert [s.strategy.local for s in schedule.stages] == [Compression(4, 0.5), Compression(6), None]
+    assert Schedule.parse(schedule.to_list(), 4) == schedule
+    schedule.validate(24, 4, local_crop_size=12)
+    with pytest.raises(ValueError, match=r"stage 2.*patch_size 6.*image_size 16"):
+        schedule.validate(24, 4, local_crop_size=16)
+    with pytest.raises(ValueError, match=r"stage 1.*local crops"):
+        schedule.validate(24, 4)
+
+
 def test_schedule_reads_back_what_it_writes_and_refuses_gaps():
     schedule = Schedule.parse([{"until": 0.5, "patch_size": 16, "token_dropout": 0.5}, {"until": 1.0}], 8)
     assert Schedule.parse(schedule.to_list(), 8) == schedule

@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -157,6 +158,19 @@ def test_files_and_memory_give_the_same_views(tmp_path):
     for one, other in zip(*made, strict=True):
         assert (one - other).abs().max() < 1.1 / 255
     assert (made[0][0] - made[0][1]).abs().mean() > 0.05
+
+
+def test_a_view_with_a_size_of_its_own_has_it_from_files_and_from_memory(tmp_path):
+    files, memory = folder(tmp_path / "set", 12), folder(tmp_path / "copy", 12)
+    memory.hold_in_memory()
+    configs = (CROP_ONLY, replace(CROP_ONLY, size=10))
+    made = []
+    for source in (files, memory):
+        (batch,) = train_loader(source, TrainSampler(12, 10), configs, view_size, seed=3)
+        made.append(make_views(batch, configs, view_size(0), 3, 0))
+    for one, other, size in zip(*made, (view_size(0), 10), strict=True):
+        assert one.shape == other.shape == (10, 3, size, size)
+        assert (one - other).abs().max() < 1.1 / 255
 
 
 def test_large_jpegs_are_decoded_small(tmp_path, monkeypatch):

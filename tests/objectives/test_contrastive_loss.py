@@ -41,7 +41,9 @@ def test_loss_and_gradient_against_numpy(temperature):
 
 def model(symmetric: bool = False) -> MoCoForPreTraining:
     torch.manual_seed(0)
-    return MoCoForPreTraining(CONFIG, projector_hidden_size=32, projection_size=16, symmetric=symmetric).train()
+    return MoCoForPreTraining(
+        CONFIG, projector_hidden_size=32, projection_size=16, symmetric=symmetric, momentum=0.9
+    ).train()
 
 
 def test_only_the_online_branch_has_gradient_and_the_target_follows_by_hand():
@@ -55,7 +57,7 @@ def test_only_the_online_branch_has_gradient_and_the_target_follows_by_hand():
         for parameter in moco.encoder.parameters():
             parameter.add_(torch.randn_like(parameter))
     before = [p.clone() for p in moco.momentum_encoder.parameters()]
-    moco.update_target(0.9)
+    moco.update_target(progress=0.0)
     pairs = zip(before, moco.encoder.parameters(), moco.momentum_encoder.parameters(), strict=True)
     for old, online, new in pairs:
         torch.testing.assert_close(new, 0.9 * old + 0.1 * online)

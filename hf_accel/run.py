@@ -22,7 +22,7 @@ from transformers import AutoModel, TrainingArguments, set_seed  # noqa: E402
 
 from hf_accel.compression import CostTable, Plan, cost_grid, cost_rows, forward_cost, measure_costs  # noqa: E402
 from hf_accel.compression.cost import TABLE_NAME, ForwardCost  # noqa: E402
-from hf_accel.data import ImageSource, image_processor, load_sources  # noqa: E402
+from hf_accel.data import CorruptDataError, ImageSource, image_processor, load_sources  # noqa: E402
 from hf_accel.distributed import barrier, is_main  # noqa: E402
 from hf_accel.evaluation import raw_pixel_features  # noqa: E402
 from hf_accel.objectives import OBJECTIVES, ObjectiveForPreTraining  # noqa: E402
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         {"pretrain": pretrain, "evaluate": evaluate, "cost": cost_report}[recipe.task](recipe)
-    except (RecipeError, TrainingDiverged) as error:
+    except (RecipeError, TrainingDiverged, CorruptDataError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
@@ -114,6 +114,15 @@ def cost_function(recipe: Recipe, device: torch.device) -> ForwardCost:
     return CostTable.load(path)
 
 
+def images_of(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
+    """Training and validation images."""
+    splits, columns = (recipe.train_split, recipe.validation_split), (recipe.image_column, recipe.label_column)
+    try:
+        return load_sources(recipe.data, *splits, *columns, recipe.seed)
+    except (ValueError, OSError) as error:  # datasets' own errors are of these, too
+        raise RecipeError(f"data={recipe.data!r}: {error}") from error
+
+
 def check_same_recipe(recipe: Recipe) -> None:
     """Refuse to continue a run under other settings than it was started with."""
     path = Path(recipe.output_dir) / "recipe.yaml"
@@ -155,14 +164,9 @@ def pretrain(recipe: Recipe) -> None:
     except ValueError as error:
         raise RecipeError(f"budget={recipe.budget!r}: {error}") from None
     arguments.max_steps = plan.num_steps
-    source, validation = load_sources(
-        recipe.data,
-        recipe.train_split,
-        recipe.validation_split,
-        recipe.image_column,
-        recipe.label_column,
-        recipe.seed,
-    )
+    source, validation = images_of(recipe)
+    if len(source) < recipe.batch_size:
+        raise RecipeError(f"batch_size={recipe.batch_size}: {source.name} has {len(source)} images; take at most as many")
     if is_main():
         (output / "recipe.yaml").write_text(recipe.to_yaml())
     say(
@@ -223,14 +227,7 @@ def finish(trainer: PretrainTrainer, recipe: Recipe, source: ImageSource, valida
 
 def evaluate(recipe: Recipe) -> None:
     """kNN accuracy of any saved vision encoder, at any patch size, appended to its run's evaluations.json."""
-    source, validation = load_sources(
-        recipe.data,
-        recipe.train_split,
-        recipe.validation_split,
-        recipe.image_column,
-        recipe.label_column,
-        recipe.seed,
-    )
+    source, validation = images_of(recipe)
     if validation is None or validation.labels is None:
         raise RecipeError(f"data={recipe.data!r}: task=evaluate needs labels; name their column with label_column=")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

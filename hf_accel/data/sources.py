@@ -256,11 +256,11 @@ def load_sources(
 
     tables = _load_tables(data)
     train_split, validation_split = _choose_splits(data, list(tables), train_split, validation_split)
-    image_column, label_column = _choose_columns(data, tables[train_split], image_column, label_column)
-    train = tables[train_split]
+    train = _part(tables, train_split)
+    image_column, label_column = _choose_columns(data, train, image_column, label_column)
     labels, names = _labels(train, label_column) if label_column else (None, None)
     if validation_split is not None:
-        held = tables[validation_split]
+        held = _part(tables, validation_split)
         held_labels = _labels(held, label_column, names)[0] if label_column in held.column_names else None
         parts = [(train, labels, train_split), (held, held_labels, validation_split)]
     elif labels is not None:
@@ -329,7 +329,7 @@ def _load_tables(data: str) -> "dict[str, Dataset]":
 
 def _choose_splits(data: str, splits: list[str], train: str | None, validation: str | None) -> tuple[str, str | None]:
     for key, wanted in (("train_split", train), ("validation_split", validation)):
-        if wanted is not None and wanted not in splits:
+        if wanted is not None and wanted.partition("[")[0] not in splits:
             raise ValueError(f"{key}={wanted}: {data} has the splits {', '.join(splits)}")
     if train is None:
         if "train" not in splits and len(splits) > 1:
@@ -338,6 +338,20 @@ def _choose_splits(data: str, splits: list[str], train: str | None, validation: 
     if validation is None:
         validation = next((name for name in VALIDATION_NAMES if name in splits and name != train), None)
     return train, validation
+
+
+def _part(tables: "dict[str, Dataset]", split: str) -> "Dataset":
+    """A split, or a part of one in the syntax of `datasets`: "train[:1000]", "train[10%:20%]"."""
+    import datasets
+
+    if "[" not in split:
+        return tables[split]
+    name = split.partition("[")[0]
+    try:
+        (rows,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(tables[name])})
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"split {split!r}: {error}; write it as train[:1000] or train[10%:20%]") from None
+    return tables[name].select(range(rows.from_, rows.to))
 
 
 def _choose_columns(

@@ -168,6 +168,17 @@ def test_splits_are_named_in_errors(tmp_path):
     assert (train.name[-5:], validation.name[-4:]) == ("right", "left")
 
 
+def test_parts_of_splits(tmp_path):
+    DatasetDict(train=table(20), test=table(10)).save_to_disk(tmp_path / "set")
+    whole, _ = load_sources(str(tmp_path / "set"), validation_split="test")
+    train, validation = load_sources(str(tmp_path / "set"), train_split="train[25%:50%]", validation_split="test[-3:]")
+    assert validation is not None and (len(train), len(validation)) == (5, 3)
+    for index in range(5):
+        np.testing.assert_array_equal(np.asarray(train.read(index)), np.asarray(whole.read(index + 5)))
+    with pytest.raises(ValueError, match=r"train\[a:\].*train\[:1000\]"):
+        load_sources(str(tmp_path / "set"), train_split="train[a:]")
+
+
 def test_columns_are_named_in_errors(tmp_path):
     second = ([{"bytes": png(picture(number)), "path": None} for number in range(10)], datasets.Image())
     labels = ([number % 2 for number in range(10)], datasets.ClassLabel(names=["odd", "even"]))

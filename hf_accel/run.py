@@ -166,7 +166,9 @@ def pretrain(recipe: Recipe) -> None:
     arguments.max_steps = plan.num_steps
     source, validation = images_of(recipe)
     if len(source) < recipe.batch_size:
-        raise RecipeError(f"batch_size={recipe.batch_size}: {source.name} has {len(source)} images; take at most as many")
+        raise RecipeError(
+            f"batch_size={recipe.batch_size}: {source.name} has {len(source)} images, and a step takes more"
+        )
     if is_main():
         (output / "recipe.yaml").write_text(recipe.to_yaml())
     say(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..models.modeling_accel_vit import num_kept_tokens
+from ..models.shortening_accel_vit import num_kept_tokens
 
 
 @dataclass(frozen=True, order=True)

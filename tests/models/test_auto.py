@@ -129,12 +129,12 @@ def test_image_processor(tmp_path: Path, save_processor: bool) -> None:
 
 
 def test_the_files_stand_alone_as_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two model files in a folder of their own, loaded as the Hub's copies are, agree with the package."""
+    """The model files in a folder of their own, loaded as the Hub's copies are, agree with the package."""
     model = AccelViTModel(config())
     model.save_pretrained(tmp_path / "repo")
     source = Path(hf_accel.__file__).parent / "models"
-    for name in ("configuration_accel_vit.py", "modeling_accel_vit.py"):
-        shutil.copy(source / name, tmp_path / "repo")
+    for path in source.glob("*_accel_vit.py"):
+        shutil.copy(path, tmp_path / "repo")
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     remote = dynamic_module_utils.get_class_from_dynamic_module(

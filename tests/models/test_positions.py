@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from hf_accel import AccelViTConfig
-from hf_accel.models import modeling_accel_vit
-from hf_accel.models.modeling_accel_vit import AccelViTEmbeddings, AccelViTModel, resize_to_multiple
+from hf_accel.models import shortening_accel_vit
+from hf_accel.models.modeling_accel_vit import AccelViTEmbeddings, AccelViTModel
+from hf_accel.models.shortening_accel_vit import resize_to_multiple
 
 GRIDS = [(4, 4), (2, 2), (8, 8), (3, 5), (1, 7), (6, 4), (1, 1)]
 
@@ -120,7 +121,7 @@ def test_any_image_size(kind: str) -> None:
 def test_an_image_that_the_patch_does_not_divide(
     size: tuple[int, int], patch_size: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(modeling_accel_vit, "_resize_was_reported", True)
+    monkeypatch.setattr(shortening_accel_vit, "_resize_was_reported", True)
     images = torch.rand(2, 3, *size)
     resized = resize_to_multiple(images, patch_size)
     antialiased = nn.functional.interpolate(images, size=expected, mode="bilinear", align_corners=False, antialias=True)
@@ -132,10 +133,10 @@ def test_an_image_that_the_patch_does_not_divide(
 
 
 def test_the_resize_is_reported_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(modeling_accel_vit, "_resize_was_reported", False)
-    monkeypatch.setattr(modeling_accel_vit.logger, "propagate", True, raising=False)
+    monkeypatch.setattr(shortening_accel_vit, "_resize_was_reported", False)
+    monkeypatch.setattr(shortening_accel_vit.logger, "propagate", True, raising=False)
     model = AccelViTModel(config()).eval()
-    with caplog.at_level(logging.WARNING, logger=modeling_accel_vit.logger.name):
+    with caplog.at_level(logging.WARNING, logger=shortening_accel_vit.logger.name):
         model(torch.randn(1, 3, 32, 32), patch_size=16)
         assert not caplog.records
         for size in (30, 30, 37):

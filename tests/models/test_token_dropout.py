@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_accel import AccelViTConfig, AccelViTModel
-from hf_accel.models.modeling_accel_vit import num_kept_tokens, sample_kept_tokens
+from hf_accel.models.shortening_accel_vit import num_kept_tokens, sample_kept_tokens
 
 
 @pytest.fixture(autouse=True)

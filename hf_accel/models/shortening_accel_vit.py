@@ -1,0 +1,205 @@
+"""How a sequence is shortened: patch kernels of any size, positions between patches, and the tokens that are kept.
+
+Plain functions of shapes. Beyer et al., "FlexiViT" (arXiv 2212.08013), for kernels and positions; Lin et al.,
+"Accelerating Augmentation Invariance Pretraining" (arXiv 2410.22364), for token dropout.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from operator import index
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+from transformers.utils.generic import maybe_autocast
+
+logger = logging.get_logger(__name__)
+
+
+def cached_table(shape: Callable[..., tuple[int, ...]]) -> Callable[[Callable[..., torch.Tensor]], Any]:
+    """Turn `compute(*numbers)`, in float64 on the CPU, into a cached `table(*numbers, device=, dtype=)` of that shape.
+
+    The cache belongs to the process, not to a model: nothing of it is saved, copied or pickled. To `torch.compile` a
+    table is an opaque operator: a graph neither computes it again nor is tied to one image size.
+    """
+
+    def decorate(compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @lru_cache(maxsize=256)
+        def cached(*key: Any) -> torch.Tensor:
+            *numbers, device, dtype = key
+            # A tensor first made under inference mode could never take part in a backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                return compute(*numbers).to(device, dtype).contiguous()
+
+        # The Hub's copy of this file may be loaded beside the package's: each has operators of its own.
+        operator = torch.library.custom_op(
+            f"{__name__.replace('.', '_')}::{compute.__name__}",
+            lambda numbers, device, dtype: cached(*numbers, device, dtype).clone(),
+            mutates_args=(),
+            schema="(SymInt[] numbers, Device device, ScalarType dtype) -> Tensor",
+        )
+        operator.register_fake(lambda numbers, device, dtype: torch.empty(shape(*numbers), device=device, dtype=dtype))
+
+        def table(*numbers: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+            if torch.compiler.is_compiling():
+                return operator(numbers, device, dtype)
+            return cached(*numbers, device, dtype)
+
+        return table
+
+    return decorate
+
+
+def interpolation_matrix(old_size: int, new_size: int) -> torch.Tensor:
+    """(new_size, old_size), float64: linear resize of a line of pixels, half-pixel centres, no antialias.
+
+    Bilinear resize is separable: of an image `x` (old_size, old_size) it is `A @ x @ A.T`.
+    """
+    eye = torch.eye(old_size, dtype=torch.float64, device="cpu")
+    return nn.functional.interpolate(eye[None], size=new_size, mode="linear", align_corners=False)[0].T
+
+
+@cached_table(lambda old_size, new_size: (new_size, old_size))
+def kernel_resize_matrix(old_size: int, new_size: int) -> torch.Tensor:
+    """(new_size, old_size): pinv(A^T). As B = A (x) A, the pseudo-inverse of B^T is that of A^T on either axis."""
+    return torch.linalg.pinv(interpolation_matrix(old_size, new_size).T)
+
+
+@cached_table(lambda old_size, new_size: (new_size, old_size))
+def position_resize_matrix(old_size: int, new_size: int) -> torch.Tensor:
+    """(new_size, old_size): sampling at the positions (i + 1/2) old_size / new_size - 1/2, clamped at the border."""
+    return interpolation_matrix(old_size, new_size)
+
+
+@cached_table(lambda base_grid_size, height, width, hidden_size: (height * width, hidden_size))
+def sincos_position_table(base_grid_size: int, height: int, width: int, hidden_size: int) -> torch.Tensor:
+    """(height * width, hidden_size): MoCo-v3's fixed embedding, at continuous positions relative to the image.
+
+    The patch at the fraction u of the image's side has the position `u * base_grid_size - 1/2`. A quarter of the
+    channels each: sin and cos of what MoCo-v3's code names w, then of h. Its w is the row: its meshgrid indexes "ij".
+    """
+    frequencies = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64, device="cpu") / (hidden_size // 4))
+
+    def waves(size: int) -> torch.Tensor:
+        positions = (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5) * base_grid_size / size - 0.5
+        angles = positions[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    rows = waves(height)[:, None].expand(-1, width, -1)
+    columns = waves(width)[None].expand(height, -1, -1)
+    return torch.cat([rows, columns], dim=2).flatten(0, 1)
+
+
+def resize_patch_kernel(kernel: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """The kernel for another patch size: FlexiViT's `w_p = pinv(B^T) w` (arXiv 2212.08013, section 3.4).
+
+    With B the bilinear resize of a patch from p0 to p pixels, `<B x, w_p> = <x, w>` for every patch x if p >= p0; for a
+    smaller p it is the least-squares solution of `B^T w_p = w`.
+
+    Args:
+        kernel: (D, C, p0, p0). The result is differentiable with respect to it, and computed in fp32 or better.
+        patch_size: p in pixels.
+
+    Returns:
+        (D, C, p, p), of the kernel's dtype; the kernel itself if p = p0.
+
+    Raises:
+        ValueError: `patch_size` is no positive whole number, or the kernel is not square.
+    """
+    patch_size = checked_patch_size(patch_size)
+    if kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3]:
+        raise ValueError(f"the kernel must be (D, C, p0, p0), got {tuple(kernel.shape)}")
+    if kernel.shape[-1] == patch_size:
+        return kernel
+    dtype = torch.promote_types(kernel.dtype, torch.float32)
+    matrix = kernel_resize_matrix(kernel.shape[-1], patch_size, device=kernel.device, dtype=dtype)
+    with maybe_autocast(kernel.device.type, enabled=False):
+        return (matrix @ kernel.to(dtype) @ matrix.T).to(kernel.dtype)
+
+
+def checked_patch_size(patch_size: int) -> int:
+    """The patch size, which `operator.index` makes a constant of a compiled graph: inductor fails on a dynamic one.
+
+    Raises:
+        ValueError: it is no positive whole number.
+    """
+    if isinstance(patch_size, bool) or not isinstance(patch_size, int) or patch_size < 1:
+        raise ValueError(
+            f"patch_size must be a positive whole number of pixels, got {patch_size!r}; None is the base patch size"
+        )
+    return index(patch_size)
+
+
+def num_kept_tokens(num_patches: int, token_dropout: float) -> int:
+    """max(1, int(num_patches * (1 - token_dropout))): the patch tokens that remain.
+
+    1e-9 is added before rounding down, as 10 * (1 - 0.9) is 0.9999999999999998 in floating point.
+
+    Raises:
+        ValueError: `token_dropout` is not in [0, 1).
+    """
+    if not 0 <= token_dropout < 1:
+        raise ValueError(
+            f"token_dropout must lie in [0, 1), got {token_dropout!r}: it is the ratio of patch tokens to drop, and 0 "
+            "keeps all"
+        )
+    return max(1, int(num_patches * (1 - token_dropout) + 1e-9))
+
+
+@torch.compiler.disable()
+def draw(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    """Uniform (rows, columns) on the generator's device. `torch.compile` cannot trace a generator."""
+    return torch.rand(rows, columns, generator=generator, device=generator.device)
+
+
+def sample_kept_tokens(
+    batch_size: int,
+    num_patches: int,
+    token_dropout: float,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Which patch tokens to keep: drawn uniformly without replacement, afresh for each image.
+
+    The tokens with the smallest of `torch.rand(batch_size, num_patches, generator=generator)`, which is drawn on the
+    generator's device (without one, on `device`): a CPU generator gives the same tokens on every device.
+
+    Returns:
+        (batch_size, num_kept_tokens) int64 on `device`, ascending in each row.
+    """
+    num_kept = num_kept_tokens(num_patches, token_dropout)
+    if generator is None:
+        noise = torch.rand(batch_size, num_patches, device=device)
+    else:
+        noise = draw(batch_size, num_patches, generator).to(device)
+    order = noise.argsort(dim=1, stable=True)
+    return order[:, :num_kept].sort(dim=1).values
+
+
+_resize_was_reported = False
+
+
+@torch.compiler.disable()
+def warn_of_resize(old_size: tuple[int, int], new_size: tuple[int, int], patch_size: int) -> None:
+    """Once in the life of the process."""
+    global _resize_was_reported
+    if not _resize_was_reported:
+        logger.warning(
+            f"patch_size {patch_size} does not divide an image of {old_size[0]} x {old_size[1]} pixels, which is "
+            f"resized to {new_size[0]} x {new_size[1]}; further ones are resized without another warning"
+        )
+        _resize_was_reported = True
+
+
+def resize_to_multiple(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(B, C, H, W), resized (bilinear, antialiased) to the nearest multiples of `patch_size`, at least one patch."""
+    height, width = pixel_values.shape[-2:]
+    if height % patch_size == 0 and width % patch_size == 0:
+        return pixel_values
+    new_size = (
+        max(1, (2 * height + patch_size) // (2 * patch_size)) * patch_size,
+        max(1, (2 * width + patch_size) // (2 * patch_size)) * patch_size,
+    )
+    warn_of_resize((height, width), new_size, patch_size)
+    return nn.functional.interpolate(pixel_values, size=new_size, mode="bilinear", antialias=True)

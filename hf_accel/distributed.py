@@ -31,6 +31,13 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
+    """`all_gather`, differentiable: the gradient of every process's loss, summed, flows back to each row's owner."""
+    if world_size() == 1:
+        return tensor
+    return torch.cat(differentiable.all_gather(tensor.contiguous()))
+
+
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over processes, differentiable: the gradient of every process's loss flows back to every summand."""
     if world_size() == 1:

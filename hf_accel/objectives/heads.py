@@ -36,14 +36,17 @@ class BatchNorm1d(nn.BatchNorm1d):
 
 
 def mlp(num_layers: int, input_size: int, hidden_size: int, output_size: int, last_norm: bool = True) -> nn.Sequential:
-    """(N, input_size) -> (N, output_size): MoCo-v3's head. Linear layers without bias, BatchNorm and ReLU between them,
-    and, with `last_norm`, a BatchNorm without scale and shift at the end (arXiv 2104.02057, section 4.1 and its code).
+    """(N, input_size) -> (N, output_size): linear layers with BatchNorm and ReLU between them.
+
+    MoCo-v3's head ends in a BatchNorm without scale and shift (arXiv 2104.02057, section 4.1 and its code); without
+    `last_norm` it is SLIP's, which ends in a plain linear layer (arXiv 2112.12750). Only that one has a bias: the mean
+    that a BatchNorm takes off would undo any other.
     """
     layers: list[nn.Module] = []
     for index in range(num_layers):
         last = index == num_layers - 1
         size = output_size if last else hidden_size
-        layers.append(nn.Linear(input_size if index == 0 else hidden_size, size, bias=False))
+        layers.append(nn.Linear(input_size if index == 0 else hidden_size, size, bias=last and not last_norm))
         if not last:
             layers += [BatchNorm1d(size), nn.ReLU(inplace=True)]
         elif last_norm:

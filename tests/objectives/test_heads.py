@@ -1,4 +1,4 @@
-"""Heads against moco-v3's `_build_mlp`, the BatchNorm against torch's; over processes in test_two_processes.py."""
+"""Heads against moco-v3's and SLIP's `_build_mlp`, the BatchNorm against torch's; over processes in test_two_processes.py."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ def kinds(head: nn.Sequential) -> list[tuple]:
     found: list[tuple] = []
     for layer in head:
         if isinstance(layer, nn.Linear):
-            assert layer.bias is None
-            found.append(("linear", layer.in_features, layer.out_features))
+            bias = () if layer.bias is None else ("bias",)
+            found.append(("linear", layer.in_features, layer.out_features, *bias))
         elif isinstance(layer, BatchNorm1d):
             found.append(("norm", layer.num_features, layer.affine))
         else:
@@ -31,8 +31,17 @@ def test_projector_and_predictor_are_those_of_the_original():
     predictor = [("linear", 16, 64), ("norm", 64, True), ("ReLU",), ("linear", 64, 16), ("norm", 16, False)]
     assert kinds(mlp(3, 24, 64, 16)) == projector
     assert kinds(mlp(2, 16, 64, 16)) == predictor
-    assert kinds(mlp(2, 16, 64, 16, last_norm=False)) == predictor[:-1]
     assert kinds(mlp(1, 24, 64, 16)) == [("linear", 24, 16), ("norm", 16, False)]
+
+
+def test_without_a_last_norm_it_ends_in_a_plain_linear_layer():
+    # SLIP's models.py: SIMCLR._build_mlp; the biases that it has before BatchNorms have no effect
+    slip = [
+        ("linear", 24, 64), ("norm", 64, True), ("ReLU",),
+        ("linear", 64, 64), ("norm", 64, True), ("ReLU",),
+        ("linear", 64, 16, "bias"),
+    ]  # fmt: skip
+    assert kinds(mlp(3, 24, 64, 16, last_norm=False)) == slip
 
 
 def test_output_of_the_last_norm_is_standardised():

@@ -8,15 +8,21 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from hf_accel.compression import Compression, Strategy
 from hf_accel.distributed import rank, world_size
+from hf_accel.models import AccelViTConfig
+from hf_accel.objectives import OBJECTIVES, Draw
 from hf_accel.objectives.heads import BatchNorm1d, mlp
 from hf_accel.objectives.moco import contrastive_loss
+from hf_accel.objectives.simclr import nt_xent_loss
 
 ROWS, SIZE, STEPS = 12, 6, 2
 Results = dict[str, torch.Tensor]
@@ -58,11 +64,40 @@ def loss() -> Results:
     return {"rows gradient": query.grad, "mean value": value.detach()}
 
 
+def nt_xent() -> Results:
+    views = [mine(random(ROWS, SIZE, seed=seed)).requires_grad_() for seed in (1, 2)]
+    value = nt_xent_loss(views[0], views[1], 0.1)
+    (value / world_size()).backward()
+    gradients = {f"rows gradient {number}": view.grad for number, view in enumerate(views) if view.grad is not None}
+    assert len(gradients) == 2
+    return {**gradients, "mean value": value.detach()}
+
+
+def objective(name: str, **settings: Any) -> Results:
+    """A training step as it is run: the gradients that data parallel training gives to every process."""
+    config = AccelViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4
+    )
+    torch.manual_seed(0)
+    model: nn.Module = OBJECTIVES[name](config, projector_hidden_size=32, projection_size=8, **settings).train()
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
+    views = [mine(random(ROWS, 3, 16, 16, seed=seed)) for seed in (1, 2)]
+    output = parallel(views, Strategy(Compression(4, 0.5)), Draw(0, 0))
+    output.loss.backward()
+    gradients = {f"same gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert max(gradient.abs().max().item() for gradient in gradients.values()) > 0.05  # of the tolerance's 2e-5
+    buffers = {f"same {n}": buffer for n, buffer in model.named_buffers()}
+    return {**gradients, **buffers, "mean loss": output.loss.detach()}
+
+
 CASES: dict[str, Callable[[], Results]] = {
     "BatchNorm1d": lambda: through(BatchNorm1d(SIZE)),
     "BatchNorm1d without affine": lambda: through(BatchNorm1d(SIZE, affine=False)),
     "mlp": lambda: through(mlp(3, SIZE, 8, 4)),
     "contrastive_loss": loss,
+    "nt_xent_loss": nt_xent,
+    "MoCo": lambda: objective("moco"),
+    "SimCLR": lambda: objective("simclr"),
 }
 
 

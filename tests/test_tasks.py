@@ -1,0 +1,276 @@
+"""Whole tasks through the entry point, in this process, on small image folders: what works and how failures end."""
+
+import errno
+import json
+import logging
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import hf_accel.objectives.moco as moco
+import hf_accel.run as entry
+import hf_accel.trainer
+from hf_accel.compression import Compression, CostTable
+
+SIZE, IMAGES = 16, 120
+RECIPE: dict[str, Any] = {
+    "model": "vit_tiny",
+    "model_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+    "objective_config": {"projector_hidden_size": 32, "projection_size": 16},
+    "image_size": SIZE,
+    "patch_size": 4,
+    "batch_size": 16,
+    "budget": 16 * 4 * 8,  # eight uncompressed steps
+    "eval_points": [1.0],
+    "logging_steps": 1,
+    "save_steps": 2,
+    "report_to": [],
+}
+STEPS, WEIGHTS = 8, "model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def own_cache_and_threads(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def image_folder(root: Path, labels: bool = True, count: int = IMAGES, side: Callable[[int], int] = lambda _: SIZE):
+    """train/ with `count` images of noise about a colour for each of three classes, validation/ with 30."""
+    rng = np.random.default_rng(0)
+    for split, number in (("train", count), ("validation", 30)):
+        for index in range(number):
+            folder = root / split / "abc"[index % 3] if labels else root
+            folder.mkdir(parents=True, exist_ok=True)
+            noise = rng.normal(60 * np.eye(3)[index % 3] + 100, 40, (side(index), side(index), 3))
+            PIL.Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(folder / f"{split}{index:03}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("images"))
+
+
+def launch(data: Path | str, output: Path, *overrides: str) -> Path:
+    """One launch of the command; its output_dir."""
+    recipe = output.with_name(output.name + ".yaml")
+    recipe.write_text(yaml.safe_dump({**RECIPE, "data": str(data), "output_dir": str(output)}))
+    entry.main([str(recipe), *overrides])
+    return output
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def losses(output: Path) -> list[float]:
+    return [entry["loss"] for entry in read(output / "log_history.json")["log_history"] if "loss" in entry]
+
+
+def assert_same_weights(one: Path, other: Path, name: str = f"final/{WEIGHTS}") -> None:
+    expected, got = load_file(one / name), load_file(other / name)
+    assert expected.keys() == got.keys()
+    for key, value in expected.items():
+        assert torch.equal(value, got[key]), key
+
+
+def at_loss(monkeypatch, number: int, act: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """From now on the loss of step `number`, counted from 1, and of those after it goes through `act`."""
+    calls, true_loss = [0], moco.contrastive_loss
+
+    def loss(query, key, temperature):
+        calls[0] += 1
+        value = true_loss(query, key, temperature)
+        return act(value) if calls[0] >= number else value
+
+    monkeypatch.setattr(moco, "contrastive_loss", loss)
+
+
+def stop_at(monkeypatch, number: int) -> None:
+    at_loss(monkeypatch, number, lambda loss: (os.kill(os.getpid(), signal.SIGTERM), loss)[1])
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory) -> Path:
+    """A run left alone."""
+    return launch(folder, tmp_path_factory.mktemp("whole") / "run", "eval_points=[0.0, 1.0]")
+
+
+# What works
+
+
+def test_pretrain(whole):
+    results = read(whole / "results.json")
+    assert results["steps"] == STEPS and results["units"] == pytest.approx(results["budget"])
+    for key in ("knn_top1", "knn_top1_random_init", "knn_top1_raw_pixels"):
+        assert 0 <= results[key] <= 1, key
+    assert len(losses(whole)) == STEPS and all(math.isfinite(loss) for loss in losses(whole))
+    assert set(path.name for path in whole.glob("checkpoint-*")) == {"checkpoint-6", "checkpoint-8"}
+    assert not list(whole.rglob("*.py"))
+
+
+def test_evaluate_adds_to_the_evaluations(whole, folder, tmp_path, capsys):
+    overrides = ["task=evaluate", f"checkpoint={whole / 'final'}"]
+    output = launch(folder, tmp_path / "evaluated", *overrides)
+    launch(folder, tmp_path / "evaluated", *overrides, "eval_patch_size=8")
+    base, larger = read(output / "evaluations.json")["evaluations"]
+    assert (base["patch_size"], larger["patch_size"]) == (4, 8)
+    assert base["top1"] == read(whole / "results.json")["knn_top1"]
+    assert 0 <= larger["top1"] <= larger["top5"] <= 1
+    assert base["checkpoint"] == str(whole / "final") and base["data"] == str(folder)
+    assert "at patch 8; appended to" in capsys.readouterr().out
+
+
+def test_evaluate_of_images_without_labels_says_what_is_missing(whole, tmp_path):
+    images = image_folder(tmp_path / "flat", labels=False, count=20)
+    with pytest.raises(SystemExit, match="task=evaluate needs labels"):
+        launch(images, tmp_path / "run", "task=evaluate", f"checkpoint={whole / 'final'}")
+
+
+def test_cost(tmp_path, capsys):
+    output = launch("bundled", tmp_path / "cost", "task=cost")
+    rows = read(output / "cost.json")["rows"]
+    assert [(row["patch_size"], row["tokens"]) for row in rows[::10]] == [(4, 17), (8, 5)] and len(rows) == 20
+    assert rows[0]["measured"] == rows[0]["analytic"] == 1 and all(row["measured"] > 0 for row in rows)
+    with PIL.Image.open(output / "cost.png") as image:
+        assert image.format == "PNG" and min(image.size) > 100
+    assert len(capsys.readouterr().out.splitlines()) == 23
+
+
+def test_measured_costs_are_kept_and_used_again(folder, tmp_path, monkeypatch):
+    schedule = "schedule=[{until: 0.5, patch_size: 8}, {until: 1.0, token_dropout: 0.5}]"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        output = launch(folder, tmp_path / "run", "cost=measured", schedule)
+    assert not (output / "results.json").exists()
+    table = CostTable.load(output / "cost_table.json")
+    assert set(table.costs) == {Compression(4), Compression(8), Compression(4, 0.5)}
+
+    def again(*_, **__):
+        raise AssertionError("measured twice")
+
+    monkeypatch.setattr(entry, "measure_costs", again)
+    launch(folder, output, "cost=measured", schedule)
+    logs = [log for log in read(output / "log_history.json")["log_history"] if "loss" in log]
+    spent = 0.0
+    for log in logs:
+        online = Compression(log["patch_size"], log["token_dropout"])
+        spent += 16 * (3 * table(online) + table(Compression(log["target_patch_size"])))
+        assert log["units"] == pytest.approx(spent)
+    assert read(output / "results.json")["units"] == pytest.approx(spent) and spent <= RECIPE["budget"]
+    assert {log["patch_size"] for log in logs} == {4, 8}
+
+
+@pytest.mark.slow
+def test_bf16(whole, folder, tmp_path, monkeypatch):
+    output = launch(folder, tmp_path / "run", "mixed_precision=bf16")
+    exact, rounded = losses(whole), losses(output)
+    assert rounded != exact and rounded == pytest.approx(exact, rel=0.02)
+    weights = load_file(output / f"checkpoint-{STEPS}" / "model.safetensors")
+    assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float32}
+    name = "encoder.layers.0.mlp.fc1.weight"
+    assert not torch.equal(weights[name], weights[f"momentum_{name}"])
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        launch(folder, tmp_path / "resumed", "mixed_precision=bf16")
+    assert not (tmp_path / "resumed" / "results.json").exists()
+    launch(folder, tmp_path / "resumed", "mixed_precision=bf16")
+    assert_same_weights(output, tmp_path / "resumed", f"checkpoint-{STEPS}/model.safetensors")
+
+
+def test_images_without_labels_are_trained_on(tmp_path):
+    images = image_folder(tmp_path / "flat", labels=False)
+    output = launch(images, tmp_path / "run", "eval_points=[0.0, 0.5, 1.0]")
+    results = read(output / "results.json")
+    assert results["steps"] == STEPS and (output / "final" / "model.safetensors").exists()
+    assert [results[key] for key in ("knn_top1", "knn_top1_random_init", "knn_top1_raw_pixels")] == [None] * 3
+    assert (output / "curves.png").exists()
+
+
+@pytest.mark.parametrize("sizes", ["one size, in memory", "several sizes, from disk"])
+def test_one_corrupt_file_is_named_once_and_skipped(sizes, tmp_path, caplog):
+    several = "several" in sizes
+    images = image_folder(tmp_path / "images", side=lambda index: SIZE + several * (index % 3))
+    broken = images / "train" / "a" / "train003.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    with caplog.at_level(logging.WARNING, logger="hf_accel"):
+        output = launch(images, tmp_path / "run")
+    told = [record.getMessage() for record in caplog.records if "cannot be read" in record.getMessage()]
+    assert len(told) == 1 and str(broken) in told[0]
+    assert read(output / "results.json")["steps"] == STEPS
+
+
+# What cannot work, and how it ends
+
+
+def test_too_many_corrupt_files_stop_the_run(tmp_path):
+    images = image_folder(tmp_path / "images")
+    for index in (3, 6, 9):
+        (images / "train" / "a" / f"train{index:03}.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit, match=r"(?s)CorruptDataError: .*3 of 120 images cannot be read.*train003.png"):
+        launch(images, tmp_path / "run")
+
+
+def test_a_training_set_smaller_than_the_batch(tmp_path):
+    images = image_folder(tmp_path / "images", count=12)
+    output = tmp_path / "run"
+    with pytest.raises(SystemExit, match=r"batch_size=16: .*train has 12 images"):
+        launch(images, output)
+    launch(images, output, "batch_size=4", "budget=64")  # what failed has left nothing that stands in the way
+    assert read(output / "results.json")["steps"] == 4
+
+
+@pytest.mark.parametrize(("bad", "logging_steps"), [(math.nan, 1), (math.inf, 100)], ids=["on logging", "on saving"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    bad, logging_steps, whole, folder, tmp_path, monkeypatch
+):
+    settings = ["eval_points=[0.0, 1.0]", f"logging_steps={logging_steps}"]
+    with monkeypatch.context() as patch:
+        at_loss(patch, 6, lambda loss: loss * bad)
+        with pytest.raises(SystemExit, match=r"TrainingDiverged: .*step 6 \(seed 0\).*checkpoint-4\. Try a lower"):
+            launch(folder, tmp_path / "run", *settings)
+    output = tmp_path / "run"
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    assert not (output / "results.json").exists()
+    launch(folder, output, *settings)
+    assert_same_weights(whole, output)
+
+
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=pytest.mark.slow) for part in ("optimizer.pt", "run_state.json")] + [WEIGHTS]
+)
+def test_a_full_disk_reaches_the_user_and_the_run_resumes(part, whole, folder, tmp_path, monkeypatch):
+    def failing(save: Callable, position: int) -> Callable:
+        def saving(*args, **kwargs):
+            path = Path(args[position])
+            if path.name == part and path.parent.name == "checkpoint-4":
+                if part != "run_state.json":  # which is written all or nothing
+                    path.write_bytes(b"half")
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            return save(*args, **kwargs)
+
+        return saving
+
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", failing(torch.save, 1))
+        patch.setattr("transformers.modeling_utils.safe_save_file", failing(save_file, 1))
+        patch.setattr(hf_accel.trainer, "write_json", failing(hf_accel.trainer.write_json, 0))
+        with pytest.raises(OSError, match="No space left on device"):
+            launch(folder, output, "eval_points=[0.0, 1.0]")
+    assert (output / "checkpoint-2" / "run_state.json").exists()
+    launch(folder, output, "eval_points=[0.0, 1.0]")
+    assert_same_weights(whole, output)

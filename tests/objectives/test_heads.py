@@ -1,4 +1,4 @@
-"""Heads against moco-v3's and SLIP's `_build_mlp`, BatchNorm against torch's; over processes in test_two_processes.py."""
+"""Heads against moco-v3's and SLIP's `_build_mlp`, BatchNorm against torch's; over processes: test_two_processes.py."""
 
 import pytest
 import torch

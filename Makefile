@@ -10,8 +10,6 @@ endif
 BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# `accelerate launch` without a configuration gives torch one thread unless told otherwise.
-OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 .PHONY: help quickstart test test-slow lint clean
 
@@ -19,7 +17,7 @@ help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
 
 quickstart: $(INSTALLED) ## pretrain a small ViT on bundled images, in minutes on a CPU
-	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/accelerate launch hf_accel/run.py recipes/moco.yaml
+	$(BIN)/accelerate launch hf_accel/run.py recipes/moco.yaml
 	@out=$$(sed -nE 's/^output_dir: *([^ #]+).*/\1/p' recipes/moco.yaml); \
 	echo; \
 	echo "results      $$out/results.json"; \

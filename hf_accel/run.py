@@ -12,6 +12,7 @@ if str(_FOLDER.parent) not in sys.path:
 
 import argparse  # noqa: E402
 import json  # noqa: E402
+import shutil  # noqa: E402
 from dataclasses import asdict  # noqa: E402
 from functools import partial  # noqa: E402
 from typing import Any  # noqa: E402
@@ -25,6 +26,7 @@ from hf_accel.compression.cost import TABLE_NAME, ForwardCost  # noqa: E402
 from hf_accel.data import CorruptDataError, ImageSource, image_processor, load_sources  # noqa: E402
 from hf_accel.distributed import barrier, is_main  # noqa: E402
 from hf_accel.evaluation import raw_pixel_features  # noqa: E402
+from hf_accel.models import AccelViTModel  # noqa: E402
 from hf_accel.objectives import OBJECTIVES, ObjectiveForPreTraining  # noqa: E402
 from hf_accel.recipe import Recipe, RecipeError, describe_keys, load_recipe  # noqa: E402
 from hf_accel.report import environment, format_cost_table, plot_cost, plot_curves, write_json  # noqa: E402
@@ -75,7 +77,6 @@ def training_arguments(recipe: Recipe, plan_steps: int, world_size: int, resumin
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.mixed_precision == "bf16",
         fp16=recipe.mixed_precision == "fp16",
-        torch_compile=recipe.torch_compile,
         activation_checkpointing=recipe.gradient_checkpointing,
         use_cpu=on_cpu,
         seed=recipe.seed,
@@ -92,21 +93,39 @@ def training_arguments(recipe: Recipe, plan_steps: int, world_size: int, resumin
     )
 
 
+def use_all_cores(world_size: int) -> None:
+    """Share the cores among the processes, unless OMP_NUM_THREADS says otherwise.
+
+    `accelerate launch` without a number of threads sets OMP_NUM_THREADS to 1, which is no choice of the user's.
+    """
+    chosen = os.environ.get("OMP_NUM_THREADS")
+    if chosen is None or (chosen == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ):
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+
+
 def build_objective(recipe: Recipe) -> ObjectiveForPreTraining:
     config = recipe.encoder_config()
     if recipe.attn_implementation:
         config._attn_implementation = recipe.attn_implementation
     objective: Any = OBJECTIVES[recipe.objective]
-    return objective(config, **recipe.objective_config)
+    model = objective(config, **recipe.objective_config)
+    if recipe.torch_compile:
+        for module in model.modules():
+            if isinstance(module, AccelViTModel):
+                module.compile()  # in place: names in checkpoints stay, and the draws around it are no part of graphs
+    return model
 
 
 def cost_function(recipe: Recipe, device: torch.device) -> ForwardCost:
-    """Analytic, or the run's own measured table, which is made once and kept beside the run."""
+    """Analytic, or the run's own measured table, which is made once, kept beside the run and in its checkpoints."""
     config = recipe.encoder_config()
     if recipe.cost == "analytic":
         return partial(forward_cost, config)
     path = Path(recipe.output_dir) / TABLE_NAME
-    if is_main() and not path.exists():
+    checkpoint = last_complete_checkpoint(recipe.output_dir)
+    if is_main() and not path.exists() and checkpoint and (checkpoint / TABLE_NAME).exists():
+        shutil.copy(checkpoint / TABLE_NAME, path)
+    elif is_main() and not path.exists():
         strategies = recipe.compression_schedule().strategies
         wanted = [c for strategy in strategies for c in (strategy.online, strategy.target_branch)]
         measure_costs(config, wanted, device).save(path)
@@ -151,8 +170,8 @@ def pretrain(recipe: Recipe) -> None:
     arguments._n_gpu = min(arguments._n_gpu, 1)  # several GPUs want several processes: accelerate launch
     if arguments.world_size != world_size:
         raise RecipeError(f"{world_size} processes were started but {arguments.world_size} take part")
-    if arguments.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    if arguments.device.type == "cpu":
+        use_all_cores(world_size)
     set_seed(recipe.seed)
     try:
         model = build_objective(recipe)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import distributed
 from .compression import Plan, Strategy
+from .compression.cost import TABLE_NAME
 from .data import AUGMENTATIONS, ImageSource, TrainSampler, eval_loader, make_views, train_loader
 from .draws import generator
 from .evaluation import extract_features, knn_accuracy
@@ -202,7 +204,8 @@ class PretrainTrainer(Trainer):
         start = time.perf_counter()
         metrics: dict[str, float] = {}
         if self.validation is not None and self.validation.labels is not None and self.source.labels is not None:
-            accuracy = knn_of(self.objective.encoder, self.source, self.validation, self.recipe, self.args.device)
+            with torch.compiler.set_stance("force_eager"):  # its shapes are not worth a compilation
+                accuracy = knn_of(self.objective.encoder, self.source, self.validation, self.recipe, self.args.device)
             metrics = {f"{metric_key_prefix}_knn_{name}": value for name, value in accuracy.items()}
             self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -219,6 +222,8 @@ class PretrainTrainer(Trainer):
         distributed.barrier()
         if self.args.should_save:
             folder = Path(self.recipe.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if self.recipe.cost == "measured":
+                shutil.copy(Path(self.recipe.output_dir) / TABLE_NAME, folder)
             write_json(folder / RUN_STATE_NAME, self.run_state())
 
     def run_state(self) -> dict[str, Any]:

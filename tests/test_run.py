@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,36 +21,37 @@ TINY = [
     "model_config.intermediate_size=64",
     "model_config.num_attention_heads=2",
     "model_config.drop_path_rate=0.2",
-    "objective_config.projector_hidden_size=64",
-    "objective_config.projection_size=32",
     "batch_size=64",
     "gradient_accumulation_steps=2",
-    "budget=4000",
     "logging_steps=1",
     "save_steps=2",
     "schedule=[{until: 0.3, patch_size: 7}, {until: 0.7, token_dropout: 0.5}, {until: 1.0}]",
     "report_to=[]",
 ]
+HEADS = ["objective_config.projector_hidden_size=64", "objective_config.projection_size=32"]
+OBJECTIVES = {"moco": [*HEADS, "budget=4000"], "simclr": [*HEADS, "budget=6000"]}
+"""Recipes by name, with what makes each as short as the others: about 26 steps."""
 
 
-def start(output: Path, *overrides: str) -> subprocess.Popen:
-    command = [sys.executable, "hf_accel/run.py", "recipes/moco.yaml", f"output_dir={output}", *TINY, *overrides]
+def start(output: Path, *overrides: str, objective: str = "moco") -> subprocess.Popen:
+    settings = [f"output_dir={output}", *TINY, *OBJECTIVES[objective], *overrides]
+    command = [sys.executable, "hf_accel/run.py", f"recipes/{objective}.yaml", *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def run(output: Path, *overrides: str) -> str:
-    process = start(output, *overrides)
+def run(output: Path, *overrides: str, objective: str = "moco") -> str:
+    process = start(output, *overrides, objective=objective)
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0, text
     return text
 
 
-def interrupt(output: Path, signum: int) -> str:
+def interrupt(output: Path, signum: int, objective: str) -> str:
     """Start the run, send the signal once it has a complete checkpoint, and return what it printed."""
-    process = start(output)
+    process = start(output, objective=objective)
     deadline = time.monotonic() + 200
     while not list(output.glob("checkpoint-*/run_state.json")) and process.poll() is None:
         assert time.monotonic() < deadline
@@ -66,10 +69,21 @@ def last_logs(output: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("whole")
-    run(output)
-    return output
+def whole_run(tmp_path_factory) -> Callable[[str], Path]:
+    """An objective's run that was left alone, made once."""
+
+    @cache
+    def of(objective: str) -> Path:
+        output = tmp_path_factory.mktemp(objective)
+        run(output, objective=objective)
+        return output
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def whole(whole_run) -> Path:
+    return whole_run("moco")
 
 
 @pytest.mark.slow
@@ -94,18 +108,23 @@ def test_a_run_leaves_what_the_readme_says(whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
-def test_interrupted_and_resumed_equals_left_alone(whole, tmp_path, signum):
-    text = interrupt(tmp_path, signum)
+@pytest.mark.parametrize(
+    ("objective", "signum"),
+    [("moco", signal.SIGTERM), *((objective, signal.SIGKILL) for objective in OBJECTIVES)],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_interrupted_and_resumed_equals_left_alone(whole_run, tmp_path, objective, signum):
+    whole = whole_run(objective)
+    text = interrupt(tmp_path, signum, objective)
     assert signum == signal.SIGKILL or "same command resumes" in text
-    assert "Resuming from" in run(tmp_path)
+    assert "Resuming from" in run(tmp_path, objective=objective)
     steps = json.loads((whole / "results.json").read_text())["steps"]
     for name in ("final/model.safetensors", f"checkpoint-{steps}/model.safetensors"):
         expected, got = load_file(whole / name), load_file(tmp_path / name)
         assert expected.keys() == got.keys()
         assert all(torch.equal(expected[key], got[key]) for key in expected), name
     assert last_logs(whole) == last_logs(tmp_path)
-    assert "complete" in run(tmp_path)
+    assert "complete" in run(tmp_path, objective=objective)
 
 
 @pytest.mark.slow
@@ -117,9 +136,10 @@ def test_a_folder_with_another_recipe_is_refused_and_kept(whole):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path, objective):
     short = ["budget=2000", "gradient_accumulation_steps=1", "model_config.drop_path_rate=0.0", "eval_points=[1.0]"]
-    run(tmp_path / "one", *short)
+    run(tmp_path / "one", *short, objective=objective)
     launcher = [
         sys.executable,
         "-m",
@@ -127,7 +147,8 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
         "--config_file",
         "accelerate_configs/cpu_2proc.yaml",
     ]
-    command = [*launcher, "hf_accel/run.py", "recipes/moco.yaml", f"output_dir={tmp_path / 'two'}", *TINY, *short]
+    settings = [f"output_dir={tmp_path / 'two'}", *TINY, *OBJECTIVES[objective], *short]
+    command = [*launcher, "hf_accel/run.py", f"recipes/{objective}.yaml", *settings]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     # Judged by what it wrote: a gloo process may abort at exit after all its work is done.
     assert (tmp_path / "two" / "results.json").exists(), done.stdout + done.stderr

@@ -1,0 +1,274 @@
+"""How wrong a cheap gradient is: squared bias and cost-adjusted variance, estimated from paired draws.
+
+Lin et al., "Accelerating Augmentation Invariance Pretraining" (arXiv 2410.22364), section 4. With g a gradient of one
+uncompressed batch, g_a that of the same batch under a strategy a, G = E[g], and k_a the cost of a over uncompressed:
+
+    bias2(a) = || E[g_a] - G ||^2     var(a) = E || g_a - E[g_a] ||^2     ca_mse(a) = bias2(a) + k_a var(a)
+
+The bias is estimated from the differences d_i = g_a_i - g_i of n pairs (the same images, views and negatives) as the
+mean of <d_i, d_j> over i != j. The plain || mean d ||^2 also holds the noise, || d - E d ||^2 / n on average, and
+holds most of it for exactly the strategies whose bias is smallest.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from scipy.special import stdtrit
+from torch import Tensor
+
+from ..draws import generator
+
+SKETCH_SIZE = 8192
+"""Numbers that remain of a gradient for the leave-one-out; shorter gradients are kept as they are."""
+
+MAX_BLOCKS = 256
+"""Draws are left out one by one up to this many, then in blocks, so that memory does not grow with them."""
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class GradientError:
+    """Errors of one strategy's gradient, in squared units of the gradient; intervals are of 95%.
+
+    `ca_variance` is the variance of what the price of one uncompressed batch buys, over the horizon; `ca_mse` is
+    `bias2 + ca_variance`; `reference_norm2` is || G ||^2, to report them relative to.
+    """
+
+    bias2: float
+    variance: float
+    ca_variance: float
+    ca_mse: float
+    reference_norm2: float
+    bias2_interval: tuple[float, float]
+    ca_mse_interval: tuple[float, float]
+
+
+class GradientErrorAccumulator(Generic[Name]):
+    """Sums over paired draws. It knows no model, and its memory does not grow with the number of draws.
+
+    Args:
+        relative_cost: k_a of each strategy by name: its cost over the uncompressed one's.
+        horizon: batches that the optimizer averages over: ca_mse = bias2 + ca_variance / horizon. 1 is the paper's
+            and weighs a single batch; averaging shrinks variance but never bias.
+
+    Raises:
+        ValueError: a cost or the horizon is not above 0.
+    """
+
+    def __init__(self, relative_cost: Mapping[Name, float], horizon: float = 1.0):
+        if horizon <= 0 or any(cost <= 0 for cost in relative_cost.values()):
+            raise ValueError(f"costs and horizon must be above 0, got {dict(relative_cost)} and {horizon}")
+        self.relative_cost, self.horizon = dict(relative_cost), horizon
+        self.num_draws = 0
+        self._reference = _Sums()
+        self._differences = {name: _Sums() for name in self.relative_cost}
+        self._compressed_norm2 = {name: _Blocks() for name in self.relative_cost}
+
+    @torch.no_grad()
+    def add(self, reference: Tensor, compressed: Mapping[Name, Tensor]) -> None:
+        """Take one paired draw: flat gradients (D,), uncompressed and under every strategy.
+
+        Raises:
+            ValueError: a strategy is missing or unknown, a shape differs, or a gradient is not finite.
+        """
+        if compressed.keys() != self.relative_cost.keys():
+            raise ValueError(f"expected gradients of {list(self.relative_cost)}, got {list(compressed)}")
+        for name, gradient in [("the reference", reference), *compressed.items()]:
+            if gradient.ndim != 1 or gradient.shape != reference.shape:
+                raise ValueError(f"expected flat gradients of one size, got {tuple(gradient.shape)} from {name}")
+            if not bool(torch.isfinite(gradient).all()):
+                raise ValueError(f"the gradient of {name} is not finite")
+        self._reference.add(reference)
+        for name, gradient in compressed.items():
+            self._differences[name].add(gradient - reference)
+            self._compressed_norm2[name].add(_norm2(gradient))
+        self.num_draws += 1
+
+    def result(self) -> dict[Name, GradientError]:
+        """Errors by strategy.
+
+        Raises:
+            ValueError: fewer than three draws, of which no interval can be given.
+        """
+        if self.num_draws < 3:
+            raise ValueError(f"an estimate with an interval needs at least 3 draws, got {self.num_draws}")
+        return {name: self._of(name) for name in self.relative_cost}
+
+    def _of(self, name: Name) -> GradientError:
+        cost = self.relative_cost[name] / self.horizon
+        difference, reference, norm2 = self._differences[name], self._reference, self._compressed_norm2[name]
+        mean_difference, mean_reference = difference.total / self.num_draws, reference.total / self.num_draws
+        spread = norm2.total / self.num_draws - _norm2(mean_difference + mean_reference)
+        variance = spread * self.num_draws / (self.num_draws - 1)
+        bias2 = difference.product_of_different_draws()
+
+        # Leave each block of draws out in turn, on the sketches.
+        counts = torch.tensor(reference.blocks.counts, dtype=torch.float64)
+        rest = self.num_draws - counts
+        without = difference.sketches_without() + reference.sketches_without()
+        left_norm2 = norm2.total - torch.tensor(norm2.values, dtype=torch.float64)
+        left_variance = (left_norm2 - without.square().sum(1) / rest) / (rest - 1)
+        left_bias2 = difference.product_without()
+        return GradientError(
+            bias2=bias2,
+            variance=variance,
+            ca_variance=cost * variance,
+            ca_mse=bias2 + cost * variance,
+            reference_norm2=reference.product_of_different_draws(),
+            bias2_interval=_jackknife(bias2, left_bias2),
+            ca_mse_interval=_jackknife(bias2 + cost * variance, left_bias2 + cost * left_variance),
+        )
+
+
+class _Blocks:
+    """Values summed in at most MAX_BLOCKS blocks of consecutive draws; a full row of blocks is halved by pairs."""
+
+    def __init__(self):
+        self.values: list = []
+        self.counts: list[int] = []
+        self.size = 1
+
+    def add(self, value) -> None:
+        if self.counts and self.counts[-1] < self.size:
+            self.values[-1] = self.values[-1] + value
+            self.counts[-1] += 1
+            return
+        if len(self.values) == MAX_BLOCKS:
+            self.values = [a + b for a, b in zip(self.values[::2], self.values[1::2], strict=True)]
+            self.counts = [a + b for a, b in zip(self.counts[::2], self.counts[1::2], strict=True)]
+            self.size *= 2
+        self.values.append(value)
+        self.counts.append(1)
+
+    @property
+    def total(self):
+        return sum(self.values[1:], start=self.values[0])
+
+
+class _Sums:
+    """Of vectors x_i (D,): their sum and summed squared norms exactly, and sketches of both block by block."""
+
+    def __init__(self):
+        self.total = torch.zeros(())
+        self.norm2 = 0.0
+        self.blocks, self.block_norm2 = _Blocks(), _Blocks()
+        self.num_draws = 0
+
+    def add(self, vector: Tensor) -> None:
+        if self.num_draws == 0:
+            self.total = torch.zeros_like(vector, dtype=torch.promote_types(vector.dtype, torch.float32))
+        self.total += vector
+        self.norm2 += _norm2(vector)
+        sketch = _sketch(vector)
+        self.blocks.add(sketch)
+        self.block_norm2.add(_norm2(sketch))
+        self.num_draws += 1
+
+    def product_of_different_draws(self) -> float:
+        """The mean of <x_i, x_j> over i != j: unbiased for || E[x] ||^2."""
+        return (_norm2(self.total) - self.norm2) / (self.num_draws * (self.num_draws - 1))
+
+    def sketches_without(self) -> Tensor:
+        """float64 (blocks, size): the sum of all sketches but those of each block."""
+        blocks = torch.stack(self.blocks.values)
+        return blocks.sum(0) - blocks
+
+    def product_without(self) -> Tensor:
+        """float64 (blocks,): `product_of_different_draws` of what remains without each block, by the sketches."""
+        counts = torch.tensor(self.blocks.counts, dtype=torch.float64)
+        rest = self.num_draws - counts
+        norm2 = torch.tensor(self.block_norm2.values, dtype=torch.float64)
+        left = self.sketches_without().square().sum(1) - (norm2.sum() - norm2)
+        return left / (rest * (rest - 1))
+
+
+def _norm2(vector: Tensor) -> float:
+    return float(torch.linalg.vector_norm(vector, dtype=torch.float64)) ** 2
+
+
+def _sketch(vector: Tensor) -> Tensor:
+    """float64 (min(D, SKETCH_SIZE),) on the CPU, whose inner products are those of the vectors, up to noise.
+
+    A count sketch (Charikar et al., ICALP 2002): every number gets a random sign and is added to one of the places,
+    here in turn, which needs no table of them.
+    """
+    if vector.numel() <= SKETCH_SIZE:
+        return vector.double().cpu()
+    rows = math.ceil(vector.numel() / SKETCH_SIZE)
+    folded = torch.nn.functional.pad(vector, (0, rows * SKETCH_SIZE - vector.numel())).view(rows, SKETCH_SIZE)
+    signs = _signs(rows, vector.device)
+    return (folded * signs).sum(0, dtype=torch.float64).cpu()
+
+
+_SIGNS: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _signs(rows: int, device: torch.device) -> Tensor:
+    """int8 (rows, SKETCH_SIZE) of +1 and -1, the same in every process."""
+    if (rows, device) not in _SIGNS:
+        _SIGNS.clear()
+        bits = torch.randint(0, 2, (rows, SKETCH_SIZE), generator=generator(0, "sketch"), dtype=torch.int8)
+        _SIGNS[rows, device] = (2 * bits - 1).to(device)
+    return _SIGNS[rows, device]
+
+
+def _jackknife(estimate: float, left_out: Tensor) -> tuple[float, float]:
+    """95% interval of `estimate` from what it is without each block (blocks,) (Tukey 1958), by Student's t."""
+    blocks = len(left_out)
+    deviation = float((left_out - left_out.mean()).square().sum() * (blocks - 1) / blocks) ** 0.5
+    margin = float(stdtrit(blocks - 1, 0.975)) * deviation
+    return estimate - margin, estimate + margin
+
+
+def estimate_gradient_errors(
+    gradient: Callable[[Name | None, int], Tensor],
+    relative_cost: Mapping[Name, float],
+    draws: Iterable[int],
+    horizon: float = 1.0,
+    max_bytes: float = 4e9,
+    progress: Callable[[int], None] = lambda computed: None,
+) -> dict[Name, GradientError]:
+    """Errors of every strategy from paired draws, in chunks of strategies that fit into memory.
+
+    Args:
+        gradient: `gradient(name, draw)` is the flat gradient (D,) of the draw under a strategy, `gradient(None, draw)`
+            the uncompressed one. A pure function: a chunk asks again for the uncompressed gradients.
+        relative_cost: k_a by strategy.
+        draws: numbers of the draws.
+        horizon: see `GradientErrorAccumulator`.
+        max_bytes: memory for the sums of the strategies of one chunk, two gradients a strategy while a draw is added.
+        progress: called with 1 for each gradient that has been computed.
+
+    Raises:
+        ValueError: not even one strategy fits into `max_bytes`; fewer than three draws; a gradient is not finite.
+    """
+    draws = list(draws)
+    size = gradient(None, draws[0])
+    needed = 2 * size.numel() * max(4, size.element_size())
+    fitting = int(max_bytes // needed)
+    if fitting < 1:
+        raise ValueError(f"the sums of one strategy take {needed:.3g} bytes; the limit is {max_bytes:.3g}")
+    names = list(relative_cost)
+    errors: dict[Name, GradientError] = {}
+    for chunk in chunks(names, fitting):
+        accumulator = GradientErrorAccumulator({name: relative_cost[name] for name in chunk}, horizon)
+        for draw in draws:
+            reference = gradient(None, draw)
+            progress(1)
+            compressed = {}
+            for name in chunk:
+                compressed[name] = gradient(name, draw)
+                progress(1)
+            accumulator.add(reference, compressed)
+        errors |= accumulator.result()
+    return errors
+
+
+def chunks(names: Sequence[Name], size: int) -> list[list[Name]]:
+    """`names` in lists of at most `size`, as even as possible."""
+    count = math.ceil(len(names) / size)
+    return [list(names[len(names) * i // count : len(names) * (i + 1) // count]) for i in range(count)]

@@ -40,7 +40,7 @@ def pair(rows: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def test_loss_and_gradient_against_numpy(rows, size, temperature):
     a, b = pair(rows, size)
     tensors = [torch.tensor(view, requires_grad=True) for view in (a, b)]
-    loss = nt_xent_loss(*tensors, temperature)
+    loss = nt_xent_loss(tensors[0], tensors[1], temperature)
     loss.backward()
     assert loss.item() == pytest.approx(numpy_loss(a, b, temperature), rel=1e-10, abs=1e-12)
     for tensor, view in zip(tensors, (a, b), strict=True):
@@ -76,7 +76,7 @@ def test_half_precision_is_computed_in_float_and_stays_finite(dtype):
     for first, second in ((a, b), (a, a), (a, -a), (300 * a, 300 * b)):
         halves = [first.clone().requires_grad_(), second.clone().requires_grad_()]
         with torch.autocast("cpu", dtype):
-            loss = nt_xent_loss(*halves, 0.05)
+            loss = nt_xent_loss(halves[0], halves[1], 0.05)
         loss.backward()
         expected = numpy_loss(first.double().numpy(), second.double().numpy(), 0.05)
         assert loss.dtype == torch.float32

@@ -45,6 +45,12 @@ def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     return differentiable.all_reduce(tensor)
 
 
+def say(text: str) -> None:
+    """Print once, whatever the number of processes."""
+    if is_main():
+        print(text, flush=True)
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import yaml
 
-from .compression import Schedule
+from .compression import Schedule, Strategy
 from .compression.schedule import STAGE_KEYS
+from .compression.search import SYMMETRIES
 from .data import AUGMENTATIONS
 from .models import PRESETS, AccelViTConfig
 from .objectives import OBJECTIVES
@@ -33,7 +34,7 @@ def _key(default: Any, text: str, group: str = "") -> Any:
 class Recipe:
     """One field a key; `python hf_accel/run.py --help` prints them."""
 
-    task: Literal["pretrain", "evaluate", "cost"] = _key("pretrain", "what to do", "run")
+    task: Literal["pretrain", "search", "evaluate", "cost"] = _key("pretrain", "what to do", "run")
     output_dir: str = _key("runs/default", "folder of everything the run writes; an interrupted run resumes from it")
     seed: int = _key(0, "every random draw is a function of it")
 
@@ -97,7 +98,18 @@ class Recipe:
     logging_steps: int = _key(50, "steps between log lines", "logging and saving")
     save_steps: float = _key(0.1, "steps between checkpoints, or below 1 a fraction of the run")
     save_total_limit: int = _key(2, "checkpoints kept; at least 2, so that a kill during a save loses none")
+    keep_points: list[float] = _key([], "progress at which a checkpoint is kept for good, in kept/, for task=search")
     report_to: list[str] = _key(["tensorboard"], "trackers of the Trainer: tensorboard, trackio, ...")
+
+    pilot: str | None = _key(None, "task=search: output_dir of a run with keep_points", "search")
+    search_draws: int = _key(16, "paired gradients for each estimate")
+    search_token_dropout: list[float] = _key([tenth / 10 for tenth in range(10)], "ratios of the grid")
+    search_patch_size: list[int] | None = _key(None, "patch sizes of the grid; default: every possible one")
+    search_symmetry: list[str] = _key(["paper"], f"what the target branch shares: {', '.join(SYMMETRIES)}")
+    search_parameters: Literal["all", "encoder"] = _key("all", "whose gradient: all that is trained, or the encoder's")
+    search_metric: Literal["plain", "adam"] = _key("plain", "adam: divided by the root of AdamW's second moments")
+    search_horizon: float = _key(1.0, "batches an optimizer averages over; above 1 bias weighs more than variance")
+    search_memory: float = _key(4.0, "GB for sums of gradients; fewer cost passes more")
 
     def __post_init__(self):
         for check in (_check_choices, _check_objective, _check_numbers, _check_model):
@@ -110,6 +122,17 @@ class Recipe:
 
     def compression_schedule(self) -> Schedule:
         return Schedule.parse(self.schedule, self.patch_size)
+
+    def view_size(self, strategy: Strategy) -> int:
+        """Pixels of a step's views.
+
+        Matched: the resized kernel sees p0 x p0 numbers of each patch only, so the view may be made with p0 pixels a
+        patch; where the branches' patches differ, both need the full view.
+        """
+        online, target = strategy.online.patch_size, strategy.target_branch.patch_size
+        if self.view_resolution == "full" or online != target:
+            return self.image_size
+        return self.image_size // online * self.patch_size
 
     def local_crop_size(self) -> int | None:
         """Pixels of the local crops, None where the objective makes none."""
@@ -169,6 +192,8 @@ def _check_numbers(recipe: Recipe) -> None:
         "gradient_accumulation_steps",
         "learning_rate",
         "knn_k",
+        "search_horizon",
+        "search_memory",
         "knn_temperature",
         "logging_steps",
         "save_steps",
@@ -187,12 +212,17 @@ def _check_numbers(recipe: Recipe) -> None:
         _fail(
             "checkpoint", recipe.checkpoint, "task=evaluate needs the folder of an encoder, e.g. checkpoint=RUN/final"
         )
+    if recipe.task == "search" and not recipe.pilot:
+        _fail("pilot", recipe.pilot, "task=search needs the output_dir of a pilot run, e.g. pilot=runs/moco")
+    if recipe.search_draws < 3:
+        _fail("search_draws", recipe.search_draws, "an estimate with an interval needs at least 3")
     if recipe.save_total_limit < 2:
         _fail(
             "save_total_limit", recipe.save_total_limit, "must be at least 2, so that a kill during a save loses none"
         )
-    if any(not isinstance(p, int | float) or not 0 <= p <= 1 for p in recipe.eval_points):
-        _fail("eval_points", recipe.eval_points, "must be numbers in [0, 1]")
+    for key in ("eval_points", "keep_points"):
+        if any(not isinstance(p, int | float) or not 0 <= p <= 1 for p in getattr(recipe, key)):
+            _fail(key, getattr(recipe, key), "must be numbers in [0, 1]")
     if recipe.batch_size % recipe.gradient_accumulation_steps:
         _fail(
             "batch_size",

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import distributed
-from .compression import Plan, Strategy
+from .compression import Plan
 from .compression.cost import TABLE_NAME
 from .data import AUGMENTATIONS, ImageSource, TrainSampler, eval_loader, make_views, train_loader
 from .draws import generator
@@ -23,6 +23,9 @@ from .objectives import Draw, ObjectiveForPreTraining
 from .progress import cosine, learning_rate_factor
 from .recipe import Recipe
 from .report import write_json
+
+KEPT_NAME = "kept"
+"""Folder in `output_dir` of the checkpoints at `keep_points`, which are not removed."""
 
 RUN_STATE_NAME = "run_state.json"
 """Written last into a checkpoint: what has none was interrupted while it was saved and is not resumed from."""
@@ -61,6 +64,7 @@ class PretrainTrainer(Trainer):
         **kwargs: Any,
     ):
         self.recipe, self.plan, self.source, self.validation = recipe, plan, source, validation
+        self.keep_steps = {plan.first_step_at(point) for point in recipe.keep_points}
         self.view_configs = model.view_configs(AUGMENTATIONS[recipe.augmentation])
         self.seconds = {"total": 0.0, "data": 0.0, "forward_backward": 0.0, "evaluation": 0.0}
         self._metric_sums: dict[str, torch.Tensor] = {}
@@ -79,7 +83,7 @@ class PretrainTrainer(Trainer):
 
     def view_size(self, step: int) -> int:
         """Pixels of the views of a step: the image size, or, matched, what the step's patches leave of it."""
-        return view_size(self.plan[step].strategy, self.recipe)
+        return self.recipe.view_size(self.plan[step].strategy)
 
     def get_train_dataloader(self):
         """One pass is the whole run, from the step that is next: a resumed run reads no batch only to skip it."""
@@ -194,10 +198,20 @@ class PretrainTrainer(Trainer):
     def _diverged(self) -> None:
         kept = last_complete_checkpoint(self.recipe.output_dir)
         raise TrainingDiverged(
-            f"the loss is not finite at step {self.state.global_step} (seed {self.recipe.seed}). "
+            f"the loss or the weights are not finite at step {self.state.global_step} (seed {self.recipe.seed}). "
             f"Last good checkpoint: {kept or 'none yet'}. Try a lower learning_rate, a longer warmup, "
-            "max_grad_norm=1.0, model_config.freeze_patch_projection=true, or mixed_precision=bf16 instead of fp16"
+            "max_grad_norm=1.0 or mixed_precision=bf16 instead of fp16 with the same command, or, in a new output_dir, "
+            "model_config.freeze_patch_projection=true"
         )
+
+    def _is_finite(self) -> bool:
+        """Whether the losses since the last log line, and the weights, are finite on every process.
+
+        A loss tells of the weights before its step: what a step has just ruined shows in the weights alone.
+        """
+        tensors = [cast(torch.Tensor, self._tr_loss), *self.objective.parameters(), *self.objective.buffers()]
+        finite = torch.stack([torch.isfinite(tensor.detach()).all() for tensor in tensors]).all()
+        return bool(cast(torch.Tensor, self.accelerator.gather(finite.int())).all())
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """kNN accuracy of the exported encoder, as a fraction; nothing without labels."""
@@ -216,33 +230,32 @@ class PretrainTrainer(Trainer):
         return metrics
 
     def _save_checkpoint(self, model, trial) -> None:
-        if not bool(torch.isfinite(cast(torch.Tensor, self.accelerator.gather(self._tr_loss))).all()):
+        if not self._is_finite():
             self._diverged()
         super()._save_checkpoint(model, trial)
         distributed.barrier()
         if self.args.should_save:
-            folder = Path(self.recipe.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder = Path(self.recipe.output_dir) / name
             if self.recipe.cost == "measured":
                 shutil.copy(Path(self.recipe.output_dir) / TABLE_NAME, folder)
+            write_json(folder / RUN_STATE_NAME, self.run_state())
+            if self.state.global_step in self.keep_steps:
+                shutil.copytree(folder, Path(self.recipe.output_dir) / KEPT_NAME / name, dirs_exist_ok=True)
+
+    def keep_start(self) -> None:
+        """Keep the model as it was initialised: there is no optimizer state yet."""
+        folder = Path(self.recipe.output_dir) / KEPT_NAME / f"{PREFIX_CHECKPOINT_DIR}-0"
+        self.save_model(str(folder))
+        if self.args.should_save:
             write_json(folder / RUN_STATE_NAME, self.run_state())
 
     def run_state(self) -> dict[str, Any]:
         """Counters that a resumed run continues from."""
         self.seconds["total"] = self._seconds_before + time.perf_counter() - self._started
         steps = self.state.global_step
-        return {"step": steps, "units": self.plan.spent_after(steps), "seconds": self.seconds}
-
-
-def view_size(strategy: Strategy, recipe: Recipe) -> int:
-    """Pixels of a step's views.
-
-    Matched: the resized kernel sees p0 x p0 numbers of each patch only, so the view may be made with p0 pixels a patch;
-    where the branches' patches differ, both need the full view.
-    """
-    online, target = strategy.online.patch_size, strategy.target_branch.patch_size
-    if recipe.view_resolution == "full" or online != target:
-        return recipe.image_size
-    return recipe.image_size // online * recipe.patch_size
+        units = self.plan.spent_after(steps)
+        return {"step": steps, "units": units, "progress": min(1.0, units / self.plan.budget), "seconds": self.seconds}
 
 
 def knn_of(
@@ -289,6 +302,8 @@ class ProgressCallback(TrainerCallback):
             self.terminated = True
 
         self.previous = signal.signal(signal.SIGTERM, note)
+        if state.global_step == 0 and 0 in self.trainer.keep_steps:
+            self.trainer.keep_start()
 
     def on_train_end(self, args, state, control, **kwargs):
         signal.signal(signal.SIGTERM, self.previous or signal.SIG_DFL)
@@ -313,6 +328,7 @@ class ProgressCallback(TrainerCallback):
         trainer = self.trainer
         state.epoch = state.global_step * trainer.plan.batch_size / len(trainer.source)
         control.should_evaluate = state.global_step in self.eval_steps
+        control.should_save |= state.global_step in trainer.keep_steps
         if args.world_size > 1:  # the signal reaches the processes at different steps, and all must stop at one
             flag = torch.tensor([float(self.terminated)], device=args.device)
             self.terminated = bool(distributed.all_gather(flag).any())

@@ -18,7 +18,10 @@ LEVELS = [
     {"objectives"},
     {"evaluation", "hub", "report"},
     {"recipe"},
+    {"probe"},
     {"trainer"},
+    {"assemble"},
+    {"pilot"},
     {"run"},
     {"__init__"},
 ]

@@ -250,7 +250,7 @@ def test_too_many_corrupt_files_stop_the_run(tmp_path):
 def test_a_training_set_smaller_than_the_batch(tmp_path):
     images = image_folder(tmp_path / "images", count=12)
     output = tmp_path / "run"
-    with pytest.raises(SystemExit, match=r"batch_size=16: .*train has 12 images"):
+    with pytest.raises(SystemExit, match=r"batch_size=16: .*train has only 12 images"):
         launch(images, output)
     launch(images, output, "batch_size=4", "budget=64")  # what failed has left nothing that stands in the way
     assert read(output / "results.json")["steps"] == 4
@@ -297,3 +297,41 @@ def test_a_full_disk_reaches_the_user_and_the_run_resumes(part, whole, folder, t
     assert (output / "checkpoint-2" / "run_state.json").exists()
     launch(folder, output, "eval_points=[0.0, 1.0]")
     assert_same_weights(whole, output)
+
+
+class NaNGradient(torch.autograd.Function):
+    """The value as it is, with a gradient that is not."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients[0] * math.nan
+
+
+def test_weights_that_are_not_finite_are_never_the_last_good_checkpoint(whole, folder, tmp_path, monkeypatch):
+    # the loss of step 6 is fine, its update is not: only step 7 has a loss that shows it
+    output, settings = tmp_path / "run", ["eval_points=[0.0, 1.0]"]
+    with monkeypatch.context() as patch:
+        at_loss(patch, 6, NaNGradient.apply)
+        with pytest.raises(SystemExit, match=r"TrainingDiverged: .*checkpoint-4"):
+            launch(folder, output, *settings)
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    launch(folder, output, *settings)
+    assert_same_weights(whole, output)
+
+
+def test_the_advice_after_a_divergence_can_be_followed_in_the_same_folder(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_loss(patch, 6, lambda loss: loss * math.nan)
+        with pytest.raises(SystemExit, match="TrainingDiverged"):
+            launch(folder, tmp_path / "run")
+    launch(folder, tmp_path / "run", "learning_rate=1.0e-5", "max_grad_norm=1.0")
+
+
+def test_fp16_on_a_cpu_is_refused(folder, tmp_path):
+    # accelerate ignores it there without a word: the run is one in fp32
+    with pytest.raises(SystemExit, match=r"mixed_precision='fp16': .*bf16"):
+        launch(folder, tmp_path / "run", "mixed_precision=fp16")

@@ -6,7 +6,7 @@ import pytest
 from hf_accel.compression import Compression, Strategy
 from hf_accel.progress import cosine, learning_rate_factor
 from hf_accel.recipe import load_recipe
-from hf_accel.trainer import last_complete_checkpoint, view_size
+from hf_accel.trainer import last_complete_checkpoint
 
 
 def test_learning_rate_against_a_transcription():
@@ -39,6 +39,6 @@ def test_matched_views_have_base_patches():
     full = load_recipe("recipes/moco.yaml")
     matched = load_recipe("recipes/moco.yaml", ["view_resolution=matched"])
     symmetric, asymmetric = Strategy(Compression(7)), Strategy(Compression(7), Compression(4))
-    assert view_size(symmetric, full) == 28
-    assert view_size(symmetric, matched) == 16
-    assert view_size(asymmetric, matched) == 28
+    assert full.view_size(symmetric) == 28
+    assert matched.view_size(symmetric) == 16
+    assert matched.view_size(asymmetric) == 28

@@ -230,7 +230,7 @@ def estimate_gradient_errors(
     draws: Iterable[int],
     horizon: float = 1.0,
     max_bytes: float = 4e9,
-    progress: Callable[[int], None] = lambda computed: None,
+    progress: Callable[[int], object] = lambda computed: None,
 ) -> dict[Name, GradientError]:
     """Errors of every strategy from paired draws, in chunks of strategies that fit into memory.
 

@@ -82,7 +82,8 @@ class Schedule:
         """From the form that recipes use: a list of stages, or the path of a YAML file that holds such a list.
 
         A stage is a mapping with STAGE_KEYS, all but `until` optional; patch_size defaults to the base patch,
-        token_dropout to 0, the target's to the paper's (same patch, no dropout), local crops to being left whole.
+        token_dropout to 0, the target's to the paper's (same patch, no dropout), local crops to being left whole. A
+        file may hold `{patch_size, stages}`: stages meant for another base patch size are brought to this one.
         """
         if value is None:
             return cls.constant(Strategy(Compression(base_patch_size)))
@@ -91,10 +92,39 @@ class Schedule:
             if not path.is_file():
                 raise ValueError(f"schedule: no file {value!r}; give a list of stages or the path of a YAML file")
             value = yaml.safe_load(path.read_text())
-            value = value.get("stages") if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            meant_for = value.get("patch_size", base_patch_size)
+            return cls.parse(value.get("stages"), meant_for).transferred(meant_for, base_patch_size)
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise ValueError(f"schedule: expected a list of stages or a path, got {value!r}")
         return cls(tuple(_parse_stage(stage, number, base_patch_size) for number, stage in enumerate(value, 1)))
+
+    def transferred(self, old_patch_size: int, new_patch_size: int) -> "Schedule":
+        """This schedule for another base patch size: patches larger by the same factor, and so the same relative
+        number of tokens. Progress needs no change: it knows neither budgets nor data sets.
+
+        Raises:
+            ValueError: a patch would not be a whole number of pixels.
+        """
+        if old_patch_size == new_patch_size:
+            return self
+
+        def move(compression: Compression) -> Compression:
+            pixels, rest = divmod(compression.patch_size * new_patch_size, old_patch_size)
+            if rest:
+                raise ValueError(
+                    f"schedule: patches of {compression.patch_size} pixels at base patch {old_patch_size} would be "
+                    f"{compression.patch_size * new_patch_size / old_patch_size:g} pixels at base patch "
+                    f"{new_patch_size}; search a schedule for this base patch"
+                )
+            return Compression(pixels, compression.token_dropout)
+
+        stages = []
+        for stage in self.stages:
+            old = stage.strategy
+            local = move(old.local) if old.local else None
+            stages.append(Stage(stage.until, Strategy(move(old.online), move(old.target_branch), local)))
+        return Schedule(tuple(stages))
 
     def to_list(self) -> list[dict[str, Any]]:
         """The recipe's form of this schedule, every key spelled out."""

@@ -1,0 +1,162 @@
+"""What a recipe names, built: images, objective, costs, and the arguments of the Trainer."""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import TrainingArguments, set_seed
+
+from .compression import CostTable, Plan, Strategy, forward_cost, measure_costs
+from .compression.cost import TABLE_NAME, ForwardCost
+from .data import ImageSource, load_sources
+from .distributed import barrier, is_main, say
+from .models import AccelViTModel
+from .objectives import OBJECTIVES, ObjectiveForPreTraining
+from .recipe import Recipe, RecipeError
+from .trainer import last_complete_checkpoint
+
+# Keys that may change between an interrupted run and its continuation: none has a part in the result.
+FREE_KEYS = {"task", "output_dir", "num_workers", "logging_steps", "save_steps", "save_total_limit", "report_to"}
+
+# Keys that may change beyond a checkpoint: what the advice after a divergence names. Everything before it is as it was.
+CORRECTIONS = {"learning_rate", "warmup", "max_grad_norm", "mixed_precision"}
+
+
+def start(recipe: Recipe, resuming: bool = False) -> TrainingArguments:
+    """The Trainer's arguments, with processes, threads and random state as the run needs them.
+
+    Raises:
+        RecipeError: the batch size does not divide among the processes, or not all of them take part.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    arguments = training_arguments(recipe, world_size, resuming)
+    _ = arguments.device  # starts the process group
+    arguments._n_gpu = min(arguments._n_gpu, 1)  # several GPUs want several processes: accelerate launch
+    if arguments.world_size != world_size:
+        raise RecipeError(f"{world_size} processes were started but {arguments.world_size} take part")
+    if recipe.mixed_precision == "fp16" and arguments.device.type == "cpu":
+        raise RecipeError("mixed_precision='fp16': a CPU has none, and accelerate would run in fp32; take bf16 or no")
+    if arguments.device.type == "cpu":
+        use_all_cores(world_size)
+    set_seed(recipe.seed)
+    return arguments
+
+
+def training_arguments(recipe: Recipe, world_size: int, resuming: bool) -> TrainingArguments:
+    share = recipe.gradient_accumulation_steps * world_size
+    if recipe.batch_size % share:
+        raise RecipeError(
+            f"batch_size={recipe.batch_size}: must be a multiple of gradient_accumulation_steps x processes = {share}"
+        )
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available()
+    return TrainingArguments(
+        output_dir=recipe.output_dir,
+        max_steps=1,  # the plan's, once it is made
+        per_device_train_batch_size=recipe.batch_size // share,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="constant",  # the true one is a function of progress, set at each step
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.mixed_precision == "bf16",
+        fp16=recipe.mixed_precision == "fp16",
+        activation_checkpointing=recipe.gradient_checkpointing,
+        use_cpu=on_cpu,
+        seed=recipe.seed,
+        eval_on_start=0.0 in recipe.eval_points and not resuming,
+        logging_steps=recipe.logging_steps,
+        logging_nan_inf_filter=False,
+        save_steps=int(recipe.save_steps) if recipe.save_steps >= 1 else recipe.save_steps,
+        save_total_limit=recipe.save_total_limit,
+        report_to=recipe.report_to,
+        remove_unused_columns=False,
+        ignore_data_skip=True,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+    )
+
+
+def use_all_cores(world_size: int) -> None:
+    """Share the cores among the processes, unless OMP_NUM_THREADS says otherwise.
+
+    `accelerate launch` without a number of threads sets OMP_NUM_THREADS to 1, which is no choice of the user's.
+    """
+    chosen = os.environ.get("OMP_NUM_THREADS")
+    if chosen is None or (chosen == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ):
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+
+
+def build_objective(recipe: Recipe) -> ObjectiveForPreTraining:
+    config = recipe.encoder_config()
+    if recipe.attn_implementation:
+        config._attn_implementation = recipe.attn_implementation
+    objective: Any = OBJECTIVES[recipe.objective]
+    try:
+        model = objective(config, **recipe.objective_config)
+    except ValueError as error:
+        raise RecipeError(f"objective_config={recipe.objective_config!r}: {error}") from None
+    if recipe.torch_compile:
+        for module in model.modules():
+            if isinstance(module, AccelViTModel):
+                module.compile()  # in place: names in checkpoints stay, and the draws around it are no part of graphs
+    return model
+
+
+def cost_function(recipe: Recipe, device: torch.device) -> ForwardCost:
+    """Analytic, or the run's own measured table, which is made once, kept beside the run and in its checkpoints."""
+    config = recipe.encoder_config()
+    if recipe.cost == "analytic":
+        return partial(forward_cost, config)
+    path = Path(recipe.output_dir) / TABLE_NAME
+    checkpoint = last_complete_checkpoint(recipe.output_dir)
+    if is_main() and not path.exists() and checkpoint and (checkpoint / TABLE_NAME).exists():
+        shutil.copy(checkpoint / TABLE_NAME, path)
+    elif is_main() and not path.exists():
+        strategies = recipe.compression_schedule().strategies
+        wanted = [c for strategy in strategies for c in (strategy.online, strategy.target_branch)]
+        measure_costs(config, wanted, device).save(path)
+    barrier()
+    return CostTable.load(path)
+
+
+def plan_of(recipe: Recipe, units_per_image: Callable[[Strategy], float]) -> Plan:
+    try:
+        return Plan(recipe.budget, recipe.compression_schedule(), recipe.batch_size, units_per_image)
+    except ValueError as error:
+        raise RecipeError(f"budget={recipe.budget!r}: {error}") from None
+
+
+def images_of(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
+    """Training and validation images."""
+    splits, columns = (recipe.train_split, recipe.validation_split), (recipe.image_column, recipe.label_column)
+    try:
+        source, validation = load_sources(recipe.data, *splits, *columns, recipe.seed)
+    except (ValueError, OSError) as error:  # datasets' own errors are of these, too
+        raise RecipeError(f"data={recipe.data!r}: {error}") from error
+    if recipe.task != "evaluate" and len(source) < recipe.batch_size:
+        raise RecipeError(f"batch_size={recipe.batch_size}: {source.name} has only {len(source)} images")
+    return source, validation
+
+
+def check_same_recipe(recipe: Recipe) -> None:
+    """Refuse to continue a run under other settings than it was started with."""
+    path = Path(recipe.output_dir) / "recipe.yaml"
+    if not path.exists():
+        return
+    started, now = yaml.safe_load(path.read_text()), asdict(recipe)
+    for key in now.keys() - FREE_KEYS:
+        if key in started and started[key] != now[key]:
+            unfinished = not path.with_name("results.json").exists() and last_complete_checkpoint(recipe.output_dir)
+            if key in CORRECTIONS and unfinished:
+                say(f"Continuing with {key}={now[key]!r} (until here {started[key]!r})")
+                continue
+            raise RecipeError(
+                f"{key}={now[key]!r}: {recipe.output_dir} holds a run with {key}={started[key]!r}; "
+                "choose another output_dir, or restore the key to continue that run"
+            )

@@ -1,0 +1,203 @@
+"""`task=search`: gradient errors at the kept checkpoints of a pilot run, and the schedule found from them."""
+
+import json
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import torch
+import yaml
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+
+from .assemble import build_objective, check_same_recipe, cost_function, images_of, plan_of, start
+from .compression import Compression, Strategy
+from .compression.gradient_error import GradientError, chunks, estimate_gradient_errors
+from .compression.search import choose_strategies, schedule_file, schedule_of, search_grid
+from .data import ImageSource
+from .distributed import barrier, is_main, say
+from .objectives import ObjectiveForPreTraining
+from .probe import GradientProbe, adam_scale
+from .recipe import Recipe, RecipeError
+from .report import environment
+from .trainer import KEPT_NAME, RUN_STATE_NAME, PretrainTrainer
+
+ERRORS_NAME = "gradient_error.parquet"
+SCHEDULE_NAME = "schedule.yaml"
+
+
+def search(recipe: Recipe) -> None:
+    """Writes `schedule.yaml`, `gradient_error.parquet` and a report with figures into `output_dir`.
+
+    The table is written after each checkpoint, so that a killed search continues with the next one.
+    """
+    output = Path(recipe.output_dir)
+    check_same_recipe(recipe)
+    checkpoints = kept_checkpoints(Path(str(recipe.pilot)))
+    output.mkdir(parents=True, exist_ok=True)
+    arguments = start(recipe)
+    if is_main():
+        (output / "recipe.yaml").write_text(recipe.to_yaml())
+    objective = build_objective(recipe)
+    forward_cost = cost_function(recipe, arguments.device)
+    strategies = grid_of(recipe)
+    base = objective.units_per_image(strategies[0], forward_cost)
+    cost = {strategy: objective.units_per_image(strategy, forward_cost) / base for strategy in strategies}
+    source, _ = images_of(recipe)
+    objective.to(arguments.device)  # pyright: ignore[reportArgumentType]
+    trainer = PretrainTrainer(
+        objective, arguments, recipe, plan_of(recipe, lambda strategy: base * cost.get(strategy, 1.0)), source
+    )
+    rows = finished_rows(output / ERRORS_NAME)
+    for progress, folder in checkpoints:
+        if any(row["progress"] == progress for row in rows):
+            say(f"progress {progress:.0%}: found in {output / ERRORS_NAME}")
+            continue
+        load_weights(objective, folder)
+        errors = errors_at(trainer, folder, progress, cost, source)
+        rows += [row_of(progress, strategy, cost[strategy], errors[strategy], recipe) for strategy in strategies]
+        if is_main():
+            write_rows(rows, output / ERRORS_NAME)
+    points = [progress for progress, _ in checkpoints]
+    table = [errors_of(rows, progress, strategies) for progress in points]
+    chosen = choose_strategies(table, cost)
+    schedule = schedule_of(points, chosen)
+    if is_main():
+        origin = {
+            "data": recipe.data,
+            "model": recipe.model,
+            "model_config": recipe.model_config,
+            "objective": recipe.objective,
+            "image_size": recipe.image_size,
+            "pilot": recipe.pilot,
+            "command": environment()["command"],
+            "date": str(date.today()),
+        }
+        text = yaml.safe_dump(schedule_file(schedule, recipe.patch_size, **origin), sort_keys=False)
+        (output / SCHEDULE_NAME).write_text(text)
+        for row in rows:
+            row["chosen"] = chosen[points.index(row["progress"])] == strategy_of(row)
+        write_rows(rows, output / ERRORS_NAME)
+        from .report import write_search_report  # pyright: ignore
+
+        write_search_report(rows, schedule, output, title=f"{recipe.objective} on {source.name}")
+    barrier()
+    for progress, strategy in zip(points, chosen, strict=True):
+        say(f"progress {progress:.0%}: {strategy} (cost {cost[strategy]:.2f} of uncompressed)")
+    say(f"schedule: {output / SCHEDULE_NAME} (use it as schedule={output / SCHEDULE_NAME}), report in {output}")
+    trainer.end()
+
+
+def grid_of(recipe: Recipe) -> list[Strategy]:
+    try:
+        return search_grid(
+            recipe.image_size,
+            recipe.patch_size,
+            recipe.search_token_dropout,
+            recipe.search_patch_size,
+            recipe.search_symmetry,
+        )
+    except ValueError as error:
+        raise RecipeError(f"the grid of the search: {error}") from None
+
+
+def kept_checkpoints(pilot: Path) -> list[tuple[float, Path]]:
+    """(progress, folder) of the checkpoints that a run has kept for good, in order.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    found = []
+    for path in (pilot / KEPT_NAME).glob(f"*/{RUN_STATE_NAME}"):
+        found.append((round(json.loads(path.read_text())["progress"], 6), path.parent))
+    if not found:
+        raise RecipeError(
+            f"pilot={str(pilot)!r}: no checkpoints in {pilot / KEPT_NAME}; train the pilot with "
+            "keep_points=[0.0,0.25,0.5,0.75,1.0]"
+        )
+    return sorted(found)
+
+
+def load_weights(objective: ObjectiveForPreTraining, folder: Path) -> None:
+    try:
+        objective.load_state_dict(load_file(folder / "model.safetensors"))
+    except (RuntimeError, OSError) as error:
+        raise RecipeError(f"{folder} does not hold this recipe's model: {error}") from None
+
+
+def errors_at(
+    trainer: PretrainTrainer, folder: Path, progress: float, cost: dict[Strategy, float], source: ImageSource
+) -> dict[Strategy, GradientError]:
+    """Errors of every strategy at the parameters of one checkpoint, with a progress bar."""
+    recipe = trainer.recipe
+    probe = GradientProbe(trainer.objective, recipe, source, progress, recipe.search_parameters)
+    if recipe.search_metric == "adam" and progress > 0:  # at the start no moments have been gathered
+        optimizer = trainer.create_optimizer()
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+        probe.scale = adam_scale(probe.parameters, optimizer)
+    memory = recipe.search_memory * 1e9
+    size = sum(parameter.numel() for parameter in probe.parameters)
+    passes = len(chunks(list(cost), max(1, int(memory // (8 * size)))))
+    total = recipe.search_draws * (len(cost) + passes) + 1
+    with tqdm(total=total, desc=f"progress {progress:.0%}", disable=not is_main(), file=sys.stderr) as bar:
+        return estimate_gradient_errors(
+            probe, cost, range(recipe.search_draws), recipe.search_horizon, memory, lambda count: bar.update(count)
+        )
+
+
+def row_of(progress: float, strategy: Strategy, cost: float, error: GradientError, recipe: Recipe) -> dict[str, Any]:
+    """One row of the table; `strategy_of` and `errors_of` read it back."""
+    online, target = strategy.online, strategy.target_branch
+    return {
+        "progress": progress,
+        "patch_size": online.patch_size,
+        "token_dropout": online.token_dropout,
+        "target_patch_size": target.patch_size,
+        "target_token_dropout": target.token_dropout,
+        "tokens": online.kept_tokens(recipe.image_size),
+        "relative_cost": cost,
+        "bias2": error.bias2,
+        "variance": error.variance,
+        "ca_variance": error.ca_variance,
+        "ca_mse": error.ca_mse,
+        "reference_norm2": error.reference_norm2,
+        "bias2_low": error.bias2_interval[0],
+        "bias2_high": error.bias2_interval[1],
+        "ca_mse_low": error.ca_mse_interval[0],
+        "ca_mse_high": error.ca_mse_interval[1],
+        "draws": recipe.search_draws,
+        "chosen": False,
+    }
+
+
+def strategy_of(row: dict[str, Any]) -> Strategy:
+    online = Compression(row["patch_size"], row["token_dropout"])
+    return Strategy(online, Compression(row["target_patch_size"], row["target_token_dropout"]))
+
+
+def errors_of(rows: list[dict[str, Any]], progress: float, strategies: list[Strategy]) -> dict[Strategy, GradientError]:
+    """The errors of one stage, by strategy."""
+    stage = {strategy_of(row): row for row in rows if row["progress"] == progress}
+    names = ("bias2", "variance", "ca_variance", "ca_mse", "reference_norm2")
+    return {
+        strategy: GradientError(
+            **{name: stage[strategy][name] for name in names},
+            bias2_interval=(stage[strategy]["bias2_low"], stage[strategy]["bias2_high"]),
+            ca_mse_interval=(stage[strategy]["ca_mse_low"], stage[strategy]["ca_mse_high"]),
+        )
+        for strategy in strategies
+    }
+
+
+def finished_rows(path: Path) -> list[dict[str, Any]]:
+    return pyarrow.parquet.read_table(path).to_pylist() if path.exists() else []
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """Whole or not at all: a kill leaves the earlier table."""
+    temporary = path.with_suffix(".partial")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
+    temporary.replace(path)

@@ -1,0 +1,90 @@
+from itertools import product
+
+import numpy as np
+import pytest
+import yaml
+
+from hf_accel.compression import Compression, Schedule, Strategy
+from hf_accel.compression.gradient_error import GradientError
+from hf_accel.compression.search import choose_strategies, schedule_file, schedule_of, search_grid
+
+
+def error(ca_mse: float, width: float = 0.0) -> GradientError:
+    interval = (ca_mse - width, ca_mse + width)
+    return GradientError(0.0, ca_mse, ca_mse, ca_mse, 1.0, (0.0, 0.0), interval)
+
+
+def test_the_grid_holds_every_strategy_once_and_the_uncompressed_first():
+    grid = search_grid(28, 4, [0.0, 0.5], symmetries=["paper", "symmetric", "asymmetric"])
+    expected = {
+        Strategy(Compression(p, r), Compression(*target))
+        for p, r in product([4, 7, 14], [0.0, 0.5])
+        for target in [(p, 0.0), (p, r), (4, 0.0)]
+    }
+    assert grid[0] == Strategy(Compression(4)) and set(grid) == expected and len(grid) == len(expected)
+    with pytest.raises(ValueError, match=r"patch_size 5.*\[4, 7, 14\]"):
+        search_grid(28, 4, [0.0], [5])
+    with pytest.raises(ValueError, match="papper.*paper"):
+        search_grid(28, 4, [0.0], symmetries=["papper"])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_choice_against_trying_every_monotone_sequence(seed):
+    rng = np.random.default_rng(seed)
+    strategies = [Strategy(Compression(4, r)) for r in (0.75, 0.5, 0.25, 0.0)]
+    cost = dict(zip(strategies, sorted(rng.random(4)), strict=True))
+    stages = [{s: error(float(rng.lognormal())) for s in strategies} for _ in range(3)]
+    sequences = [way for way in product(range(4), repeat=3) if list(way) == sorted(way)]
+    losses = [
+        sum(np.log(stage[strategies[k]].ca_mse) for stage, k in zip(stages, way, strict=True)) for way in sequences
+    ]
+    best = [strategies[k] for k in sequences[int(np.argmin(losses))]]
+    assert choose_strategies(stages, cost) == best
+
+
+def test_of_tied_strategies_the_cheaper_wins():
+    cheap, middle, full = (Strategy(Compression(4, r)) for r in (0.75, 0.5, 0.0))
+    cost = {cheap: 0.4, middle: 0.6, full: 1.0}
+    stage = {cheap: error(1.5), middle: error(1.2), full: error(1.0, width=0.3)}
+    assert choose_strategies([stage], cost) == [middle]
+    stage[full] = error(1.0, width=0.1)
+    assert choose_strategies([stage], cost) == [full]
+    stage[full] = error(1.0, width=0.6)
+    assert choose_strategies([stage], cost) == [cheap]
+
+
+def test_compression_never_increases():
+    cheap, full = Strategy(Compression(7)), Strategy(Compression(4))
+    cost = {cheap: 0.3, full: 1.0}
+    early, late = {cheap: error(1.0), full: error(4.0)}, {cheap: error(4.0), full: error(1.0)}
+    assert choose_strategies([early, late, late], cost) == [cheap, full, full]
+    # one stage against two: the odd one out gives way
+    assert choose_strategies([early, late, early], cost) in ([cheap, cheap, cheap],)
+    with pytest.raises(ValueError, match="same strategies"):
+        choose_strategies([early, {cheap: error(1.0)}], cost)
+
+
+def test_stages_reach_halfway_to_their_neighbours_and_equal_ones_merge():
+    a, b, c = (Strategy(Compression(p)) for p in (14, 7, 4))
+    schedule = schedule_of([0.0, 0.25, 0.5, 0.75, 1.0], [a, a, b, c, c])
+    assert [(stage.until, stage.strategy) for stage in schedule.stages] == [(0.375, a), (0.625, b), (1.0, c)]
+    assert schedule_of([0.4], [b]) == Schedule.constant(b)
+    with pytest.raises(ValueError, match="increase"):
+        schedule_of([0.5, 0.25], [a, b])
+
+
+def test_a_schedule_file_is_read_at_its_own_base_patch_and_at_another(tmp_path):
+    found = schedule_of([0.0, 0.5, 1.0], [Strategy(Compression(p, r)) for p, r in ((32, 0.5), (24, 0.0), (16, 0.0))])
+    path = tmp_path / "schedule.yaml"
+    path.write_text(yaml.safe_dump(schedule_file(found, 16, data="x", command="y")))
+    assert Schedule.parse(str(path), 16) == found
+    moved = Schedule.parse(str(path), 4)
+    assert [stage.strategy.online for stage in moved.stages] == [Compression(8, 0.5), Compression(6), Compression(4)]
+    assert [stage.until for stage in moved.stages] == [stage.until for stage in found.stages]
+    for old, new in zip(found.stages, moved.stages, strict=True):  # the same share of the uncompressed tokens
+        tokens = [
+            s.strategy.online.kept_tokens(size) / (size // base) ** 2 for s, size, base in ((old, 96, 16), (new, 24, 4))
+        ]
+        assert tokens[0] == tokens[1]
+    with pytest.raises(ValueError, match=r"patches of 24 pixels at base patch 16 would be 10.5 pixels"):
+        Schedule.parse(str(path), 7)

@@ -1,0 +1,130 @@
+"""The probe: gradients of the whole batch for any draw and strategy, which leave no trace."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from hf_accel.assemble import build_objective, images_of
+from hf_accel.compression import Compression, Strategy
+from hf_accel.compression.gradient_error import estimate_gradient_errors
+from hf_accel.data import AUGMENTATIONS, TrainSampler, make_views, train_loader
+from hf_accel.objectives import OBJECTIVES, Draw
+from hf_accel.probe import GradientProbe, adam_scale, probed_parameters
+from hf_accel.recipe import Recipe, load_recipe
+
+SMALL = [
+    "model_config.hidden_size=16",
+    "model_config.num_hidden_layers=2",
+    "model_config.intermediate_size=32",
+    "model_config.num_attention_heads=2",
+    "batch_size=32",
+    "budget=10000",
+]
+
+
+def small(objective: str = "moco", *overrides: str) -> Recipe:
+    return load_recipe(f"recipes/{objective}.yaml", [*SMALL, *overrides])
+
+
+def everything(objective: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in objective.state_dict(keep_vars=False).items()}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_probe_leaves_the_objective_and_the_next_step_bit_for_bit(name):
+    recipe = small(name, "model_config.drop_path_rate=0.2")
+    source, _ = images_of(recipe)
+    torch.manual_seed(0)
+    objective = build_objective(recipe).train()
+    generator_state = torch.get_rng_state()
+    views = [torch.randn(32, 3, c.size or 28, c.size or 28) for c in objective.view_configs(AUGMENTATIONS["digits"])]
+    torch.set_rng_state(generator_state)
+
+    def training_step() -> tuple[Any, dict[str, torch.Tensor]]:
+        output = objective(views, Strategy(Compression(4, 0.5)), Draw(0, 3), 0.3)
+        output.loss.backward()
+        return output.loss.detach(), {n: p.grad.clone() for n, p in objective.named_parameters() if p.grad is not None}
+
+    before = everything(objective)
+    alone = training_step()
+    objective.load_state_dict(before)
+    objective.zero_grad()
+    torch.set_rng_state(generator_state)
+    probe = GradientProbe(objective, recipe, source, progress=0.3)
+    gradients = [probe(strategy, draw) for strategy in (None, Strategy(Compression(7))) for draw in (0, 1)]
+    assert all(gradient.shape == gradients[0].shape and gradient.norm() > 0 for gradient in gradients)
+    assert torch.equal(torch.get_rng_state(), generator_state) and objective.training
+    after = everything(objective)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    again = training_step()
+    assert torch.equal(alone[0], again[0])
+    assert alone[1].keys() == again[1].keys() and all(torch.equal(alone[1][key], again[1][key]) for key in alone[1])
+
+
+def test_the_gradient_is_that_of_the_batch_loss():
+    recipe = small("moco", "gradient_accumulation_steps=2")
+    source, _ = images_of(recipe)
+    objective = build_objective(recipe)
+    strategy, draw = Strategy(Compression(4, 0.5)), 5
+    probe = GradientProbe(objective, recipe, source)
+    found = probe(strategy, draw)
+    objective.train()
+    configs = objective.view_configs(AUGMENTATIONS[recipe.augmentation])
+    sampler = TrainSampler(len(source), 16, 1, 0, 2, probe.seed, first_step=draw, last_step=draw + 1)
+    total: Any = 0.0
+    for batch in train_loader(source, sampler, configs, lambda step: 28, 0, probe.seed):
+        where = (batch["step"], batch["micro_step"], batch["rows"], batch["global_batch"])
+        views = make_views(batch, configs, 28, probe.seed, *where, source.mean, source.std)
+        total = total + objective(views, strategy, Draw(probe.seed, draw, batch["micro_step"])).loss / 2
+    expected = torch.autograd.grad(total, probe.parameters)
+    torch.testing.assert_close(found, torch.cat([part.flatten() for part in expected]))
+    assert len(probe.parameters) == len([p for p in objective.parameters() if p.requires_grad])
+
+
+def test_draws_are_paired_and_repeat():
+    recipe = small()
+    source, _ = images_of(recipe)
+    probe = GradientProbe(build_objective(recipe), recipe, source)
+    first, base = probe(None, 0), Strategy(Compression(4))
+    assert torch.equal(probe(base, 0), first)  # the same images, views and tokens
+    assert not torch.equal(probe(None, 1), first)
+    assert torch.equal(probe(None, 0), first)
+    assert not torch.equal(probe(Strategy(Compression(4, 0.5)), 0), first)
+
+
+def test_bias_grows_with_compression_and_the_uncompressed_strategy_has_none():
+    recipe = small("moco", "batch_size=128")
+    source, _ = images_of(recipe)
+    torch.manual_seed(1)
+    objective = build_objective(recipe)
+    base, half, most = (Strategy(Compression(4, ratio)) for ratio in (0.0, 0.5, 0.9))
+    probe = GradientProbe(objective, recipe, source)
+    errors = estimate_gradient_errors(probe, {base: 1.0, half: 0.6, most: 0.3}, range(8))
+    assert errors[base].bias2 == 0 and errors[base].bias2_interval == (0, 0)
+    assert errors[half].bias2 < errors[most].bias2
+    assert errors[base].variance < errors[half].variance < errors[most].variance
+
+
+def test_parameters_of_the_encoder_alone():
+    objective = build_objective(small())
+    encoder = probed_parameters(objective, "encoder")
+    assert [id(p) for p in encoder] == [id(p) for p in objective.encoder.parameters() if p.requires_grad]
+    assert len(probed_parameters(objective, "all")) > len(encoder)
+    with pytest.raises(ValueError, match="must be one of all, encoder"):
+        probed_parameters(objective, "head")
+
+
+def test_adam_scale_is_what_adamw_multiplies_a_gradient_by():
+    parameters = [torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(4))]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.0, betas=(0.0, 0.9))  # beta1 = 0: no averaging
+    for _ in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        before = [parameter.detach().clone() for parameter in parameters]
+        optimizer.step()
+    moved = torch.cat([(old - new.detach()).flatten() for old, new in zip(before, parameters, strict=True)])
+    gradient = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
+    torch.testing.assert_close(0.1 * gradient * adam_scale(parameters, optimizer), moved)
+    with pytest.raises(ValueError, match="search_metric=plain"):
+        adam_scale([torch.nn.Parameter(torch.zeros(1))], optimizer)

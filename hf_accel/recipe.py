@@ -67,7 +67,7 @@ class Recipe:
     objective_config: dict[str, Any] = _key({}, "the objective's own settings, listed below")
 
     budget: float = _key(
-        0.0, "units to spend; N uncompressed epochs cost N x images x units an image (4, symmetric 8)", "budget"
+        0.0, "units to spend; N uncompressed epochs cost N x images x units an image (moco 4, simclr 6, dino 8)", "budget"
     )
     schedule: list[Any] | str | None = _key(
         None, f"stages of {', '.join(STAGE_KEYS)}, or a YAML file of them; default: uncompressed"

@@ -1,0 +1,252 @@
+"""Figures of a search: gradient errors against strategy and as heatmaps, the schedule found, learning rates."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
+
+from ..compression import Schedule, Strategy
+from ..progress import learning_rate_factor
+from .curves import BLUE, GRAY, ORANGE, STYLE
+from .error_table import ErrorTable, percent, short
+
+STAGE_COLORS = [BLUE, ORANGE, "#009E73", "#CC79A7", GRAY, "#E69F00", "#56B4E9"]  # Okabe and Ito's
+STAGE_MARKERS = "osDPX^p"
+DECADES = 5
+"""How far a logarithmic axis reaches below its largest value."""
+
+
+def plot_gradient_error(table: ErrorTable, path: Path, title: str = "") -> None:
+    """Squared bias, cost-adjusted variance and CA-MSE against strategy, a line a stage, with 95% intervals.
+
+    Writes `path` with the suffixes .png and .svg, as all figures here do.
+    """
+    unit = r" / $\|G\|^2$" if table.relative else ""
+    panels = [
+        ("bias2", rf"bias$^2${unit}", True),
+        ("ca_variance", f"cost-adjusted\nvariance{unit}", False),
+        ("ca_mse", f"CA-MSE{unit}", True),
+    ]
+    count = len(table.strategies)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(6.4, 1.2 + 0.17 * count), 7.6), layout="constrained")
+        grid = figure.subplots(3, 1, sharex=True)
+        clipped = [_errors(axes, table, *panel) for axes, panel in zip(grid, panels, strict=True)]
+        labels = [table.label(strategy) for strategy in table.strategies]
+        grid[-1].set_xticks(range(count), labels, rotation=90, fontsize=8 if count <= 60 else 7)
+        grid[-1].set_xlim(-0.6, count - 0.4)
+        grid[-1].set_xlabel("strategy, from the cheapest to the dearest (p: patch size in px, d: token dropout)")
+        figure.align_ylabels(grid)
+        handles = [
+            Line2D([], [], color=color, marker=marker, markersize=4, label=f"at {percent(progress)}")
+            for progress, color, marker in _styles(table.points)
+        ]
+        plain = {"color": "black", "linestyle": "none"}
+        handles.append(Line2D([], [], marker="o", fillstyle="none", markersize=10, label="chosen", **plain))
+        if any(clipped):
+            handles.append(Line2D([], [], marker="v", fillstyle="none", label="at or below the axis' end", **plain))
+        columns = min(len(handles), 4 if figure.get_figwidth() < 8 else 7)
+        grid[0].legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.02), ncols=columns, fontsize=8)
+        _save(figure, path, title)
+
+
+def _styles(points: Sequence[float]) -> list[tuple[float, str, str]]:
+    count = len(STAGE_COLORS)
+    return [(point, STAGE_COLORS[i % count], STAGE_MARKERS[i % count]) for i, point in enumerate(points)]
+
+
+def _errors(axes: Axes, table: ErrorTable, name: str, label: str, interval: bool) -> bool:
+    """Returns whether a value lies below the axis and was drawn at its end."""
+    values = {progress: table.values(name, progress) for progress in table.points}
+    floor = _floor(np.concatenate(list(values.values())))
+    any_clipped = False
+    for (progress, color, marker), offset in zip(_styles(table.points), 0.5 * _centred(len(table.points)), strict=True):
+        places, estimate = np.arange(len(table.strategies)) + offset, values[progress]
+        shown, clipped = np.maximum(estimate, floor), estimate <= floor
+        axes.plot(places, shown, color=color, linewidth=0.8, alpha=0.6)
+        axes.plot(places[~clipped], shown[~clipped], color=color, marker=marker, markersize=3.5, linestyle="none")
+        axes.plot(places[clipped], shown[clipped], color=color, marker="v", fillstyle="none", linestyle="none")
+        if interval:
+            low, high = (np.maximum(table.values(f"{name}_{end}", progress), floor) for end in ("low", "high"))
+            axes.vlines(places, low, high, color=color, linewidth=1.1)
+        for strategy in table.chosen(progress):
+            at = table.strategies.index(strategy)
+            ring = {"marker": "o", "markersize": 10, "fillstyle": "none", "color": "black", "zorder": 5}
+            axes.plot(places[at], shown[at], clip_on=False, **ring)
+        any_clipped |= bool(clipped.any())
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=floor / 1.4)
+    axes.set_ylabel(label)
+    return any_clipped
+
+
+def _centred(count: int) -> np.ndarray:
+    """`count` numbers around 0, from -0.5 to 0.5 if there is more than one."""
+    return np.linspace(-0.5, 0.5, count) if count > 1 else np.zeros(1)
+
+
+def _floor(values: np.ndarray) -> float:
+    """Where a logarithmic axis of these values ends; zero and what is negative lie below."""
+    positive = values[values > 0]
+    return max(positive.min() / 1.6, positive.max() / 10**DECADES) if len(positive) else 1e-3
+
+
+def plot_ca_mse_heatmap(table: ErrorTable, path: Path, title: str = "") -> None:
+    """CA-MSE over token dropout x patch size, a panel a stage, each symmetry on lines of its own.
+
+    Each panel has its own colours, from its least to its largest value: a schedule chooses within a stage, and the
+    levels of stages differ by far more than what the choice is about. The numbers can be compared between panels.
+    """
+    strategies = table.strategies
+    columns = sorted({strategy.online.token_dropout for strategy in strategies})
+    rows = sorted({strategy.online.patch_size for strategy in strategies})
+    width, height = max(1.9, 0.6 + 0.42 * len(columns)), 0.85 + 0.3 * len(rows)
+    across = max(1, min(len(table.points), int(10 // width)))
+    lines = math.ceil(len(table.points) / across)
+    with matplotlib.rc_context({"font.size": 9}):
+        size = (max(3.4, across * width), lines * len(table.symmetries) * height + 0.7)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(lines * len(table.symmetries), across, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for block, (symmetry, members) in enumerate(table.symmetries.items()):
+            for number, progress in enumerate(table.points):
+                axes = grid[block * lines + number // across, number % across]
+                axes.set_axis_on()
+                _heatmap(axes, table, progress, members, rows, columns)
+                name = f"{symmetry}, " if len(table.symmetries) > 1 else ""
+                axes.set_title(f"{name}at {percent(progress)}", fontsize=9)
+                if number % across == 0:
+                    axes.set_ylabel("patch size (px)")
+                if number + across >= len(table.points):
+                    axes.set_xlabel("token dropout")
+        unit = r"CA-MSE / $\|G\|^2$" if table.relative else "CA-MSE"
+        figure.supxlabel(f"{unit}; colours from each panel's least (dark) to its largest; framed: chosen", fontsize=8)
+        _save(figure, path, title)
+
+
+def _heatmap(
+    axes: Axes,
+    table: ErrorTable,
+    progress: float,
+    members: Sequence[Strategy],
+    rows: Sequence[int],
+    columns: Sequence[float],
+) -> None:
+    values = dict(zip(table.strategies, table.values("ca_mse", progress), strict=True))
+    cells = np.full((len(rows), len(columns)), math.nan)
+    places = {s: (rows.index(s.online.patch_size), columns.index(s.online.token_dropout)) for s in members}
+    for strategy, place in places.items():
+        cells[place] = values[strategy]
+    positive = cells[cells > 0]
+    low, high = (positive.min(), positive.max()) if len(positive) else (1.0, 1.0)
+    norm = LogNorm(low, high if high > low else 2 * low)
+    image = axes.imshow(np.maximum(cells, low), cmap="viridis", norm=norm, aspect="auto")
+    for (row, column), value in np.ndenumerate(cells):
+        if not math.isnan(value):
+            red, green, blue, _ = image.to_rgba(np.array([max(value, low)]))[0]
+            dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.42
+            color = "white" if dark else "black"
+            axes.text(column, row, compact(value), ha="center", va="center", color=color, fontsize=7.5)
+    for strategy in table.chosen(progress):
+        if strategy in places:
+            row, column = places[strategy]
+            for color, line in (("white", 4), (ORANGE, 2)):
+                frame = {"fill": False, "edgecolor": color, "linewidth": line, "clip_on": False, "zorder": 3}
+                axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **frame))
+    axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
+    axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
+    axes.tick_params(length=0)
+
+
+def compact(value: float) -> str:
+    """Two significant digits in as few characters as possible."""
+    if value <= 0:
+        return "≤0"
+    if 0.00995 <= value < 995:
+        rounded = float(f"{value:.2g}")
+        return f"{rounded:g}"
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def plot_schedule(table: ErrorTable, schedule: Schedule, path: Path, title: str = "") -> None:
+    """Tokens per image of both branches, their compressions, and the cost per image, over progress."""
+    starts = [0.0, *(stage.until for stage in schedule.stages)]
+    strategies = [stage.strategy for stage in schedule.stages]
+    online = [table.tokens(strategy.online) for strategy in strategies]
+    target = [table.tokens(strategy.target_branch) for strategy in strategies]
+    cost = [table.cost[strategy] for strategy in strategies]
+    turned = min(end - start for start, end in pairwise(starts)) < 0.14
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 5.2 if turned else 4.7), layout="constrained")
+        grid = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2.2 if turned else 1.2, 2.4])
+        _steps(grid[0], starts, target, ORANGE, "--", "target")
+        _steps(grid[0], starts, online, BLUE, "-", "online")
+        grid[0].set_ylabel("patch tokens\nper image")
+        grid[0].legend(loc="upper left", fontsize=8, reverse=True)
+        _names(grid[1], starts, strategies, turned)
+        _steps(grid[2], starts, cost, BLUE, "-", "")
+        grid[2].set_ylabel("cost per image\n(uncompressed: 1)")
+        _progress_axis(grid[2])
+        figure.align_ylabels(grid)
+        _save(figure, path, title)
+
+
+def _steps(axes: Axes, starts: Sequence[float], values: Sequence[float], color: str, line: str, label: str) -> None:
+    axes.step(starts, [*values, values[-1]], where="post", color=color, linestyle=line, linewidth=1.8, label=label)
+    axes.set_ylim(0, max(1.12 * max(values), axes.get_ylim()[1]))
+
+
+def _names(axes: Axes, starts: Sequence[float], strategies: Sequence[Strategy], turned: bool) -> None:
+    """The compressions as text, a line a branch."""
+    for (start, end), strategy in zip(pairwise(starts), strategies, strict=True):
+        for line, compression in enumerate((strategy.online, strategy.target_branch)):
+            options = {"ha": "center", "va": "center", "fontsize": 8, "rotation": 90 if turned else 0}
+            axes.text((start + end) / 2, line, short(compression), color=(BLUE, ORANGE)[line], **options)
+        axes.axvline(end, color=GRAY, linewidth=0.6)
+    axes.axvline(0, color=GRAY, linewidth=0.6)
+    axes.set_ylim(1.5, -0.5)
+    axes.set_yticks([0, 1], ["online", "target"])
+    axes.grid(visible=False)
+    axes.tick_params(axis="y", length=0)
+
+
+def plot_learning_rate(schedule: Schedule, warmup: float, path: Path, title: str = "") -> None:
+    """The cosine and the poly learning rate over progress, with dotted lines where the compression changes."""
+    progress = np.unique([*np.linspace(0, 1, 401), warmup])
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3), layout="constrained")
+        axes = figure.subplots()
+        for stage in schedule.stages[:-1]:
+            axes.axvline(stage.until, color=GRAY, linewidth=0.8, linestyle=":")
+        for name, color, line in (("cosine", BLUE, "-"), ("poly", ORANGE, "--")):
+            rates = [learning_rate_factor(at, name, warmup) for at in progress]
+            axes.plot(progress, rates, color=color, linestyle=line, linewidth=1.8, label=name)
+        axes.set_ylim(0, 1.05)
+        axes.set_ylabel("learning rate / peak")
+        axes.legend(loc="lower left" if warmup < 0.4 else "lower right", fontsize=8)
+        _progress_axis(axes)
+        _save(figure, path, title)
+
+
+def _progress_axis(axes: Axes) -> None:
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel("progress (share of the budget spent)")
+
+
+def _save(figure: Figure, path: Path, title: str) -> None:
+    if title:
+        figure.suptitle(title, fontsize=10, parse_math=False)
+    for suffix in (".png", ".svg"):
+        figure.savefig(path.with_suffix(suffix), dpi=220)

@@ -12,8 +12,10 @@ import torch
 import yaml
 from transformers import TrainingArguments, set_seed
 
-from .compression import CostTable, Plan, Strategy, forward_cost, measure_costs
+from .compression import CostTable, Plan, Schedule, Strategy, forward_cost, measure_costs
 from .compression.cost import TABLE_NAME, ForwardCost
+from .compression.online import LADDER_DROPOUTS, OnlineController, ladder_of
+from .compression.search import search_grid
 from .data import ImageSource, load_sources
 from .distributed import barrier, is_main, say
 from .models import AccelViTModel
@@ -119,17 +121,55 @@ def cost_function(recipe: Recipe, device: torch.device) -> ForwardCost:
         shutil.copy(checkpoint / TABLE_NAME, path)
     elif is_main() and not path.exists():
         strategies = recipe.compression_schedule().strategies
+        if recipe.task == "search":
+            strategies = [*strategies, *grid_of(recipe)]
+        if recipe.schedule == "auto":
+            strategies = [*strategies, *search_grid(recipe.image_size, recipe.patch_size, LADDER_DROPOUTS)]
         wanted = [c for strategy in strategies for c in (strategy.online, strategy.target_branch)]
         measure_costs(config, wanted, device).save(path)
     barrier()
     return CostTable.load(path)
 
 
-def plan_of(recipe: Recipe, units_per_image: Callable[[Strategy], float]) -> Plan:
+def plan_of(
+    recipe: Recipe, units_per_image: Callable[[Strategy], float], controller: OnlineController | None = None
+) -> Plan:
+    """The plan of the recipe's schedule, or, before anything is probed, of the cheapest strategy and so the longest."""
+    schedule = Schedule.constant(controller.strategy) if controller else recipe.compression_schedule()
     try:
-        return Plan(recipe.budget, recipe.compression_schedule(), recipe.batch_size, units_per_image)
+        return Plan(recipe.budget, schedule, recipe.batch_size, units_per_image)
     except ValueError as error:
         raise RecipeError(f"budget={recipe.budget!r}: {error}") from None
+
+
+def grid_of(recipe: Recipe) -> list[Strategy]:
+    try:
+        return search_grid(
+            recipe.image_size,
+            recipe.patch_size,
+            recipe.search_token_dropout,
+            recipe.search_patch_size,
+            recipe.search_symmetry,
+        )
+    except ValueError as error:
+        raise RecipeError(f"the grid of the search: {error}") from None
+
+
+def controller_of(recipe: Recipe, units_per_image: Callable[[Strategy], float]) -> OnlineController | None:
+    """What `schedule: auto` follows; None for a schedule that is known."""
+    if recipe.schedule != "auto":
+        return None
+    ladder = ladder_of(recipe.image_size, recipe.patch_size, units_per_image)
+    try:
+        return OnlineController(
+            ladder,
+            lambda strategy: recipe.batch_size * units_per_image(strategy),
+            recipe.budget,
+            recipe.auto_share,
+            recipe.auto_draws,
+        )
+    except ValueError as error:
+        raise RecipeError(f"schedule='auto': {error}") from None
 
 
 def images_of(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:

@@ -13,10 +13,10 @@ import yaml
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from .assemble import build_objective, check_same_recipe, cost_function, images_of, plan_of, start
+from .assemble import build_objective, check_same_recipe, cost_function, grid_of, images_of, plan_of, start
 from .compression import Compression, Strategy
 from .compression.gradient_error import GradientError, chunks, estimate_gradient_errors
-from .compression.search import choose_strategies, schedule_file, schedule_of, search_grid
+from .compression.search import choose_strategies, schedule_file, schedule_of
 from .data import ImageSource
 from .distributed import barrier, is_main, say
 from .objectives import ObjectiveForPreTraining
@@ -89,19 +89,6 @@ def search(recipe: Recipe) -> None:
         say(f"progress {progress:.0%}: {strategy} (cost {cost[strategy]:.2f} of uncompressed)")
     say(f"schedule: {output / SCHEDULE_NAME} (use it as schedule={output / SCHEDULE_NAME}), report in {output}")
     trainer.end()
-
-
-def grid_of(recipe: Recipe) -> list[Strategy]:
-    try:
-        return search_grid(
-            recipe.image_size,
-            recipe.patch_size,
-            recipe.search_token_dropout,
-            recipe.search_patch_size,
-            recipe.search_symmetry,
-        )
-    except ValueError as error:
-        raise RecipeError(f"the grid of the search: {error}") from None
 
 
 def kept_checkpoints(pilot: Path) -> list[tuple[float, Path]]:

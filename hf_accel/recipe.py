@@ -67,11 +67,15 @@ class Recipe:
     objective_config: dict[str, Any] = _key({}, "the objective's own settings, listed below")
 
     budget: float = _key(
-        0.0, "units to spend; N uncompressed epochs cost N x images x units an image (moco 4, simclr 6, dino 8)", "budget"
+        0.0,
+        "units to spend; N uncompressed epochs cost N x images x units an image (moco 4, simclr 6)",
+        "budget",
     )
     schedule: list[Any] | str | None = _key(
-        None, f"stages of {', '.join(STAGE_KEYS)}, or a YAML file of them; default: uncompressed"
+        None, f"stages of {', '.join(STAGE_KEYS)}, a YAML file of them, or auto; default: uncompressed"
     )
+    auto_share: float = _key(0.03, "schedule=auto: share of the budget that probes may spend")
+    auto_draws: int = _key(8, "schedule=auto: paired gradients of a probe")
     cost: Literal["analytic", "measured"] = _key("analytic", "units from FLOPs, or timed on this device")
 
     batch_size: int = _key(256, "images a step, over all processes and accumulated micro-batches", "optimisation")
@@ -121,7 +125,7 @@ class Recipe:
         return PRESETS[self.model](**{**defaults, **sizes, **self.model_config})
 
     def compression_schedule(self) -> Schedule:
-        return Schedule.parse(self.schedule, self.patch_size)
+        return Schedule.parse(None if self.schedule == "auto" else self.schedule, self.patch_size)
 
     def view_size(self, strategy: Strategy) -> int:
         """Pixels of a step's views.
@@ -214,8 +218,13 @@ def _check_numbers(recipe: Recipe) -> None:
         )
     if recipe.task == "search" and not recipe.pilot:
         _fail("pilot", recipe.pilot, "task=search needs the output_dir of a pilot run, e.g. pilot=runs/moco")
-    if recipe.search_draws < 3:
-        _fail("search_draws", recipe.search_draws, "an estimate with an interval needs at least 3")
+    for key in ("search_draws", "auto_draws"):
+        if getattr(recipe, key) < 3:
+            _fail(key, getattr(recipe, key), "an estimate with an interval needs at least 3")
+    if not 0 < recipe.auto_share < 1:
+        _fail("auto_share", recipe.auto_share, "must lie between 0 and 1")
+    if recipe.schedule == "auto" and recipe.view_resolution == "matched":
+        _fail("view_resolution", "matched", "needs a schedule known beforehand; schedule=auto makes full views")
     if recipe.save_total_limit < 2:
         _fail(
             "save_total_limit", recipe.save_total_limit, "must be at least 2, so that a kill during a save loses none"

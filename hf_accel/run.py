@@ -20,6 +20,7 @@ from transformers import AutoModel  # noqa: E402
 from hf_accel.assemble import (  # noqa: E402
     build_objective,
     check_same_recipe,
+    controller_of,
     cost_function,
     images_of,
     plan_of,
@@ -64,7 +65,8 @@ def pretrain(recipe: Recipe) -> None:
     arguments = start(recipe, resuming=checkpoint is not None)
     model = build_objective(recipe)
     units = partial(model.units_per_image, forward_cost=cost_function(recipe, arguments.device))
-    plan = plan_of(recipe, units)
+    controller = controller_of(recipe, units)
+    plan = plan_of(recipe, units, controller)
     arguments.max_steps = plan.num_steps
     source, validation = images_of(recipe)
     if is_main():
@@ -73,7 +75,7 @@ def pretrain(recipe: Recipe) -> None:
         f"{recipe.objective} on {source.name}: {len(source)} images, {plan.num_steps} steps of {recipe.batch_size}, "
         f"{plan.total_cost:,.0f} of {plan.budget:,.0f} units"
     )
-    trainer = PretrainTrainer(model, arguments, recipe, plan, source, validation)
+    trainer = PretrainTrainer(model, arguments, recipe, plan, source, validation, controller)
     if checkpoint:
         say(f"Resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -110,7 +112,7 @@ def finish(trainer: PretrainTrainer, recipe: Recipe, source: ImageSource, valida
         "processes": trainer.args.world_size,
         "seed": recipe.seed,
         "objective": recipe.objective,
-        "schedule": trainer.plan.schedule.to_list(),
+        "schedule": trainer.plan.followed().to_list(),
         "environment": environment(),
     }
     baselines = {"raw pixels": raw["top1"]} if raw else {}

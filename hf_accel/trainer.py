@@ -14,8 +14,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import distributed
+from .auto_schedule import AutoScheduleCallback
 from .compression import Plan
 from .compression.cost import TABLE_NAME
+from .compression.online import OnlineController
 from .data import AUGMENTATIONS, ImageSource, TrainSampler, eval_loader, make_views, train_loader
 from .draws import generator
 from .evaluation import extract_features, knn_accuracy
@@ -49,6 +51,7 @@ class PretrainTrainer(Trainer):
         plan: strategy and progress of every step.
         source: training images.
         validation: labelled images for kNN accuracy, or None.
+        controller: revises the plan while it is followed (`schedule: auto`), or None.
     """
 
     loss_is_scaled_for_ga = False
@@ -61,10 +64,11 @@ class PretrainTrainer(Trainer):
         plan: Plan,
         source: ImageSource,
         validation: ImageSource | None = None,
+        controller: OnlineController | None = None,
         **kwargs: Any,
     ):
         self.recipe, self.plan, self.source, self.validation = recipe, plan, source, validation
-        self.keep_steps = {plan.first_step_at(point) for point in recipe.keep_points}
+        self.controller, self.most_steps, self.keep_now = controller, plan.num_steps, False
         self.view_configs = model.view_configs(AUGMENTATIONS[recipe.augmentation])
         self.seconds = {"total": 0.0, "data": 0.0, "forward_backward": 0.0, "evaluation": 0.0}
         self._metric_sums: dict[str, torch.Tensor] = {}
@@ -72,6 +76,8 @@ class PretrainTrainer(Trainer):
         self._window = (time.perf_counter(), 0, 0.0)
         images: dict[str, Any] = {"train_dataset": source, "eval_dataset": validation}
         super().__init__(model=model, args=args, **images, **kwargs)
+        if controller:
+            self.add_callback(AutoScheduleCallback(self, controller))
         self.add_callback(ProgressCallback(self))
 
     @property
@@ -83,6 +89,8 @@ class PretrainTrainer(Trainer):
 
     def view_size(self, step: int) -> int:
         """Pixels of the views of a step: the image size, or, matched, what the step's patches leave of it."""
+        if self.recipe.view_resolution == "full":
+            return self.recipe.image_size
         return self.recipe.view_size(self.plan[step].strategy)
 
     def get_train_dataloader(self):
@@ -95,7 +103,7 @@ class PretrainTrainer(Trainer):
             self.args.gradient_accumulation_steps,
             self.recipe.seed,
             first_step=self._first_step,
-            last_step=self.plan.num_steps,
+            last_step=self.most_steps,
         )
         loader = train_loader(
             self.source,
@@ -106,13 +114,17 @@ class PretrainTrainer(Trainer):
             self.recipe.seed,
             pin_memory=self.args.device.type == "cuda",
         )
-        return WholeRun(loader, self.plan.num_steps * self.args.gradient_accumulation_steps)
+        return WholeRun(loader, self.most_steps * self.args.gradient_accumulation_steps)
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any):
         self._first_step = 0
         if resume_from_checkpoint:
             state = json.loads((Path(resume_from_checkpoint) / RUN_STATE_NAME).read_text())
             self._first_step, self.seconds = state["step"], state["seconds"]
+            if self.controller:
+                self.plan.restore(state["plan"], self.recipe.patch_size)
+                self.controller.restore(state["controller"])
+                self.args.max_steps = self.plan.num_steps
         self._started, self._seconds_before = time.perf_counter(), self.seconds["total"]
         self._window = (self._started, self._first_step, self.seconds["data"])
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -240,7 +252,7 @@ class PretrainTrainer(Trainer):
             if self.recipe.cost == "measured":
                 shutil.copy(Path(self.recipe.output_dir) / TABLE_NAME, folder)
             write_json(folder / RUN_STATE_NAME, self.run_state())
-            if self.state.global_step in self.keep_steps:
+            if self.keep_now:
                 shutil.copytree(folder, Path(self.recipe.output_dir) / KEPT_NAME / name, dirs_exist_ok=True)
 
     def keep_start(self) -> None:
@@ -255,7 +267,11 @@ class PretrainTrainer(Trainer):
         self.seconds["total"] = self._seconds_before + time.perf_counter() - self._started
         steps = self.state.global_step
         units = self.plan.spent_after(steps)
-        return {"step": steps, "units": units, "progress": min(1.0, units / self.plan.budget), "seconds": self.seconds}
+        progress = min(1.0, units / self.plan.budget)
+        state = {"step": steps, "units": units, "progress": progress, "seconds": self.seconds}
+        if self.controller:
+            state |= {"plan": self.plan.state(), "controller": self.controller.state()}
+        return state
 
 
 def knn_of(
@@ -293,17 +309,19 @@ class ProgressCallback(TrainerCallback):
     """Sets what is a function of progress, updates the target branch, and stops cleanly on SIGTERM."""
 
     def __init__(self, trainer: PretrainTrainer):
-        self.trainer, self.terminated, self.previous = trainer, False, None
-        points = trainer.recipe.eval_points
-        self.eval_steps = {trainer.plan.first_step_at(point) for point in points if point > 0}
+        self.trainer, self.terminated, self.previous, self.seen = trainer, False, None, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         def note(signum, frame):
             self.terminated = True
 
         self.previous = signal.signal(signal.SIGTERM, note)
-        if state.global_step == 0 and 0 in self.trainer.keep_steps:
+        self.seen = self.share_done(state)
+        if state.global_step == 0 and 0 in self.trainer.recipe.keep_points:
             self.trainer.keep_start()
+
+    def share_done(self, state) -> float:
+        return self.trainer.plan.spent_after(state.global_step) / self.trainer.plan.total_cost
 
     def on_train_end(self, args, state, control, **kwargs):
         signal.signal(signal.SIGTERM, self.previous or signal.SIG_DFL)
@@ -327,8 +345,10 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self.trainer
         state.epoch = state.global_step * trainer.plan.batch_size / len(trainer.source)
-        control.should_evaluate = state.global_step in self.eval_steps
-        control.should_save |= state.global_step in trainer.keep_steps
+        before, self.seen = self.seen, self.share_done(state) + 1e-12
+        control.should_evaluate = any(before < point <= self.seen for point in trainer.recipe.eval_points)
+        trainer.keep_now = any(before < point <= self.seen for point in trainer.recipe.keep_points)
+        control.should_save |= trainer.keep_now
         if args.world_size > 1:  # the signal reaches the processes at different steps, and all must stop at one
             flag = torch.tensor([float(self.terminated)], device=args.device)
             self.terminated = bool(distributed.all_gather(flag).any())

@@ -19,6 +19,7 @@ LEVELS = [
     {"evaluation", "hub", "report"},
     {"recipe"},
     {"probe"},
+    {"auto_schedule"},
     {"trainer"},
     {"assemble"},
     {"pilot"},

@@ -98,6 +98,16 @@ class GradientErrorAccumulator(Generic[Name]):
             raise ValueError(f"an estimate with an interval needs at least 3 draws, got {self.num_draws}")
         return {name: self._of(name) for name in self.relative_cost}
 
+    def ca_mse_difference(self, one: Name, other: Name) -> tuple[float, float]:
+        """95% interval of ca_mse(one) - ca_mse(other), whose noise is largely common to both draws.
+
+        Raises:
+            ValueError: fewer than three draws.
+        """
+        errors = self.result()
+        left = self._left_out(one)[1] - self._left_out(other)[1]
+        return _jackknife(errors[one].ca_mse - errors[other].ca_mse, left)
+
     def _of(self, name: Name) -> GradientError:
         cost = self.relative_cost[name] / self.horizon
         difference, reference, norm2 = self._differences[name], self._reference, self._compressed_norm2[name]
@@ -105,14 +115,7 @@ class GradientErrorAccumulator(Generic[Name]):
         spread = norm2.total / self.num_draws - _norm2(mean_difference + mean_reference)
         variance = spread * self.num_draws / (self.num_draws - 1)
         bias2 = difference.product_of_different_draws()
-
-        # Leave each block of draws out in turn, on the sketches.
-        counts = torch.tensor(reference.blocks.counts, dtype=torch.float64)
-        rest = self.num_draws - counts
-        without = difference.sketches_without() + reference.sketches_without()
-        left_norm2 = norm2.total - torch.tensor(norm2.values, dtype=torch.float64)
-        left_variance = (left_norm2 - without.square().sum(1) / rest) / (rest - 1)
-        left_bias2 = difference.product_without()
+        left_bias2, left_ca_mse = self._left_out(name)
         return GradientError(
             bias2=bias2,
             variance=variance,
@@ -120,8 +123,18 @@ class GradientErrorAccumulator(Generic[Name]):
             ca_mse=bias2 + cost * variance,
             reference_norm2=reference.product_of_different_draws(),
             bias2_interval=_jackknife(bias2, left_bias2),
-            ca_mse_interval=_jackknife(bias2 + cost * variance, left_bias2 + cost * left_variance),
+            ca_mse_interval=_jackknife(bias2 + cost * variance, left_ca_mse),
         )
+
+    def _left_out(self, name: Name) -> tuple[Tensor, Tensor]:
+        """float64 (blocks,) each: bias2 and ca_mse of what remains without each block of draws, by the sketches."""
+        difference, reference, norm2 = self._differences[name], self._reference, self._compressed_norm2[name]
+        rest = self.num_draws - torch.tensor(reference.blocks.counts, dtype=torch.float64)
+        without = difference.sketches_without() + reference.sketches_without()
+        left_norm2 = norm2.total - torch.tensor(norm2.values, dtype=torch.float64)
+        left_variance = (left_norm2 - without.square().sum(1) / rest) / (rest - 1)
+        left_bias2 = difference.product_without()
+        return left_bias2, left_bias2 + self.relative_cost[name] / self.horizon * left_variance
 
 
 class _Blocks:

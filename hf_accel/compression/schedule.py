@@ -202,6 +202,7 @@ class Plan:
         self, budget: float, schedule: Schedule, batch_size: int, units_per_image: Callable[[Strategy], float]
     ):
         self.budget, self.schedule, self.batch_size = float(budget), schedule, batch_size
+        self.units_per_image = units_per_image
         self.segments: list[_Segment] = []
         spent, first = 0.0, 0
         for stage in schedule.stages:
@@ -220,6 +221,43 @@ class Plan:
                 f"a budget of {self.budget:g} units does not pay for one step of {batch_size} images, which costs "
                 f"{cost:g} units; raise the budget or lower the batch size"
             )
+
+    def revise(self, step: int, strategy: Strategy, charge: float = 0.0) -> None:
+        """From `step` on follow `strategy` to the end of the budget; before it, `charge` units are spent on a probe.
+
+        Raises:
+            ValueError: the budget does not pay for the charge and one more step.
+        """
+        spent, cost = self.spent_after(step) + charge, self.batch_size * self.units_per_image(strategy)
+        steps = math.floor((self.budget - spent) / cost + 1e-9)
+        if steps < 1:
+            raise ValueError(f"{self.budget - spent:g} units are left at step {step}, and one more costs {cost:g}")
+        self.segments = [segment for segment in self.segments if segment.first < step]
+        self.segments.append(_Segment(step, strategy, spent, cost))
+        self.num_steps, self.total_cost = step + steps, spent + steps * cost
+
+    def followed(self) -> Schedule:
+        """The schedule that the segments amount to: what was planned, or what revisions made of it."""
+        stages: list[Stage] = []
+        for segment, later in zip(self.segments, [*self.segments[1:], None], strict=True):
+            if stages and stages[-1].strategy == segment.strategy:
+                stages.pop()
+            stages.append(Stage(later.spent / self.budget if later else 1.0, segment.strategy))
+        return Schedule(tuple(stages))
+
+    def state(self) -> list[list[Any]]:
+        """The segments, as JSON can hold them."""
+        return [[s.first, s.spent, *(Schedule.constant(s.strategy).to_list())] for s in self.segments]
+
+    def restore(self, state: list[list[Any]], base_patch_size: int) -> None:
+        """Take over the segments of a run's state."""
+        for number, (first, spent, stage) in enumerate(state):
+            strategy = Schedule.parse([stage], base_patch_size).stages[0].strategy
+            cost = self.batch_size * self.units_per_image(strategy)
+            self.segments = [*self.segments[:number], _Segment(first, strategy, spent, cost)]
+        last = self.segments[-1]
+        steps = math.floor((self.budget - last.spent) / last.cost + 1e-9)
+        self.num_steps, self.total_cost = last.first + steps, last.spent + steps * last.cost
 
     def __len__(self) -> int:
         return self.num_steps

@@ -24,7 +24,7 @@ def test_the_grid_holds_every_strategy_once_and_the_uncompressed_first():
     assert grid[0] == Strategy(Compression(4)) and set(grid) == expected and len(grid) == len(expected)
     with pytest.raises(ValueError, match=r"patch_size 5.*\[4, 7, 14\]"):
         search_grid(28, 4, [0.0], [5])
-    with pytest.raises(ValueError, match="papper.*paper"):
+    with pytest.raises(ValueError, match=r"papper.*paper"):
         search_grid(28, 4, [0.0], symmetries=["papper"])
 
 

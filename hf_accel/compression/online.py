@@ -1,0 +1,111 @@
+"""`schedule: auto`: a run finds its schedule while it trains, and pays for the search out of its own budget.
+
+The rule. Strategies stand on a ladder, from the cheapest to the uncompressed one, each a good deal dearer than the one
+below. Before the first step all of them are probed, and the run starts on the one with the least ca_mse (of tied ones,
+on the cheaper). At evenly spaced points of progress it then probes the rung it stands on and the next one, with the
+same images under both, and climbs when the 95% interval of ca_mse(this) - ca_mse(next) lies above 0. It never climbs
+down, as compression never increases. There are as many points as the share of the budget pays for, and at most 20.
+
+Where it fails: on a budget so small that a probe is a sizeable part of it (an error says so); when the noise of few
+draws hides the difference, it climbs late; a rung that is worse than both its neighbours stops it for good; and, as all
+of ca_mse, it judges a single step, and not what an optimizer's averages or a longer stay on a rung make of it.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any
+
+from .gradient_error import GradientErrorAccumulator
+from .search import choose_strategies, search_grid
+from .strategy import Strategy
+
+RUNG_RATIO = 0.7
+"""A rung costs at most this much of the next one."""
+
+LADDER_DROPOUTS = (0.0, 0.5)
+
+MAX_POINTS = 20
+
+
+def ladder_of(image_size: int, base_patch_size: int, units: Callable[[Strategy], float]) -> list[Strategy]:
+    """Strategies by rising cost, the last one uncompressed: possible patches, with and without half of the tokens."""
+    grid = search_grid(image_size, base_patch_size, LADDER_DROPOUTS)
+    ladder = [grid[0]]
+    for strategy in sorted(grid[1:], key=units, reverse=True):
+        tokens = strategy.online.kept_tokens(image_size)
+        if tokens >= 4 and units(strategy) <= RUNG_RATIO * units(ladder[-1]):
+            ladder.append(strategy)
+    return ladder[::-1]
+
+
+class OnlineController:
+    """Where on the ladder a run stands, and when it looks up.
+
+    Args:
+        ladder: strategies by rising cost, the last one uncompressed.
+        units_per_batch: cost of one training batch under a strategy, in units.
+        budget: of the whole run, in units.
+        share: of the budget that probes may spend.
+        draws: paired gradients of a probe.
+
+    Raises:
+        ValueError: the share does not pay for the first probe and one more.
+    """
+
+    def __init__(
+        self,
+        ladder: list[Strategy],
+        units_per_batch: Callable[[Strategy], float],
+        budget: float,
+        share: float = 0.03,
+        draws: int = 8,
+    ):
+        self.ladder, self.draws, self.rung, self.probed = ladder, draws, 0, 0
+        self.units = {strategy: units_per_batch(strategy) for strategy in ladder}
+        self.relative_cost = {strategy: units / self.units[ladder[-1]] for strategy, units in self.units.items()}
+        start = self.cost_of(ladder)
+        one = max((self.cost_of(pair) for pair in pairwise(ladder)), default=0.0)
+        if len(ladder) < 2:
+            raise ValueError("there is no strategy to choose from: no larger patch fits, and too few tokens to drop")
+        count = min(MAX_POINTS, math.floor((share * budget - start) / one))
+        if count < 1:
+            raise ValueError(
+                f"probes of {draws} draws take {start + one:,.0f} units, and a share of {share:g} of the budget is "
+                f"{share * budget:,.0f}: raise auto_share or the budget, lower auto_draws, or name a schedule"
+            )
+        self.points = [0.0, *((point + 1) / (count + 1) for point in range(count))]
+
+    @property
+    def strategy(self) -> Strategy:
+        return self.ladder[self.rung]
+
+    def cost_of(self, strategies) -> float:
+        """Units of a probe of these strategies; the uncompressed gradient that they are compared with is also one."""
+        base = self.ladder[-1]
+        return self.draws * (self.units[base] + sum(self.units[s] for s in strategies if s != base))
+
+    def due(self, progress: float) -> list[Strategy]:
+        """The strategies to probe now; none if it is too early, or nothing is left to climb."""
+        if self.probed == len(self.points) or progress < self.points[self.probed] or self.rung == len(self.ladder) - 1:
+            return []
+        return self.ladder if self.probed == 0 else self.ladder[self.rung : self.rung + 2]
+
+    def decide(self, accumulator: GradientErrorAccumulator[Strategy], progress: float) -> Strategy:
+        """Take the errors of the strategies that were due, and give the one to follow from now on."""
+        if self.probed == 0:
+            (chosen,) = choose_strategies([accumulator.result()], self.relative_cost)
+            self.rung = self.ladder.index(chosen)
+        else:
+            low, _ = accumulator.ca_mse_difference(self.ladder[self.rung], self.ladder[self.rung + 1])
+            self.rung += low > 0
+        while self.probed < len(self.points) and self.points[self.probed] <= progress:
+            self.probed += 1
+        return self.strategy
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"rung": self.rung, "probed": self.probed}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.rung, self.probed = state["rung"], state["probed"]

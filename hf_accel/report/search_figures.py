@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -12,7 +13,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from ..compression import Schedule, Strategy
 from ..progress import learning_rate_factor
@@ -23,45 +24,57 @@ STAGE_COLORS = [BLUE, ORANGE, "#009E73", "#CC79A7", GRAY, "#E69F00", "#56B4E9"] 
 STAGE_MARKERS = "osDPX^p"
 DECADES = 5
 """How far a logarithmic axis reaches below its largest value."""
+NARROW = 0.12
+"""Share of the progress that is too narrow for the name of a compression, which then stands upright."""
 
 
 def plot_gradient_error(table: ErrorTable, path: Path, title: str = "") -> None:
     """Squared bias, cost-adjusted variance and CA-MSE against strategy, a line a stage, with 95% intervals.
 
-    Writes `path` with the suffixes .png and .svg, as all figures here do.
+    Strategies run downwards, so that the names of sixty can be read on a printed page. Writes `path` with the suffixes
+    .png and .svg, as all figures here do.
     """
     unit = r" / $\|G\|^2$" if table.relative else ""
-    panels = [
-        ("bias2", rf"bias$^2${unit}", True),
-        ("ca_variance", f"cost-adjusted\nvariance{unit}", False),
-        ("ca_mse", f"CA-MSE{unit}", True),
-    ]
     count = len(table.strategies)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(max(6.4, 1.2 + 0.17 * count), 7.6), layout="constrained")
-        grid = figure.subplots(3, 1, sharex=True)
-        clipped = [_errors(axes, table, *panel) for axes, panel in zip(grid, panels, strict=True)]
-        labels = [table.label(strategy) for strategy in table.strategies]
-        grid[-1].set_xticks(range(count), labels, rotation=90, fontsize=8 if count <= 60 else 7)
-        grid[-1].set_xlim(-0.6, count - 0.4)
-        grid[-1].set_xlabel("strategy, from the cheapest to the dearest (p: patch size in px, d: token dropout)")
-        figure.align_ylabels(grid)
-        handles = [
-            Line2D([], [], color=color, marker=marker, markersize=4, label=f"at {percent(progress)}")
-            for progress, color, marker in _styles(table.points)
+        figure = Figure(figsize=(7.6, 2.0 + 0.165 * count), layout="constrained")
+        grid = figure.subplots(1, 3, sharey=True)
+        clipped = [
+            _errors(grid[0], table, "bias2", rf"bias$^2${unit}", interval=True),
+            _errors(grid[1], table, "ca_variance", f"cost-adjusted variance{unit}", interval=False),
+            _errors(grid[2], table, "ca_mse", f"CA-MSE{unit}", interval=True),
         ]
-        plain = {"color": "black", "linestyle": "none"}
-        handles.append(Line2D([], [], marker="o", fillstyle="none", markersize=10, label="chosen", **plain))
-        if any(clipped):
-            handles.append(Line2D([], [], marker="v", fillstyle="none", label="at or below the axis' end", **plain))
-        columns = min(len(handles), 4 if figure.get_figwidth() < 8 else 7)
-        grid[0].legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.02), ncols=columns, fontsize=8)
+        grid[0].set_yticks(range(count), [table.label(strategy) for strategy in table.strategies], fontsize=8)
+        grid[0].set_ylim(count - 0.4, -0.6)
+        for axes in grid[1:]:
+            axes.tick_params(axis="y", length=0)
+        beside: dict[str, Any] = {"transform": grid[2].get_yaxis_transform(), "va": "center", "fontsize": 8}
+        for place, cost in enumerate(["cost", *(f"{cost:.3f}" for cost in table.cost.values())]):
+            grid[2].text(1.04, place - 1, cost, **beside)
+        keys = "p: patch size in px, d: token dropout, cost: relative to uncompressed"
+        if len(table.symmetries) > 1:
+            keys += "; online | target, where they differ"
+        handles = _handles(table, any(clipped))
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, title=keys, title_fontsize=8)
         _save(figure, path, title)
 
 
+def _handles(table: ErrorTable, clipped: bool) -> list[Line2D]:
+    """Of the legend."""
+    black: dict[str, Any] = {"color": "black", "linestyle": "none", "fillstyle": "none"}
+    handles = [
+        Line2D([], [], color=color, marker=marker, markersize=4, label=f"progress {percent(progress)}")
+        for progress, color, marker in _styles(table.points)
+    ]
+    handles.append(Line2D([], [], marker="o", markersize=10, label="chosen", **black))
+    if clipped:
+        handles.append(Line2D([], [], marker="<", label="below the axis, or ≤ 0", **black))
+    return handles
+
+
 def _styles(points: Sequence[float]) -> list[tuple[float, str, str]]:
-    count = len(STAGE_COLORS)
-    return [(point, STAGE_COLORS[i % count], STAGE_MARKERS[i % count]) for i, point in enumerate(points)]
+    """(progress, colour, marker) of each stage."""
+    return list(zip(points, cycle(STAGE_COLORS), cycle(STAGE_MARKERS), strict=False))
 
 
 def _errors(axes: Axes, table: ErrorTable, name: str, label: str, interval: bool) -> bool:
@@ -69,35 +82,46 @@ def _errors(axes: Axes, table: ErrorTable, name: str, label: str, interval: bool
     values = {progress: table.values(name, progress) for progress in table.points}
     floor = _floor(np.concatenate(list(values.values())))
     any_clipped = False
-    for (progress, color, marker), offset in zip(_styles(table.points), 0.5 * _centred(len(table.points)), strict=True):
-        places, estimate = np.arange(len(table.strategies)) + offset, values[progress]
-        shown, clipped = np.maximum(estimate, floor), estimate <= floor
-        axes.plot(places, shown, color=color, linewidth=0.8, alpha=0.6)
-        axes.plot(places[~clipped], shown[~clipped], color=color, marker=marker, markersize=3.5, linestyle="none")
-        axes.plot(places[clipped], shown[clipped], color=color, marker="v", fillstyle="none", linestyle="none")
+    for (progress, color, marker), offset in zip(_styles(table.points), _offsets(len(table.points)), strict=True):
+        places = np.arange(len(table.strategies)) + offset
+        shown, clipped = np.maximum(values[progress], floor), values[progress] <= floor
+        axes.plot(shown, places, color=color, linewidth=0.8, alpha=0.6)
+        axes.plot(shown[~clipped], places[~clipped], color=color, marker=marker, markersize=3.5, linestyle="none")
+        if clipped.any():
+            below: dict[str, Any] = {"marker": "<", "markersize": 5, "fillstyle": "none", "linestyle": "none"}
+            axes.plot(shown[clipped], places[clipped], color=color, clip_on=False, **below)
         if interval:
             low, high = (np.maximum(table.values(f"{name}_{end}", progress), floor) for end in ("low", "high"))
-            axes.vlines(places, low, high, color=color, linewidth=1.1)
+            axes.hlines(places, low, high, color=color, linewidth=1.1)
         for strategy in table.chosen(progress):
             at = table.strategies.index(strategy)
-            ring = {"marker": "o", "markersize": 10, "fillstyle": "none", "color": "black", "zorder": 5}
-            axes.plot(places[at], shown[at], clip_on=False, **ring)
+            ring: dict[str, Any] = {"marker": "o", "markersize": 10, "fillstyle": "none", "clip_on": False}
+            axes.plot(shown[at], places[at], color="black", zorder=5, **ring)
         any_clipped |= bool(clipped.any())
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=floor / 1.4)
-    axes.set_ylabel(label)
+    _log_axis(axes, floor, np.nanmax([axes.dataLim.x1, floor]))
+    axes.set_xlabel(label)
     return any_clipped
 
 
-def _centred(count: int) -> np.ndarray:
-    """`count` numbers around 0, from -0.5 to 0.5 if there is more than one."""
-    return np.linspace(-0.5, 0.5, count) if count > 1 else np.zeros(1)
+def _log_axis(axes: Axes, low: float, high: float) -> None:
+    """A logarithmic x axis, with numbers at powers of ten, or at 1, 2 and 5 if there would be few of those."""
+    axes.set_xscale("log")
+    axes.set_xlim(low / 1.15, max(1.15 * high, 5 * low))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 50 * low else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", labelsize=8)
+
+
+def _offsets(count: int) -> np.ndarray:
+    """Of the stages from their strategy's place, so that their intervals do not hide each other."""
+    return np.linspace(-0.3, 0.3, count) if count > 1 else np.zeros(1)
 
 
 def _floor(values: np.ndarray) -> float:
     """Where a logarithmic axis of these values ends; zero and what is negative lie below."""
     positive = values[values > 0]
-    return max(positive.min() / 1.6, positive.max() / 10**DECADES) if len(positive) else 1e-3
+    return max(positive.min() / 1.25, positive.max() / 10**DECADES) if len(positive) else 1e-3
 
 
 def plot_ca_mse_heatmap(table: ErrorTable, path: Path, title: str = "") -> None:
@@ -110,8 +134,8 @@ def plot_ca_mse_heatmap(table: ErrorTable, path: Path, title: str = "") -> None:
     columns = sorted({strategy.online.token_dropout for strategy in strategies})
     rows = sorted({strategy.online.patch_size for strategy in strategies})
     width, height = max(1.9, 0.6 + 0.42 * len(columns)), 0.85 + 0.3 * len(rows)
-    across = max(1, min(len(table.points), int(10 // width)))
-    lines = math.ceil(len(table.points) / across)
+    lines = math.ceil(len(table.points) / max(1, int(10 // width)))
+    across = math.ceil(len(table.points) / lines)
     with matplotlib.rc_context({"font.size": 9}):
         size = (max(3.4, across * width), lines * len(table.symmetries) * height + 0.7)
         figure = Figure(figsize=size, layout="constrained")
@@ -124,7 +148,7 @@ def plot_ca_mse_heatmap(table: ErrorTable, path: Path, title: str = "") -> None:
                 axes.set_axis_on()
                 _heatmap(axes, table, progress, members, rows, columns)
                 name = f"{symmetry}, " if len(table.symmetries) > 1 else ""
-                axes.set_title(f"{name}at {percent(progress)}", fontsize=9)
+                axes.set_title(f"{name}progress {percent(progress)}", fontsize=9)
                 if number % across == 0:
                     axes.set_ylabel("patch size (px)")
                 if number + across >= len(table.points):
@@ -173,8 +197,7 @@ def compact(value: float) -> str:
     if value <= 0:
         return "≤0"
     if 0.00995 <= value < 995:
-        rounded = float(f"{value:.2g}")
-        return f"{rounded:g}"
+        return f"{float(f'{value:.2g}'):.0f}" if value >= 99.5 else f"{value:#.2g}".rstrip(".")
     mantissa, exponent = f"{value:.0e}".split("e")
     return f"{mantissa}e{int(exponent)}"
 
@@ -186,15 +209,16 @@ def plot_schedule(table: ErrorTable, schedule: Schedule, path: Path, title: str 
     online = [table.tokens(strategy.online) for strategy in strategies]
     target = [table.tokens(strategy.target_branch) for strategy in strategies]
     cost = [table.cost[strategy] for strategy in strategies]
-    turned = min(end - start for start, end in pairwise(starts)) < 0.14
+    narrow = min(end - start for start, end in pairwise(starts)) < NARROW
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 5.2 if turned else 4.7), layout="constrained")
-        grid = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2.2 if turned else 1.2, 2.4])
-        _steps(grid[0], starts, target, ORANGE, "--", "target")
+        figure = Figure(figsize=(6.4, 5.2 if narrow else 4.7), layout="constrained")
+        grid = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2.2 if narrow else 1.2, 2.4])
         _steps(grid[0], starts, online, BLUE, "-", "online")
+        _steps(grid[0], starts, target, ORANGE, "--", "target")
+        grid[0].yaxis.set_major_locator(MaxNLocator(6, integer=True))
         grid[0].set_ylabel("patch tokens\nper image")
-        grid[0].legend(loc="upper left", fontsize=8, reverse=True)
-        _names(grid[1], starts, strategies, turned)
+        grid[0].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+        _names(grid[1], starts, strategies)
         _steps(grid[2], starts, cost, BLUE, "-", "")
         grid[2].set_ylabel("cost per image\n(uncompressed: 1)")
         _progress_axis(grid[2])
@@ -207,11 +231,11 @@ def _steps(axes: Axes, starts: Sequence[float], values: Sequence[float], color: 
     axes.set_ylim(0, max(1.12 * max(values), axes.get_ylim()[1]))
 
 
-def _names(axes: Axes, starts: Sequence[float], strategies: Sequence[Strategy], turned: bool) -> None:
+def _names(axes: Axes, starts: Sequence[float], strategies: Sequence[Strategy]) -> None:
     """The compressions as text, a line a branch."""
     for (start, end), strategy in zip(pairwise(starts), strategies, strict=True):
         for line, compression in enumerate((strategy.online, strategy.target_branch)):
-            options = {"ha": "center", "va": "center", "fontsize": 8, "rotation": 90 if turned else 0}
+            options = {"ha": "center", "va": "center", "fontsize": 8, "rotation": 90 if end - start < NARROW else 0}
             axes.text((start + end) / 2, line, short(compression), color=(BLUE, ORANGE)[line], **options)
         axes.axvline(end, color=GRAY, linewidth=0.6)
     axes.axvline(0, color=GRAY, linewidth=0.6)
@@ -234,7 +258,7 @@ def plot_learning_rate(schedule: Schedule, warmup: float, path: Path, title: str
             axes.plot(progress, rates, color=color, linestyle=line, linewidth=1.8, label=name)
         axes.set_ylim(0, 1.05)
         axes.set_ylabel("learning rate / peak")
-        axes.legend(loc="lower left" if warmup < 0.4 else "lower right", fontsize=8)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
         _progress_axis(axes)
         _save(figure, path, title)
 

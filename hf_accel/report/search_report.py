@@ -34,9 +34,11 @@ figure { margin: 1rem 0; } figure img { max-width: 100%; } figcaption, .note { c
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.2rem 0.6rem; text-align: right; border-bottom: 1px solid #ccc; white-space: nowrap; }
-th { border-bottom: 2px solid #555; } tr.chosen td { font-weight: bold; background: #e3eef6; }
+th { white-space: normal; vertical-align: bottom;  border-bottom: 2px solid #555; } tr.chosen td { font-weight: bold; background: #e3eef6; }
 tr.first td { border-top: 2px solid #999; } code { overflow-wrap: anywhere; } summary { cursor: pointer; }
+@page { margin: 14mm; }
 @media print { body { font-size: 10pt; max-width: none; margin: 0; } figure, tr { break-inside: avoid; }
+  figure img { max-height: 24cm; }
   .wide { overflow: visible; } table { font-size: 7.5pt; } th, td { padding: 0.1rem 0.3rem; } }
 """
 
@@ -148,7 +150,7 @@ def _images(table: ErrorTable, schedule: Schedule) -> float:
 
 def _best_table(table: ErrorTable) -> str:
     header = ["at", "", "online", "target", "tokens", "relative cost"]
-    header += ["bias²", "95% interval", "cost-adjusted variance", "CA-MSE", "95% interval"]
+    header += ["bias²", "95% interval", "cost-adj. variance", "CA-MSE", "95% interval"]
     lines = []
     for progress in table.points:
         stage = [row for (at, _), row in table.rows.items() if at == progress]

@@ -1,6 +1,7 @@
 """Figures of a search: gradient errors against strategy and as heatmaps, the schedule found, learning rates."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from itertools import cycle, pairwise
 from pathlib import Path
@@ -21,7 +22,7 @@ from .curves import BLUE, GRAY, ORANGE, STYLE
 from .error_table import ErrorTable, percent, short
 
 STAGE_COLORS = [BLUE, ORANGE, "#009E73", "#CC79A7", GRAY, "#E69F00", "#56B4E9"]  # Okabe and Ito's
-STAGE_MARKERS = "osDPX^p"
+STAGE_MARKERS = "osDPX^pv"
 DECADES = 5
 """How far a logarithmic axis reaches below its largest value."""
 NARROW = 0.12
@@ -48,9 +49,9 @@ def plot_gradient_error(table: ErrorTable, path: Path, title: str = "") -> None:
         grid[0].set_ylim(count - 0.4, -0.6)
         for axes in grid[1:]:
             axes.tick_params(axis="y", length=0)
-        beside: dict[str, Any] = {"transform": grid[2].get_yaxis_transform(), "va": "center", "fontsize": 8}
-        for place, cost in enumerate(["cost", *(f"{cost:.3f}" for cost in table.cost.values())]):
-            grid[2].text(1.04, place - 1, cost, **beside)
+        for place, cost in enumerate(table.cost.values()):
+            grid[2].text(1.04, place, f"{cost:.3f}", transform=grid[2].get_yaxis_transform(), va="center", fontsize=8)
+        grid[2].annotate("cost", (1.04, 1), (0, 3), xycoords="axes fraction", textcoords="offset points", fontsize=8)
         keys = "p: patch size in px, d: token dropout, cost: relative to uncompressed"
         if len(table.symmetries) > 1:
             keys += "; online | target, where they differ"
@@ -96,7 +97,7 @@ def _errors(axes: Axes, table: ErrorTable, name: str, label: str, interval: bool
         for strategy in table.chosen(progress):
             at = table.strategies.index(strategy)
             ring: dict[str, Any] = {"marker": "o", "markersize": 10, "fillstyle": "none", "clip_on": False}
-            axes.plot(shown[at], places[at], color="black", zorder=5, **ring)
+            axes.plot(shown[at], places[at], color="black", linestyle="none", zorder=5, **ring)
         any_clipped |= bool(clipped.any())
     _log_axis(axes, floor, np.nanmax([axes.dataLim.x1, floor]))
     axes.set_xlabel(label)
@@ -133,11 +134,11 @@ def plot_ca_mse_heatmap(table: ErrorTable, path: Path, title: str = "") -> None:
     strategies = table.strategies
     columns = sorted({strategy.online.token_dropout for strategy in strategies})
     rows = sorted({strategy.online.patch_size for strategy in strategies})
-    width, height = max(1.9, 0.6 + 0.42 * len(columns)), 0.85 + 0.3 * len(rows)
+    width, height = max(2.2, 0.6 + 0.42 * len(columns)), 0.85 + 0.3 * len(rows)
     lines = math.ceil(len(table.points) / max(1, int(10 // width)))
     across = math.ceil(len(table.points) / lines)
     with matplotlib.rc_context({"font.size": 9}):
-        size = (max(3.4, across * width), lines * len(table.symmetries) * height + 0.7)
+        size = (max(5.6, across * width), lines * len(table.symmetries) * height + 0.7)
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(lines * len(table.symmetries), across, squeeze=False)
         for axes in grid.flat:
@@ -271,6 +272,6 @@ def _progress_axis(axes: Axes) -> None:
 
 def _save(figure: Figure, path: Path, title: str) -> None:
     if title:
-        figure.suptitle(title, fontsize=10, parse_math=False)
+        figure.suptitle(textwrap.fill(title, int(11 * figure.get_figwidth())), fontsize=10, parse_math=False)
     for suffix in (".png", ".svg"):
         figure.savefig(path.with_suffix(suffix), dpi=220)

@@ -34,12 +34,14 @@ figure { margin: 1rem 0; } figure img { max-width: 100%; } figcaption, .note { c
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.2rem 0.6rem; text-align: right; border-bottom: 1px solid #ccc; white-space: nowrap; }
-th { white-space: normal; vertical-align: bottom;  border-bottom: 2px solid #555; } tr.chosen td { font-weight: bold; background: #e3eef6; }
+th { white-space: normal; vertical-align: bottom; border-bottom: 2px solid #555; }
+tr.chosen td { font-weight: bold; background: #e3eef6; }
 tr.first td { border-top: 2px solid #999; } code { overflow-wrap: anywhere; } summary { cursor: pointer; }
 @page { margin: 14mm; }
 @media print { body { font-size: 10pt; max-width: none; margin: 0; } figure, tr { break-inside: avoid; }
   figure img { max-height: 24cm; }
-  .wide { overflow: visible; } table { font-size: 7.5pt; } th, td { padding: 0.1rem 0.3rem; } }
+  .wide { overflow: visible; } table { font-size: 7.5pt; } th, td { padding: 0.1rem 0.3rem; }
+  details table { font-size: 5pt; } details th, details td { padding: 0.05rem 0.15rem; } }
 """
 
 
@@ -164,7 +166,7 @@ def _best_cells(table: ErrorTable, row: Row) -> list[str]:
     strategy, unit = strategy_of(row), table.unit(row)
 
     def relative(*names: str) -> str:
-        return " to ".join(f"{row[name] / unit:.3g}" for name in names)
+        return " to ".join(f"{row[name] / unit:#.3g}".rstrip(".") for name in names)
 
     return [
         percent(row["progress"]),

@@ -1,0 +1,334 @@
+"""The report of a search: figures that show the rows, and a page that holds all of them and needs nothing else."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from hf_accel.compression import Schedule, Stage, Strategy
+from hf_accel.compression.search import schedule_of, search_grid
+from hf_accel.progress import learning_rate_factor
+from hf_accel.report import write_search_report
+from hf_accel.report.error_table import ErrorTable, short, strategy_of
+from hf_accel.report.search_figures import (
+    compact,
+    plot_ca_mse_heatmap,
+    plot_gradient_error,
+    plot_learning_rate,
+    plot_schedule,
+)
+
+TENTHS = [tenth / 10 for tenth in range(10)]
+GRIDS = {
+    "two stages": ((0.0, 1.0), 28, 4, [0, 0.5, 0.75], None, ["paper"]),
+    "one stage": ((0.5,), 28, 4, [0, 0.5, 0.75], None, ["paper"]),
+    "one patch size": ((0.0, 0.5, 1.0), 28, 4, TENTHS, [4], ["paper"]),
+    "one strategy": ((0.0,), 28, 4, [0.0], [4], ["paper"]),
+    "sixty strategies": ((0.0, 0.25, 0.5, 0.75, 1.0), 240, 16, TENTHS, [16, 20, 24, 30, 40, 48], ["paper"]),
+    "three symmetries": ((0.0, 0.5, 1.0), 28, 4, [0, 0.5], None, ["paper", "symmetric", "asymmetric"]),
+    "eleven stages": (tuple(np.linspace(0, 1, 11).round(6)), 28, 4, [0.0, 0.3], None, ["paper"]),
+}
+
+
+def search_of(name: str = "two stages") -> tuple[list[dict], Schedule]:
+    """Random rows of a grid, and a schedule of the strategies marked as chosen; biases of both signs."""
+    points, image_size, base, *of_grid = GRIDS[name]
+    rng = np.random.default_rng(0)
+    grid = search_grid(image_size, base, *of_grid)
+    cost = {
+        strategy: (3 * strategy.online.kept_tokens(image_size) + strategy.target_branch.kept_tokens(image_size))
+        / (4 * (image_size // base) ** 2)
+        for strategy in grid
+    }
+    rows, chosen = [], []
+    for progress in points:
+        chosen.append(grid[rng.integers(len(grid))])
+        norm2 = rng.uniform(1e-3, 1e3)
+        for number, strategy in enumerate(grid):
+            online, target = strategy.online, strategy.target_branch
+            bias2 = norm2 * (rng.uniform(-0.2, 2) if number else 0.0)
+            variance = norm2 * rng.uniform(3, 9)
+            margin = norm2 * rng.uniform(0, 0.1)
+            ca_mse = bias2 + cost[strategy] * variance
+            rows.append(
+                {
+                    "progress": progress,
+                    "patch_size": online.patch_size,
+                    "token_dropout": online.token_dropout,
+                    "target_patch_size": target.patch_size,
+                    "target_token_dropout": target.token_dropout,
+                    "tokens": online.kept_tokens(image_size),
+                    "relative_cost": cost[strategy],
+                    "bias2": bias2,
+                    "variance": variance,
+                    "ca_variance": cost[strategy] * variance,
+                    "ca_mse": ca_mse,
+                    "reference_norm2": norm2,
+                    "bias2_low": bias2 - margin,
+                    "bias2_high": bias2 + margin,
+                    "ca_mse_low": ca_mse - 2 * margin,
+                    "ca_mse_high": ca_mse + 2 * margin,
+                    "draws": 16,
+                    "chosen": strategy == chosen[-1],
+                }
+            )
+    return rows, schedule_of(points, chosen)
+
+
+class Page(HTMLParser):
+    """Tables as lists of rows of texts, images' sources, text of h1 and title, and what no page here may have."""
+
+    VOID = {"meta", "br", "img"}
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.tables, self.images, self.headings, self.attributes = [], [], [], [], []
+        self.tags = set()
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += [(name, value) for name, value in attrs if tag != "img" or name != "src"]
+        if tag == "img":
+            self.images.append(dict(attrs)["src"])
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.tables[-1][-1][-1] += data
+        if self.open and self.open[-1] in ("h1", "title"):
+            self.headings.append(data)
+
+
+TITLE = """<script src="http://x/y.js">MoCo</script> & $5 "two" $6"""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> tuple[Path, list[dict], Schedule]:
+    rows, schedule = search_of("three symmetries")
+    output = tmp_path_factory.mktemp("reports") / "new"
+    write_search_report(rows, schedule, output, TITLE)
+    return output, rows, schedule
+
+
+def test_all_files_are_written(written) -> None:
+    output = written[0]
+    for name in ("gradient_error", "ca_mse_heatmap", "schedule", "learning_rate"):
+        assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "</svg>" in (output / f"{name}.svg").read_text()
+
+
+def test_page_needs_nothing_else_and_escapes(written) -> None:
+    text = (written[0] / "report.html").read_text()
+    page = Page(text)
+    assert page.headings == [TITLE, TITLE]
+    assert not page.tags & {"script", "link", "iframe", "object", "a"}
+    assert len(page.images) == 4 and all(source.startswith("data:image/png;base64,") for source in page.images)
+    assert not [(name, value) for name, value in page.attributes if name in ("src", "href") or "://" in str(value)]
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style and "@import" not in style
+
+
+def test_tables_hold_the_rows(written) -> None:
+    output, rows, schedule = written
+    stages, best, full = Page((output / "report.html").read_text()).tables
+    assert len(stages) == 1 + len(schedule.stages) and len(full) == 1 + len(rows)
+    lines = {tuple(line[:3]): dict(zip(full[0], line, strict=True)) for line in full[1:]}
+    names = [name for name in rows[0] if isinstance(rows[0][name], float) and name in full[0]]
+    assert len(names) == 10
+    for row in rows:
+        strategy = strategy_of(row)
+        line = lines[f"{100 * row['progress']:g}%", short(strategy.online), short(strategy.target_branch)]
+        np.testing.assert_allclose([float(line[name]) for name in names], [row[name] for name in names], rtol=1e-5)
+        assert int(line["tokens"]) == row["tokens"]
+
+    for progress in {row["progress"] for row in rows}:
+        stage = sorted((row for row in rows if row["progress"] == progress), key=lambda row: row["ca_mse"])
+        listed = [line for line in best[1:] if line[0] == f"{100 * progress:g}%"]
+        chosen = next(row for row in stage if row["chosen"])
+        expected = [chosen, *(row for row in stage if not row["chosen"])][: len(listed)]
+        assert [line[1] for line in listed] == ["chosen"] + [""] * (len(listed) - 1) and len(listed) == 5
+        for line, row in zip(listed, expected, strict=True):
+            shown = [float(line[6]), *map(float, line[7].split(" to ")), float(line[8]), float(line[9])]
+            shown += map(float, line[10].split(" to "))
+            columns = ("bias2", "bias2_low", "bias2_high", "ca_variance", "ca_mse", "ca_mse_low", "ca_mse_high")
+            wanted = [row[name] / row["reference_norm2"] for name in columns]
+            np.testing.assert_allclose(shown, wanted, rtol=6e-3)
+
+
+def test_images_for_the_same_budget(written) -> None:
+    output, rows, schedule = written
+    cost = {strategy_of(row): row["relative_cost"] for row in rows}
+    progress = np.linspace(0, 1, 10_001)[:-1] + 5e-5
+    images = np.mean([1 / cost[schedule(at)] for at in progress])
+    assert len(schedule.stages) > 1
+    assert f"on {images:.2f} times as many images" in (output / "report.html").read_text()
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """Draws with a function of search_figures and returns the figure, laid out."""
+
+    def draw(plot, *arguments) -> Figure:
+        figures = []
+        monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+        plot(*arguments, tmp_path / "figure", "a title " * 20)
+        figures[0].draw_without_rendering()
+        return figures[0]
+
+    return draw
+
+
+def overlapping(labels) -> list[tuple[str, str]]:
+    boxes = [(label.get_text(), label.get_window_extent()) for label in labels if label.get_text()]
+    return [
+        (a, b)
+        for i, (a, box) in enumerate(boxes)
+        for b, other in boxes[i + 1 :]
+        if box.shrunk(0.9, 0.9).overlaps(other.shrunk(0.9, 0.9))
+    ]
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_no_text_is_cut_or_overlaps(drawn, name: str) -> None:
+    rows, schedule = search_of(name)
+    table = ErrorTable(rows)
+    for figure in (
+        drawn(plot_gradient_error, table),
+        drawn(plot_ca_mse_heatmap, table),
+        drawn(plot_schedule, table, schedule),
+        drawn(plot_learning_rate, schedule, 0.1),
+    ):
+        box = figure.get_tightbbox()
+        assert box.x0 >= 0 and box.y0 >= 0, box
+        assert box.x1 <= figure.get_figwidth() and box.y1 <= figure.get_figheight(), box
+        for axes in figure.axes:
+            if axes.axison:
+                assert overlapping([*axes.get_xticklabels(), *axes.get_yticklabels(), *axes.texts]) == []
+                assert overlapping([axes.title for axes in figure.axes]) == []
+
+
+def test_gradient_errors_are_drawn_as_they_are(drawn) -> None:
+    rows, _ = search_of("sixty strategies")
+    table = ErrorTable(rows)
+    figure = drawn(plot_gradient_error, table)
+    costs = [table.cost[strategy] for strategy in table.strategies]
+    assert len(costs) == 60 and costs == sorted(costs)
+    for axes, name in zip(figure.axes, ("bias2", "ca_variance", "ca_mse"), strict=True):
+        lines = [line for line in axes.lines if line.get_linestyle() == "-"]
+        rings = [line for line in axes.lines if line.get_markersize() == 10]
+        assert any(label.get_text() for label in axes.get_xticklabels())
+        assert len(lines) == len(rings) == len(table.points)
+        marked = [line for line in axes.lines if line.get_marker() == "<"]
+        clipped = 0
+        for line, progress in zip(lines, table.points, strict=True):
+            stage = {strategy_of(row): row for row in rows if row["progress"] == progress}
+            values = np.array([stage[s][name] / stage[s]["reference_norm2"] for s in table.strategies])
+            x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+            np.testing.assert_array_equal(np.round(y), np.arange(60))
+            above = x > x.min()
+            np.testing.assert_allclose(x[above], values[above])
+            assert (values[~above] <= x.min()).all() and axes.get_xlim()[0] < x.min()
+            clipped += (values <= 0).sum()
+        assert sum(len(np.asarray(line.get_xdata())) for line in marked) >= clipped
+        assert (clipped > 0) == (name == "bias2") == bool(marked)
+        shown = [table.strategies[round(float(np.asarray(ring.get_ydata())[0]))] for ring in rings]
+        assert shown == [strategy_of(row) for row in rows if row["chosen"]]
+
+
+def test_heatmaps_hold_each_symmetry(drawn) -> None:
+    rows, _ = search_of("three symmetries")
+    figure = drawn(plot_ca_mse_heatmap, ErrorTable(rows))
+    panels = {axes.get_title(): axes for axes in figure.axes if axes.axison}
+    assert len(panels) == 9
+    for row in rows:
+        strategy = strategy_of(row)
+        online, target = strategy.online, strategy.target_branch
+        fits = {
+            "paper": target == Strategy(online).target,
+            "symmetric": target == online,
+            "asymmetric": (target.patch_size, target.token_dropout) == (4, 0),
+        }
+        assert any(fits.values())
+        place = [0, 0.5].index(online.token_dropout), [4, 7, 14].index(online.patch_size)
+        for symmetry, fit in fits.items():
+            axes = panels[f"{symmetry}, progress {100 * row['progress']:g}%"]
+            frames = {(round(patch.get_x() + 0.5), round(patch.get_y() + 0.5)) for patch in axes.patches}
+            if fit:
+                texts = {text.get_position(): text.get_text() for text in axes.texts}
+                assert texts[place] == compact(row["ca_mse"] / row["reference_norm2"])
+                assert (place in frames) == row["chosen"]
+
+
+def test_schedule_steps(drawn) -> None:
+    rows, _ = search_of()
+    table = ErrorTable(rows)
+    strategies = search_grid(28, 4, [0.5, 0.75], [14, 4])
+    schedule = Schedule((Stage(0.05, strategies[2]), Stage(0.4, strategies[1]), Stage(1.0, strategies[0])))
+    tokens, names, cost = drawn(plot_schedule, table, schedule).axes
+    lines = {line.get_label(): np.asarray(line.get_ydata()) for line in tokens.lines}
+    np.testing.assert_array_equal(lines["online"], [1, 2, 49, 49])
+    np.testing.assert_array_equal(lines["target"], [4, 4, 49, 49])
+    np.testing.assert_array_equal(np.asarray(tokens.lines[0].get_xdata()), [0, 0.05, 0.4, 1])
+    np.testing.assert_allclose(np.asarray(cost.lines[0].get_ydata())[[2, 3]], [1, 1])
+    shown = [(text.get_text(), text.get_rotation()) for text in names.texts]
+    assert shown == [("p14 d0.75", 90), ("p14 d0", 90), ("p14 d0.5", 0), ("p14 d0", 0), ("p4 d0", 0), ("p4 d0", 0)]
+
+
+def test_learning_rates(drawn) -> None:
+    axes = drawn(plot_learning_rate, search_of()[1], 0.25).axes[0]
+    lines = {line.get_label(): (np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in axes.lines}
+    for name in ("cosine", "poly"):
+        progress, rates = lines[name]
+        np.testing.assert_allclose(rates, [learning_rate_factor(at, name, 0.25) for at in progress])
+        assert 0.25 in progress and progress[0] == 0 and progress[-1] == 1
+
+
+def test_norm_lost_in_noise_leaves_values_as_they_are(drawn) -> None:
+    rows, _ = search_of()
+    for row in rows[:9]:
+        row["reference_norm2"] = -1e-9
+    table = ErrorTable(rows)
+    figure = drawn(plot_gradient_error, table)
+    assert figure.axes[2].get_xlabel() == "CA-MSE"
+    x = np.asarray(figure.axes[1].lines[0].get_xdata())
+    values = {strategy_of(row): row["ca_variance"] for row in rows[:9]}
+    np.testing.assert_allclose(x, [values[strategy] for strategy in table.strategies])
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        *[(3, "3.0"), (0.994, "0.99"), (0.0123, "0.012"), (9.96, "10"), (20.4, "20"), (99.7, "100"), (123, "120")],
+        *[(996, "1e3"), (0.0031, "3e-3"), (2.6e-7, "3e-7"), (0, "≤0"), (-4, "≤0")],
+    ],
+)
+def test_compact_numbers(value: float, text: str) -> None:
+    assert compact(value) == text
+
+
+def test_errors(tmp_path) -> None:
+    rows, schedule = search_of()
+    with pytest.raises(ValueError, match="no rows"):
+        write_search_report([], schedule, tmp_path, "")
+    with pytest.raises(ValueError, match="without token dropout"):
+        write_search_report([row for row in rows if row["token_dropout"]], schedule, tmp_path, "")
+    other = Schedule.constant(Strategy(search_grid(28, 4, [0.9], [7])[1].online))
+    with pytest.raises(ValueError, match=re.escape("patch 7, dropout 0.9")):
+        write_search_report(rows, other, tmp_path, "")
+    assert list(tmp_path.iterdir()) == []

@@ -61,7 +61,7 @@ class OnlineController:
         share: float = 0.03,
         draws: int = 8,
     ):
-        self.ladder, self.draws, self.rung, self.probed = ladder, draws, 0, 0
+        self.ladder, self.budget, self.draws, self.rung, self.probed = ladder, budget, draws, 0, 0
         self.units = {strategy: units_per_batch(strategy) for strategy in ladder}
         self.relative_cost = {strategy: units / self.units[ladder[-1]] for strategy, units in self.units.items()}
         start = self.cost_of(ladder)
@@ -86,10 +86,12 @@ class OnlineController:
         return self.draws * (self.units[base] + sum(self.units[s] for s in strategies if s != base))
 
     def due(self, progress: float) -> list[Strategy]:
-        """The strategies to probe now; none if it is too early, or nothing is left to climb."""
+        """The strategies to probe now; none if it is too early, nothing is left to climb, or too little to spend."""
         if self.probed == len(self.points) or progress < self.points[self.probed] or self.rung == len(self.ladder) - 1:
             return []
-        return self.ladder if self.probed == 0 else self.ladder[self.rung : self.rung + 2]
+        strategies = self.ladder if self.probed == 0 else self.ladder[self.rung : self.rung + 2]
+        needed = self.cost_of(strategies) + self.units[strategies[-1]]  # a step must be left to take
+        return strategies if progress * self.budget + needed <= self.budget else []
 
     def decide(self, accumulator: GradientErrorAccumulator[Strategy], progress: float) -> Strategy:
         """Take the errors of the strategies that were due, and give the one to follow from now on."""

@@ -1,0 +1,291 @@
+"""The ladder and the controller of `schedule: auto`, against loops, and the interval by which it climbs."""
+
+import math
+from functools import partial
+from itertools import pairwise, product
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from hf_accel.compression import Compression, Plan, Schedule, Strategy, forward_cost
+from hf_accel.compression.gradient_error import GradientErrorAccumulator
+from hf_accel.compression.online import OnlineController, ladder_of
+from hf_accel.compression.search import search_grid
+from hf_accel.models import AccelViTConfig
+
+CONFIG = AccelViTConfig(
+    hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, image_size=48, patch_size=8
+)
+SIZES = [(48, 8), (224, 16), (28, 4), (16, 4), (96, 8)]
+
+
+def units(strategy: Strategy, config: AccelViTConfig = CONFIG) -> float:
+    return 3 * forward_cost(config, strategy.online) + forward_cost(config, strategy.target_branch)
+
+
+def ladder_at(image_size: int, patch_size: int) -> tuple[list[Strategy], partial]:
+    config = AccelViTConfig(**{**CONFIG.to_dict(), "image_size": image_size, "patch_size": patch_size})
+    cost = partial(units, config=config)
+    return ladder_of(image_size, patch_size, cost), cost
+
+
+LADDER, _ = ladder_at(48, 8)
+BATCH = 16
+
+
+def controller_with(budget: float, share: float = 0.03, draws: int = 8, ladder: list[Strategy] = LADDER):
+    return OnlineController(ladder, lambda strategy: BATCH * units(strategy), budget, share, draws)
+
+
+# The ladder
+
+
+@pytest.mark.parametrize(("image_size", "patch_size"), SIZES)
+def test_a_ladder_rises_in_clear_steps_and_misses_none(image_size, patch_size):
+    ladder, cost = ladder_at(image_size, patch_size)
+    costs = [cost(strategy) for strategy in ladder]
+    assert ladder[-1] == Strategy(Compression(patch_size)) and len(ladder) > 1
+    assert all(lower <= 0.7 * upper for lower, upper in pairwise(costs))
+    assert all(strategy.online.kept_tokens(image_size) >= 4 for strategy in ladder)
+    candidates = [
+        cost(strategy)
+        for strategy in search_grid(image_size, patch_size, [0.0, 0.5])
+        if strategy.online.kept_tokens(image_size) >= 4
+    ]
+    for lower, upper in pairwise([0.0, *costs]):  # below the first rung, and between two
+        assert not [c for c in candidates if lower < c <= 0.7 * upper and c not in costs]
+
+
+def test_an_image_of_few_tokens_has_no_ladder():
+    ladder, cost = ladder_at(8, 4)
+    assert ladder == [Strategy(Compression(4))]
+    with pytest.raises(ValueError, match="no strategy to choose from"):
+        OnlineController(ladder, cost, 1e9)
+
+
+# When it probes
+
+
+def least_units(ladder: list[Strategy], cost, draws: int) -> tuple[float, float]:
+    """Units of the first probe, and of the dearest later one: a batch under each, and an uncompressed one."""
+
+    def probe(strategies: list[Strategy]) -> float:
+        batches = strategies if ladder[-1] in strategies else [*strategies, ladder[-1]]
+        return sum(BATCH * cost(strategy) for strategy in batches for _ in range(draws))
+
+    return probe(ladder), max(probe(ladder[i : i + 2]) for i in range(len(ladder) - 1))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_as_many_points_as_the_share_pays_for(seed):
+    rng = np.random.default_rng(seed)
+    ladder, cost = ladder_at(*SIZES[seed % len(SIZES)])
+    share, draws = float(rng.uniform(0.01, 0.5)), int(rng.integers(3, 12))
+    start, dearest = least_units(ladder, cost, draws)
+    budget = float(rng.uniform(1, 30)) * (start + dearest) / share
+    count = 0
+    while count < 20 and start + (count + 1) * dearest <= share * budget:
+        count += 1
+    controller = OnlineController(ladder, lambda strategy: BATCH * cost(strategy), budget, share, draws)
+    assert controller.points == pytest.approx([i / (count + 1) for i in range(count + 1)])
+    assert controller.cost_of(ladder) == pytest.approx(start)
+    one_unit_less = (start + dearest) / share * (1 - 1e-6)
+    with pytest.raises(ValueError, match=r"raise auto_share or the budget, lower auto_draws"):
+        OnlineController(ladder, lambda strategy: BATCH * cost(strategy), one_unit_less, share, draws)
+
+
+def test_the_refusal_names_units_and_share():
+    needed = sum(least_units(LADDER, units, 8))
+    message = rf"8 draws take {needed:,.0f} units, and a share of 0\.03 of the budget is 30: "
+    with pytest.raises(ValueError, match=message):
+        controller_with(1000)
+
+
+class Verdict(GradientErrorAccumulator):
+    """Stands for an accumulator: the errors of the strategies by name, and whether the next rung is clearly better."""
+
+    def __init__(self, controller: OnlineController, first: int, climb: bool):
+        self.ladder, self.first, self.climb = controller.ladder, first, climb
+
+    def result(self):
+        accumulator = GradientErrorAccumulator(dict.fromkeys(self.ladder, 1.0))
+        for draw in range(4):
+            scale = {s: 1.0 if i == self.first else 100.0 for i, s in enumerate(self.ladder)}
+            gradients = {s: torch.tensor([0.0, (-1.0) ** draw]) * scale[s] for s in self.ladder}
+            accumulator.add(torch.zeros(2), gradients)
+        return accumulator.result()
+
+    def ca_mse_difference(self, one, other):
+        return (1.0, 2.0) if self.climb else (-1.0, 2.0)
+
+
+def follow(
+    ladder: list[Strategy], budget: float, share: float, first: int, climb
+) -> tuple[list[float], Plan, OnlineController]:
+    """A whole run: charges of its probes, the plan in the end, the controller. `climb(n)` is the n-th verdict."""
+    controller = controller_with(budget, share, 3, ladder)
+    plan = Plan(budget, Schedule.constant(controller.strategy), BATCH, units)
+    charges, step = [], 0
+    while step < len(plan):
+        progress = plan[step].progress
+        if due := controller.due(progress):
+            assert controller.rung < len(ladder) - 1
+            strategy = controller.decide(Verdict(controller, first, climb(len(charges))), progress)
+            charges.append(controller.cost_of(due))
+            plan.revise(step, strategy, charges[-1])
+        step += 1
+    return charges, plan, controller
+
+
+@pytest.mark.parametrize("share", [0.03, 0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("ladder", [LADDER, LADDER[-2:]], ids=["whole ladder", "two rungs"])
+@pytest.mark.parametrize("climbing", ["always", "never", "at random"])
+def test_all_probes_of_a_run_stay_within_the_share_and_the_run_within_the_budget(share, ladder, climbing):
+    rng = np.random.default_rng(0)
+    climb = {"always": lambda n: True, "never": lambda n: False, "at random": lambda n: rng.random() < 0.3}[climbing]
+    enough = sum(least_units(ladder, units, 3)) / share
+    for budget, first in product(enough * np.array([1.0001, 1.52, 2.03, 3.59, 9.0]), (0, len(ladder) - 2)):
+        charges, plan, controller = follow(ladder, float(budget), share, first, climb)
+        assert 1 <= len(charges) <= len(controller.points)
+        assert sum(charges) <= share * budget * (1 + 1e-9)
+        assert plan.total_cost <= budget * (1 + 1e-9)
+        assert budget - plan.total_cost < plan[len(plan) - 1].cost
+        assert plan.total_cost == pytest.approx(sum(charges) + sum(step.cost for step in plan))
+        if share <= 0.5:  # above, the last ones may find too little left of the budget
+            climbs = {"always": len(charges) - 1, "never": 0}.get(climbing, controller.rung - first)
+            assert controller.rung == first + climbs
+            if controller.rung < len(ladder) - 1:
+                assert len(charges) == len(controller.points)
+
+
+def test_probes_are_due_at_the_points_only_and_never_on_the_top_rung():
+    controller = controller_with(1e7)
+    points = controller.points
+    assert len(points) == 21 and controller.due(0.0) == LADDER
+    controller.decide(Verdict(controller, 1, False), 0.0)
+    assert controller.due(0.0) == controller.due(points[1] - 1e-9) == []
+    assert controller.due(points[1]) == LADDER[1:3] == controller.due(points[4] + 1e-9)
+    controller.decide(Verdict(controller, 1, False), points[4] + 1e-9)  # three points were passed by at once
+    assert controller.due(points[4] + 1e-9) == [] and controller.due(points[5]) == LADDER[1:3]
+    for _ in range(len(LADDER) - 2):
+        controller.decide(Verdict(controller, 1, True), controller.points[controller.probed])
+    assert controller.strategy == LADDER[-1] and controller.due(1.0) == []
+    controller = controller_with(1e7)
+    for _ in points:
+        controller.decide(Verdict(controller, 0, False), controller.points[controller.probed])
+    assert controller.strategy == LADDER[0] and controller.due(1.0) == []
+
+
+# What it decides
+
+
+def gradients(rng, bias: list[float], draws: int, size: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    """(draws, size) uncompressed and (len(bias), draws, size) with planted biases of these norms."""
+    truth = rng.normal(size=size)
+    shifts = rng.normal(size=(len(bias), 1, size))
+    shifts *= np.array(bias)[:, None, None] / np.linalg.norm(shifts, axis=-1, keepdims=True)
+    noise = rng.normal(size=(1 + len(bias), draws, size)) * 0.3
+    return truth + noise[0], truth + shifts + 0.7 * noise[0] + 0.7 * noise[1:]
+
+
+def accumulated(names, costs, reference, compressed, horizon: float = 1.0) -> GradientErrorAccumulator:
+    accumulator = GradientErrorAccumulator(dict(zip(names, costs, strict=True)), horizon)
+    for draw, one in enumerate(reference):
+        named = {name: torch.from_numpy(rows[draw]) for name, rows in zip(names, compressed, strict=True)}
+        accumulator.add(torch.from_numpy(one), named)
+    return accumulator
+
+
+def ca_mse(reference: np.ndarray, compressed: np.ndarray, cost: float) -> float:
+    """By loops, of (draws, size) each."""
+    n, d = len(reference), compressed - reference
+    bias2 = sum(d[i] @ d[j] for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    mean = sum(compressed) / n
+    return bias2 + cost * sum((g - mean) @ (g - mean) for g in compressed) / (n - 1)
+
+
+def brute_interval(value: float, left: list[float]) -> tuple[float, float]:
+    n = len(left)
+    mean = sum(left) / n
+    margin = float(stats.t.ppf(0.975, n - 1)) * math.sqrt((n - 1) / n * sum((x - mean) ** 2 for x in left))
+    return value - margin, value + margin
+
+
+def brute_difference(reference, one, other, costs, horizon: float = 1.0) -> tuple[float, float]:
+    def difference(rows):
+        errors = [ca_mse(reference[rows], g[rows], c / horizon) for g, c in zip((one, other), costs, strict=True)]
+        return errors[0] - errors[1]
+
+    rows = list(range(len(reference)))
+    return brute_interval(difference(rows), [difference([i for i in rows if i != out]) for out in rows])
+
+
+@pytest.mark.parametrize(("draws", "horizon"), [(4, 1.0), (9, 1.0), (9, 5.0)])
+def test_the_interval_of_a_difference_against_leaving_out_each_draw(draws, horizon):
+    rng = np.random.default_rng(draws)
+    reference, (one, other) = gradients(rng, [1.0, 0.5], draws)
+    accumulator = accumulated("ab", (0.3, 0.6), reference, (one, other), horizon)
+    expected = brute_difference(reference, one, other, (0.3, 0.6), horizon)
+    assert accumulator.ca_mse_difference("a", "b") == pytest.approx(expected)
+    low, high = accumulator.ca_mse_difference("b", "a")
+    assert (-high, -low) == pytest.approx(expected)
+    errors = accumulator.result()
+    assert (low + high) / 2 == pytest.approx(errors["b"].ca_mse - errors["a"].ca_mse)
+
+
+def test_the_interval_of_a_difference_is_narrower_than_its_parts_when_the_noise_is_common():
+    rng = np.random.default_rng(0)
+    reference = rng.normal(size=(8, 30))
+    accumulator = accumulated("ab", (0.5, 0.5), reference, (reference * 1.5, reference * 1.5 + 0.01))
+    low, high = accumulator.ca_mse_difference("a", "b")
+    widths = [end - start for start, end in (error.ca_mse_interval for error in accumulator.result().values())]
+    assert high - low < 0.1 * min(widths)
+    short = accumulated("ab", (0.5, 0.5), reference[:2], (reference[:2], reference[:2]))
+    with pytest.raises(ValueError, match="at least 3 draws"):
+        short.ca_mse_difference("a", "b")
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_run_starts_on_the_least_error_and_of_tied_ones_on_the_cheapest(seed):
+    rng = np.random.default_rng(seed)
+    controller = controller_with(1e7)
+    costs = [units(strategy) / units(LADDER[-1]) for strategy in LADDER]
+    reference, compressed = gradients(rng, [*rng.uniform(0, 2, len(LADDER) - 1), 0.0], 6)
+    compressed[-1] = reference
+    errors = [ca_mse(reference, rows, cost) for rows, cost in zip(compressed, costs, strict=True)]
+    best = int(np.argmin(errors))
+    left = [
+        ca_mse(np.delete(reference, i, 0), np.delete(compressed[best], i, 0), costs[best])
+        for i in range(len(reference))
+    ]
+    _, high = brute_interval(errors[best], left)
+    expected = next(strategy for strategy, error in zip(LADDER, errors, strict=True) if error <= high)
+    chosen = controller.decide(accumulated(LADDER, costs, reference, compressed), 0.0)
+    assert chosen == expected == controller.strategy and controller.probed == 1
+
+
+def test_it_climbs_only_when_the_interval_of_the_difference_lies_above_zero():
+    costs = [units(strategy) / units(LADDER[-1]) for strategy in LADDER[1:3]]
+    outcomes = {"climbed": 0, "better, but not clearly": 0, "worse": 0}
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        controller = controller_with(1e7)
+        controller.restore({"rung": 1, "probed": 3})
+        reference, compressed = gradients(rng, list(rng.uniform(0, 2.5, 2)), 5)
+        low, high = brute_difference(reference, compressed[0], compressed[1], costs)
+        chosen = controller.decide(accumulated(LADDER[1:3], costs, reference, compressed), controller.points[3])
+        assert chosen == LADDER[2 if low > 0 else 1] == controller.strategy and controller.probed == 4
+        outcomes["climbed" if low > 0 else "better, but not clearly" if low + high > 0 else "worse"] += 1
+    assert min(outcomes.values()) >= 5, outcomes
+
+
+def test_a_restored_controller_goes_on_as_the_one_that_was_left_alone():
+    one = controller_with(1e7)
+    one.decide(Verdict(one, 1, False), 0.0)
+    one.decide(Verdict(one, 1, True), one.points[1])
+    other = controller_with(1e7)
+    other.restore(one.state())
+    assert other.state() == one.state() == {"rung": 2, "probed": 2}
+    assert other.strategy == one.strategy and other.due(one.points[2]) == one.due(one.points[2]) == LADDER[2:4]

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,121 @@ def test_first_step_at_is_the_first_to_reach_the_progress():
         first = plan.first_step_at(progress)
         assert plan.spent_after(first) >= progress * plan.total_cost * (1 - 1e-9)
         assert plan.spent_after(first - 1) < progress * plan.total_cost
+
+
+STRATEGIES = [Strategy(Compression(p, r)) for p, r in ((16, 0.5), (16, 0.0), (12, 0.0), (8, 0.5), (8, 0.0))]
+
+
+def revised(seed: int) -> tuple[Plan, list[tuple[int, Strategy, float]], float, int]:
+    """A plan of one strategy, revised at up to four steps; its revisions, budget and batch size."""
+    rng = np.random.default_rng(seed)
+    budget, batch = float(rng.uniform(2000, 9000)), int(rng.integers(5, 20))
+    plan = Plan(budget, Schedule.constant(STRATEGIES[rng.integers(5)]), batch, units)
+    revisions, step = [], 0
+    for _ in range(rng.integers(1, 5)):
+        step += int(rng.integers(1 + len(plan) // 4)) if revisions or seed % 2 else 0
+        change = (step, STRATEGIES[rng.integers(5)], float(rng.uniform(0, 0.1) * budget))
+        if step >= len(plan) or plan[step].spent + change[2] + batch * units(change[1]) > budget:
+            break
+        plan.revise(*change)
+        if revisions and revisions[-1][0] == step:  # again before the same step: both charges are spent
+            change = (step, change[1], change[2] + revisions.pop()[2])
+        revisions.append(change)
+    return plan, revisions, budget, batch
+
+
+def walked(plan: Plan, start: Strategy, revisions, budget: float, batch: int) -> list[tuple[Strategy, float, float]]:
+    """(strategy, units before, units after) of every step, one by one."""
+    spent, strategy, steps, changes = 0.0, start, [], {step: change for step, *change in revisions}
+    while True:
+        if len(steps) in changes:
+            strategy, charge = changes[len(steps)]
+            spent += charge
+        cost = batch * units(strategy)
+        if spent + cost > budget * (1 + 1e-12):
+            return steps
+        steps.append((strategy, spent, spent + cost))
+        spent += cost
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_revised_plan_against_a_loop_that_spends_step_by_step(seed):
+    plan, revisions, budget, batch = revised(seed)
+    steps = walked(plan, plan.schedule.stages[0].strategy, revisions, budget, batch)
+    assert len(plan) == len(steps) and len(plan) == len(list(plan))
+    for index, (strategy, before, _) in enumerate(steps):
+        assert plan[index].strategy == strategy and plan[index].cost == pytest.approx(batch * units(strategy))
+        assert plan[index].spent == pytest.approx(before) == pytest.approx(plan.spent_after(index))
+        assert plan[index].progress == pytest.approx(before / budget)
+    assert plan.total_cost == plan.spent_after(len(plan)) == pytest.approx(steps[-1][2])
+    charges = sum(charge for _, _, charge in revisions)
+    assert plan.total_cost == pytest.approx(charges + sum(step.cost for step in plan))
+    assert budget - plan.total_cost < batch * units(steps[-1][0])
+    assert plan.total_cost <= budget * (1 + 1e-9)
+    spent = [before for _, before, _ in steps] + [steps[-1][2]]
+    for progress in np.random.default_rng(seed).random(20):
+        expected = next(i for i, units_spent in enumerate(spent) if units_spent >= progress * plan.total_cost)
+        assert plan.first_step_at(progress) == expected
+    assert plan.first_step_at(1.0) == len(plan)
+
+
+def test_the_revisions_of_the_loop_are_many_and_charged():
+    counts = [len(revised(seed)[1]) for seed in range(20)]
+    assert min(counts) >= 1 and max(counts) >= 3
+    assert {revised(seed)[1][0][0] == 0 for seed in range(20)} == {True, False}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_schedule_that_a_revised_plan_amounts_to(seed):
+    plan, revisions, budget, batch = revised(seed)
+    steps = walked(plan, plan.schedule.stages[0].strategy, revisions, budget, batch)
+    expected: list[tuple[float, Strategy]] = []
+    for (strategy, _, _), later in zip(steps, [*steps[1:], None], strict=True):
+        if later is None or later[0] != strategy:
+            expected.append((later[1] / budget if later else 1.0, strategy))
+    followed = plan.followed()
+    assert [stage.strategy for stage in followed.stages] == [strategy for _, strategy in expected]
+    assert [stage.until for stage in followed.stages] == pytest.approx([until for until, _ in expected])
+    assert Schedule.parse(json.loads(json.dumps(followed.to_list())), 8) == followed
+
+
+def test_an_unrevised_plan_has_followed_its_schedule():
+    stages = [Stage(0.3, STRATEGIES[0]), Stage(0.7, STRATEGIES[2]), Stage(1.0, STRATEGIES[4])]
+    plan = Plan(6000, Schedule(tuple(stages)), 16, units)
+    followed = plan.followed()
+    assert [stage.strategy for stage in followed.stages] == [stage.strategy for stage in stages]
+    for planned, taken in zip(stages, followed.stages, strict=True):  # a stage ends with the step that reaches its end
+        assert 0 <= (taken.until - planned.until) * 6000 < 16 * units(planned.strategy) + 1e-6
+    again = Plan(6000, followed, 16, units)
+    assert [(s.strategy, s.spent) for s in again] == [(s.strategy, s.spent) for s in plan]
+    same = [Stage(0.4, STRATEGIES[0]), Stage(0.8, STRATEGIES[0]), Stage(1.0, STRATEGIES[4])]
+    merged = Plan(6000, Schedule(tuple(same)), 16, units).followed()
+    assert [stage.strategy for stage in merged.stages] == [STRATEGIES[0], STRATEGIES[4]]
+    plan = Plan(16 * units(STRATEGIES[0]), Schedule(tuple(stages)), 16, units)  # nothing is left for the later stages
+    assert len(plan) == 1 and plan.followed() == Schedule.constant(STRATEGIES[0])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_plan_goes_on_from_its_state(seed):
+    plan, _, budget, batch = revised(seed)
+    other = Plan(budget, plan.schedule, batch, units)
+    other.restore(json.loads(json.dumps(plan.state())), 8)
+    assert list(other) == list(plan) and other.followed() == plan.followed()
+    assert (other.num_steps, other.total_cost) == (plan.num_steps, plan.total_cost)
+    step = len(plan) - 1
+    for one in (plan, other):
+        one.revise(step, STRATEGIES[0], 0.0)
+    assert list(other) == list(plan) and other.state() == plan.state()
+
+
+def test_a_revision_that_leaves_no_step_is_refused_and_changes_nothing():
+    plan = Plan(16 * 4 * 10, Schedule.constant(STRATEGIES[4]), 16, units)
+    before = list(plan)
+    with pytest.raises(ValueError, match=r"60 units are left at step 3, and one more costs 64"):
+        plan.revise(3, STRATEGIES[4], charge=16 * 4 * 7 - 60)
+    assert list(plan) == before
+    plan.revise(3, STRATEGIES[4], charge=16 * 4 * 6)
+    assert len(plan) == 4 and plan.total_cost == pytest.approx(plan.budget)
 
 
 def test_local_crops_are_whole_unless_a_stage_says_otherwise():

@@ -22,7 +22,7 @@ from .distributed import barrier, is_main, say
 from .objectives import ObjectiveForPreTraining
 from .probe import GradientProbe, adam_scale
 from .recipe import Recipe, RecipeError
-from .report import environment
+from .report import environment, write_search_report
 from .trainer import KEPT_NAME, RUN_STATE_NAME, PretrainTrainer
 
 ERRORS_NAME = "gradient_error.parquet"
@@ -81,9 +81,8 @@ def search(recipe: Recipe) -> None:
         for row in rows:
             row["chosen"] = chosen[points.index(row["progress"])] == strategy_of(row)
         write_rows(rows, output / ERRORS_NAME)
-        from .report import write_search_report  # pyright: ignore
-
-        write_search_report(rows, schedule, output, title=f"{recipe.objective} on {source.name}")
+        title = f"{recipe.objective} on {source.name}"
+        write_search_report(rows, schedule, output, title, recipe.warmup)
     barrier()
     for progress, strategy in zip(points, chosen, strict=True):
         say(f"progress {progress:.0%}: {strategy} (cost {cost[strategy]:.2f} of uncompressed)")

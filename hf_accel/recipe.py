@@ -185,7 +185,10 @@ def _check_objective(recipe: Recipe) -> None:
             close = difflib.get_close_matches(key, list(settings), 1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(settings)}"
             _fail(f"objective_config.{key}", value, f"{recipe.objective} has no such setting{hint}")
-        recipe.objective_config[key] = _as_type(f"objective_config.{key}", value, settings[key].annotation)
+        value = _as_type(f"objective_config.{key}", value, settings[key].annotation)
+        recipe.objective_config[key] = list(value) if isinstance(value, tuple) else value  # YAML has no tuples
+    if recipe.cost == "measured" and recipe.local_crop_size():
+        _fail("cost", "measured", "local crops have analytic costs only")
 
 
 def _check_numbers(recipe: Recipe) -> None:

@@ -167,6 +167,10 @@ class PretrainTrainer(Trainer):
         self._metric_count += 1
         return (output.loss, output) if return_outputs else output.loss
 
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Weight decay is for matrices; by names and layer types, BatchNorms' weights would slip through."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+
     def _get_learning_rate(self) -> float:
         return cast(Any, self.optimizer).param_groups[0]["lr"]
 

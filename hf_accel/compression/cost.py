@@ -8,10 +8,10 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,8 +20,11 @@ from .strategy import Compression, possible_patch_sizes
 
 TABLE_NAME = "cost_table.json"
 
-ForwardCost = Callable[[Compression], float]
-"""Cost of one forward under a compression, in units: `CostTable` is one, `partial(forward_cost, config)` another."""
+
+class ForwardCost(Protocol):
+    """Units of one forward under a compression: `CostTable` is one, `partial(forward_cost, config)` another."""
+
+    def __call__(self, compression: Compression, image_size: int | None = None, /) -> float: ...
 
 
 def forward_flops(config: AccelViTConfig, compression: Compression, image_size: int | None = None) -> int:
@@ -51,7 +54,11 @@ class CostTable:
     costs: dict[Compression, float]
     device: str
 
-    def __call__(self, compression: Compression) -> float:
+    def __call__(self, compression: Compression, image_size: int | None = None, /) -> float:
+        if image_size is not None:
+            raise ValueError(
+                f"no costs of {image_size} px crops were measured: use cost=analytic"
+            )
         try:
             return self.costs[compression]
         except KeyError:

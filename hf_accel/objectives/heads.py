@@ -1,5 +1,7 @@
 """Projection and prediction heads, and the BatchNorm that spans processes."""
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 
@@ -52,3 +54,35 @@ def mlp(num_layers: int, input_size: int, hidden_size: int, output_size: int, la
         elif last_norm:
             layers.append(BatchNorm1d(size, affine=False))
     return nn.Sequential(*layers)
+
+
+class PrototypeHead(nn.Module):
+    """(N, input_size) -> (N, num_prototypes): DINO's head (arXiv 2104.14294, appendix C).
+
+    An MLP of three layers with GELU, whose output of length 1 is compared with prototypes of length 1, or, without
+    `norm_last_layer`, of lengths that learn.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bottleneck_size: int, num_prototypes: int, norm_last_layer: bool = True
+    ):
+        super().__init__()
+        sizes = (input_size, hidden_size, hidden_size, bottleneck_size)
+        linears = [nn.Linear(a, b) for a, b in pairwise(sizes)]
+        for linear in linears:
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        self.mlp = nn.Sequential(linears[0], nn.GELU(), linears[1], nn.GELU(), linears[2])
+        self.prototypes = nn.Parameter(nn.Linear(bottleneck_size, num_prototypes, bias=False).weight.detach())
+        self.lengths = None if norm_last_layer else nn.Parameter(torch.ones(num_prototypes, 1))
+
+    def last_layer(self) -> list[nn.Parameter]:
+        return [self.prototypes] if self.lengths is None else [self.prototypes, self.lengths]
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        # In fp16 the squares of small numbers vanish: lengths are taken in fp32.
+        embedding = nn.functional.normalize(self.mlp(features).float(), dim=-1)
+        prototypes = nn.functional.normalize(self.prototypes, dim=-1)
+        if self.lengths is not None:
+            prototypes = prototypes * self.lengths
+        return nn.functional.linear(embedding.to(prototypes.dtype), prototypes)

@@ -1,0 +1,208 @@
+"""DINO: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (arXiv 2104.14294)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..compression.cost import ForwardCost
+from ..compression.strategy import Compression, Strategy
+from ..data import ViewConfig
+from ..distributed import all_reduce
+from ..models import AccelViTConfig, AccelViTModel
+from ..progress import cosine, linear
+from .base import Draw, ObjectiveForPreTraining, ObjectiveOutput, embedding_std, keep_default_init
+from .heads import PrototypeHead
+from .momentum import copy_to_target, update_momentum
+
+
+def dino_loss(
+    student_logits: Sequence[torch.Tensor],
+    teacher_logits: Sequence[torch.Tensor],
+    center: torch.Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+) -> torch.Tensor:
+    """Cross-entropy of the student against the teacher, over all pairs of different views (arXiv 2104.14294, eq. 3).
+
+    Args:
+        student_logits: one (N, K) a view; the first ones are the teacher's views.
+        teacher_logits: one (N, K) a global view; no gradient flows into them.
+        center: (K,) or (1, K), subtracted from the teacher's logits.
+        student_temperature, teacher_temperature: both > 0.
+
+    Returns:
+        Scalar: the mean over pairs and images of -sum_k p_teacher log p_student.
+    """
+    with torch.autocast(student_logits[0].device.type, enabled=False):
+        targets = teacher_probabilities(teacher_logits, center, teacher_temperature)
+        predictions = [nn.functional.log_softmax(_full(s) / student_temperature, dim=-1) for s in student_logits]
+        pairs = [
+            -(target * prediction).sum(dim=-1).mean()
+            for i, target in enumerate(targets)
+            for j, prediction in enumerate(predictions)
+            if i != j
+        ]
+        return torch.stack(pairs).mean()
+
+
+@torch.no_grad()
+def teacher_probabilities(
+    teacher_logits: Sequence[torch.Tensor], center: torch.Tensor, temperature: float
+) -> list[torch.Tensor]:
+    """Centred and sharpened: one (N, K) a view."""
+    return [nn.functional.softmax((_full(t) - center) / temperature, dim=-1) for t in teacher_logits]
+
+
+def _full(logits: torch.Tensor) -> torch.Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+class DINOForPreTraining(ObjectiveForPreTraining):
+    """Student against a teacher that is the average of the students before it; `encoder` is the teacher's.
+
+    Args:
+        config: the encoder's. Its stochastic depth acts in the student only.
+        num_prototypes, head_hidden_size, bottleneck_size: widths of the head.
+        norm_last_layer: prototypes of length 1; false lets their lengths learn, which the original does for ViT-S.
+        student_temperature: of the student's softmax.
+        teacher_temperature, teacher_temperature_start, teacher_temperature_warmup: the teacher's rises along a line
+            from its start over this part of progress.
+        center_momentum: weight kept by the centre of the teacher's logits at each step.
+        momentum, momentum_end: weight kept by the teacher, from progress 0 to 1 along a cosine.
+        freeze_last_layer: progress up to which the prototypes stay as they are.
+        clip_grad: largest norm of each parameter's own gradient; 0 leaves gradients alone.
+        num_local_crops, local_crop_size: small crops for the student, and their side in pixels.
+        local_crop_scale, global_crop_scale: areas of crops where there are local ones; else the augmentation's.
+    """
+
+    def __init__(
+        self,
+        config: AccelViTConfig,
+        num_prototypes: int = 65536,
+        head_hidden_size: int = 2048,
+        bottleneck_size: int = 256,
+        norm_last_layer: bool = True,
+        student_temperature: float = 0.1,
+        teacher_temperature: float = 0.07,
+        teacher_temperature_start: float = 0.04,
+        teacher_temperature_warmup: float = 0.3,
+        center_momentum: float = 0.9,
+        momentum: float = 0.996,
+        momentum_end: float = 1.0,
+        freeze_last_layer: float = 0.01,
+        clip_grad: float = 3.0,
+        num_local_crops: int = 0,
+        local_crop_size: int = 96,
+        local_crop_scale: tuple[float, float] = (0.05, 0.4),
+        global_crop_scale: tuple[float, float] = (0.4, 1.0),
+    ):
+        super().__init__(config)
+        if num_local_crops and local_crop_size % config.patch_size:
+            raise ValueError(f"local_crop_size={local_crop_size} is no multiple of the patch size {config.patch_size}")
+        self.student_temperature, self.center_momentum = student_temperature, center_momentum
+        self.teacher_temperatures = teacher_temperature_start, teacher_temperature, teacher_temperature_warmup
+        self.momentum, self.momentum_end = momentum, momentum_end
+        self.freeze_last_layer, self.clip_grad = freeze_last_layer, clip_grad
+        self.num_local_crops, self.local_crop_size = num_local_crops, local_crop_size
+        self.local_crop_scale, self.global_crop_scale = local_crop_scale, global_crop_scale
+        sizes = (config.hidden_size, head_hidden_size, bottleneck_size, num_prototypes, norm_last_layer)
+        self.student_encoder, self.student_head = AccelViTModel(config), PrototypeHead(*sizes)
+        self.encoder, self.teacher_head = AccelViTModel(config), PrototypeHead(*sizes)
+        keep_default_init(self.student_head, self.teacher_head)
+        self.register_buffer("center", torch.zeros(1, num_prototypes))
+        # Of this step's micro-batches; the centre moves with the weights, after the optimizer step.
+        self.register_buffer("center_sum", torch.zeros(1, num_prototypes), persistent=False)
+        self.register_buffer("center_rows", torch.zeros(()), persistent=False)
+        self.post_init()
+        copy_to_target(self.encoder, self.student_encoder)
+        copy_to_target(self.teacher_head, self.student_head)
+
+    def view_configs(self, augmentation: Sequence[ViewConfig]) -> list[ViewConfig]:
+        """Two global crops, then the local ones, with the probabilities of the original's (its appendix and code)."""
+        if not self.num_local_crops:
+            return list(augmentation[:2])
+        global_crops = [replace(config, crop_scale=tuple(self.global_crop_scale)) for config in augmentation[:2]]
+        scale = cast(tuple[float, float], tuple(self.local_crop_scale))
+        local = replace(augmentation[0], crop_scale=scale, blur=0.5, solarize=0.0, size=self.local_crop_size)
+        return [*global_crops, *([local] * self.num_local_crops)]
+
+    def forward(
+        self, views: list[torch.Tensor], strategy: Strategy, draw: Draw, progress: float = 0.0
+    ) -> ObjectiveOutput:
+        teacher_logits = self.teacher(views[:2], strategy, draw)
+        features = [*self.encode_views(self.student_encoder, views[:2], strategy.online, draw, "student")]
+        if len(views) > 2:
+            local, size = self.local_compression(strategy), self.local_crop_size
+            features += self.encode_views(self.student_encoder, views[2:], local, draw, "local", size)
+        student_logits = self.student_head(torch.cat(features)).chunk(len(views))
+        temperature, center = self.teacher_temperature(progress), cast(torch.Tensor, self.center)
+        loss = dino_loss(student_logits, teacher_logits, center, self.student_temperature, temperature)
+        probabilities = torch.cat(teacher_probabilities(teacher_logits, center, temperature))
+        entropy = -(probabilities * probabilities.clamp(min=1e-30).log()).sum(dim=-1).mean()
+        metrics = {
+            "embedding_std": embedding_std(features[0].detach()),
+            "teacher_entropy": entropy,
+            # Every teacher view takes part in equally many pairs: cross-entropy less entropy is the mean divergence.
+            "teacher_student_kl": loss.detach() - entropy,
+        }
+        return ObjectiveOutput(loss=loss, metrics=metrics)
+
+    @torch.no_grad()
+    def teacher(self, views: Sequence[torch.Tensor], strategy: Strategy, draw: Draw) -> tuple[torch.Tensor, ...]:
+        """Two (B, C, S, S) -> two (B, num_prototypes), which are also noted for the centre."""
+        features = self.encode_views(self.encoder, views, strategy.target_branch, draw, "teacher")
+        logits = self.teacher_head(torch.cat(features))
+        if self.training:
+            cast(torch.Tensor, self.center_sum).add_(logits.float().sum(dim=0, keepdim=True))
+            cast(torch.Tensor, self.center_rows).add_(len(logits))
+        return logits.chunk(2)
+
+    def teacher_temperature(self, progress: float) -> float:
+        start, end, warmup = self.teacher_temperatures
+        return linear(start, end, min(1.0, progress / warmup) if warmup > 0 else 1.0)
+
+    def local_compression(self, strategy: Strategy) -> Compression:
+        return strategy.local or Compression(self.config.patch_size)
+
+    def units_per_image(self, strategy: Strategy, forward_cost: ForwardCost) -> float:
+        """3 c(online) + c(target) for each global crop, 3 c(local) for each local one."""
+        units = 2 * (3 * forward_cost(strategy.online) + forward_cost(strategy.target_branch))
+        if self.num_local_crops:
+            units += 3 * self.num_local_crops * forward_cost(self.local_compression(strategy), self.local_crop_size)
+        return units
+
+    def before_optimizer_step(self, progress: float) -> None:
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if self.clip_grad > 0 and gradients:
+            foreach = cast(Any, torch)
+            factors = [self.clip_grad / (norm + 1e-6) for norm in foreach._foreach_norm(gradients)]
+            foreach._foreach_mul_(gradients, [factor.clamp(max=1.0) for factor in factors])
+        if progress < self.freeze_last_layer:
+            for parameter in self.student_head.last_layer():
+                parameter.grad = None
+
+    @torch.no_grad()
+    def update_target(self, progress: float) -> None:
+        momentum = cosine(self.momentum, self.momentum_end, progress)
+        update_momentum(self.encoder, self.student_encoder, momentum)
+        update_momentum(self.teacher_head, self.student_head, momentum)
+        total, rows = cast(torch.Tensor, self.center_sum), cast(torch.Tensor, self.center_rows)
+        mean = all_reduce(total) / all_reduce(rows)
+        cast(torch.Tensor, self.center).lerp_(mean, 1 - self.center_momentum)
+        total.zero_()
+        rows.zero_()
+
+    def train(self, mode: bool = True):
+        """The teacher stays in eval mode: no stochastic depth."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    @property
+    def uniform_loss(self) -> float:
+        """The loss of a student, or the entropy of a teacher, that finds all prototypes equally likely."""
+        return math.log(self.student_head.prototypes.shape[0])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from .assemble import build_objective, check_same_recipe, cost_function, grid_of, images_of, plan_of, start
-from .compression import Compression, Strategy
+from .compression import Strategy
 from .compression.gradient_error import GradientError, chunks, estimate_gradient_errors
 from .compression.search import choose_strategies, schedule_file, schedule_of
 from .data import ImageSource
@@ -23,6 +23,7 @@ from .objectives import ObjectiveForPreTraining
 from .probe import GradientProbe, adam_scale
 from .recipe import Recipe, RecipeError
 from .report import environment, write_search_report
+from .report.error_table import strategy_of
 from .trainer import KEPT_NAME, RUN_STATE_NAME, PretrainTrainer
 
 ERRORS_NAME = "gradient_error.parquet"
@@ -157,11 +158,6 @@ def row_of(progress: float, strategy: Strategy, cost: float, error: GradientErro
         "draws": recipe.search_draws,
         "chosen": False,
     }
-
-
-def strategy_of(row: dict[str, Any]) -> Strategy:
-    online = Compression(row["patch_size"], row["token_dropout"])
-    return Strategy(online, Compression(row["target_patch_size"], row["target_token_dropout"]))
 
 
 def errors_of(rows: list[dict[str, Any]], progress: float, strategies: list[Strategy]) -> dict[Strategy, GradientError]:

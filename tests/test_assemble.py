@@ -1,0 +1,48 @@
+import os
+
+import pytest
+import torch
+
+from hf_accel.assemble import build_objective, training_arguments, use_all_cores
+from hf_accel.recipe import RecipeError, load_recipe
+from hf_accel.trainer import PretrainTrainer
+
+
+@pytest.mark.parametrize(
+    ("threads", "launched", "processes", "expected"),
+    [
+        (None, False, 1, 6),
+        (None, False, 2, 3),
+        ("1", True, 1, 6),
+        ("1", False, 1, 5),
+        ("4", True, 1, 5),
+        (None, True, 9, 1),
+    ],
+    ids=["unset", "shared", "set by accelerate", "set by the user", "set by the user of accelerate", "more than cores"],
+)
+def test_a_bare_launch_uses_all_cores_and_a_choice_is_kept(monkeypatch, threads, launched, processes, expected):
+    given = [5]  # what torch made of OMP_NUM_THREADS
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    for name, value in (("OMP_NUM_THREADS", threads), ("ACCELERATE_MIXED_PRECISION", "no" if launched else None)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    use_all_cores(processes)
+    assert given[-1] == expected
+
+
+def test_a_batch_that_does_not_divide_is_named():
+    recipe = load_recipe("recipes/moco.yaml", ["batch_size=36", "gradient_accumulation_steps=4"])
+    assert training_arguments(recipe, 3, resuming=False).per_device_train_batch_size == 3
+    with pytest.raises(RecipeError, match=r"batch_size=36.*multiple.* = 8"):
+        training_arguments(recipe, 2, resuming=False)
+
+
+def test_weight_decay_is_for_matrices():
+    model = build_objective(load_recipe("recipes/moco.yaml"))
+    decayed = set(PretrainTrainer.get_decay_parameter_names(None, model))  # pyright: ignore[reportArgumentType]
+    for name, parameter in model.named_parameters():
+        assert (name in decayed) == (parameter.ndim > 1), name
+    assert "projector.0.weight" in decayed and "projector.1.weight" not in decayed  # a BatchNorm's

@@ -19,7 +19,7 @@ LEVELS = [
     {"evaluation", "hub", "report"},
     {"recipe"},
     {"probe"},
-    {"auto_schedule"},
+    {"auto_schedule", "monitoring"},
     {"trainer"},
     {"assemble"},
     {"pilot"},

@@ -127,7 +127,11 @@ class PretrainTrainer(Trainer):
                 self.args.max_steps = self.plan.num_steps
         self._started, self._seconds_before = time.perf_counter(), self.seconds["total"]
         self._window = (self._started, self._first_step, self.seconds["data"])
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        handler = signal.getsignal(signal.SIGTERM)  # the run has its own, to stop cleanly
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            signal.signal(signal.SIGTERM, handler)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         start = time.perf_counter()
@@ -255,9 +259,12 @@ class PretrainTrainer(Trainer):
             folder = Path(self.recipe.output_dir) / name
             if self.recipe.cost == "measured":
                 shutil.copy(Path(self.recipe.output_dir) / TABLE_NAME, folder)
-            write_json(folder / RUN_STATE_NAME, self.run_state())
-            if self.keep_now:
-                shutil.copytree(folder, Path(self.recipe.output_dir) / KEPT_NAME / name, dirs_exist_ok=True)
+            state = self.run_state()
+            if self.keep_now:  # first: a kill in between leaves a checkpoint that is not resumed from, and all is redone
+                kept = Path(self.recipe.output_dir) / KEPT_NAME / name
+                shutil.copytree(folder, kept, dirs_exist_ok=True)
+                write_json(kept / RUN_STATE_NAME, state)
+            write_json(folder / RUN_STATE_NAME, state)
 
     def keep_start(self) -> None:
         """Keep the model as it was initialised: there is no optimizer state yet."""
@@ -313,22 +320,19 @@ class ProgressCallback(TrainerCallback):
     """Sets what is a function of progress, updates the target branch, and stops cleanly on SIGTERM."""
 
     def __init__(self, trainer: PretrainTrainer):
-        self.trainer, self.terminated, self.previous, self.seen = trainer, False, None, 0.0
+        self.trainer, self.terminated, self.seen = trainer, False, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         def note(signum, frame):
             self.terminated = True
 
-        self.previous = signal.signal(signal.SIGTERM, note)
+        signal.signal(signal.SIGTERM, note)
         self.seen = self.share_done(state)
         if state.global_step == 0 and 0 in self.trainer.recipe.keep_points:
             self.trainer.keep_start()
 
     def share_done(self, state) -> float:
         return self.trainer.plan.spent_after(state.global_step) / self.trainer.plan.total_cost
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self.previous or signal.SIG_DFL)
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         recipe, progress = self.trainer.recipe, self.trainer.plan[state.global_step].progress

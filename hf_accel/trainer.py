@@ -260,7 +260,7 @@ class PretrainTrainer(Trainer):
             if self.recipe.cost == "measured":
                 shutil.copy(Path(self.recipe.output_dir) / TABLE_NAME, folder)
             state = self.run_state()
-            if self.keep_now:  # first: a kill in between leaves a checkpoint that is not resumed from, and all is redone
+            if self.keep_now:  # first: after a kill in between, the checkpoint is not resumed from and both are redone
                 kept = Path(self.recipe.output_dir) / KEPT_NAME / name
                 shutil.copytree(folder, kept, dirs_exist_ok=True)
                 write_json(kept / RUN_STATE_NAME, state)

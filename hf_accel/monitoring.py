@@ -23,7 +23,7 @@ REMEDIES = {
     "one": f"a lower learning_rate, {_PROTOTYPES}, {_FREEZE}; and see that the centre moves (center_momentum below 1)",
     "point": "a lower learning_rate, a longer warmup, model_config.freeze_patch_projection=true",
 }
-"""What usually helps against each symptom (arXiv 2104.14294, section 5.3 and its code's notes; arXiv 2104.02057, 4.2)."""
+"""What usually helps (arXiv 2104.14294, section 5.3, and its code's notes; arXiv 2104.02057, section 4.2)."""
 
 
 def symptoms(logs: Mapping[str, float], uniform_loss: float | None = None) -> dict[str, str]:

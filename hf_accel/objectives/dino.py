@@ -127,7 +127,16 @@ class DINOForPreTraining(ObjectiveForPreTraining):
             return list(augmentation[:2])
         global_crops = [replace(config, crop_scale=tuple(self.global_crop_scale)) for config in augmentation[:2]]
         scale = cast(tuple[float, float], tuple(self.local_crop_scale))
-        local = replace(augmentation[0], crop_scale=scale, blur=0.5, solarize=0.0, size=self.local_crop_size)
+        # As many pixels of blur as in a global crop: the original's does not shrink with the crop.
+        low, high = (sigma * self.config.image_size / self.local_crop_size for sigma in augmentation[0].blur_sigma)
+        local = replace(
+            augmentation[0],
+            crop_scale=scale,
+            blur=0.5,
+            blur_sigma=(low, high),
+            solarize=0.0,
+            size=self.local_crop_size,
+        )
         return [*global_crops, *([local] * self.num_local_crops)]
 
     def forward(
@@ -191,8 +200,9 @@ class DINOForPreTraining(ObjectiveForPreTraining):
         update_momentum(self.encoder, self.student_encoder, momentum)
         update_momentum(self.teacher_head, self.student_head, momentum)
         total, rows = cast(torch.Tensor, self.center_sum), cast(torch.Tensor, self.center_rows)
-        mean = all_reduce(total) / all_reduce(rows)
-        cast(torch.Tensor, self.center).lerp_(mean, 1 - self.center_momentum)
+        sums, count = all_reduce(total), all_reduce(rows)
+        weight = (1 - self.center_momentum) * (count > 0)  # a step without rows leaves the centre, on the device
+        cast(torch.Tensor, self.center).lerp_(sums / count.clamp(min=1), weight)
         total.zero_()
         rows.zero_()
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,9 +17,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_accel.compression import Compression, Strategy
-from hf_accel.distributed import rank, world_size
+from hf_accel.data import AUGMENTATIONS
+from hf_accel.distributed import all_reduce, rank, world_size
 from hf_accel.models import AccelViTConfig
 from hf_accel.objectives import OBJECTIVES, Draw
+from hf_accel.objectives.dino import DINOForPreTraining
 from hf_accel.objectives.heads import BatchNorm1d, mlp
 from hf_accel.objectives.moco import contrastive_loss
 from hf_accel.objectives.simclr import nt_xent_loss
@@ -79,25 +81,58 @@ def objective(name: str, **settings: Any) -> Results:
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4
     )
     torch.manual_seed(0)
-    model: nn.Module = OBJECTIVES[name](config, projector_hidden_size=32, projection_size=8, **settings).train()
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
-    views = [mine(random(ROWS, 3, 16, 16, seed=seed)) for seed in (1, 2)]
+    model = OBJECTIVES[name](config, **settings).train()
+    parallel: nn.Module = model
+    if world_size() > 1:
+        parallel = DistributedDataParallel(cast(nn.Module, model), broadcast_buffers=False)
+    sizes = [view.size or 16 for view in model.view_configs(AUGMENTATIONS["moco"])]
+    views = [mine(random(ROWS, 3, size, size, seed=seed)) for seed, size in enumerate(sizes, 1)]
     output = parallel(views, Strategy(Compression(4, 0.5)), Draw(0, 0))
     output.loss.backward()
     gradients = {f"same gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert max(gradient.abs().max().item() for gradient in gradients.values()) > 0.05  # of the tolerance's 2e-5
+    model.update_target(0.5)
     buffers = {f"same {n}": buffer for n, buffer in model.named_buffers()}
     return {**gradients, **buffers, "mean loss": output.loss.detach()}
 
 
+def dino_steps() -> Results:
+    """DINO's centre over steps of two micro-batches, with plain gradient descent in between."""
+    config = AccelViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4
+    )
+    torch.manual_seed(0)
+    model = DINOForPreTraining(config, **DINO_HEAD).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    results: Results = {}
+    for step in range(STEPS):
+        for micro_step in range(2):
+            views = [mine(random(ROWS, 3, 16, 16, seed=10 * step + 2 * micro_step + view)) for view in range(2)]
+            output = model(views, Strategy(Compression(4)), Draw(0, step, micro_step), step / STEPS)
+            output.loss.backward()
+            results[f"mean loss {step} {micro_step}"] = output.loss.detach()
+        for parameter in trained:
+            assert parameter.grad is not None
+            parameter.data.sub_(all_reduce(parameter.grad) / world_size())
+            parameter.grad = None
+        model.update_target(step / STEPS)
+        results[f"same centre {step}"] = model.get_buffer("center").clone()
+        assert results[f"same centre {step}"].abs().max() > 0.005  # of the tolerance's 2e-5
+    return results
+
+
+HEADS = {"projector_hidden_size": 32, "projection_size": 8}
+DINO_HEAD: dict[str, Any] = {"num_prototypes": 24, "head_hidden_size": 32, "bottleneck_size": 8}
 CASES: dict[str, Callable[[], Results]] = {
     "BatchNorm1d": lambda: through(BatchNorm1d(SIZE)),
     "BatchNorm1d without affine": lambda: through(BatchNorm1d(SIZE, affine=False)),
     "mlp": lambda: through(mlp(3, SIZE, 8, 4)),
     "contrastive_loss": loss,
     "nt_xent_loss": nt_xent,
-    "MoCo": lambda: objective("moco"),
-    "SimCLR": lambda: objective("simclr"),
+    "MoCo": lambda: objective("moco", **HEADS),
+    "SimCLR": lambda: objective("simclr", **HEADS),
+    "DINO": lambda: objective("dino", **DINO_HEAD, num_local_crops=3, local_crop_size=8),
+    "DINO's steps": dino_steps,
 }
 
 

@@ -23,10 +23,17 @@ STRATEGIES = [
     Strategy(Compression(8, 0.5)),
     Strategy(Compression(12, 0.25)),
     Strategy(Compression(16), Compression(8)),
-    Strategy(Compression(8, 0.7), Compression(12, 0.3)),
+    Strategy(Compression(8, 0.7), Compression(12, 0.3), Compression(12, 0.25)),
 ]
 HEADS = {"projector_hidden_size": 16, "projection_size": 8}
-CASES: list[tuple[str, dict[str, Any]]] = [("moco", HEADS), ("moco", {**HEADS, "symmetric": True}), ("simclr", HEADS)]
+DINO_HEAD = {"num_prototypes": 16, "head_hidden_size": 16, "bottleneck_size": 8}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "MoCo": ("moco", HEADS),
+    "MoCo symmetric": ("moco", {**HEADS, "symmetric": True}),
+    "SimCLR": ("simclr", HEADS),
+    "DINO": ("dino", DINO_HEAD),
+    "DINO multi-crop": ("dino", {**DINO_HEAD, "num_local_crops": 4, "local_crop_size": 24}),
+}
 
 
 def encoder_flops(model: ObjectiveForPreTraining, strategy: Strategy) -> int:
@@ -42,7 +49,7 @@ def encoder_flops(model: ObjectiveForPreTraining, strategy: Strategy) -> int:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
-@pytest.mark.parametrize(("name", "settings"), CASES, ids=["MoCo", "MoCo symmetric", "SimCLR"])
+@pytest.mark.parametrize(("name", "settings"), CASES.values(), ids=CASES)
 def test_units_are_the_flops_that_a_step_performs(name, settings, strategy):
     model = OBJECTIVES[name](CONFIG, **settings)
     units = model.units_per_image(strategy, partial(forward_cost, CONFIG))

@@ -11,6 +11,16 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def own_cache_and_threads(tmp_path_factory):
+    """For whole runs inside a test: data sets are cached in a folder of the module's, and one thread computes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

@@ -1,7 +1,6 @@
 """Whole tasks through the entry point, in this process, on small image folders: what works and how failures end."""
 
 import errno
-import json
 import logging
 import math
 import os
@@ -10,13 +9,10 @@ import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import PIL.Image
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
@@ -24,69 +20,14 @@ import hf_accel.objectives.moco as moco
 import hf_accel.run as entry
 import hf_accel.trainer
 from hf_accel.compression import Compression, CostTable
+from tests.tiny_runs import RECIPE, SIZE, STEPS, WEIGHTS, assert_same_weights, image_folder, launch, losses, read
 
-SIZE, IMAGES = 16, 120
-RECIPE: dict[str, Any] = {
-    "model": "vit_tiny",
-    "model_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
-    "objective_config": {"projector_hidden_size": 32, "projection_size": 16},
-    "image_size": SIZE,
-    "patch_size": 4,
-    "batch_size": 16,
-    "budget": 16 * 4 * 8,  # eight uncompressed steps
-    "eval_points": [1.0],
-    "logging_steps": 1,
-    "save_steps": 2,
-    "report_to": [],
-}
-STEPS, WEIGHTS = 8, "model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def own_cache_and_threads(monkeypatch, tmp_path_factory):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-def image_folder(root: Path, labels: bool = True, count: int = IMAGES, side: Callable[[int], int] = lambda _: SIZE):
-    """train/ with `count` images of noise about a colour for each of three classes, validation/ with 30."""
-    rng = np.random.default_rng(0)
-    for split, number in (("train", count), ("validation", 30)):
-        for index in range(number):
-            folder = root / split / "abc"[index % 3] if labels else root
-            folder.mkdir(parents=True, exist_ok=True)
-            noise = rng.normal(60 * np.eye(3)[index % 3] + 100, 40, (side(index), side(index), 3))
-            PIL.Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(folder / f"{split}{index:03}.png")
-    return root
+pytestmark = pytest.mark.usefixtures("own_cache_and_threads")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return image_folder(tmp_path_factory.mktemp("images"))
-
-
-def launch(data: Path | str, output: Path, *overrides: str) -> Path:
-    """One launch of the command; its output_dir."""
-    recipe = output.with_name(output.name + ".yaml")
-    recipe.write_text(yaml.safe_dump({**RECIPE, "data": str(data), "output_dir": str(output)}))
-    entry.main([str(recipe), *overrides])
-    return output
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
-def losses(output: Path) -> list[float]:
-    return [entry["loss"] for entry in read(output / "log_history.json")["log_history"] if "loss" in entry]
-
-
-def assert_same_weights(one: Path, other: Path, name: str = f"final/{WEIGHTS}") -> None:
-    expected, got = load_file(one / name), load_file(other / name)
-    assert expected.keys() == got.keys()
-    for key, value in expected.items():
-        assert torch.equal(value, got[key]), key
 
 
 def at_loss(monkeypatch, number: int, act: Callable[[torch.Tensor], torch.Tensor]) -> None:

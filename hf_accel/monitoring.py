@@ -77,7 +77,7 @@ class CollapseMonitor(TrainerCallback):
         if new and state.is_world_process_zero:
             what, remedy = "; ".join(found[kind] for kind in new), "; or ".join(REMEDIES[kind] for kind in new)
             logger.warning(
-                "Collapse at step %d (progress %.2f): %s. In a new output_dir, try %s",
+                "Collapse at step %d (progress %.2f): %s. If it does not recover, try in a new output_dir %s",
                 state.global_step,
                 progress,
                 what,

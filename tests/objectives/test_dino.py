@@ -1,5 +1,7 @@
-"""DINO against transcriptions of the original's loss, centre and schedules. Over processes: test_two_processes.py; FLOPs:
-test_units.py."""
+"""DINO against transcriptions of the original: loss, centre, clipping, schedules.
+
+Over processes: test_two_processes.py; FLOPs: test_units.py.
+"""
 
 import math
 from typing import Any, cast

@@ -10,11 +10,12 @@ import pyarrow
 import pyarrow.parquet
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from .assemble import build_objective, check_same_recipe, cost_function, grid_of, images_of, plan_of, start
-from .compression import Strategy
+from .assemble import build_objective, check_same_recipe, cost_function, grid_of, images_of, start
+from .compression import Plan, Schedule, Strategy
 from .compression.gradient_error import GradientError, chunks, estimate_gradient_errors
 from .compression.search import choose_strategies, schedule_file, schedule_of
 from .data import ImageSource
@@ -49,9 +50,8 @@ def search(recipe: Recipe) -> None:
     cost = {strategy: objective.units_per_image(strategy, forward_cost) / base for strategy in strategies}
     source, _ = images_of(recipe)
     objective.to(arguments.device)  # pyright: ignore[reportArgumentType]
-    trainer = PretrainTrainer(
-        objective, arguments, recipe, plan_of(recipe, lambda strategy: base * cost.get(strategy, 1.0)), source
-    )
+    no_plan = Plan(1, Schedule.constant(strategies[0]), 1, lambda strategy: 1.0)  # nothing is trained
+    trainer = PretrainTrainer(objective, arguments, recipe, no_plan, source)
     rows = finished_rows(output / ERRORS_NAME)
     for progress, folder in checkpoints:
         if any(row["progress"] == progress for row in rows):
@@ -109,30 +109,47 @@ def kept_checkpoints(pilot: Path) -> list[tuple[float, Path]]:
 
 
 def load_weights(objective: ObjectiveForPreTraining, folder: Path) -> None:
+    """Raises RecipeError if the checkpoint cannot be read or is of another model, naming what differs first."""
     try:
-        objective.load_state_dict(load_file(folder / "model.safetensors"))
-    except (RuntimeError, OSError) as error:
-        raise RecipeError(f"{folder} does not hold this recipe's model: {error}") from None
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(f"{folder} cannot be read: {error}") from None
+    here = objective.state_dict()
+    for name in [*here, *(name for name in weights if name not in here)]:
+        shapes = [tuple(tensors[name].shape) if name in tensors else "missing" for tensors in (weights, here)]
+        if shapes[0] != shapes[1]:
+            raise RecipeError(
+                f"{folder} does not hold this recipe's model: {name} is {shapes[0]} there and {shapes[1]} here; "
+                "take the pilot's model, model_config, objective and objective_config"
+            )
+    objective.load_state_dict(weights)
 
 
 def errors_at(
     trainer: PretrainTrainer, folder: Path, progress: float, cost: dict[Strategy, float], source: ImageSource
 ) -> dict[Strategy, GradientError]:
-    """Errors of every strategy at the parameters of one checkpoint, with a progress bar."""
+    """Errors of every strategy at the parameters of one checkpoint, with a progress bar.
+
+    Raises:
+        RecipeError: search_memory is too small, a gradient is not finite, or there are no second moments to divide by.
+    """
     recipe = trainer.recipe
     probe = GradientProbe(trainer.objective, recipe, source, progress, recipe.search_parameters)
-    if recipe.search_metric == "adam" and progress > 0:  # at the start no moments have been gathered
-        optimizer = trainer.create_optimizer()
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
-        probe.scale = adam_scale(probe.parameters, optimizer)
     memory = recipe.search_memory * 1e9
     size = sum(parameter.numel() for parameter in probe.parameters)
     passes = len(chunks(list(cost), max(1, int(memory // (8 * size)))))
-    total = recipe.search_draws * (len(cost) + passes) + 1
-    with tqdm(total=total, desc=f"progress {progress:.0%}", disable=not is_main(), file=sys.stderr) as bar:
-        return estimate_gradient_errors(
-            probe, cost, range(recipe.search_draws), recipe.search_horizon, memory, lambda count: bar.update(count)
-        )
+    total = recipe.search_draws * (len(cost) + passes)
+    try:
+        if recipe.search_metric == "adam" and progress > 0:  # at the start no moments have been gathered
+            optimizer = trainer.create_optimizer()
+            optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+            probe.scale = adam_scale(probe.parameters, optimizer)
+        with tqdm(total=total, desc=f"progress {progress:.0%}", disable=not is_main(), file=sys.stderr) as bar:
+            return estimate_gradient_errors(
+                probe, cost, range(recipe.search_draws), recipe.search_horizon, memory, lambda count: bar.update(count)
+            )
+    except (ValueError, OSError) as error:
+        raise RecipeError(f"the search at {folder}: {error}") from error
 
 
 def row_of(progress: float, strategy: Strategy, cost: float, error: GradientError, recipe: Recipe) -> dict[str, Any]:

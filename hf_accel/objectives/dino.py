@@ -67,8 +67,6 @@ class DINOForPreTraining(ObjectiveForPreTraining):
     Args:
         config: the encoder's. Its stochastic depth acts in the student only.
         num_prototypes, head_hidden_size, bottleneck_size: widths of the head.
-        head_batch_norm: BatchNorm in the head's MLP (the original's `use_bn_in_head`), without which a small encoder,
-            whose features hardly differ between images at first, is slow to start.
         norm_last_layer: prototypes of length 1; false lets their lengths learn, which the original does for ViT-S.
         student_temperature: of the student's softmax.
         teacher_temperature, teacher_temperature_start, teacher_temperature_warmup: the teacher's rises along a line
@@ -87,7 +85,6 @@ class DINOForPreTraining(ObjectiveForPreTraining):
         num_prototypes: int = 65536,
         head_hidden_size: int = 2048,
         bottleneck_size: int = 256,
-        head_batch_norm: bool = False,
         norm_last_layer: bool = True,
         student_temperature: float = 0.1,
         teacher_temperature: float = 0.07,
@@ -112,14 +109,7 @@ class DINOForPreTraining(ObjectiveForPreTraining):
         self.freeze_last_layer, self.clip_grad = freeze_last_layer, clip_grad
         self.num_local_crops, self.local_crop_size = num_local_crops, local_crop_size
         self.local_crop_scale, self.global_crop_scale = local_crop_scale, global_crop_scale
-        sizes = (
-            config.hidden_size,
-            head_hidden_size,
-            bottleneck_size,
-            num_prototypes,
-            norm_last_layer,
-            head_batch_norm,
-        )
+        sizes = (config.hidden_size, head_hidden_size, bottleneck_size, num_prototypes, norm_last_layer)
         self.student_encoder, self.student_head = AccelViTModel(config), PrototypeHead(*sizes)
         self.encoder, self.teacher_head = AccelViTModel(config), PrototypeHead(*sizes)
         keep_default_init(self.student_head, self.teacher_head)

@@ -59,18 +59,12 @@ def mlp(num_layers: int, input_size: int, hidden_size: int, output_size: int, la
 class PrototypeHead(nn.Module):
     """(N, input_size) -> (N, num_prototypes): DINO's head (arXiv 2104.14294, appendix C).
 
-    An MLP of three layers with GELU (and, with `batch_norm`, BatchNorm), whose output of length 1 is compared with
-    prototypes of length 1, or, without `norm_last_layer`, of lengths that learn.
+    An MLP of three layers with GELU, whose output of length 1 is compared with prototypes of length 1, or, without
+    `norm_last_layer`, of lengths that learn.
     """
 
     def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bottleneck_size: int,
-        num_prototypes: int,
-        norm_last_layer: bool = True,
-        batch_norm: bool = False,
+        self, input_size: int, hidden_size: int, bottleneck_size: int, num_prototypes: int, norm_last_layer: bool = True
     ):
         super().__init__()
         sizes = (input_size, hidden_size, hidden_size, bottleneck_size)
@@ -78,10 +72,7 @@ class PrototypeHead(nn.Module):
         for linear in linears:
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
-        layers: list[nn.Module] = []
-        for linear in linears[:-1]:
-            layers += [linear, *([BatchNorm1d(hidden_size)] if batch_norm else []), nn.GELU()]
-        self.mlp = nn.Sequential(*layers, linears[-1])
+        self.mlp = nn.Sequential(linears[0], nn.GELU(), linears[1], nn.GELU(), linears[2])
         self.prototypes = nn.Parameter(nn.Linear(bottleneck_size, num_prototypes, bias=False).weight.detach())
         self.lengths = None if norm_last_layer else nn.Parameter(torch.ones(num_prototypes, 1))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_accel.objectives.heads import BatchNorm1d, PrototypeHead, mlp
+from hf_accel.objectives.heads import BatchNorm1d, mlp
 
 
 def kinds(head: nn.Sequential) -> list[tuple]:
@@ -70,18 +70,3 @@ def test_one_process_is_torch_bit_for_bit(affine):
         assert len(results[0]) == len(results[1]) == (7 if affine else 5)
         assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
     assert not torch.equal(ours.get_buffer("running_mean"), torch.zeros(7))
-
-
-def test_the_prototype_heads_batch_norms_stand_before_each_gelu():
-    head = PrototypeHead(6, 8, 4, 10, batch_norm=True)
-    kinds = [nn.Linear, BatchNorm1d, nn.GELU, nn.Linear, BatchNorm1d, nn.GELU, nn.Linear]
-    assert [type(layer) for layer in head.mlp] == kinds
-    features = torch.randn(16, 6)
-    rows = features
-    for layer in list(head.mlp):
-        rows = layer(rows)
-        if isinstance(layer, BatchNorm1d):
-            torch.testing.assert_close(rows.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
-    cosines = nn.functional.normalize(rows, dim=1) @ nn.functional.normalize(head.prototypes, dim=1).T
-    torch.testing.assert_close(head(features), cosines)
-    assert [type(layer) for layer in PrototypeHead(6, 8, 4, 10).mlp] == [k for k in kinds if k is not BatchNorm1d]

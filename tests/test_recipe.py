@@ -3,10 +3,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hf_accel.compression import Schedule
 from hf_accel.objectives import OBJECTIVES
 from hf_accel.recipe import Recipe, RecipeError, describe_keys, load_recipe, objective_settings
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "recipes"
+SCHEDULES = sorted((FOLDER / "schedules").glob("*.yaml"))
+RECIPES = sorted(set(FOLDER.rglob("*.yaml")) - set(SCHEDULES))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -73,3 +76,10 @@ def test_help_lists_every_key():
     for name in OBJECTIVES:
         settings = text.split(f"objective_config of {name}:")[1]
         assert all(f"  {key} (" in settings for key in objective_settings(name)), name
+
+
+@pytest.mark.parametrize("path", SCHEDULES, ids=lambda path: path.stem)
+def test_every_schedule_says_where_it_comes_from_and_fits_there(path):
+    origin = yaml.safe_load(path.read_text())
+    assert {"data", "model", "objective", "image_size", "command", "date"} <= origin.keys()
+    Schedule.parse(str(path), origin["patch_size"]).validate(origin["image_size"], origin["patch_size"])

@@ -67,7 +67,9 @@ class OnlineController:
         start = self.cost_of(ladder)
         one = max((self.cost_of(pair) for pair in pairwise(ladder)), default=0.0)
         if len(ladder) < 2:
-            raise ValueError("there is no strategy to choose from: no larger patch fits, and too few tokens to drop")
+            raise ValueError(
+                "there is no strategy to choose from: of those with 4 tokens or more, none costs much less"
+            )
         count = min(MAX_POINTS, math.floor((share * budget - start) / one))
         if count < 1:
             raise ValueError(

@@ -39,8 +39,8 @@ class AutoScheduleCallback(TrainerCallback):
         logs["probe_tokens"] = float(strategy.online.kept_tokens(trainer.recipe.image_size))
         for name, probed in (("", due[0]), ("_next", due[-1])) if len(due) == 2 else (("", strategy),):
             error = errors[probed]
-            logs[f"probe_bias2{name}"] = error.bias2 / error.reference_norm2
-            logs[f"probe_ca_mse{name}"] = error.ca_mse / error.reference_norm2
+            logs[f"probe_bias2{name}"], logs[f"probe_ca_mse{name}"] = error.bias2, error.ca_mse
+            logs["probe_reference_norm2"] = error.reference_norm2  # of few draws it may be negative: no ratios
         trainer.log(logs)
 
     def _probe(self, due, step: int, progress: float) -> GradientErrorAccumulator:

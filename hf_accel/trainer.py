@@ -332,7 +332,8 @@ class ProgressCallback(TrainerCallback):
             self.trainer.keep_start()
 
     def share_done(self, state) -> float:
-        return self.trainer.plan.spent_after(state.global_step) / self.trainer.plan.total_cost
+        """Of what the plan spends; the tolerance is for points that rounding puts just above their step."""
+        return self.trainer.plan.spent_after(state.global_step) / self.trainer.plan.total_cost + 1e-12
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         recipe, progress = self.trainer.recipe, self.trainer.plan[state.global_step].progress
@@ -353,7 +354,7 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self.trainer
         state.epoch = state.global_step * trainer.plan.batch_size / len(trainer.source)
-        before, self.seen = self.seen, self.share_done(state) + 1e-12
+        before, self.seen = self.seen, self.share_done(state)
         control.should_evaluate = any(before < point <= self.seen for point in trainer.recipe.eval_points)
         trainer.keep_now = any(before < point <= self.seen for point in trainer.recipe.keep_points)
         control.should_save |= trainer.keep_now

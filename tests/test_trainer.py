@@ -1,12 +1,15 @@
 import math
+import signal
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from hf_accel.compression import Compression, Strategy
+from hf_accel.compression import Compression, Plan, Schedule, Strategy
 from hf_accel.progress import cosine, learning_rate_factor
 from hf_accel.recipe import load_recipe
-from hf_accel.trainer import last_complete_checkpoint
+from hf_accel.trainer import ProgressCallback, last_complete_checkpoint
 
 
 def test_learning_rate_against_a_transcription():
@@ -42,3 +45,27 @@ def test_matched_views_have_base_patches():
     assert full.view_size(symmetric) == 28
     assert matched.view_size(symmetric) == 16
     assert matched.view_size(asymmetric) == 28
+
+
+def test_a_point_that_rounding_puts_above_its_step_is_evaluated_once_and_not_again_after_a_resume():
+    plan = Plan(8 * 4.0, Schedule.constant(Strategy(Compression(4))), 1, lambda strategy: 4.0)
+    recipe = SimpleNamespace(eval_points=[0.25 + 5e-13], keep_points=[])
+    trainer: Any = SimpleNamespace(plan=plan, recipe=recipe, source=range(10), keep_now=False)
+    arguments = SimpleNamespace(world_size=1)
+
+    def evaluated(first_step: int) -> list[int]:
+        callback, state = ProgressCallback(trainer), SimpleNamespace(global_step=first_step)
+        callback.on_train_begin(arguments, state, None)
+        steps = []
+        while state.global_step < 8:
+            state.global_step += 1
+            control = SimpleNamespace(should_evaluate=False, should_save=False, should_training_stop=False)
+            callback.on_step_end(arguments, state, control)
+            steps += [state.global_step] if control.should_evaluate else []
+        return steps
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert evaluated(0) == [2] and evaluated(1) == [2] and evaluated(2) == []
+    finally:
+        signal.signal(signal.SIGTERM, handler)

@@ -250,7 +250,7 @@ class Plan:
         return [[s.first, s.spent, *(Schedule.constant(s.strategy).to_list())] for s in self.segments]
 
     def restore(self, state: list[list[Any]], base_patch_size: int) -> None:
-        """Take over the segments of a run's state."""
+        """Take over the segments of a revised plan's state, the last of which runs to the end of the budget."""
         for number, (first, spent, stage) in enumerate(state):
             strategy = Schedule.parse([stage], base_patch_size).stages[0].strategy
             cost = self.batch_size * self.units_per_image(strategy)

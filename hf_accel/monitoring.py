@@ -63,7 +63,7 @@ class CollapseMonitor(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs:
             return
-        found, progress = symptoms(logs, self.uniform_loss), logs["progress"]
+        found, progress = symptoms(logs, self.uniform_loss), float(logs["progress"])
         self.lines = {kind: self.lines.get(kind, 0) + 1 for kind in found}
         self.since = {kind: self.since.get(kind, progress) for kind in found}
         # The tolerance keeps a span of exactly that length from falling short by rounding.

@@ -148,7 +148,7 @@ def test_a_folder_with_another_recipe_is_refused_and_kept(whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ["moco", "dino"])  # the gradients of all three: test_two_processes.py
 def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path, objective):
     short = ["budget=3000", "gradient_accumulation_steps=1", "model_config.drop_path_rate=0.0", "eval_points=[1.0]"]
     run(tmp_path / "one", *short, objective=objective)

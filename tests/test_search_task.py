@@ -147,6 +147,7 @@ def test_divided_by_the_second_moments(found, pilot, folder, tmp_path, monkeypat
         assert same == (plain["progress"] == 0)  # where there are no moments yet
 
 
+@pytest.mark.slow
 def test_all_three_symmetries(pilot, folder, tmp_path):
     symmetries = "search_symmetry=[paper, symmetric, asymmetric]"
     output = launch(folder, tmp_path / "run", *SEARCH, f"pilot={pilot}", symmetries)

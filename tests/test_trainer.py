@@ -54,7 +54,8 @@ def test_a_point_that_rounding_puts_above_its_step_is_evaluated_once_and_not_aga
     arguments = SimpleNamespace(world_size=1)
 
     def evaluated(first_step: int) -> list[int]:
-        callback, state = ProgressCallback(trainer), SimpleNamespace(global_step=first_step)
+        callback: Any = ProgressCallback(trainer)
+        state = SimpleNamespace(global_step=first_step)
         callback.on_train_begin(arguments, state, None)
         steps = []
         while state.global_step < 8:

@@ -70,8 +70,9 @@ def test_draws_are_a_function_of_the_step_alone():
 
 
 def test_units():
-    one = dict.fromkeys([Compression(4), Compression(4, 0.5)], 1.0) | {Compression(4, 0.5): 0.4}
-    cost = one.__getitem__
+    def cost(compression: Compression, image_size: int | None = None) -> float:
+        return {Compression(4): 1.0, Compression(4, 0.5): 0.4}[compression]
+
     assert model().units_per_image(Strategy(Compression(4)), cost) == 4
     assert model(symmetric=True).units_per_image(Strategy(Compression(4)), cost) == 8
     assert model().units_per_image(Strategy(Compression(4, 0.5)), cost) == pytest.approx(2.2)

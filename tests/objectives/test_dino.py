@@ -19,7 +19,7 @@ from hf_accel.objectives import DINOForPreTraining, Draw
 from hf_accel.objectives.dino import dino_loss
 from hf_accel.objectives.heads import PrototypeHead
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 CONFIG = AccelViTConfig(**SIZES, image_size=24, patch_size=4)
 WHOLE = Strategy(Compression(4))
 
@@ -100,7 +100,11 @@ def test_four_steps_with_their_centre_against_numpy(micro_batches):
     dino = model(center_momentum=0.8, teacher_temperature_warmup=0.5, num_local_crops=2, local_crop_size=12)
     seen: dict[str, list[np.ndarray]] = {"student": [], "teacher": []}
     for name, head in (("student", dino.student_head), ("teacher", dino.teacher_head)):
-        head.register_forward_hook(lambda _, __, output, name=name: seen[name].append(output.detach().double().numpy()))
+
+        def note(_, __, logits, kept=seen[name]):
+            kept.append(logits.detach().double().numpy())
+
+        head.register_forward_hook(note)
     optimizer = torch.optim.SGD([p for p in dino.parameters() if p.requires_grad], lr=2.0)
     center, moved = np.zeros(20), []
     for step in range(4):

@@ -148,7 +148,9 @@ def test_there_is_no_target_branch():
 
 
 def test_units():
-    cost = {Compression(4): 1.0, Compression(4, 0.5): 0.4, Compression(7): 0.3}.__getitem__
+    def cost(compression: Compression, image_size: int | None = None) -> float:
+        return {Compression(4): 1.0, Compression(4, 0.5): 0.4, Compression(7): 0.3}[compression]
+
     assert model().units_per_image(Strategy(Compression(4)), cost) == 6
     assert model().units_per_image(Strategy(Compression(4, 0.5)), cost) == pytest.approx(2.4)
     assert model().units_per_image(Strategy(Compression(7), Compression(4)), cost) == pytest.approx(1.8)

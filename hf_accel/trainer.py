@@ -21,6 +21,7 @@ from .compression.online import OnlineController
 from .data import AUGMENTATIONS, ImageSource, TrainSampler, eval_loader, make_views, train_loader
 from .draws import generator
 from .evaluation import extract_features, knn_accuracy
+from .monitoring import CollapseMonitor
 from .objectives import Draw, ObjectiveForPreTraining
 from .progress import cosine, learning_rate_factor
 from .recipe import Recipe
@@ -79,6 +80,7 @@ class PretrainTrainer(Trainer):
         if controller:
             self.add_callback(AutoScheduleCallback(self, controller))
         self.add_callback(ProgressCallback(self))
+        self.add_callback(CollapseMonitor(model.uniform_loss))
 
     @property
     def objective(self) -> ObjectiveForPreTraining:

@@ -59,6 +59,11 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
         """Cost of training on one image under `strategy`, in units; the backward counts as two forwards."""
         raise NotImplementedError
 
+    @property
+    def uniform_loss(self) -> float | None:
+        """The loss that tells of collapse to uniform outputs, where an objective has one."""
+        return None
+
     def before_optimizer_step(self, progress: float) -> None:
         """Once per optimizer step, when the gradients are complete."""
 

@@ -56,9 +56,7 @@ class CostTable:
 
     def __call__(self, compression: Compression, image_size: int | None = None, /) -> float:
         if image_size is not None:
-            raise ValueError(
-                f"no costs of {image_size} px crops were measured: use cost=analytic"
-            )
+            raise ValueError(f"no costs of {image_size} px crops were measured: use cost=analytic")
         try:
             return self.costs[compression]
         except KeyError:

@@ -151,10 +151,15 @@ class DINOForPreTraining(ObjectiveForPreTraining):
         temperature, center = self.teacher_temperature(progress), cast(torch.Tensor, self.center)
         loss = dino_loss(student_logits, teacher_logits, center, self.student_temperature, temperature)
         probabilities = torch.cat(teacher_probabilities(teacher_logits, center, temperature))
-        entropy = -(probabilities * probabilities.clamp(min=1e-30).log()).sum(dim=-1).mean()
+        marginal = probabilities.mean(dim=0)
+        entropy, marginal_entropy = (
+            -(p * p.clamp(min=1e-30).log()).sum(dim=-1).mean() for p in (probabilities, marginal)
+        )
         metrics = {
             "embedding_std": embedding_std(features[0].detach()),
             "teacher_entropy": entropy,
+            # Of the mean over the images: where it falls, too, few prototypes take all of them.
+            "teacher_marginal_entropy": marginal_entropy,
             # Every teacher view takes part in equally many pairs: cross-entropy less entropy is the mean divergence.
             "teacher_student_kl": loss.detach() - entropy,
         }

@@ -123,6 +123,9 @@ def test_four_steps_with_their_centre_against_numpy(micro_batches):
                 for row in teacher.reshape(-1, 20)
             ]
             assert output.metrics["teacher_entropy"].item() == pytest.approx(np.mean(entropies), rel=1e-4)
+            mean = np.mean([softmax((row - center) / teacher_temperature) for row in teacher.reshape(-1, 20)], axis=0)
+            marginal = output.metrics["teacher_marginal_entropy"].item()
+            assert marginal == pytest.approx(-sum(p * math.log(p) for p in mean), rel=1e-4)
             assert output.metrics["teacher_student_kl"].item() == pytest.approx(expected - np.mean(entropies), rel=1e-3)
             np.testing.assert_allclose(dino.get_buffer("center").numpy()[0], center, atol=1e-7)
         optimizer.step()

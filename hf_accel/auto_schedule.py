@@ -47,7 +47,7 @@ class AutoScheduleCallback(TrainerCallback):
         trainer, controller, recipe = self.trainer, self.controller, self.trainer.recipe
         cost = {strategy: controller.relative_cost[strategy] for strategy in due}
         accumulator = GradientErrorAccumulator(cost, recipe.search_horizon)
-        probe = GradientProbe(trainer.objective, recipe, trainer.source, progress, recipe.search_parameters)
+        probe = GradientProbe(trainer.whole_objective(), recipe, trainer.source, progress, recipe.search_parameters)
         for draw in range(step * controller.draws, (step + 1) * controller.draws):
             reference = probe(None, draw)
             gradients = {s: reference if s == controller.ladder[-1] else probe(s, draw) for s in due}

@@ -28,7 +28,7 @@ class GradientProbe:
         recipe: batch size, accumulation, augmentation, precision and seed.
         source: training images.
         progress: where in training these parameters stand; the objective may depend on it.
-        parameters: "all" that are trained, or those of the "encoder" alone.
+        parameters: "all" that are trained at this progress, or those of the "encoder" alone.
         scale: (D,) factors of the gradient's numbers, or None: an optimizer's preconditioner (`adam_scale`).
     """
 
@@ -42,7 +42,9 @@ class GradientProbe:
         scale: Tensor | None = None,
     ):
         self.objective, self.recipe, self.source, self.progress = objective, recipe, source, progress
-        self.parameters, self.scale = probed_parameters(objective, parameters), scale
+        frozen = set(objective.frozen_parameters(progress))
+        self.parameters = [p for p in probed_parameters(objective, parameters) if p not in frozen]
+        self.scale = scale
         self.device = next(objective.parameters()).device
         self.precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.mixed_precision)
         self.loss_scale = 2.0**12 if self.precision == torch.float16 else 1.0  # fp16 loses small gradients
@@ -54,7 +56,6 @@ class GradientProbe:
         """float32 (D,): the gradient of the draw, uncompressed where `strategy` is None."""
         strategy = strategy or self.base
         buffers = {name: buffer.clone() for name, buffer in self.objective.named_buffers()}
-        kept_gradients = [parameter.grad for parameter in self.objective.parameters()]
         training, random_state = self.objective.training, torch.get_rng_state()
         cuda_state = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         try:
@@ -63,8 +64,6 @@ class GradientProbe:
             with torch.no_grad():
                 for name, buffer in self.objective.named_buffers():
                     buffer.copy_(buffers[name])
-            for parameter, gradient in zip(self.objective.parameters(), kept_gradients, strict=True):
-                parameter.grad = gradient
             self.objective.train(training)
             torch.set_rng_state(random_state)
             if cuda_state is not None:
@@ -72,18 +71,19 @@ class GradientProbe:
 
     def _gradient(self, strategy: Strategy, draw: int) -> Tensor:
         self.objective.train()
-        self.objective.zero_grad(set_to_none=True)
         micro_batches = self._micro_batches(draw, self.recipe.view_size(strategy))
+        total = torch.zeros(sum(parameter.numel() for parameter in self.parameters), device=self.device)
         for micro_step, views in enumerate(micro_batches):
             key = (draw, micro_step, distributed.rank())
             torch.manual_seed(generator(self.seed, "model", *key).initial_seed())
             with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
                 loss = self.objective(views, strategy, Draw(self.seed, draw, micro_step), self.progress).loss
-            (loss.float() * (self.loss_scale / len(micro_batches))).backward()
-        # One that a strategy does not reach (a projection that is frozen for now) has no gradient: zeros.
-        pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        gradient = torch.cat([piece.detach().float().flatten() for piece in pieces])
-        gradient = distributed.all_reduce(gradient) / (distributed.world_size() * self.loss_scale)
+            # Not `backward`: engines wait for a step's gradients behind the parameters. One that a strategy does not
+            # reach (a projection that is frozen for now) has none: zeros.
+            loss = loss.float() * (self.loss_scale / len(micro_batches))
+            pieces = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
+            total += torch.cat([piece.float().flatten() for piece in pieces])
+        gradient = distributed.all_reduce(total) / (distributed.world_size() * self.loss_scale)
         return gradient if self.scale is None else gradient * self.scale.to(gradient)
 
     def _micro_batches(self, draw: int, size: int) -> list[list[Tensor]]:

@@ -93,10 +93,11 @@ def finish(trainer: PretrainTrainer, recipe: Recipe, source: ImageSource, valida
     raw = None
     if validation is not None and validation.labels is not None and source.labels is not None:
         raw = knn_of(trainer.objective, source, validation, recipe, trainer.args.device, features=raw_pixel_features)
+    encoder = trainer.whole_objective().encoder
     if not is_main():
         return
     output, seconds = Path(recipe.output_dir), state["seconds"]
-    trainer.objective.encoder.save_pretrained(output / "final")
+    encoder.save_pretrained(output / "final")
     image_processor(source, recipe.image_size).save_pretrained(output / "final")
     spent_in_parts = seconds["data"] + seconds["forward_backward"]
     results: dict[str, Any] = {

@@ -26,6 +26,7 @@ from .objectives import Draw, ObjectiveForPreTraining
 from .progress import cosine, learning_rate_factor
 from .recipe import Recipe
 from .report import write_json
+from .sharding import is_sharded, separate_group, shards, skip_step, whole_state
 
 KEPT_NAME = "kept"
 """Folder in `output_dir` of the checkpoints at `keep_points`, which are not removed."""
@@ -86,6 +87,18 @@ class PretrainTrainer(Trainer):
     def objective(self) -> ObjectiveForPreTraining:
         """The model itself, out of what an engine wraps around it."""
         return cast(ObjectiveForPreTraining, self.accelerator.unwrap_model(cast(Any, self.model)))
+
+    def whole_objective(self) -> ObjectiveForPreTraining:
+        """The objective as a single process would hold it: itself, or a copy of what an engine keeps in shards.
+
+        All processes must ask for it.
+        """
+        objective = self.objective
+        if not is_sharded(objective):
+            return objective
+        copy = cast(Any, type(objective))(objective.config, **self.recipe.objective_config)
+        copy.load_state_dict(whole_state(objective))
+        return copy.to(self.args.device).train(objective.training)
 
     # Data
 
@@ -177,6 +190,12 @@ class PretrainTrainer(Trainer):
         """Weight decay is for matrices; by names and layer types, BatchNorms' weights would slip through."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.is_deepspeed_enabled:  # there only lr 0 keeps what is frozen for now out of a step
+            separate_group(optimizer, self.objective.frozen_parameters(0.0))
+        return optimizer
+
     def _get_learning_rate(self) -> float:
         return cast(Any, self.optimizer).param_groups[0]["lr"]
 
@@ -231,7 +250,8 @@ class PretrainTrainer(Trainer):
 
         A loss tells of the weights before its step: what a step has just ruined shows in the weights alone.
         """
-        tensors = [cast(torch.Tensor, self._tr_loss), *self.objective.parameters(), *self.objective.buffers()]
+        weights = shards(self.objective.parameters())
+        tensors = [cast(torch.Tensor, self._tr_loss), *weights, *self.objective.buffers()]
         finite = torch.stack([torch.isfinite(tensor.detach()).all() for tensor in tensors]).all()
         return bool(cast(torch.Tensor, self.accelerator.gather(finite.int())).all())
 
@@ -240,8 +260,9 @@ class PretrainTrainer(Trainer):
         start = time.perf_counter()
         metrics: dict[str, float] = {}
         if self.validation is not None and self.validation.labels is not None and self.source.labels is not None:
+            encoder = self.whole_objective().encoder
             with torch.compiler.set_stance("force_eager"):  # its shapes are not worth a compilation
-                accuracy = knn_of(self.objective.encoder, self.source, self.validation, self.recipe, self.args.device)
+                accuracy = knn_of(encoder, self.source, self.validation, self.recipe, self.args.device)
             metrics = {f"{metric_key_prefix}_knn_{name}": value for name, value in accuracy.items()}
             self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -330,6 +351,8 @@ class ProgressCallback(TrainerCallback):
 
         signal.signal(signal.SIGTERM, note)
         self.seen = self.share_done(state)
+        if self.trainer.is_deepspeed_enabled:
+            self.wrap_engine_step(self.trainer.deepspeed, state)
         if state.global_step == 0 and 0 in self.trainer.recipe.keep_points:
             self.trainer.keep_start()
 
@@ -340,15 +363,35 @@ class ProgressCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         recipe, progress = self.trainer.recipe, self.trainer.plan[state.global_step].progress
         end = recipe.weight_decay if recipe.weight_decay_end is None else recipe.weight_decay_end
+        frozen = bool(self.trainer.objective.frozen_parameters(progress))
         for group in cast(Any, self.trainer.optimizer).param_groups:
             group["lr"] = recipe.learning_rate * learning_rate_factor(progress, recipe.lr_schedule, recipe.warmup)
+            if frozen and group.get("freezable"):
+                group["lr"] = 0.0
             if group["weight_decay"] > 0:
                 group["weight_decay"] = cosine(recipe.weight_decay, end, progress)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer.is_deepspeed_enabled:  # its engine has stepped together with the backward
+            return
         if args.max_grad_norm == 0:  # else clipping has done it
             self.trainer.accelerator.unscale_gradients()
+        self.before_step(state)
+
+    def before_step(self, state) -> None:
         self.trainer.objective.before_optimizer_step(self.trainer.plan[state.global_step].progress)
+
+    def wrap_engine_step(self, engine: Any, state) -> None:
+        """DeepSpeed calls its `step` itself: do before and after it what is ours to do."""
+        step = engine.step
+
+        def wrapped(*args, **kwargs):
+            self.before_step(state)
+            step(*args, **kwargs)
+            if self.trainer.objective.frozen_parameters(self.trainer.plan[state.global_step].progress):
+                skip_step(engine.optimizer)
+
+        engine.step = wrapped
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.objective.update_target(self.trainer.plan[state.global_step].progress)

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_accel"
 
 LEVELS = [
     {"draws", "distributed", "progress"},
+    {"sharding"},
     {"models"},
     {"compression"},
     {"data"},

@@ -64,6 +64,10 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
         """The loss that tells of collapse to uniform outputs, where an objective has one."""
         return None
 
+    def frozen_parameters(self, progress: float) -> list[nn.Parameter]:
+        """Those that the step at `progress` leaves as they are; at a progress of 0, all that are ever frozen."""
+        return []
+
     def before_optimizer_step(self, progress: float) -> None:
         """Once per optimizer step, when the gradients are complete."""
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from ..data import ViewConfig
 from ..distributed import all_reduce
 from ..models import AccelViTConfig, AccelViTModel
 from ..progress import cosine, linear
+from ..sharding import clip_each, drop_gradients
 from .base import Draw, ObjectiveForPreTraining, ObjectiveOutput, embedding_std, keep_default_init
 from .heads import PrototypeHead
 from .momentum import copy_to_target, update_momentum
@@ -190,14 +191,12 @@ class DINOForPreTraining(ObjectiveForPreTraining):
         return units
 
     def before_optimizer_step(self, progress: float) -> None:
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if self.clip_grad > 0 and gradients:
-            foreach = cast(Any, torch)
-            factors = [self.clip_grad / (norm + 1e-6) for norm in foreach._foreach_norm(gradients)]
-            foreach._foreach_mul_(gradients, [factor.clamp(max=1.0) for factor in factors])
-        if progress < self.freeze_last_layer:
-            for parameter in self.student_head.last_layer():
-                parameter.grad = None
+        if self.clip_grad > 0:
+            clip_each(self.parameters(), self.clip_grad)
+        drop_gradients(self.frozen_parameters(progress))
+
+    def frozen_parameters(self, progress: float) -> list[nn.Parameter]:
+        return self.student_head.last_layer() if progress < self.freeze_last_layer else []
 
     @torch.no_grad()
     def update_target(self, progress: float) -> None:

@@ -18,6 +18,7 @@ from .compression.online import LADDER_DROPOUTS, OnlineController, ladder_of
 from .compression.search import search_grid
 from .data import ImageSource, load_sources
 from .distributed import barrier, is_main, say
+from .engine import autocast_arguments, check_launch, set_deepspeed
 from .models import AccelViTModel
 from .objectives import OBJECTIVES, ObjectiveForPreTraining
 from .recipe import Recipe, RecipeError
@@ -34,16 +35,17 @@ def start(recipe: Recipe, resuming: bool = False) -> TrainingArguments:
     """The Trainer's arguments, with processes, threads and random state as the run needs them.
 
     Raises:
-        RecipeError: the batch size does not divide among the processes, or not all of them take part.
+        RecipeError: the batch size does not divide among the processes, not all of them take part, or the engine cannot
+            do what is asked of it.
     """
+    check_launch(recipe)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     arguments = training_arguments(recipe, world_size, resuming)
     _ = arguments.device  # starts the process group
     arguments._n_gpu = min(arguments._n_gpu, 1)  # several GPUs want several processes: accelerate launch
     if arguments.world_size != world_size:
         raise RecipeError(f"{world_size} processes were started but {arguments.world_size} take part")
-    if recipe.mixed_precision == "fp16" and arguments.device.type == "cpu":
-        raise RecipeError("mixed_precision='fp16': a CPU has none, and accelerate would run in fp32; take bf16 or no")
+    set_deepspeed(arguments, recipe)
     if arguments.device.type == "cpu":
         use_all_cores(world_size)
     set_seed(recipe.seed)
@@ -66,8 +68,7 @@ def training_arguments(recipe: Recipe, world_size: int, resuming: bool) -> Train
         lr_scheduler_type="constant",  # the true one is a function of progress, set at each step
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        bf16=recipe.mixed_precision == "bf16",
-        fp16=recipe.mixed_precision == "fp16",
+        **autocast_arguments(recipe),
         activation_checkpointing=recipe.gradient_checkpointing,
         use_cpu=on_cpu,
         seed=recipe.seed,

@@ -70,14 +70,18 @@ def clip_each(parameters: Parameters, largest: float) -> None:
         _update_gradients(parameters, lambda gradient: gradient * (largest / (gradient.norm() + 1e-6)).clamp(max=1.0))
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if gradients:
+    if any(isinstance(gradient, DTensor) for gradient in gradients):
+        for gradient in cast(list[DTensor], gradients):
+            norm = gradient.norm().full_tensor()
+            gradient.to_local().mul_((largest / (norm + 1e-6)).clamp(max=1.0))
+    elif gradients:
         foreach = cast(Any, torch)
         factors = [largest / (norm + 1e-6) for norm in foreach._foreach_norm(gradients)]
         foreach._foreach_mul_(gradients, [factor.clamp(max=1.0) for factor in factors])
 
 
 def drop_gradients(parameters: Parameters) -> None:
-    """Keep these parameters out of the step; under DeepSpeed together with `skip_step`, for there a gradient is never None."""
+    """Keep these parameters out of the step; under DeepSpeed, which always has gradients, together with `skip_step`."""
     parameters = list(parameters)
     if _held_by_deepspeed(parameters):
         _update_gradients(parameters, torch.zeros_like)

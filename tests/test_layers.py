@@ -19,7 +19,7 @@ LEVELS = [
     {"objectives"},
     {"evaluation", "hub", "report"},
     {"recipe"},
-    {"probe"},
+    {"probe", "engine"},
     {"auto_schedule", "monitoring"},
     {"trainer"},
     {"assemble"},

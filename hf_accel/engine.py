@@ -1,0 +1,94 @@
+"""What `accelerate launch` chose to run a recipe under, checked, and set as the recipe needs it.
+
+Weights, optimizer states, momentum branches and centres stay in fp32 under every engine; `mixed_precision` is autocast.
+"""
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from .recipe import Recipe, RecipeError
+
+
+def check_launch(recipe: Recipe) -> None:
+    """Before anything is set up.
+
+    Raises:
+        RecipeError: an engine or precision that would not do what it was asked for, with what to take instead.
+    """
+    environment = os.environ
+    if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
+        raise RecipeError(
+            "accelerate was asked for several processes and started one, as it does with --cpu --num_processes N: "
+            "launch with --config_file accelerate_configs/cpu_2proc.yaml --num_processes N"
+        )
+    on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available()
+    if recipe.mixed_precision == "fp16" and on_cpu:
+        raise RecipeError("mixed_precision='fp16': a CPU has none, and accelerate would run in fp32; take bf16 or no")
+    if _is_on("ACCELERATE_USE_FSDP"):
+        if on_cpu:
+            raise RecipeError(
+                "FSDP on a CPU: accelerate would run plain data parallel training instead; "
+                "take accelerate_configs/deepspeed_zero3_cpu_2proc.yaml, or cpu_2proc.yaml"
+            )
+        if environment.get("FSDP_VERSION", "1") != "2":
+            raise RecipeError(
+                "FSDP 1 flattens weights, and a momentum branch could not follow: set fsdp_version: 2, as in "
+                "accelerate_configs/fsdp2.yaml"
+            )
+    if _is_on("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
+        raise RecipeError("DeepSpeed is not installed: pip install 'hf-accel[deepspeed]', or launch with ddp.yaml")
+    # The recipe decides, not the launcher's file: what it says would otherwise hold in silence where a recipe has "no".
+    if "ACCELERATE_MIXED_PRECISION" in environment:
+        deepspeed = _is_on("ACCELERATE_USE_DEEPSPEED")
+        environment["ACCELERATE_MIXED_PRECISION"] = "no" if deepspeed else recipe.mixed_precision
+
+
+def autocast_arguments(recipe: Recipe) -> dict[str, bool]:
+    """For `TrainingArguments`. DeepSpeed would hold weights in `bf16`; it gets autocast from `set_deepspeed`."""
+    if _is_on("ACCELERATE_USE_DEEPSPEED"):
+        return {}
+    return {"bf16": recipe.mixed_precision == "bf16", "fp16": recipe.mixed_precision == "fp16"}
+
+
+def set_deepspeed(arguments: TrainingArguments, recipe: Recipe) -> None:
+    """Complete DeepSpeed's configuration, if there is one.
+
+    Raises:
+        RecipeError: the configuration asks for what would not train as the recipe says.
+    """
+    plugin: Any = arguments.deepspeed_plugin
+    if plugin is None:
+        return
+    config: dict[str, Any] = plugin.deepspeed_config
+    zero = config.setdefault("zero_optimization", {})
+    if recipe.mixed_precision == "fp16":
+        raise RecipeError("mixed_precision='fp16' under DeepSpeed is not supported: take bf16")
+    for name in ("bf16", "fp16"):
+        if str(config.get(name, {}).get("enabled", False)).lower() == "true":
+            raise RecipeError(
+                f"DeepSpeed's {name} section keeps weights in {name}, in which a momentum branch stands still: "
+                "remove it and set mixed_precision: bf16 in the recipe, which is autocast"
+            )
+    for name in ("optimizer", "scheduler"):
+        if name in config:
+            raise RecipeError(
+                f"DeepSpeed's configuration has a section {name!r}: remove it; the recipe's keys learning_rate, "
+                "lr_schedule, warmup and weight_decay are what is followed"
+            )
+    for name in ("offload_param", "offload_optimizer"):
+        if zero.get(name, {}).get("device", "none") == "nvme":
+            raise RecipeError(f"DeepSpeed's {name} to nvme: a momentum branch is out of reach there; take cpu")
+    if zero.get("stage") == 3 and recipe.torch_compile:
+        raise RecipeError("torch_compile=true under ZeRO-3: the engine's own hooks break every graph; take ZeRO-2")
+    if recipe.mixed_precision == "bf16":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    zero["stage3_gather_16bit_weights_on_model_save"] = True  # else checkpoints hold no weights that others can open
+    config["zero_force_ds_cpu_optimizer"] = False  # offloaded states, too, are torch's AdamW
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true")

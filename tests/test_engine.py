@@ -1,0 +1,119 @@
+"""What an engine cannot do right is refused before anything starts, with the reason and what to take instead."""
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hf_accel import engine
+from hf_accel.recipe import Recipe, RecipeError
+
+VARIABLES = ("MASTER_ADDR", "WORLD_SIZE", "ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_USE_DEEPSPEED")
+FSDP = {"ACCELERATE_USE_FSDP": "true"}
+GPU, CPU = {"ACCELERATE_USE_CPU": "false"}, {"ACCELERATE_USE_CPU": "true"}
+
+
+def recipe(**settings: Any) -> Recipe:
+    return Recipe(budget=1000, **settings)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """As a launcher with these variables would, on a machine that has an accelerator."""
+
+    def launch(variables: dict[str, str]) -> None:
+        for name in (*VARIABLES, "ACCELERATE_MIXED_PRECISION"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+
+    return launch
+
+
+@pytest.mark.parametrize(
+    ("variables", "precision", "reason"),
+    [
+        ({**CPU, "MASTER_ADDR": "127.0.0.1"}, "no", r"several processes and started one.*cpu_2proc"),
+        ({**CPU}, "fp16", r"mixed_precision='fp16': a CPU has none.*bf16"),
+        (
+            {**CPU, **FSDP, "FSDP_VERSION": "2"},
+            "no",
+            r"FSDP on a CPU.*deepspeed_zero3_cpu_2proc",
+        ),
+        ({**GPU, **FSDP, "FSDP_VERSION": "1"}, "no", r"fsdp_version: 2"),
+        ({**GPU, **FSDP}, "no", r"fsdp_version: 2"),
+    ],
+)
+def test_a_launch_that_would_not_do_what_it_says_is_refused(launched, variables, precision, reason):
+    launched(variables)
+    with pytest.raises(RecipeError, match=reason):
+        engine.check_launch(recipe(mixed_precision=precision))
+
+
+def test_deepspeed_that_is_not_installed_is_named(launched, monkeypatch):
+    launched({**GPU, "ACCELERATE_USE_DEEPSPEED": "true"})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"pip install 'hf-accel\[deepspeed\]'"):
+        engine.check_launch(recipe())
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {**CPU},
+        {**CPU, "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"},
+        {**GPU, **FSDP, "FSDP_VERSION": "2"},
+    ],
+)
+def test_what_is_sound_passes(launched, variables):
+    launched(variables)
+    engine.check_launch(recipe(mixed_precision="bf16"))
+
+
+@pytest.mark.parametrize(("deepspeed", "expected"), [("false", "no"), ("true", "no")])
+def test_the_launchers_precision_gives_way_to_the_recipes(launched, monkeypatch, deepspeed, expected):
+    launched({**GPU, "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_DEEPSPEED": deepspeed})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    engine.check_launch(recipe(mixed_precision="no"))
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == expected
+
+
+def test_precision_is_the_arguments_or_under_deepspeed_autocast(launched):
+    launched({**GPU})
+    assert engine.autocast_arguments(recipe(mixed_precision="bf16")) == {"bf16": True, "fp16": False}
+    launched({**GPU, "ACCELERATE_USE_DEEPSPEED": "true"})
+    assert engine.autocast_arguments(recipe(mixed_precision="bf16")) == {}
+    config = configured({"zero_optimization": {"stage": 3}}, mixed_precision="bf16")
+    assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+    assert "torch_autocast" not in configured({}, mixed_precision="no")
+
+
+def configured(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """DeepSpeed's configuration as it is after ours."""
+    arguments: Any = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
+    engine.set_deepspeed(arguments, recipe(**settings))
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "reason"),
+    [
+        ({"bf16": {"enabled": True}}, {}, r"bf16 section.*mixed_precision: bf16"),
+        ({"fp16": {"enabled": "true"}}, {}, r"fp16 section.*mixed_precision: bf16"),
+        ({}, {"mixed_precision": "fp16"}, r"take bf16"),
+        ({"optimizer": {"type": "AdamW"}}, {}, r"section 'optimizer': remove it"),
+        ({"scheduler": {"type": "WarmupLR"}}, {}, r"section 'scheduler': remove it.*lr_schedule"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, {}, r"offload_param to nvme.*cpu"),
+        ({"zero_optimization": {"stage": 3}}, {"torch_compile": True}, r"ZeRO-3.*ZeRO-2"),
+    ],
+)
+def test_a_deepspeed_configuration_that_would_not_train_right_is_refused(config, settings, reason):
+    with pytest.raises(RecipeError, match=reason):
+        configured(config, **settings)
+
+
+def test_without_deepspeed_there_is_nothing_to_set():
+    engine.set_deepspeed(SimpleNamespace(deepspeed_plugin=None), recipe(mixed_precision="fp16"))  # pyright: ignore

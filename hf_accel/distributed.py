@@ -51,6 +51,20 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def host_group() -> dist.ProcessGroup | None:
+    """A new group that talks between hosts only; every process must ask for it. None in a single process."""
+    return dist.new_group(backend="gloo") if world_size() > 1 else None
+
+
+def on_any(flag: bool, group: dist.ProcessGroup | None) -> bool:
+    """Whether `flag` is set on any process of the `host_group`; no device waits for the answer."""
+    if group is None:
+        return flag
+    raised = torch.tensor([int(flag)])
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=group)
+    return bool(raised.item())
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()

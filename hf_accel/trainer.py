@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import distributed
@@ -23,10 +23,10 @@ from .draws import generator
 from .evaluation import extract_features, knn_accuracy
 from .monitoring import CollapseMonitor
 from .objectives import Draw, ObjectiveForPreTraining
-from .progress import cosine, learning_rate_factor
+from .progress_callback import ProgressCallback
 from .recipe import Recipe
 from .report import write_json
-from .sharding import is_sharded, separate_group, shards, skip_step, whole_state
+from .sharding import is_sharded, separate_group, shards, whole_state
 
 KEPT_NAME = "kept"
 """Folder in `output_dir` of the checkpoints at `keep_points`, which are not removed."""
@@ -231,6 +231,10 @@ class PretrainTrainer(Trainer):
             "images_per_second": (steps - first) * self.plan.batch_size / max(now - since, 1e-9),
             "data_wait_fraction": (data - data_before) / max(now - since, 1e-9),
         }
+        if self.recipe.torch_compile:
+            from torch._dynamo.utils import counters  # an import of seconds
+
+            logs["compilations"] = counters["stats"]["unique_graphs"]
         for name, total in self._metric_sums.items():
             logs[name] = float(total) / self._metric_count
         self._metric_sums, self._metric_count = {}, 0
@@ -337,74 +341,3 @@ class WholeRun:
 
     def __iter__(self):
         return iter(self.loader)
-
-
-class ProgressCallback(TrainerCallback):
-    """Sets what is a function of progress, updates the target branch, and stops cleanly on SIGTERM."""
-
-    def __init__(self, trainer: PretrainTrainer):
-        self.trainer, self.terminated, self.seen = trainer, False, 0.0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        def note(signum, frame):
-            self.terminated = True
-
-        signal.signal(signal.SIGTERM, note)
-        self.seen = self.share_done(state)
-        if self.trainer.is_deepspeed_enabled:
-            self.wrap_engine_step(self.trainer.deepspeed, state)
-        if state.global_step == 0 and 0 in self.trainer.recipe.keep_points:
-            self.trainer.keep_start()
-
-    def share_done(self, state) -> float:
-        """Of what the plan spends; the tolerance is for points that rounding puts just above their step."""
-        return self.trainer.plan.spent_after(state.global_step) / self.trainer.plan.total_cost + 1e-12
-
-    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-        recipe, progress = self.trainer.recipe, self.trainer.plan[state.global_step].progress
-        end = recipe.weight_decay if recipe.weight_decay_end is None else recipe.weight_decay_end
-        frozen = bool(self.trainer.objective.frozen_parameters(progress))
-        for group in cast(Any, self.trainer.optimizer).param_groups:
-            group["lr"] = recipe.learning_rate * learning_rate_factor(progress, recipe.lr_schedule, recipe.warmup)
-            if frozen and group.get("freezable"):
-                group["lr"] = 0.0
-            if group["weight_decay"] > 0:
-                group["weight_decay"] = cosine(recipe.weight_decay, end, progress)
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if self.trainer.is_deepspeed_enabled:  # its engine has stepped together with the backward
-            return
-        if args.max_grad_norm == 0:  # else clipping has done it
-            self.trainer.accelerator.unscale_gradients()
-        self.before_step(state)
-
-    def before_step(self, state) -> None:
-        self.trainer.objective.before_optimizer_step(self.trainer.plan[state.global_step].progress)
-
-    def wrap_engine_step(self, engine: Any, state) -> None:
-        """DeepSpeed calls its `step` itself: do before and after it what is ours to do."""
-        step = engine.step
-
-        def wrapped(*args, **kwargs):
-            self.before_step(state)
-            step(*args, **kwargs)
-            if self.trainer.objective.frozen_parameters(self.trainer.plan[state.global_step].progress):
-                skip_step(engine.optimizer)
-
-        engine.step = wrapped
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.objective.update_target(self.trainer.plan[state.global_step].progress)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        trainer = self.trainer
-        state.epoch = state.global_step * trainer.plan.batch_size / len(trainer.source)
-        before, self.seen = self.seen, self.share_done(state)
-        control.should_evaluate = any(before < point <= self.seen for point in trainer.recipe.eval_points)
-        trainer.keep_now = any(before < point <= self.seen for point in trainer.recipe.keep_points)
-        control.should_save |= trainer.keep_now
-        if args.world_size > 1:  # the signal reaches the processes at different steps, and all must stop at one
-            flag = torch.tensor([float(self.terminated)], device=args.device)
-            self.terminated = bool(distributed.all_gather(flag).any())
-        if self.terminated:
-            control.should_save = control.should_training_stop = True

@@ -20,7 +20,7 @@ LEVELS = [
     {"evaluation", "hub", "report"},
     {"recipe"},
     {"probe", "engine"},
-    {"auto_schedule", "monitoring"},
+    {"auto_schedule", "monitoring", "progress_callback"},
     {"trainer"},
     {"assemble"},
     {"pilot"},

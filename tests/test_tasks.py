@@ -152,6 +152,8 @@ def test_compiled_once_for_each_branch_and_stage(backend, folder, tmp_path, monk
     torch.compiler.reset()
     # a graph for each branch and stage; token dropout, whose draw is not compiled, takes three for one
     assert 4 <= counters["stats"]["unique_graphs"] <= 6 < STEPS
+    logged = [line["compilations"] for line in read(output / "log_history.json")["log_history"] if "loss" in line]
+    assert 2 <= logged[0] < logged[-1] == counters["stats"]["unique_graphs"]
     assert losses(output) == pytest.approx(losses(plain), rel=1e-3) and len(losses(output)) > STEPS
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from hf_accel.compression import Compression, Plan, Schedule, Strategy
 from hf_accel.progress import cosine, learning_rate_factor
+from hf_accel.progress_callback import ProgressCallback
 from hf_accel.recipe import load_recipe
-from hf_accel.trainer import ProgressCallback, last_complete_checkpoint
+from hf_accel.trainer import last_complete_checkpoint
 
 
 def test_learning_rate_against_a_transcription():
@@ -50,18 +51,19 @@ def test_matched_views_have_base_patches():
 def test_a_point_that_rounding_puts_above_its_step_is_evaluated_once_and_not_again_after_a_resume():
     plan = Plan(8 * 4.0, Schedule.constant(Strategy(Compression(4))), 1, lambda strategy: 4.0)
     recipe = SimpleNamespace(eval_points=[0.25 + 5e-13], keep_points=[])
-    trainer: Any = SimpleNamespace(plan=plan, recipe=recipe, source=range(10), keep_now=False)
-    arguments = SimpleNamespace(world_size=1)
+    trainer: Any = SimpleNamespace(
+        plan=plan, recipe=recipe, source=range(10), keep_now=False, is_deepspeed_enabled=False
+    )
 
     def evaluated(first_step: int) -> list[int]:
         callback: Any = ProgressCallback(trainer)
         state = SimpleNamespace(global_step=first_step)
-        callback.on_train_begin(arguments, state, None)
+        callback.on_train_begin(None, state, None)
         steps = []
         while state.global_step < 8:
             state.global_step += 1
             control = SimpleNamespace(should_evaluate=False, should_save=False, should_training_stop=False)
-            callback.on_step_end(arguments, state, control)
+            callback.on_step_end(None, state, control)
             steps += [state.global_step] if control.should_evaluate else []
         return steps
 

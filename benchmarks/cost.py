@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.options import DTYPES, add_shared_options, parse, parser_of, settings_of
 from hf_accel.compression import Compression, Strategy, check_compression, forward_cost
 from hf_accel.data import AUGMENTATIONS, make_views
 from hf_accel.models.configuration_accel_vit import PRESETS
@@ -33,7 +33,6 @@ PARTS = ("data", "encoder", "heads", "optimizer")
 SEGMENTS = ("data", "encoder", "heads", "encoder", "heads", "encoder", "optimizer")
 """What a step does, in order: views; query's encoder and heads; key's; loss; backward of the heads, of the encoder."""
 
-DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 SEED = 0
 
 
@@ -84,41 +83,27 @@ def parse_strategy(text: str) -> Strategy:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cost",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    option = partial(parser.add_argument, metavar="")
-    strategies = " ".join(STRATEGIES)
-    option("--model", choices=PRESETS, default="vit_tiny", help=f"{', '.join(PRESETS)} (default vit_tiny)")
-    option("--image-size", type=int, default=240, help="pixels of the model's side (default 240)")
-    option("--patch-size", type=int, default=16, help="base patch (default 16)")
-    option("--strategies", type=parse_strategy, nargs="+", help=f"PATCH[:DROPOUT] each (default {strategies})")
-    option("--batch-size", type=int, default=16, help="images a step (default 16)")
-    option("--repeats", type=int, default=5, help="timed rounds, after one that is not (default 5)")
-    option(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if any)"
-    )
-    option("--precision", choices=DTYPES, default="fp32", help="fp32, or bf16 by autocast (default fp32)")
-    option("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU (default: torch's)")
-    clock = "wall, or process: CPU seconds of this process, on a machine that others use too (default wall)"
-    option("--clock", choices=("wall", "process"), default="wall", help=clock)
-    option("--projector-hidden-size", type=int, default=4096, help="width of the heads (default 4096, the recipes')")
-    option("--output", type=Path, help="JSON to write")
-    args = parser.parse_args(arguments)
+    parser = parser_of("cost", __doc__)
+    add_shared_options(parser, image_size=240, batch_size=16, repeats=5)
+    add_strategies(parser)
+    args = parse(parser, arguments)
+    check_strategies(parser, args)
+    return args
+
+
+def add_strategies(parser: argparse.ArgumentParser) -> None:
+    text = f"PATCH[:DROPOUT] each (default {' '.join(STRATEGIES)})"
+    parser.add_argument("--strategies", type=parse_strategy, nargs="+", metavar="", help=text)
+
+
+def check_strategies(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Those of the command line, or the default ones, as far as the image size allows them."""
     args.strategies = args.strategies or [parse_strategy(text) for text in STRATEGIES]
-    args.device = torch.device(args.device)
-    if args.repeats < 1 or args.batch_size < 2:
-        parser.error("--repeats must be at least 1 and --batch-size, as there are BatchNorms, at least 2")
-    if args.clock == "process" and args.device.type == "cuda":
-        parser.error("--clock process does not see a GPU's time; use --clock wall")
     for strategy in args.strategies:
         try:
             check_compression(strategy.online, args.image_size, args.patch_size)
         except ValueError as error:
             parser.error(f"--strategies: {error}")
-    return args
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
@@ -260,7 +245,6 @@ def aim_line(rows: list[dict[str, Any]], key: str, what: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    torch.set_num_threads(args.threads)
     step, started = Step(args), time.perf_counter()
     seconds = measure(step, cases_of(args), args.repeats)
     rows = table_rows(args, step.model, seconds)
@@ -273,9 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(aim_line(rows, "measured_over_analytic", "whole step"))
     print(aim_line(rows, "encoder_over_analytic", "encoder alone"))
     if args.output:
-        names = ("model", "image_size", "patch_size", "batch_size", "repeats", "precision", "threads", "clock")
-        settings = {name: getattr(args, name) for name in (*names, "projector_hidden_size")}
-        write_json(args.output, {**settings, "device": str(args.device), "rows": rows, "environment": environment()})
+        write_json(
+            args.output, {**settings_of(args), "device": str(args.device), "rows": rows, "environment": environment()}
+        )
     return 0
 
 

@@ -13,14 +13,14 @@ import statistics
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks import peers
-from benchmarks.cost import DTYPES, Stopwatch
+from benchmarks.cost import Stopwatch
+from benchmarks.options import DTYPES, add_shared_options, parse, parser_of, settings_of
 from benchmarks.peers import PEERS, Components, peer_components
 from hf_accel.compression import Compression, Strategy
 from hf_accel.models import PRESETS
@@ -126,40 +126,19 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.objectives",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("objectives", __doc__)
     option = partial(parser.add_argument, metavar="")
     option("--objectives", nargs="+", choices=PEERS, default=list(PEERS), help=f"of {' '.join(PEERS)} (default all)")
-    option("--model", choices=PRESETS, default="vit_tiny", help=f"{', '.join(PRESETS)} (default vit_tiny)")
-    option("--image-size", type=int, default=224, help="pixels of a view's side (default 224)")
-    option("--patch-size", type=int, default=16, help="default 16")
-    option("--batch-size", type=int, default=16, help="images a step (default 16)")
-    option("--repeats", type=int, default=10, help="timed rounds, after one that is not (default 10)")
-    option(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if any)"
-    )
-    option("--precision", choices=DTYPES, default="fp32", help="fp32, or bf16 by autocast (default fp32)")
-    option("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU (default: torch's)")
-    clock = "wall, or process: CPU seconds of this process, on a machine that others use too (default wall)"
-    option("--clock", choices=("wall", "process"), default="wall", help=clock)
-    option("--projector-hidden-size", type=int, default=4096, help="width of the heads (default 4096, the recipes')")
+    add_shared_options(parser, image_size=224, batch_size=16, repeats=10)
     option("--num-prototypes", type=int, default=65536, help="of DINO (default 65536, the recipes')")
-    option("--output", type=Path, help="JSON to write")
-    args = parser.parse_args(arguments)
-    args.device = torch.device(args.device)
-    return args
+    return parse(parser, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    torch.set_num_threads(args.threads)
     peer, components = peer_components()
     rows = [measure(name, args, components) for name in args.objectives]
-    names = ("model", "image_size", "patch_size", "batch_size", "repeats", "precision", "threads", "clock")
-    settings = {name: getattr(args, name) for name in (*names, "projector_hidden_size", "num_prototypes")}
+    settings = settings_of(args, "num_prototypes")
     print(f"{', '.join(f'{name} {value}' for name, value in settings.items())}, {args.device}\npeer: {peer}")
     print(format_table(rows))
     if args.output:

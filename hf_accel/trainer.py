@@ -96,7 +96,8 @@ class PretrainTrainer(Trainer):
         objective = self.objective
         if not is_sharded(objective):
             return objective
-        copy = cast(Any, type(objective))(objective.config, **self.recipe.objective_config)
+        with torch.random.fork_rng(devices=[]):  # its initialisation is thrown away
+            copy = cast(Any, type(objective))(objective.config, **self.recipe.objective_config)
         copy.load_state_dict(whole_state(objective))
         return copy.to(self.args.device).train(objective.training)
 

@@ -21,6 +21,7 @@ from hf_accel.models import AccelViTConfig
 from hf_accel.objectives import OBJECTIVES, Draw
 from hf_accel.objectives.momentum import update_momentum
 from hf_accel.sharding import clip_each, drop_gradients, is_sharded, separate_group, shards, whole_state
+from tests.two_processes import results_of
 
 ENGINES = ["fsdp2", "zero3", "zero3 small kept whole"]
 MOMENTUM, LARGEST = 0.875, 0.01
@@ -159,15 +160,7 @@ def run_two(engine: str, folder: Path) -> list[dict[str, Any]]:
         command = [sys.executable, __file__, engine, rank, str(folder)]
         pipe = subprocess.PIPE
         processes.append(subprocess.Popen(command, cwd=root, env=environment, stderr=pipe, text=True))
-    try:
-        errors = [process.communicate(timeout=400)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    written = [folder / f"{rank}.pt" for rank in range(2)]
-    assert all(path.exists() for path in written), errors
-    return [torch.load(path) for path in written]
+    return results_of(processes, folder)
 
 
 def main(engine: str, rank: int, folder: Path) -> None:

@@ -25,6 +25,7 @@ from hf_accel.objectives.dino import DINOForPreTraining
 from hf_accel.objectives.heads import BatchNorm1d, mlp
 from hf_accel.objectives.moco import contrastive_loss
 from hf_accel.objectives.simclr import nt_xent_loss
+from tests.two_processes import results_of
 
 ROWS, SIZE, STEPS = 12, 6, 2
 Results = dict[str, torch.Tensor]
@@ -148,16 +149,7 @@ def of_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Results]]
         )
         for rank in range(2)
     ]
-    try:
-        errors = [process.communicate(timeout=200)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    # Judged by what they wrote: a gloo process may abort at exit after all its work is done.
-    written = [folder / f"{rank}.pt" for rank in range(2)]
-    assert all(path.exists() for path in written), errors
-    loaded = [torch.load(path) for path in written]
+    loaded = results_of(processes, folder)
     assert [one.pop("world size") for one in loaded] == [2, 2]
     return loaded
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..distributed import all_reduce, rank, world_size
 from .metrics import topk_accuracy
 
 QUERY_BLOCK = 1024
@@ -48,10 +49,17 @@ def knn_predict(
 def knn_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07
 ) -> dict[str, float]:
-    """`{"top1", "top5"}` accuracy in [0, 1] of `knn_predict` for queries (Q, D) whose classes are `labels` (Q,)."""
+    """`{"top1", "top5"}` accuracy in [0, 1] of `knn_predict` for queries (Q, D) whose classes are `labels` (Q,).
+
+    Each process, all holding the same rows, predicts its share of the queries.
+    """
     num_classes = 1 + int(max(bank_labels.max(), labels.max()))
-    votes = knn_predict(bank, bank_labels, queries, k, temperature, num_classes)
-    return {f"top{n}": topk_accuracy(votes, labels.to(votes.device), n) for n in (1, 5)}
+    mine = slice(rank(), None, world_size())
+    votes = knn_predict(bank, bank_labels, queries[mine], k, temperature, num_classes)
+    own = labels[mine].to(votes.device)
+    hits = [round(topk_accuracy(votes, own, n) * len(own)) if len(own) else 0 for n in (1, 5)]
+    total = all_reduce(torch.tensor(hits, dtype=torch.float, device=votes.device))
+    return {name: hit / len(labels) for name, hit in zip(("top1", "top5"), total.tolist(), strict=True)}
 
 
 def _nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:

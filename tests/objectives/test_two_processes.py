@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_accel.compression import Compression, Strategy
 from hf_accel.data import AUGMENTATIONS
 from hf_accel.distributed import all_reduce, rank, world_size
+from hf_accel.evaluation import knn_accuracy
 from hf_accel.models import AccelViTConfig
 from hf_accel.objectives import OBJECTIVES, Draw
 from hf_accel.objectives.dino import DINOForPreTraining
@@ -122,6 +123,18 @@ def dino_steps() -> Results:
     return results
 
 
+def nearest() -> Results:
+    """kNN accuracy of seven queries, and of a single one, which leaves the second process without."""
+    bank, queries = random(30, SIZE, seed=1), random(7, SIZE, seed=2)
+    classes, truth = torch.arange(30) % 6, torch.arange(7) % 6
+    results: Results = {}
+    for count in (7, 1):
+        accuracy = knn_accuracy(bank, classes, queries[:count], truth[:count], k=9)
+        results[f"same accuracy of {count}"] = torch.tensor([accuracy["top1"], accuracy["top5"]])
+    assert 0 < results["same accuracy of 7"][1] < 1
+    return results
+
+
 HEADS = {"projector_hidden_size": 32, "projection_size": 8}
 DINO_HEAD: dict[str, Any] = {"num_prototypes": 24, "head_hidden_size": 32, "bottleneck_size": 8}
 CASES: dict[str, Callable[[], Results]] = {
@@ -134,6 +147,7 @@ CASES: dict[str, Callable[[], Results]] = {
     "SimCLR": lambda: objective("simclr", **HEADS),
     "DINO": lambda: objective("dino", **DINO_HEAD, num_local_crops=3, local_crop_size=8),
     "DINO's steps": dino_steps,
+    "kNN": nearest,
 }
 
 

@@ -145,30 +145,3 @@ def test_a_folder_with_another_recipe_is_refused_and_kept(whole):
     text, _ = process.communicate(timeout=100)
     assert process.returncode != 0 and "seed=7" in text and "output_dir" in text
     assert (whole / "results.json").is_file()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("objective", ["moco", "dino"])  # the gradients of all three: test_two_processes.py
-def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path, objective):
-    short = ["budget=3000", "gradient_accumulation_steps=1", "model_config.drop_path_rate=0.0", "eval_points=[1.0]"]
-    run(tmp_path / "one", *short, objective=objective)
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        "accelerate_configs/cpu_2proc.yaml",
-    ]
-    settings = [f"output_dir={tmp_path / 'two'}", *TINY, *OBJECTIVES[objective], *short]
-    command = [*launcher, "hf_accel/run.py", f"recipes/{objective}.yaml", *settings]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    # Judged by what it wrote: a gloo process may abort at exit after all its work is done.
-    assert (tmp_path / "two" / "results.json").exists(), done.stdout + done.stderr
-    results = json.loads((tmp_path / "two" / "results.json").read_text())
-    assert results["processes"] == 2
-    one, two = ([e["loss"] for e in last_logs(tmp_path / name) if "loss" in e] for name in ("one", "two"))
-    assert one == pytest.approx(two, rel=1e-4) and len(one) > 5
-    expected = load_file(tmp_path / "one" / "final" / "model.safetensors")
-    got = load_file(tmp_path / "two" / "final" / "model.safetensors")
-    # AdamW turns rounding of near-zero gradients into steps of up to the learning rate
-    assert max((expected[key] - got[key]).abs().max().item() for key in expected) < 0.02

@@ -28,7 +28,7 @@ test: $(INSTALLED) ## the fast tests
 	$(BIN)/pytest -n 2
 
 test-slow: $(INSTALLED) ## the slow tests: whole runs, several processes
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n 2 --dist loadfile
 
 lint: $(INSTALLED) ## ruff and pyright
 	$(BIN)/ruff check .

@@ -152,7 +152,7 @@ def test_bf16_leaves_weights_and_momentum_branch_in_fp32(engine, recipes, tmp_pa
 
 
 def test_a_schedule_is_found_under_zero3_as_under_data_parallel(recipes, tmp_path):
-    auto = ["schedule=auto", "auto_share=0.6", "auto_draws=2", "budget=2400", "gradient_accumulation_steps=1"]
+    auto = ["schedule=auto", "auto_share=0.8", "auto_draws=3", "budget=4000", "batch_size=64"]
     probes = {}
     for engine in ("ddp", "zero3"):
         done = launch_with(engine, recipes / "moco.yaml", tmp_path / engine, *auto)

@@ -41,7 +41,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype | None) -> float:
     for _ in range(11):
         _synchronize(device)
         start = time.perf_counter()
-        a @ b
+        _ = a @ b
         _synchronize(device)
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds[1:])

@@ -1,5 +1,7 @@
 """The few collective operations that the objectives need; each is the identity in a single process."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch.distributed.nn import functional as differentiable
@@ -51,12 +53,12 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def host_group() -> dist.ProcessGroup | None:
+def host_group() -> Any:
     """A new group that talks between hosts only; every process must ask for it. None in a single process."""
     return dist.new_group(backend="gloo") if world_size() > 1 else None
 
 
-def on_any(flag: bool, group: dist.ProcessGroup | None) -> bool:
+def on_any(flag: bool, group: Any) -> bool:
     """Whether `flag` is set on any process of the `host_group`; no device waits for the answer."""
     if group is None:
         return flag

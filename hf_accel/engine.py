@@ -47,7 +47,7 @@ def check_launch(recipe: Recipe) -> None:
         environment["ACCELERATE_MIXED_PRECISION"] = "no" if deepspeed else recipe.mixed_precision
 
 
-def autocast_arguments(recipe: Recipe) -> dict[str, bool]:
+def autocast_arguments(recipe: Recipe) -> dict[str, Any]:
     """For `TrainingArguments`. DeepSpeed would hold weights in `bf16`; it gets autocast from `set_deepspeed`."""
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
         return {}

@@ -72,7 +72,7 @@ def clip_each(parameters: Parameters, largest: float) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     if any(isinstance(gradient, DTensor) for gradient in gradients):
         for gradient in cast(list[DTensor], gradients):
-            norm = gradient.norm().full_tensor()
+            norm = cast(DTensor, gradient.norm()).full_tensor()
             gradient.to_local().mul_((largest / (norm + 1e-6)).clamp(max=1.0))
     elif gradients:
         foreach = cast(Any, torch)

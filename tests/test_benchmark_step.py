@@ -37,6 +37,7 @@ def test_table_and_json(tmp_path, capsys, monkeypatch):
     assert written["matmul_rate"] == 1e9 and written["batch_size"] == 4
 
 
+@pytest.mark.slow
 def test_a_real_step_of_each_side_is_timed(capsys):
     assert step.main([*ARGUMENTS, "--objective", "simclr"]) == 0
     lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ours")]

@@ -198,6 +198,7 @@ def test_a_budget_that_does_not_pay_for_probes_is_refused(folder, tmp_path):
         launch(folder, tmp_path / "run", "schedule=auto", "patch_size=8")
 
 
+@pytest.mark.slow
 def test_measured_costs_hold_the_whole_ladder(folder, tmp_path, monkeypatch):
     config, asked = Recipe(**RECIPE).encoder_config(), []
 

@@ -18,7 +18,7 @@ from .compression.online import LADDER_DROPOUTS, OnlineController, ladder_of
 from .compression.search import search_grid
 from .data import ImageSource, load_sources
 from .distributed import barrier, is_main, say
-from .engine import autocast_arguments, check_launch, set_deepspeed
+from .engine import autocast_arguments, check_launch, on_cpu, set_deepspeed
 from .models import AccelViTModel
 from .objectives import OBJECTIVES, ObjectiveForPreTraining
 from .recipe import Recipe, RecipeError
@@ -58,7 +58,6 @@ def training_arguments(recipe: Recipe, world_size: int, resuming: bool) -> Train
         raise RecipeError(
             f"batch_size={recipe.batch_size}: must be a multiple of gradient_accumulation_steps x processes = {share}"
         )
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available()
     return TrainingArguments(
         output_dir=recipe.output_dir,
         max_steps=1,  # the plan's, once it is made
@@ -70,7 +69,7 @@ def training_arguments(recipe: Recipe, world_size: int, resuming: bool) -> Train
         max_grad_norm=recipe.max_grad_norm,
         **autocast_arguments(recipe),
         activation_checkpointing=recipe.gradient_checkpointing,
-        use_cpu=on_cpu,
+        use_cpu=on_cpu(),
         seed=recipe.seed,
         eval_on_start=0.0 in recipe.eval_points and not resuming,
         logging_steps=recipe.logging_steps,

@@ -25,11 +25,10 @@ def check_launch(recipe: Recipe) -> None:
             "accelerate was asked for several processes and started one, as it does with --cpu --num_processes N: "
             "launch with --config_file accelerate_configs/cpu_2proc.yaml --num_processes N"
         )
-    on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available()
-    if recipe.mixed_precision == "fp16" and on_cpu:
+    if recipe.mixed_precision == "fp16" and on_cpu():
         raise RecipeError("mixed_precision='fp16': a CPU has none, and accelerate would run in fp32; take bf16 or no")
     if _is_on("ACCELERATE_USE_FSDP"):
-        if on_cpu:
+        if on_cpu():
             raise RecipeError(
                 "FSDP on a CPU: accelerate would run plain data parallel training instead; "
                 "take accelerate_configs/deepspeed_zero3_cpu_2proc.yaml, or cpu_2proc.yaml"
@@ -45,6 +44,11 @@ def check_launch(recipe: Recipe) -> None:
     if "ACCELERATE_MIXED_PRECISION" in environment:
         deepspeed = _is_on("ACCELERATE_USE_DEEPSPEED")
         environment["ACCELERATE_MIXED_PRECISION"] = "no" if deepspeed else recipe.mixed_precision
+
+
+def on_cpu() -> bool:
+    """Whether the launcher asks for the CPU, or there is nothing else."""
+    return _is_on("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def autocast_arguments(recipe: Recipe) -> dict[str, Any]:

@@ -72,11 +72,16 @@ def test_what_is_sound_passes(launched, variables):
     engine.check_launch(recipe(mixed_precision="bf16"))
 
 
-@pytest.mark.parametrize(("deepspeed", "expected"), [("false", "no"), ("true", "no")])
-def test_the_launchers_precision_gives_way_to_the_recipes(launched, monkeypatch, deepspeed, expected):
-    launched({**GPU, "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_DEEPSPEED": deepspeed})
+@pytest.mark.parametrize(
+    ("launchers", "recipes", "deepspeed", "expected"),
+    [("bf16", "no", "false", "no"), ("no", "bf16", "false", "bf16"), ("bf16", "bf16", "true", "no")],
+)
+def test_the_launchers_precision_gives_way_to_the_recipes(
+    launched, monkeypatch, launchers, recipes, deepspeed, expected
+):
+    launched({**GPU, "ACCELERATE_MIXED_PRECISION": launchers, "ACCELERATE_USE_DEEPSPEED": deepspeed})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    engine.check_launch(recipe(mixed_precision="no"))
+    engine.check_launch(recipe(mixed_precision=recipes))
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == expected
 
 

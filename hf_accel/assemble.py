@@ -167,6 +167,7 @@ def controller_of(recipe: Recipe, units_per_image: Callable[[Strategy], float]) 
             recipe.budget,
             recipe.auto_share,
             recipe.auto_draws,
+            recipe.search_criterion,
         )
     except ValueError as error:
         raise RecipeError(f"schedule='auto': {error}") from None

@@ -64,7 +64,7 @@ def search(recipe: Recipe) -> None:
             write_rows(rows, output / ERRORS_NAME)
     points = [progress for progress, _ in checkpoints]
     table = [errors_of(rows, progress, strategies) for progress in points]
-    chosen = choose_strategies(table, cost)
+    chosen = choose_strategies(table, cost, recipe.search_criterion)
     schedule = schedule_of(points, chosen)
     if is_main():
         origin = {
@@ -73,6 +73,7 @@ def search(recipe: Recipe) -> None:
             "model_config": recipe.model_config,
             "objective": recipe.objective,
             "image_size": recipe.image_size,
+            "criterion": recipe.search_criterion,
             "pilot": recipe.pilot,
             "command": environment()["command"],
             "date": str(date.today()),
@@ -83,7 +84,7 @@ def search(recipe: Recipe) -> None:
             row["chosen"] = chosen[points.index(row["progress"])] == strategy_of(row)
         write_rows(rows, output / ERRORS_NAME)
         title = f"{recipe.objective} on {source.name}"
-        write_search_report(rows, schedule, output, title, recipe.warmup)
+        write_search_report(rows, schedule, output, title, recipe.warmup, recipe.search_criterion)
     barrier()
     for progress, strategy in zip(points, chosen, strict=True):
         say(f"progress {progress:.0%}: {strategy} (cost {cost[strategy]:.2f} of uncompressed)")
@@ -172,6 +173,9 @@ def row_of(progress: float, strategy: Strategy, cost: float, error: GradientErro
         "bias2_high": error.bias2_interval[1],
         "ca_mse_low": error.ca_mse_interval[0],
         "ca_mse_high": error.ca_mse_interval[1],
+        "gain": error.gain,
+        "gain_low": error.gain_interval[0],
+        "gain_high": error.gain_interval[1],
         "draws": recipe.search_draws,
         "chosen": False,
     }
@@ -180,12 +184,13 @@ def row_of(progress: float, strategy: Strategy, cost: float, error: GradientErro
 def errors_of(rows: list[dict[str, Any]], progress: float, strategies: list[Strategy]) -> dict[Strategy, GradientError]:
     """The errors of one stage, by strategy."""
     stage = {strategy_of(row): row for row in rows if row["progress"] == progress}
-    names = ("bias2", "variance", "ca_variance", "ca_mse", "reference_norm2")
+    names = ("bias2", "variance", "ca_variance", "ca_mse", "reference_norm2", "gain")
     return {
         strategy: GradientError(
             **{name: stage[strategy][name] for name in names},
             bias2_interval=(stage[strategy]["bias2_low"], stage[strategy]["bias2_high"]),
             ca_mse_interval=(stage[strategy]["ca_mse_low"], stage[strategy]["ca_mse_high"]),
+            gain_interval=(stage[strategy]["gain_low"], stage[strategy]["gain_high"]),
         )
         for strategy in strategies
     }

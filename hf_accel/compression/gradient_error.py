@@ -8,6 +8,14 @@ uncompressed batch, g_a that of the same batch under a strategy a, G = E[g], and
 The bias is estimated from the differences d_i = g_a_i - g_i of n pairs (the same images, views and negatives) as the
 mean of <d_i, d_j> over i != j. The plain || mean d ||^2 also holds the noise, || d - E d ||^2 / n on average, and
 holds most of it for exactly the strategies whose bias is smallest.
+
+Beside it, and not the paper's, the gain: how far the price of one uncompressed step goes along G when the length of a
+step is the learning rate's and not the gradient's, as AdamW's is, and cheaper batches buy more steps:
+
+    gain(a) = <G, E[g_a]> / (k_a sqrt(E || g_a ||^2))
+
+To first order it is the decrease of the uncompressed loss per unit. Unlike ca_mse it does not mind that compressed
+gradients are longer or shorter, and it spends what is saved on steps instead of on averages.
 """
 
 import math
@@ -35,7 +43,8 @@ class GradientError:
     """Errors of one strategy's gradient, in squared units of the gradient; intervals are of 95%.
 
     `ca_variance` is the variance of what the price of one uncompressed batch buys, over the horizon; `ca_mse` is
-    `bias2 + ca_variance`; `reference_norm2` is || G ||^2, to report them relative to.
+    `bias2 + ca_variance`; `reference_norm2` is || G ||^2, to report them relative to; `gain` is in units of the
+    gradient.
     """
 
     bias2: float
@@ -45,6 +54,8 @@ class GradientError:
     reference_norm2: float
     bias2_interval: tuple[float, float]
     ca_mse_interval: tuple[float, float]
+    gain: float
+    gain_interval: tuple[float, float]
 
 
 class GradientErrorAccumulator(Generic[Name]):
@@ -98,43 +109,54 @@ class GradientErrorAccumulator(Generic[Name]):
             raise ValueError(f"an estimate with an interval needs at least 3 draws, got {self.num_draws}")
         return {name: self._of(name) for name in self.relative_cost}
 
-    def ca_mse_difference(self, one: Name, other: Name) -> tuple[float, float]:
-        """95% interval of ca_mse(one) - ca_mse(other), whose noise is largely common to both draws.
+    def difference(self, criterion: str, one: Name, other: Name) -> tuple[float, float]:
+        """95% interval of "ca_mse" or "gain" of one strategy minus the other's: their noise is largely the same.
 
         Raises:
             ValueError: fewer than three draws.
         """
         errors = self.result()
-        left = self._left_out(one)[1] - self._left_out(other)[1]
-        return _jackknife(errors[one].ca_mse - errors[other].ca_mse, left)
+        estimate = getattr(errors[one], criterion) - getattr(errors[other], criterion)
+        return _jackknife(estimate, self._left_out(one)[criterion] - self._left_out(other)[criterion])
 
     def _of(self, name: Name) -> GradientError:
-        cost = self.relative_cost[name] / self.horizon
+        cost, draws = self.relative_cost[name], self.num_draws
         difference, reference, norm2 = self._differences[name], self._reference, self._compressed_norm2[name]
-        mean_difference, mean_reference = difference.total / self.num_draws, reference.total / self.num_draws
-        spread = norm2.total / self.num_draws - _norm2(mean_difference + mean_reference)
-        variance = spread * self.num_draws / (self.num_draws - 1)
-        bias2 = difference.product_of_different_draws()
-        left_bias2, left_ca_mse = self._left_out(name)
+        mean = (difference.total + reference.total) / draws
+        variance = (norm2.total / draws - _norm2(mean)) * draws / (draws - 1)
+        bias2, reference_norm2 = difference.product_of_different_draws(), reference.product_of_different_draws()
+        ca_variance = cost / self.horizon * variance
+        # <G, E g_a> by || E g_a - G ||^2, of which each part is free of the noise of single draws
+        product = (norm2.total / draws - variance + reference_norm2 - bias2) / 2
+        gain = product / (cost * _root(norm2.total / draws))
+        left = self._left_out(name)
         return GradientError(
             bias2=bias2,
             variance=variance,
-            ca_variance=cost * variance,
-            ca_mse=bias2 + cost * variance,
-            reference_norm2=reference.product_of_different_draws(),
-            bias2_interval=_jackknife(bias2, left_bias2),
-            ca_mse_interval=_jackknife(bias2 + cost * variance, left_ca_mse),
+            ca_variance=ca_variance,
+            ca_mse=bias2 + ca_variance,
+            reference_norm2=reference_norm2,
+            bias2_interval=_jackknife(bias2, left["bias2"]),
+            ca_mse_interval=_jackknife(bias2 + ca_variance, left["ca_mse"]),
+            gain=gain,
+            gain_interval=_jackknife(gain, left["gain"]),
         )
 
-    def _left_out(self, name: Name) -> tuple[Tensor, Tensor]:
-        """float64 (blocks,) each: bias2 and ca_mse of what remains without each block of draws, by the sketches."""
+    def _left_out(self, name: Name) -> dict[str, Tensor]:
+        """float64 (blocks,) each: bias2, ca_mse and gain of what remains without each block, by the sketches."""
         difference, reference, norm2 = self._differences[name], self._reference, self._compressed_norm2[name]
+        cost = self.relative_cost[name]
         rest = self.num_draws - torch.tensor(reference.blocks.counts, dtype=torch.float64)
         without = difference.sketches_without() + reference.sketches_without()
-        left_norm2 = norm2.total - torch.tensor(norm2.values, dtype=torch.float64)
-        left_variance = (left_norm2 - without.square().sum(1) / rest) / (rest - 1)
-        left_bias2 = difference.product_without()
-        return left_bias2, left_bias2 + self.relative_cost[name] / self.horizon * left_variance
+        mean_norm2 = (norm2.total - torch.tensor(norm2.values, dtype=torch.float64)) / rest
+        variance = (mean_norm2 - (without / rest[:, None]).square().sum(1)) * rest / (rest - 1)
+        bias2 = difference.product_without()
+        product = (mean_norm2 - variance + reference.product_without() - bias2) / 2
+        return {
+            "bias2": bias2,
+            "ca_mse": bias2 + cost / self.horizon * variance,
+            "gain": product / (cost * _root(mean_norm2)),
+        }
 
 
 class _Blocks:
@@ -201,6 +223,11 @@ class _Sums:
 
 def _norm2(vector: Tensor) -> float:
     return float(torch.linalg.vector_norm(vector, dtype=torch.float64)) ** 2
+
+
+def _root(norm2):
+    """Of squared norms; a gradient of zeros has no direction, and its product with G is 0 over this."""
+    return (norm2 + 1e-300) ** 0.5
 
 
 def _sketch(vector: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 The rule. Strategies stand on a ladder, from the cheapest to the uncompressed one, each a good deal dearer than the one
 below. Before the first step all of them are probed, and the run starts on the one with the least ca_mse (of tied ones,
 on the cheaper). At evenly spaced points of progress it then probes the rung it stands on and the next one, with the
-same images under both, and climbs when the 95% interval of ca_mse(this) - ca_mse(next) lies above 0. It never climbs
-down, as compression never increases. There are as many points as the share of the budget pays for, and at most 20.
+same images under both, and climbs when the 95% interval of ca_mse(this) - ca_mse(next) lies above 0; by the criterion
+"gain", when that of gain(next) - gain(this) does. It never climbs down, as compression never increases. There are as
+many points as the share of the budget pays for, and at most 20.
 
 Where it fails: on a budget so small that a probe is a sizeable part of it (an error says so); when the noise of few
 draws hides the difference, it climbs late; a rung that is worse than both its neighbours stops it for good; and, as all
@@ -48,6 +49,7 @@ class OnlineController:
         budget: of the whole run, in units.
         share: of the budget that probes may spend.
         draws: paired gradients of a probe.
+        criterion: "ca_mse" or "gain" (`choose_strategies`).
 
     Raises:
         ValueError: the share does not pay for the first probe and one more.
@@ -60,7 +62,9 @@ class OnlineController:
         budget: float,
         share: float = 0.03,
         draws: int = 8,
+        criterion: str = "ca_mse",
     ):
+        self.criterion = criterion
         self.ladder, self.budget, self.draws, self.rung, self.probed = ladder, budget, draws, 0, 0
         self.units = {strategy: units_per_batch(strategy) for strategy in ladder}
         self.relative_cost = {strategy: units / self.units[ladder[-1]] for strategy, units in self.units.items()}
@@ -98,10 +102,12 @@ class OnlineController:
     def decide(self, accumulator: GradientErrorAccumulator[Strategy], progress: float) -> Strategy:
         """Take the errors of the strategies that were due, and give the one to follow from now on."""
         if self.probed == 0:
-            (chosen,) = choose_strategies([accumulator.result()], self.relative_cost)
+            (chosen,) = choose_strategies([accumulator.result()], self.relative_cost, self.criterion)
             self.rung = self.ladder.index(chosen)
         else:
-            low, _ = accumulator.ca_mse_difference(self.ladder[self.rung], self.ladder[self.rung + 1])
+            this, above = self.ladder[self.rung : self.rung + 2]
+            larger, smaller = (above, this) if self.criterion == "gain" else (this, above)
+            low, _ = accumulator.difference(self.criterion, larger, smaller)
             self.rung += low > 0
         while self.probed < len(self.points) and self.points[self.probed] <= progress:
             self.probed += 1

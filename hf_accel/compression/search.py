@@ -9,6 +9,9 @@ from .gradient_error import GradientError
 from .schedule import Schedule, Stage
 from .strategy import Compression, Strategy, possible_patch_sizes
 
+CRITERIA = ("ca_mse", "gain")
+"""What a schedule is to be best by: the paper's cost-adjusted error of a step, or the way that its price buys."""
+
 SYMMETRIES = ("paper", "symmetric", "asymmetric")
 """Which of a strategy's compressions the target branch shares: the larger patch (the paper's), both, or none."""
 
@@ -45,32 +48,53 @@ def search_grid(
 
 
 def choose_strategies(
-    stages: Sequence[Mapping[Strategy, GradientError]], relative_cost: Mapping[Strategy, float]
+    stages: Sequence[Mapping[Strategy, GradientError]],
+    relative_cost: Mapping[Strategy, float],
+    criterion: str = "ca_mse",
 ) -> list[Strategy]:
-    """One strategy a stage: the least sum of log ca_mse over the stages at which the cost never falls.
+    """One strategy a stage: the least sum of log ca_mse, or the largest of log gain, at which the cost never falls.
 
     Strategies whose ca_mse lies within the best one's 95% interval count as tied with it, and of tied ones the cheaper
-    wins. The logarithm lets a stage weigh by its ratios: gradients shrink by orders of magnitude over training.
+    wins. Gains are taken as they are: cost is in them in full, and where noise hides the differences, at the end of
+    training, the cheaper is not the safer. The logarithm lets a stage weigh by its ratios: gradients shrink by orders
+    of magnitude over training.
 
     Raises:
-        ValueError: no stage, or stages of different strategies.
+        ValueError: no stage, stages of different strategies, or an unknown criterion.
     """
     if not stages or any(stage.keys() != stages[0].keys() for stage in stages):
         raise ValueError("expected the errors of the same strategies at one stage or more")
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion {criterion!r}: must be one of {', '.join(CRITERIA)}")
     strategies = sorted(stages[0], key=lambda strategy: relative_cost[strategy])
     # best[k]: the least (sum of logs, sum of costs) of the stages so far that end with strategy k, and the way there
     best: list[tuple[tuple[float, float], list[Strategy]]] = [((0.0, 0.0), []) for _ in strategies]
     for stage in stages:
-        floor = min(error.ca_mse for error in stage.values() if error.ca_mse > 0)
-        least = min(stage.values(), key=lambda error: max(error.ca_mse, floor))
+        losses = _log_ca_mse(stage) if criterion == "ca_mse" else _minus_log_gain(stage)
         reached: list[tuple[tuple[float, float], list[Strategy]]] = []
         for k, strategy in enumerate(strategies):
-            tied = stage[strategy].ca_mse <= max(least.ca_mse, least.ca_mse_interval[1])
-            loss = math.log(max(least.ca_mse if tied else stage[strategy].ca_mse, floor))
             before, way = min(best[: k + 1], key=lambda entry: entry[0])
-            reached.append(((before[0] + loss, before[1] + relative_cost[strategy]), [*way, strategy]))
+            reached.append(((before[0] + losses[strategy], before[1] + relative_cost[strategy]), [*way, strategy]))
         best = reached
     return min(best, key=lambda entry: (round(entry[0][0], 9), entry[0][1]))[1]
+
+
+def _log_ca_mse(stage: Mapping[Strategy, GradientError]) -> dict[Strategy, float]:
+    floor = min(error.ca_mse for error in stage.values() if error.ca_mse > 0)
+    least = min(stage.values(), key=lambda error: max(error.ca_mse, floor))
+    tied_to = max(least.ca_mse, least.ca_mse_interval[1])
+    return {
+        strategy: math.log(max(least.ca_mse if error.ca_mse <= tied_to else error.ca_mse, floor))
+        for strategy, error in stage.items()
+    }
+
+
+def _minus_log_gain(stage: Mapping[Strategy, GradientError]) -> dict[Strategy, float]:
+    """A gain of 0 or less, which leads nowhere, counts as a thousandth of the best; if none is above 0, all as 1."""
+    best = max(error.gain for error in stage.values())
+    if best <= 0:
+        return dict.fromkeys(stage, 0.0)
+    return {strategy: -math.log(max(error.gain, best / 1000)) for strategy, error in stage.items()}
 
 
 def schedule_of(points: Sequence[float], strategies: Sequence[Strategy]) -> Schedule:

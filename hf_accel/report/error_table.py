@@ -18,14 +18,16 @@ class ErrorTable:
     Args:
         rows: of "progress", "patch_size", "token_dropout", "target_patch_size", "target_token_dropout", "tokens" (of
             the online branch's patches), "relative_cost" (to uncompressed), "bias2", "variance", "ca_variance",
-            "ca_mse", "reference_norm2", "bias2_low", "bias2_high", "ca_mse_low", "ca_mse_high", "draws", "chosen".
+            "ca_mse", "reference_norm2", "gain", "bias2_low", "bias2_high", "ca_mse_low", "ca_mse_high", "gain_low",
+            "gain_high", "draws", "chosen".
 
     Attributes:
         points: progress of each stage, in order.
         strategies: from the cheapest to the dearest.
         symmetries: {name: the strategies that have it}, as few as hold all strategies of `search_grid`. One without
             dropout, or with the base patch, can be in more than one.
-        relative: whether `values` are relative to || G ||^2; not if its estimate is not above 0 at some stage.
+        relative: whether `values` are relative to || G ||^2, gains to the uncompressed one; not if the estimate of
+            || G ||^2 is not above 0 at some stage.
 
     Raises:
         ValueError: no rows, or none without token dropout, which tells the image size.
@@ -47,13 +49,18 @@ class ErrorTable:
         return self.rows.get((progress, strategy))
 
     def values(self, name: str, progress: float) -> np.ndarray:
-        """Column `name` of a stage (strategies,), relative to || G ||^2 if `relative`; NaN where there is no row."""
+        """Column `name` of a stage (strategies,), as `relative` says; NaN where there is no row."""
         rows = [self.row(progress, strategy) for strategy in self.strategies]
-        return np.array([math.nan if row is None else row[name] / self.unit(row) for row in rows])
+        return np.array([math.nan if row is None else row[name] / self.unit(row, name) for row in rows])
 
-    def unit(self, row: Row) -> float:
+    def unit(self, row: Row, name: str) -> float:
         """What `values` are divided by."""
-        return row["reference_norm2"] if self.relative else 1.0
+        if not self.relative:
+            return 1.0
+        if not name.startswith("gain"):
+            return row["reference_norm2"]
+        uncompressed = self.row(row["progress"], self.strategies[-1])
+        return uncompressed["gain"] if uncompressed else math.nan
 
     def chosen(self, progress: float) -> list[Strategy]:
         return [strategy for strategy in self.strategies if (row := self.row(progress, strategy)) and row["chosen"]]

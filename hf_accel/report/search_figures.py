@@ -30,7 +30,7 @@ NARROW = 0.12
 
 
 def plot_gradient_error(table: ErrorTable, path: Path, title: str = "") -> None:
-    """Squared bias, cost-adjusted variance and CA-MSE against strategy, a line a stage, with 95% intervals.
+    """Squared bias, cost-adjusted variance, CA-MSE and gain against strategy, a line a stage, with 95% intervals.
 
     Strategies run downwards, so that the names of sixty can be read on a printed page. Writes `path` with the suffixes
     .png and .svg, as all figures here do.
@@ -38,20 +38,21 @@ def plot_gradient_error(table: ErrorTable, path: Path, title: str = "") -> None:
     unit = r" / $\|G\|^2$" if table.relative else ""
     count = len(table.strategies)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.6, 2.0 + 0.165 * count), layout="constrained")
-        grid = figure.subplots(1, 3, sharey=True)
+        figure = Figure(figsize=(9.4, 2.0 + 0.165 * count), layout="constrained")
+        grid = figure.subplots(1, 4, sharey=True)
         clipped = [
             _errors(grid[0], table, "bias2", rf"bias$^2${unit}", interval=True),
             _errors(grid[1], table, "ca_variance", f"cost-adjusted variance{unit}", interval=False),
             _errors(grid[2], table, "ca_mse", f"CA-MSE{unit}", interval=True),
+            _errors(grid[3], table, "gain", "gain" + " / uncompressed" * table.relative, interval=True),
         ]
         grid[0].set_yticks(range(count), [table.label(strategy) for strategy in table.strategies], fontsize=8)
         grid[0].set_ylim(count - 0.4, -0.6)
         for axes in grid[1:]:
             axes.tick_params(axis="y", length=0)
         for place, cost in enumerate(table.cost.values()):
-            grid[2].text(1.04, place, f"{cost:.3f}", transform=grid[2].get_yaxis_transform(), va="center", fontsize=8)
-        grid[2].annotate("cost", (1.04, 1), (0, 3), xycoords="axes fraction", textcoords="offset points", fontsize=8)
+            grid[3].text(1.04, place, f"{cost:.3f}", transform=grid[3].get_yaxis_transform(), va="center", fontsize=8)
+        grid[3].annotate("cost", (1.04, 1), (0, 3), xycoords="axes fraction", textcoords="offset points", fontsize=8)
         keys = "p: patch size in px, d: token dropout, cost: relative to uncompressed"
         if len(table.symmetries) > 1:
             keys += "; online | target, where they differ"

@@ -14,12 +14,18 @@ from .search_figures import plot_ca_mse_heatmap, plot_gradient_error, plot_learn
 
 REPORT_NAME = "report.html"
 BEST = 5
-"""Strategies of least CA-MSE that the page lists for each stage."""
+"""Strategies of least CA-MSE, or of the largest gain, that the page lists for each stage."""
+
+RULES = {
+    "ca_mse": "of least CA-MSE (the chosen one need not have it: within the interval of the best the cheaper wins)",
+    "gain": "of the largest gain",
+}
 
 CAPTIONS = {
     "gradient_error": "Squared bias, cost-adjusted variance and CA-MSE (their sum) of the gradient under every "
-    "strategy, with 95% intervals of bias and CA-MSE. An estimate of the squared bias can be negative where the bias "
-    "is small; such points stand at the end of the axis as open triangles.",
+    "strategy, and the gain: the first-order decrease of the uncompressed loss that a unit buys when the learning rate "
+    "sets the length of a step. 95% intervals, but for the variance. An estimate of the squared bias can be negative "
+    "where the bias is small; such points stand at the end of the axis as open triangles.",
     "ca_mse_heatmap": "CA-MSE over token dropout and patch size. Each panel has its own colours, from its least to its "
     "largest value, as strategies are chosen within a stage; the numbers can be compared between panels.",
     "schedule": "The schedule found: patch tokens per image, compressions (p: patch size in pixels, d: token dropout) "
@@ -45,7 +51,9 @@ tr.first td { border-top: 2px solid #999; } code { overflow-wrap: anywhere; } su
 """
 
 
-def write_search_report(rows: Sequence[Row], schedule: Schedule, output: Path, title: str, warmup: float = 0.1) -> None:
+def write_search_report(
+    rows: Sequence[Row], schedule: Schedule, output: Path, title: str, warmup: float = 0.1, criterion: str = "ca_mse"
+) -> None:
     """Write gradient_error, ca_mse_heatmap, schedule and learning_rate (.png and .svg) and report.html into `output`.
 
     Args:
@@ -53,6 +61,7 @@ def write_search_report(rows: Sequence[Row], schedule: Schedule, output: Path, t
         schedule: of strategies that the table holds.
         title: of the page and the figures.
         warmup: progress over which the learning rate rises.
+        criterion: "ca_mse" or "gain", by which the schedule was chosen.
 
     Raises:
         ValueError: no rows, none without token dropout, or a strategy of the schedule has no row.
@@ -67,15 +76,16 @@ def write_search_report(rows: Sequence[Row], schedule: Schedule, output: Path, t
     plot_ca_mse_heatmap(table, output / "ca_mse_heatmap", title)
     plot_schedule(table, schedule, output / "schedule", title)
     plot_learning_rate(schedule, warmup, output / "learning_rate", title)
-    (output / REPORT_NAME).write_text(_page(table, schedule, output, title), encoding="utf-8")
+    (output / REPORT_NAME).write_text(_page(table, schedule, output, title, criterion), encoding="utf-8")
 
 
-def _page(table: ErrorTable, schedule: Schedule, output: Path, title: str) -> str:
+def _page(table: ErrorTable, schedule: Schedule, output: Path, title: str, criterion: str) -> str:
     origin = environment()
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items() if version)
     commit = f"{origin['commit'] or 'unknown'}{' with changes' if origin['dirty'] else ''}"
     draws = ", ".join(map(str, sorted({row["draws"] for row in table.rows.values()})))
     norm = "relative to the squared norm of the uncompressed gradient at that stage"
+    rule = RULES[criterion]
     unit = norm if table.relative else "in squared units of the gradient (at some stage its norm is lost in the noise)"
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -96,10 +106,9 @@ def _page(table: ErrorTable, schedule: Schedule, output: Path, title: str) -> st
 <p>Over a whole budget it trains on {_images(table, schedule):.2f} times as many images as without compression.</p>
 {_figure(output, "schedule")}
 <h2>Best strategies of each stage</h2>
-<p class="note">The chosen strategy (bold) and those of least CA-MSE, with 95% intervals; bias², variance and CA-MSE
-{unit}. Paired draws: {draws}. The chosen one need not have the least CA-MSE: within the interval of the best the
-cheaper wins, and cost never falls as training goes on.</p>
-{_best_table(table)}
+<p class="note">The chosen strategy (bold) and those {rule}, with 95% intervals; bias², variance and CA-MSE
+{unit}, gains to the uncompressed strategy's. Paired draws: {draws}. Cost never falls as training goes on.</p>
+{_best_table(table, criterion)}
 <h2>Gradient error</h2>
 {_figure(output, "gradient_error")}
 {_figure(output, "ca_mse_heatmap")}
@@ -150,23 +159,23 @@ def _images(table: ErrorTable, schedule: Schedule) -> float:
     return sum(span / table.cost[stage.strategy] for span, stage in zip(spans, schedule.stages, strict=True))
 
 
-def _best_table(table: ErrorTable) -> str:
+def _best_table(table: ErrorTable, criterion: str) -> str:
     header = ["at", "", "online", "target", "tokens", "relative cost"]
-    header += ["bias²", "95% interval", "cost-adj. variance", "CA-MSE", "95% interval"]
+    header += ["bias²", "95% interval", "cost-adj. variance", "CA-MSE", "95% interval", "gain", "95% interval"]
     lines = []
     for progress in table.points:
         stage = [row for (at, _), row in table.rows.items() if at == progress]
-        stage.sort(key=lambda row: (not row["chosen"], row["ca_mse"]))
+        stage.sort(key=lambda row: (not row["chosen"], row["ca_mse"] if criterion == "ca_mse" else -row["gain"]))
         for number, row in enumerate(stage[: max(BEST, 1)]):
             lines.append(("chosen " * row["chosen"] + "first" * (number == 0), _best_cells(table, row)))
     return _table(header, lines)
 
 
 def _best_cells(table: ErrorTable, row: Row) -> list[str]:
-    strategy, unit = strategy_of(row), table.unit(row)
+    strategy = strategy_of(row)
 
     def relative(*names: str) -> str:
-        return " to ".join(f"{row[name] / unit:#.3g}".rstrip(".") for name in names)
+        return " to ".join(f"{row[name] / table.unit(row, name):#.3g}".rstrip(".") for name in names)
 
     return [
         percent(row["progress"]),
@@ -180,12 +189,14 @@ def _best_cells(table: ErrorTable, row: Row) -> list[str]:
         relative("ca_variance"),
         relative("ca_mse"),
         relative("ca_mse_low", "ca_mse_high"),
+        relative("gain"),
+        relative("gain_low", "gain_high"),
     ]
 
 
 def _full_table(table: ErrorTable) -> str:
     columns = ["relative_cost", "bias2", "bias2_low", "bias2_high", "variance", "ca_variance"]
-    columns += ["ca_mse", "ca_mse_low", "ca_mse_high", "reference_norm2"]
+    columns += ["ca_mse", "ca_mse_low", "ca_mse_high", "gain", "gain_low", "gain_high", "reference_norm2"]
     lines = []
     for progress in table.points:
         for number, strategy in enumerate(table.strategies):

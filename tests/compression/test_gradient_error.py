@@ -39,20 +39,24 @@ def test_against_loops(draws, horizon):
 
     def estimates(rows):
         bias2 = off_diagonal(compressed[rows] - reference[rows])
-        return bias2, bias2 + COST / horizon * compressed[rows].var(axis=0, ddof=1).sum()
+        along = np.mean([reference[i] @ compressed[j] for i in rows for j in rows if i != j])
+        length = (compressed[rows] ** 2).sum(1).mean() ** 0.5
+        return bias2, bias2 + COST / horizon * compressed[rows].var(axis=0, ddof=1).sum(), along / (COST * length)
 
     everything = np.arange(draws)
-    bias2, ca_mse = estimates(everything)
+    bias2, ca_mse, gain = estimates(everything)
     assert error.bias2 == pytest.approx(bias2)
     assert error.variance == pytest.approx(compressed.var(axis=0, ddof=1).sum())
     assert error.ca_variance == pytest.approx(COST / horizon * error.variance)
     assert error.ca_mse == pytest.approx(ca_mse)
+    assert error.gain == pytest.approx(gain)
     assert error.reference_norm2 == pytest.approx(off_diagonal(reference))
     if draws > 3:  # leaving one of three out leaves a variance of two
         left = np.array([estimates(np.delete(everything, i)) for i in everything])
         margins = stats.t.ppf(0.975, draws - 1) * ((draws - 1) * left.var(axis=0)) ** 0.5
         assert error.bias2_interval == pytest.approx((bias2 - margins[0], bias2 + margins[0]))
         assert error.ca_mse_interval == pytest.approx((ca_mse - margins[1], ca_mse + margins[1]))
+        assert error.gain_interval == pytest.approx((gain - margins[2], gain + margins[2]))
 
 
 def test_the_formula_of_the_design_is_the_mean_over_different_draws():
@@ -78,6 +82,27 @@ def test_unbiased_with_true_intervals_where_the_plain_estimate_fails():
         assert np.mean(found[name]) == pytest.approx(value, rel=0.02), name
         assert 0.90 <= covered[name] / repetitions <= 0.98, (name, covered[name] / repetitions)
     assert np.mean(plain) > 1.25 * truth["bias2"]
+
+
+def test_the_gain_is_the_decrease_of_a_linear_loss_by_steps_of_one_length():
+    """Steps of length 1 along single gradients, as many as the price pays for, on the loss <G, x>; and its interval."""
+    rng, size, draws, noise = np.random.default_rng(8), 30, 16, 0.5
+    truth = rng.normal(size=size)
+    mean = 3 * truth + rng.normal(size=size)  # longer, and off by some
+    steps = mean + noise * rng.normal(size=(200_000, size))
+    decrease = (steps @ truth).mean() / (steps**2).sum(1).mean() ** 0.5 / COST
+    found, covered = [], 0
+    for _ in range(400):
+        reference = truth + noise * rng.normal(size=(draws, size))
+        error = accumulate(reference, mean + noise * rng.normal(size=(draws, size)))
+        low, high = error.gain_interval
+        found.append(error.gain)
+        covered += low <= decrease <= high
+    assert np.mean(found) == pytest.approx(decrease, rel=0.02)
+    assert 0.90 <= covered / 400 <= 0.98
+    # it knows no scale: ten times the gradient is the same step
+    reference, compressed = paired(rng, size, draws, 0.5)
+    assert accumulate(reference, 10 * compressed).gain == pytest.approx(accumulate(reference, compressed).gain)
 
 
 def test_the_uncompressed_strategy_has_no_bias():

@@ -117,7 +117,7 @@ class Verdict(GradientErrorAccumulator):
             accumulator.add(torch.zeros(2), gradients)
         return accumulator.result()
 
-    def ca_mse_difference(self, one, other):
+    def difference(self, criterion, one, other):
         return (1.0, 2.0) if self.climb else (-1.0, 2.0)
 
 
@@ -228,8 +228,8 @@ def test_the_interval_of_a_difference_against_leaving_out_each_draw(draws, horiz
     reference, (one, other) = gradients(rng, [1.0, 0.5], draws)
     accumulator = accumulated("ab", (0.3, 0.6), reference, (one, other), horizon)
     expected = brute_difference(reference, one, other, (0.3, 0.6), horizon)
-    assert accumulator.ca_mse_difference("a", "b") == pytest.approx(expected)
-    low, high = accumulator.ca_mse_difference("b", "a")
+    assert accumulator.difference("ca_mse", "a", "b") == pytest.approx(expected)
+    low, high = accumulator.difference("ca_mse", "b", "a")
     assert (-high, -low) == pytest.approx(expected)
     errors = accumulator.result()
     assert (low + high) / 2 == pytest.approx(errors["b"].ca_mse - errors["a"].ca_mse)
@@ -239,12 +239,12 @@ def test_the_interval_of_a_difference_is_narrower_than_its_parts_when_the_noise_
     rng = np.random.default_rng(0)
     reference = rng.normal(size=(8, 30))
     accumulator = accumulated("ab", (0.5, 0.5), reference, (reference * 1.5, reference * 1.5 + 0.01))
-    low, high = accumulator.ca_mse_difference("a", "b")
+    low, high = accumulator.difference("ca_mse", "a", "b")
     widths = [end - start for start, end in (error.ca_mse_interval for error in accumulator.result().values())]
     assert high - low < 0.1 * min(widths)
     short = accumulated("ab", (0.5, 0.5), reference[:2], (reference[:2], reference[:2]))
     with pytest.raises(ValueError, match="at least 3 draws"):
-        short.ca_mse_difference("a", "b")
+        short.difference("ca_mse", "a", "b")
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -289,3 +289,17 @@ def test_a_restored_controller_goes_on_as_the_one_that_was_left_alone():
     other.restore(one.state())
     assert other.state() == one.state() == {"rung": 2, "probed": 2}
     assert other.strategy == one.strategy and other.due(one.points[2]) == one.due(one.points[2]) == LADDER[2:4]
+
+
+@pytest.mark.parametrize("criterion", ["ca_mse", "gain"])
+@pytest.mark.parametrize("above_is_better", [True, False])
+def test_it_climbs_to_the_lesser_error_or_to_the_greater_gain(criterion, above_is_better):
+    controller = OnlineController(LADDER[-2:], lambda strategy: BATCH * units(strategy), 1e6, 0.5, 4, criterion)
+    controller.probed = 1
+    this, above = controller.ladder
+    accumulator = GradientErrorAccumulator({this: controller.relative_cost[this], above: 1.0})
+    for draw in range(4):
+        reference = torch.tensor([1.0, 0.01 * draw])
+        accumulator.add(reference, {this: -3 * reference if above_is_better else reference, above: reference})
+    controller.decide(accumulator, controller.points[1])
+    assert controller.strategy == (above if above_is_better else this)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -11,7 +12,7 @@ from hf_accel.compression.search import choose_strategies, schedule_file, schedu
 
 def error(ca_mse: float, width: float = 0.0) -> GradientError:
     interval = (ca_mse - width, ca_mse + width)
-    return GradientError(0.0, ca_mse, ca_mse, ca_mse, 1.0, (0.0, 0.0), interval)
+    return GradientError(0.0, ca_mse, ca_mse, ca_mse, 1.0, (0.0, 0.0), interval, 1 / ca_mse, (0.0, 1.0))
 
 
 def test_the_grid_holds_every_strategy_once_and_the_uncompressed_first():
@@ -40,6 +41,7 @@ def test_the_choice_against_trying_every_monotone_sequence(seed):
     ]
     best = [strategies[k] for k in sequences[int(np.argmin(losses))]]
     assert choose_strategies(stages, cost) == best
+    assert choose_strategies(stages, cost, "gain") == best  # the gain of these is 1 / ca_mse
 
 
 def test_of_tied_strategies_the_cheaper_wins():
@@ -51,6 +53,21 @@ def test_of_tied_strategies_the_cheaper_wins():
     assert choose_strategies([stage], cost) == [full]
     stage[full] = error(1.0, width=0.6)
     assert choose_strategies([stage], cost) == [cheap]
+
+
+def test_gains_are_not_tied_and_what_leads_nowhere_is_the_last_resort():
+    cheap, middle, full = (Strategy(Compression(4, r)) for r in (0.75, 0.5, 0.0))
+    cost = {cheap: 0.4, middle: 0.6, full: 1.0}
+    stage = {
+        strategy: replace(error(1.0, width=9.0), gain=gain) for strategy, gain in zip(cost, (1.9, 2.0, 1), strict=True)
+    }
+    assert choose_strategies([stage], cost) == [cheap] and choose_strategies([stage], cost, "gain") == [middle]
+    nowhere = {cheap: replace(error(1.0), gain=-3.0), middle: replace(error(1.0), gain=0.0), full: error(1.0)}
+    assert choose_strategies([nowhere, nowhere], cost, "gain") == [full, full]
+    lost = {strategy: replace(error(1.0), gain=-1.0) for strategy in cost}  # in the noise: the other stages decide
+    assert choose_strategies([lost, stage, lost], cost, "gain") == [cheap, middle, middle]
+    with pytest.raises(ValueError, match=r"'gane'.*ca_mse, gain"):
+        choose_strategies([stage], cost, "gane")
 
 
 def test_compression_never_increases():

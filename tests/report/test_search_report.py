@@ -71,6 +71,9 @@ def search_of(name: str = "two stages") -> tuple[list[dict], Schedule]:
                     "bias2_high": bias2 + margin,
                     "ca_mse_low": ca_mse - 2 * margin,
                     "ca_mse_high": ca_mse + 2 * margin,
+                    "gain": norm2 / (cost[strategy] * (norm2 + variance) ** 0.5),
+                    "gain_low": 0.8 * norm2 / (cost[strategy] * (norm2 + variance) ** 0.5),
+                    "gain_high": 1.3 * norm2 / (cost[strategy] * (norm2 + variance) ** 0.5),
                     "draws": 16,
                     "chosen": strategy == chosen[-1],
                 }
@@ -150,7 +153,7 @@ def test_tables_hold_the_rows(written) -> None:
     assert len(stages) == 1 + len(schedule.stages) and len(full) == 1 + len(rows)
     lines = {tuple(line[:3]): dict(zip(full[0], line, strict=True)) for line in full[1:]}
     names = [name for name in rows[0] if isinstance(rows[0][name], float) and name in full[0]]
-    assert len(names) == 10
+    assert len(names) == 13
     for row in rows:
         strategy = strategy_of(row)
         line = lines[f"{100 * row['progress']:g}%", short(strategy.online), short(strategy.target_branch)]
@@ -165,9 +168,11 @@ def test_tables_hold_the_rows(written) -> None:
         assert [line[1] for line in listed] == ["chosen"] + [""] * (len(listed) - 1) and len(listed) == 5
         for line, row in zip(listed, expected, strict=True):
             shown = [float(line[6]), *map(float, line[7].split(" to ")), float(line[8]), float(line[9])]
-            shown += map(float, line[10].split(" to "))
+            shown += [*map(float, line[10].split(" to ")), float(line[11]), *map(float, line[12].split(" to "))]
             columns = ("bias2", "bias2_low", "bias2_high", "ca_variance", "ca_mse", "ca_mse_low", "ca_mse_high")
             wanted = [row[name] / row["reference_norm2"] for name in columns]
+            (plain,) = (other["gain"] for other in stage if other["relative_cost"] == 1)
+            wanted += [row[name] / plain for name in ("gain", "gain_low", "gain_high")]
             np.testing.assert_allclose(shown, wanted, rtol=6e-3)
 
 
@@ -229,7 +234,7 @@ def test_gradient_errors_are_drawn_as_they_are(drawn) -> None:
     figure = drawn(plot_gradient_error, table)
     costs = [table.cost[strategy] for strategy in table.strategies]
     assert len(costs) == 60 and costs == sorted(costs)
-    for axes, name in zip(figure.axes, ("bias2", "ca_variance", "ca_mse"), strict=True):
+    for axes, name in zip(figure.axes, ("bias2", "ca_variance", "ca_mse", "gain"), strict=True):
         lines = [line for line in axes.lines if line.get_linestyle() == "-"]
         rings = [line for line in axes.lines if line.get_markersize() == 10]
         assert any(label.get_text() for label in axes.get_xticklabels())
@@ -238,7 +243,8 @@ def test_gradient_errors_are_drawn_as_they_are(drawn) -> None:
         clipped = 0
         for line, progress in zip(lines, table.points, strict=True):
             stage = {strategy_of(row): row for row in rows if row["progress"] == progress}
-            values = np.array([stage[s][name] / stage[s]["reference_norm2"] for s in table.strategies])
+            unit = stage[table.strategies[-1]]["gain" if name == "gain" else "reference_norm2"]
+            values = np.array([stage[s][name] / unit for s in table.strategies])
             x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
             np.testing.assert_array_equal(np.round(y), np.arange(60))
             above = x > x.min()

@@ -55,9 +55,10 @@ def choose_strategies(
     """One strategy a stage: the least sum of log ca_mse, or the largest of log gain, at which the cost never falls.
 
     Strategies whose ca_mse lies within the best one's 95% interval count as tied with it, and of tied ones the cheaper
-    wins. Gains are taken as they are: cost is in them in full, and where noise hides the differences, at the end of
-    training, the cheaper is not the safer. The logarithm lets a stage weigh by its ratios: gradients shrink by orders
-    of magnitude over training.
+    wins. Of gains, in which cost is contained in full, it is the lower end of the interval that counts, what is gained
+    for sure: where noise hides the differences, as at the end of training, the cheaper is not the safer, and a stage
+    without any sure gain is for the dearest strategy. The logarithm lets a stage weigh by its ratios: gradients shrink
+    by orders of magnitude over training.
 
     Raises:
         ValueError: no stage, stages of different strategies, or an unknown criterion.
@@ -70,7 +71,7 @@ def choose_strategies(
     # best[k]: the least (sum of logs, sum of costs) of the stages so far that end with strategy k, and the way there
     best: list[tuple[tuple[float, float], list[Strategy]]] = [((0.0, 0.0), []) for _ in strategies]
     for stage in stages:
-        losses = _log_ca_mse(stage) if criterion == "ca_mse" else _minus_log_gain(stage)
+        losses = _log_ca_mse(stage) if criterion == "ca_mse" else _minus_log_gain(stage, relative_cost)
         reached: list[tuple[tuple[float, float], list[Strategy]]] = []
         for k, strategy in enumerate(strategies):
             before, way = min(best[: k + 1], key=lambda entry: entry[0])
@@ -89,12 +90,15 @@ def _log_ca_mse(stage: Mapping[Strategy, GradientError]) -> dict[Strategy, float
     }
 
 
-def _minus_log_gain(stage: Mapping[Strategy, GradientError]) -> dict[Strategy, float]:
-    """A gain of 0 or less, which leads nowhere, counts as a thousandth of the best; if none is above 0, all as 1."""
-    best = max(error.gain for error in stage.values())
+def _minus_log_gain(
+    stage: Mapping[Strategy, GradientError], relative_cost: Mapping[Strategy, float]
+) -> dict[Strategy, float]:
+    """By the lower end of the interval; 0 or less counts as a thousandth of the best, or of the dearest if all are."""
+    sure = {strategy: error.gain_interval[0] for strategy, error in stage.items()}
+    best = max(sure.values())
     if best <= 0:
-        return dict.fromkeys(stage, 0.0)
-    return {strategy: -math.log(max(error.gain, best / 1000)) for strategy, error in stage.items()}
+        sure, best = {max(stage, key=lambda strategy: relative_cost[strategy]): 1.0}, 1.0
+    return {strategy: -math.log(max(sure.get(strategy, 0.0), best / 1000)) for strategy in stage}
 
 
 def schedule_of(points: Sequence[float], strategies: Sequence[Strategy]) -> Schedule:

@@ -18,7 +18,7 @@ BEST = 5
 
 RULES = {
     "ca_mse": "of least CA-MSE (the chosen one need not have it: within the interval of the best the cheaper wins)",
-    "gain": "of the largest gain",
+    "gain": "of the largest gain (the chosen one need not have it: the lower end of the interval counts)",
 }
 
 CAPTIONS = {

@@ -12,7 +12,7 @@ from hf_accel.compression.search import choose_strategies, schedule_file, schedu
 
 def error(ca_mse: float, width: float = 0.0) -> GradientError:
     interval = (ca_mse - width, ca_mse + width)
-    return GradientError(0.0, ca_mse, ca_mse, ca_mse, 1.0, (0.0, 0.0), interval, 1 / ca_mse, (0.0, 1.0))
+    return GradientError(0.0, ca_mse, ca_mse, ca_mse, 1.0, (0.0, 0.0), interval, 1 / ca_mse, (1 / ca_mse, 1 / ca_mse))
 
 
 def test_the_grid_holds_every_strategy_once_and_the_uncompressed_first():
@@ -55,19 +55,22 @@ def test_of_tied_strategies_the_cheaper_wins():
     assert choose_strategies([stage], cost) == [cheap]
 
 
-def test_gains_are_not_tied_and_what_leads_nowhere_is_the_last_resort():
+def gaining(gain: float, width: float = 0.0) -> GradientError:
+    return replace(error(1.0, width=9.0), gain=gain, gain_interval=(gain - width, gain + width))
+
+
+def test_of_gains_the_surest_wins_and_without_any_the_dearest_strategy():
     cheap, middle, full = (Strategy(Compression(4, r)) for r in (0.75, 0.5, 0.0))
     cost = {cheap: 0.4, middle: 0.6, full: 1.0}
-    stage = {
-        strategy: replace(error(1.0, width=9.0), gain=gain) for strategy, gain in zip(cost, (1.9, 2.0, 1), strict=True)
-    }
-    assert choose_strategies([stage], cost) == [cheap] and choose_strategies([stage], cost, "gain") == [middle]
-    nowhere = {cheap: replace(error(1.0), gain=-3.0), middle: replace(error(1.0), gain=0.0), full: error(1.0)}
-    assert choose_strategies([nowhere, nowhere], cost, "gain") == [full, full]
-    lost = {strategy: replace(error(1.0), gain=-1.0) for strategy in cost}  # in the noise: the other stages decide
-    assert choose_strategies([lost, stage, lost], cost, "gain") == [cheap, middle, middle]
+    clear = {cheap: gaining(1.9), middle: gaining(2.0), full: gaining(1.0)}
+    assert choose_strategies([clear], cost) == [cheap] and choose_strategies([clear], cost, "gain") == [middle]
+    noisy = {cheap: gaining(3.0, 2.5), middle: gaining(2.0, 1.1), full: gaining(1.0, 0.05)}
+    assert choose_strategies([noisy], cost, "gain") == [full]
+    lost = {cheap: gaining(9.0, 20.0), middle: gaining(2.0, 9.0), full: gaining(1.0, 2.0)}
+    assert choose_strategies([lost], cost, "gain") == [full]
+    assert choose_strategies([clear, noisy, lost], cost, "gain") == [middle, full, full]
     with pytest.raises(ValueError, match=r"'gane'.*ca_mse, gain"):
-        choose_strategies([stage], cost, "gane")
+        choose_strategies([clear], cost, "gane")
 
 
 def test_compression_never_increases():

@@ -6,6 +6,7 @@ Sources: Lin et al., "Accelerating Augmentation Invariance Pretraining" (arXiv 2
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -166,6 +167,12 @@ class AccelViTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": AccelViTLayer, "attentions": AccelViTAttention}
     _input_embed_layer = "patch_embeddings"
+    # what a training checkpoint holds besides the encoder: of these the report on loading need not warn
+    _keys_to_ignore_on_load_unexpected = [
+        r"^(momentum|student)_encoder\.",
+        r"^(projector|predictor|momentum_projector|student_head|teacher_head)\.",
+        r"^center$",
+    ]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -243,7 +250,7 @@ class AccelViTModel(AccelViTPreTrainedModel):
         return self.encode(pixel_values, patch_size, kept_tokens, **kwargs)
 
     def whole_patches(self, pixel_values: torch.Tensor, patch_size: int | None) -> tuple[torch.Tensor, int]:
-        """The pixels as the weights' dtype, with sides that the patch size of this call divides, and that patch size."""
+        """The pixels in the weights' dtype, with sides that the patch size of this call divides; that patch size."""
         if patch_size is None:
             patch_size = self.config.default_patch_size or self.config.patch_size
         patch_size = checked_patch_size(patch_size)
@@ -332,7 +339,7 @@ class AccelViTBackbone(BackboneMixin, AccelViTModel):
         """
         pixel_values, patch_size = self.whole_patches(pixel_values, patch_size)
         grid = (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size)
-        outputs = self.encode(pixel_values, patch_size, **kwargs)
+        outputs: Any = self.encode(pixel_values, patch_size, **kwargs)
         feature_maps = tuple(
             self.layernorm(hidden_state)[:, self.config.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid)
             for stage, hidden_state in zip(self.stage_names, outputs.hidden_states, strict=True)

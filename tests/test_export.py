@@ -33,7 +33,7 @@ SIZES: dict[str, Any] = {
     "image_size": 32,
     "patch_size": 8,
 }
-MLP = {"intermediate_size": 96}
+MLP: dict[str, Any] = {"intermediate_size": 96}
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 
 
@@ -83,7 +83,8 @@ def test_to_transformers(tmp_path: Path, kind: str, capsys: pytest.CaptureFixtur
 @torch.no_grad()
 def test_to_timm(tmp_path: Path) -> None:
     timm = real_timm()
-    config = AccelViTConfig(**SIZES, **MLP, num_register_tokens=2, num_labels=3, pooling="mean")
+    fields: dict[str, Any] = {"num_register_tokens": 2, "num_labels": 3, "pooling": "mean"}
+    config = AccelViTConfig(**SIZES, **MLP, **fields)
     source = saved(AccelViTForImageClassification(config), tmp_path / "classifier")
     folder = export(source, tmp_path / "out", "timm")
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -95,7 +96,7 @@ def test_to_timm(tmp_path: Path) -> None:
 def test_a_classifier_and_a_training_checkpoint(tmp_path: Path) -> None:
     labels: dict[str, Any] = {"id2label": {0: "cat", 1: "dog"}}
     source = saved(AccelViTForImageClassification(AccelViTConfig(**SIZES, **MLP, **labels)), tmp_path / "classifier")
-    vit = AutoModelForImageClassification.from_pretrained(export(source, tmp_path / "out", "vit"))
+    vit: Any = AutoModelForImageClassification.from_pretrained(export(source, tmp_path / "out", "vit"))
     assert type(vit) is ViTForImageClassification and vit.config.id2label[1] == "dog"
     assert_close(vit(PIXELS).logits, AutoModelForImageClassification.from_pretrained(source)(PIXELS).logits)
 

@@ -213,7 +213,7 @@ def timm_processor(config: dict[str, Any]) -> BitImageProcessorPil | None:
         return None
     side = values["input_size"][-1]
     return BitImageProcessorPil(
-        size={"shortest_edge": int(side / values.get("crop_pct", 1.0))},
+        size={"shortest_edge": int(side / values.get("crop_pct", 1.0) + 1e-6)},  # timm rounds down
         crop_size={"height": side, "width": side},
         resample=PIL_FILTERS[values.get("interpolation", "bicubic")],
         image_mean=list(values["mean"]),

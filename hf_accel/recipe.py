@@ -102,7 +102,9 @@ class Recipe:
         None, "task=evaluate, export, card: folder or Hub id; for evaluate also random: the recipe's model, untrained"
     )
     evaluations: list[str] = _key(["knn"], f"task=evaluate: any of {', '.join(EVALUATIONS)}")
-    eval_patch_sizes: list[int] = _key([], "task=evaluate: patch sizes in pixels, in turn; default: the base")
+    eval_patch_sizes: list[int] = _key(
+        [], "task=evaluate: patch sizes in pixels, in turn; task=export: the one of the export; default: the base"
+    )
     eval_seeds: list[int] = _key([0], "task=evaluate: seeds of linear and finetune, each in turn")
     linear_config: dict[str, Any] = _key({}, "settings of the linear probe, listed below")
     finetune_config: dict[str, Any] = _key({}, "settings of fine-tuning, listed below")

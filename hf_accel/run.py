@@ -30,6 +30,7 @@ from hf_accel.compression import cost_grid, cost_rows, measure_costs  # noqa: E4
 from hf_accel.data import CorruptDataError, ImageSource, image_processor  # noqa: E402
 from hf_accel.distributed import is_main, say  # noqa: E402
 from hf_accel.evaluation import raw_pixel_features  # noqa: E402
+from hf_accel.export_task import export  # noqa: E402
 from hf_accel.pilot import search  # noqa: E402
 from hf_accel.recipe import Recipe, RecipeError, describe_keys, load_recipe  # noqa: E402
 from hf_accel.report import environment, format_cost_table, plot_cost, plot_curves, write_json  # noqa: E402
@@ -49,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        {"pretrain": pretrain, "search": search, "evaluate": evaluate, "cost": cost_report}[recipe.task](recipe)
+        tasks = {"pretrain": pretrain, "search": search, "evaluate": evaluate, "export": export, "cost": cost_report}
+        tasks[recipe.task](recipe)
     except (RecipeError, TrainingDiverged, CorruptDataError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

@@ -1,7 +1,6 @@
 """Saving, loading, the Auto classes, and the files as the Hub's remote code."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 
 import hf_accel
 from hf_accel import AccelViTConfig, AccelViTForImageClassification, AccelViTModel
+from hf_accel.objectives import OBJECTIVES
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +93,22 @@ def test_a_training_checkpoint_opens_as_its_encoder(tmp_path: Path) -> None:
         assert torch.equal(features(loaded), features(model))
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objectives_checkpoint_opens_without_a_word(tmp_path: Path, name: str) -> None:
+    objective: Any = OBJECTIVES[name]
+    small = {"dino": {"num_prototypes": 8, "head_hidden_size": 8, "bottleneck_size": 8}}
+    model = objective(config(), **small.get(name, {"projector_hidden_size": 8, "projection_size": 8}))
+    model.save_pretrained(tmp_path)
+    load: Any = AccelViTModel.from_pretrained
+    loaded, report = load(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert torch.equal(features(loaded), features(model.encoder))
+    # of anything else it does tell
+    state = {**model.state_dict(), "embeddings.stray_tokens": torch.zeros(3)}
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert load(tmp_path, output_loading_info=True)[1]["unexpected_keys"] == {"embeddings.stray_tokens"}
+
+
 def test_a_frozen_projection_stays_frozen(tmp_path: Path) -> None:
     model = AccelViTForImageClassification(config(freeze_patch_projection=True))
     model.save_pretrained(tmp_path)
@@ -128,20 +144,67 @@ def test_image_processor(tmp_path: Path, save_processor: bool) -> None:
     np.testing.assert_allclose(output[0].permute(1, 2, 0), (resized / 255 - 0.5) / 0.25, atol=1e-5)
 
 
-def test_the_files_stand_alone_as_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model files in a folder of their own, loaded as the Hub's copies are, agree with the package."""
+@pytest.mark.parametrize("kind", [AccelViTModel, AccelViTForImageClassification])
+def test_patch_size_at_load_time(tmp_path: Path, kind: Any) -> None:
+    """It is that of calls which name none; the kernel, and what is saved again as the base, stay as they were."""
+    model = kind(config(num_labels=3)).eval()
+    model.save_pretrained(tmp_path / "base")
+    images = torch.randn(2, 3, 32, 32)
+    auto: Any = AutoModel if kind is AccelViTModel else AutoModelForImageClassification
+    loaded = auto.from_pretrained(tmp_path / "base", patch_size=16)
+    assert (loaded.config.patch_size, loaded.config.default_patch_size) == (8, 16)
+    assert torch.equal(loaded(images)[0], model(images, patch_size=16)[0])
+    assert torch.equal(loaded(images, patch_size=8)[0], model(images)[0])
+    loaded.save_pretrained(tmp_path / "again")
+    again = auto.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(images)[0], loaded(images)[0])
+    base = auto.from_pretrained(tmp_path / "again", patch_size=None)
+    assert base.config.default_patch_size is None and torch.equal(base(images)[0], model(images)[0])
+    assert AutoConfig.from_pretrained(tmp_path / "base", patch_size=16).default_patch_size == 16
+    with pytest.raises(ValueError, match="patch_size must be a positive whole number of pixels, got 0"):
+        auto.from_pretrained(tmp_path / "base", patch_size=0)
+
+
+def test_every_checkpoint_carries_its_code(tmp_path: Path) -> None:
+    """All that the modeling file imports, and nothing else, also beside a training checkpoint; loading does not ask."""
+    source = Path(hf_accel.__file__).parent / "models"
+    needed = dynamic_module_utils.get_relative_import_files(source / "modeling_accel_vit.py")
+    names = {Path(path).name for path in needed} | {"modeling_accel_vit.py"}
+    moco: Any = OBJECTIVES["moco"]
+    sizes = {"projector_hidden_size": 16, "projection_size": 8}
+    for number, model in enumerate((AccelViTModel(config()), moco(config(), **sizes))):
+        folder = tmp_path / str(number)
+        model.save_pretrained(folder, state_dict=model.state_dict())  # as the Trainer does
+        assert {path.name for path in folder.glob("*.py")} == names
+        auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+        assert auto_map.keys() == {"AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoBackbone"}
+        for auto, reference in auto_map.items():
+            module, _, name = reference.partition(".")
+            assert getattr(hf_accel, name).__module__ == f"hf_accel.models.{module}", auto
+        assert type(AutoModel.from_pretrained(folder)) is AccelViTModel
+        assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)) is AccelViTModel
+
+
+def test_remote_code_beside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint's own files in this process, which has the package: they agree, and what they save is whole."""
     model = AccelViTModel(config())
     model.save_pretrained(tmp_path / "repo")
-    source = Path(hf_accel.__file__).parent / "models"
-    for path in source.glob("*_accel_vit.py"):
-        shutil.copy(path, tmp_path / "repo")
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "path", [*sys.path])
-    remote = dynamic_module_utils.get_class_from_dynamic_module(
-        "modeling_accel_vit.AccelViTModel", str(tmp_path / "repo"), local_files_only=True
-    )
-    assert remote is not AccelViTModel and "hf_accel" not in remote.__module__
-    assert torch.equal(features(remote.from_pretrained(tmp_path / "repo")), features(model))
+
+    def remote(name: str, folder: Path) -> Any:
+        reference = f"modeling_accel_vit.{name}"
+        found = dynamic_module_utils.get_class_from_dynamic_module(reference, str(folder), local_files_only=True)
+        assert found is not getattr(hf_accel, name) and "hf_accel" not in found.__module__
+        return found.from_pretrained(folder)
+
+    loaded = remote("AccelViTModel", tmp_path / "repo")
+    assert torch.equal(features(loaded), features(model))
+    loaded.save_pretrained(tmp_path / "again")
+    files = [{path.name for path in (tmp_path / name).iterdir()} for name in ("repo", "again")]
+    assert files[0] == files[1]
+    assert torch.equal(features(remote("AccelViTModel", tmp_path / "again")), features(model))
+    assert torch.equal(features(AutoModel.from_pretrained(tmp_path / "again")), features(model))
 
 
 def test_import_is_silent_and_registers() -> None:

@@ -18,6 +18,10 @@ from hf_accel import PRESETS, AccelViTConfig, AccelViTModel
         ({"patch_size": 0}, "patch_size must be at least 1, got 0"),
         ({"use_cls_token": False}, "pooling='cls' needs use_cls_token=True.*pooling='mean'"),
         ({"num_register_tokens": -1}, "num_register_tokens must be 0 or more, got -1"),
+        (
+            {"default_patch_size": 0},
+            "default_patch_size must be a positive whole number of pixels, got 0; None .* base",
+        ),
         ({"drop_path_rate": 1.0}, r"drop_path_rate must lie in \[0, 1\), got 1.0"),
     ],
 )
@@ -67,3 +71,9 @@ def test_roundtrip() -> None:
     config = AccelViTConfig(**fields)
     assert config.to_dict() != AccelViTConfig().to_dict() and config.num_labels == 7
     assert AccelViTConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("patch_size", [0, -8, "16", 8.0, True])
+def test_an_impossible_patch_size_at_load_time_is_named(patch_size: Any) -> None:
+    with pytest.raises(ValueError, match=rf"patch_size .* got {patch_size!r}; leave it out, or give None, .*, 8"):
+        AccelViTConfig.from_dict(AccelViTConfig(patch_size=8).to_dict(), patch_size=patch_size)

@@ -1,0 +1,141 @@
+"""Every way to open a checkpoint, in fresh processes: with hf_accel, and where it cannot be imported."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+
+from hf_accel import AccelViTConfig, AccelViTForImageClassification
+from hf_accel.objectives import OBJECTIVES
+from tests.tiny_runs import STEPS, image_folder, launch
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import json, sys
+folder, remote = sys.argv[1], sys.argv[2] == "remote"
+if remote:
+    class Refuse:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] == "hf_accel":
+                raise ModuleNotFoundError("hf_accel is hidden from this process")
+    sys.meta_path.insert(0, Refuse())
+else:
+    import hf_accel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from PIL import Image
+import torch
+
+trust = {"trust_remote_code": True} if remote else {}
+image = Image.open(f"{folder}/image.png")
+config = AutoConfig.from_pretrained(f"{folder}/encoder", **trust)
+processor = AutoImageProcessor.from_pretrained(f"{folder}/encoder", **trust)
+pixels = processor(image, return_tensors="pt")
+results = {"hidden_size": config.hidden_size, "module": type(config).__module__}
+with torch.no_grad():
+    for name in ("encoder", "checkpoint-3"):
+        model = AutoModel.from_pretrained(f"{folder}/{name}", **trust)
+        results[name] = model(**pixels).pooler_output[0].tolist()
+        results[f"{name}, patch 16"] = model(**pixels, patch_size=16).pooler_output[0].tolist()
+        features = pipeline("image-feature-extraction", f"{folder}/{name}", **trust)
+        results[f"{name}, pipeline"] = features(image, pool=True)[0]
+    model = AutoModel.from_pretrained(f"{folder}/encoder", patch_size=16, **trust)
+    results["encoder, loaded at patch 16"] = model(**pixels).pooler_output[0].tolist()
+    classifier = AutoModelForImageClassification.from_pretrained(f"{folder}/classifier", **trust)
+    results["classifier"] = classifier(**pixels).logits[0].tolist()
+    classify = pipeline("image-classification", f"{folder}/classifier", **trust)
+    scores = {entry["label"]: entry["score"] for entry in classify(image)}
+    results["classifier, pipeline"] = [scores["cat"], scores["dog"]]
+    # AutoBackbone takes a local folder for a timm model: the class itself, there
+    if remote:
+        backbone = get_class_from_dynamic_module("modeling_accel_vit.AccelViTBackbone", f"{folder}/encoder")
+    else:
+        backbone = hf_accel.AccelViTBackbone
+    results["backbone"] = backbone.from_pretrained(f"{folder}/encoder")(**pixels).feature_maps[0][0].flatten().tolist()
+assert remote == ("hf_accel" not in sys.modules)
+with open(f"{folder}/{sys.argv[2]}.json", "w") as file:
+    json.dump(results, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """encoder/, classifier/ and a training checkpoint of one encoder, an image, and what each is to give."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    labels: dict[str, Any] = {"id2label": {0: "cat", 1: "dog"}}
+    config = AccelViTConfig(**sizes, image_size=32, patch_size=8, **labels)
+    classifier: Any = AccelViTForImageClassification(config).eval()
+    moco: Any = OBJECTIVES["moco"]
+    training = moco(config, projector_hidden_size=16, projection_size=8)
+    training.encoder.load_state_dict(classifier.encoder.state_dict())
+    processor = BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    for name, model in (("encoder", classifier.encoder), ("classifier", classifier), ("checkpoint-3", training)):
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8))
+    image.save(folder / "image.png")
+    pixels = processor(image, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        base, larger = classifier.encoder(pixels), classifier.encoder(pixels, patch_size=16)
+        logits = classifier(pixels).logits[0]
+        maps = base.last_hidden_state[0, 1:].T.flatten()
+    expected = {"encoder": base.pooler_output[0], "checkpoint-3": base.pooler_output[0], "classifier": logits}
+    expected |= {f"{name}, pipeline": base.pooler_output[0] for name in ("encoder", "checkpoint-3")}
+    expected |= {f"{name}, patch 16": larger.pooler_output[0] for name in ("encoder", "checkpoint-3")}
+    expected |= {"encoder, loaded at patch 16": larger.pooler_output[0], "backbone": maps}
+    return folder, {**expected, "classifier, pipeline": logits.softmax(0)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["installed", "remote"])
+def test_every_way_to_open_a_checkpoint(checkpoints: tuple[Path, dict[str, Any]], tmp_path: Path, mode: str) -> None:
+    """Nothing asks for trust (there is no standard input), and nothing warns."""
+    folder, expected = checkpoints
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(ROOT) if mode == "installed" else ""
+    command = [sys.executable, "-W", "error", "-c", SCRIPT, str(folder), mode]
+    options: dict[str, Any] = {"cwd": tmp_path, "env": environment, "stdin": subprocess.DEVNULL}
+    result = subprocess.run(command, **options, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    said = [line for line in result.stderr.splitlines() if line.strip() and "Loading weights" not in line]
+    assert said == []
+    results = json.loads((folder / f"{mode}.json").read_text())
+    assert results.pop("hidden_size") == 16
+    assert results.pop("module").split(".")[0] == {"installed": "hf_accel", "remote": "transformers_modules"}[mode]
+    assert results.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(torch.tensor(results[name]), values, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_without_the_package_and_without_trust_it_is_refused(checkpoints: tuple[Path, dict], tmp_path: Path) -> None:
+    script = SCRIPT.replace('{"trust_remote_code": True} if remote else {}', "{}")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path), "PYTHONPATH": ""}
+    command = [sys.executable, "-c", script, str(checkpoints[0]), "remote"]
+    options: dict[str, Any] = {"cwd": tmp_path, "env": environment, "stdin": subprocess.DEVNULL}
+    result = subprocess.run(command, **options, capture_output=True, text=True, check=False)
+    assert result.returncode != 0 and "trust_remote_code=True" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_cache_and_threads")
+def test_the_checkpoints_of_a_run_open_as_pipelines(tmp_path: Path) -> None:
+    from transformers import pipeline
+
+    output = launch(image_folder(tmp_path / "images"), tmp_path / "run", "keep_points=[0.0]")
+    image = Image.open(next((tmp_path / "images").rglob("*.png")))
+    features = {}
+    for name in ("final", f"checkpoint-{STEPS}", "kept/checkpoint-0"):
+        features[name] = pipeline("image-feature-extraction", str(output / name))(image, pool=True)
+    assert features["final"] == features[f"checkpoint-{STEPS}"] != features["kept/checkpoint-0"]

@@ -76,10 +76,10 @@ def train_heads(
     """
     heads, width = len(learning_rates), features.shape[1]
     start = torch.randn(num_classes, width, generator=generator(seed, "head")) * 0.01
-    weight = start.to(device).expand(heads, -1, -1).clone()
-    bias = torch.zeros(heads, num_classes, device=device)
+    weight = start.to(device, features.dtype).expand(heads, -1, -1).clone()
+    bias = torch.zeros(heads, num_classes, device=device, dtype=features.dtype)
     velocities = [torch.zeros_like(weight), torch.zeros_like(bias)]
-    rates = torch.tensor(learning_rates, device=device) * config.batch_size / 256
+    rates = torch.tensor(learning_rates, device=device, dtype=features.dtype) * config.batch_size / 256
     steps, step = config.epochs * math.ceil(len(features) / config.batch_size), 0
     for epoch in tqdm(range(config.epochs), desc="linear probe", leave=False, disable=not is_main()):
         order = torch.randperm(len(features), generator=generator(seed, "head order", epoch))

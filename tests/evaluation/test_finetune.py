@@ -216,7 +216,14 @@ def test_a_set_smaller_than_a_batch_is_refused(sources, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("epochs", 0), ("learning_rate", 0.0), ("layer_decay", 1.1), ("mixup", -0.1), ("label_smoothing", 1.0), ("flip", 2.0)],
+    [
+        ("epochs", 0),
+        ("learning_rate", 0.0),
+        ("layer_decay", 1.1),
+        ("mixup", -0.1),
+        ("label_smoothing", 1.0),
+        ("flip", 2.0),
+    ],
 )
 def test_settings_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"{name}={value} must be at least"):

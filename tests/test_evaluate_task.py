@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,13 @@ from tests.tiny_runs import RECIPE, SIZE, STEPS, WEIGHTS, image_folder, launch, 
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads")
 
 ROOT = Path(__file__).parents[1]
-SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 20, "patch_size": 4}
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 20,
+    "patch_size": 4,
+}
 TASK = ["task=evaluate", "linear_config.epochs=20", "finetune_config.epochs=2", "finetune_config.batch_size=30"]
 ALL = "evaluations=[knn, linear, logistic, finetune]"
 
@@ -42,7 +49,7 @@ def dinov2(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("encoders") / "dinov2"
     torch.manual_seed(0)
     Dinov2Model(Dinov2Config(**SIZES)).save_pretrained(path)
-    sizes = {"size": {"shortest_edge": 24}, "crop_size": {"height": 20, "width": 20}}
+    sizes: dict[str, Any] = {"size": {"shortest_edge": 24}, "crop_size": {"height": 20, "width": 20}}
     BitImageProcessorPil(**sizes, image_mean=[0.5] * 3, image_std=[0.2] * 3).save_pretrained(path)
     return path
 
@@ -173,7 +180,12 @@ def test_checkpoints_that_cannot_be_evaluated(dinov2, folder, tmp_path):
     refused(
         folder, tmp_path / "1", r"RecipeError: checkpoint='.*/nowhere': there is no such folder", "checkpoint=/nowhere"
     )
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     text = saved("text", BertModel(BertConfig(**sizes, vocab_size=20)))
     refused(folder, tmp_path / "2", "RecipeError: checkpoint=.*BertModel takes input_ids, not images", text)
     patches = "eval_patch_sizes=[4, 5]"

@@ -2,13 +2,14 @@
 
 import json
 import statistics
+from typing import Any
 
 import pytest
 
 from hf_accel.report import add_run, evaluation_table, find_run, read_results, run_is_complete, write_json
 from hf_accel.report.evaluations import wilson_interval
 
-QUESTION = {
+QUESTION: dict[str, Any] = {
     "evaluation": "linear",
     "checkpoint": "runs/moco/final",
     "train_images": 500,

@@ -175,6 +175,11 @@ def controller_of(recipe: Recipe, units_per_image: Callable[[Strategy], float]) 
 
 def images_of(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
     """Training and validation images."""
+    for key in ("train_split", "validation_split"):
+        if recipe.data == "bundled" and getattr(recipe, key):
+            raise RecipeError(
+                f"{key}={getattr(recipe, key)!r}: the bundled digits have one split, by seed; leave it out"
+            )
     splits, columns = (recipe.train_split, recipe.validation_split), (recipe.image_column, recipe.label_column)
     try:
         source, validation = load_sources(recipe.data, *splits, *columns, recipe.seed)

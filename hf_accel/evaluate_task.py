@@ -24,6 +24,7 @@ from .evaluation import (
     TopKAccuracy,
     extract_features,
     finetune,
+    input_of,
     knn_accuracy,
     linear_probe,
     load_encoder,
@@ -49,6 +50,7 @@ class Bench:
     encoder: PreTrainedModel
     processor: Any
     weights: str
+    input: dict[str, Any]
     source: ImageSource
     validation: ImageSource
     _features: dict[int | None, tuple[Tensor, ...]] = field(default_factory=dict)
@@ -88,15 +90,18 @@ def evaluate(recipe: Recipe) -> None:
     source, validation = labelled_images(recipe)
     with naming("checkpoint", recipe.checkpoint):
         encoder, processor = encoder_of(recipe, source)
+        size, mean, std = input_of(processor)
+    shown = {"image_size": size, "mean": [round(x, 4) for x in mean], "std": [round(x, 4) for x in std]}
     encoder.to(arguments.device)  # pyright: ignore[reportArgumentType]
-    bench = Bench(recipe, arguments, encoder, processor, weights_digest(encoder), source, validation)
+    bench = Bench(recipe, arguments, encoder, processor, weights_digest(encoder), shown, source, validation)
     for patch_size in patch_sizes_of(recipe, encoder):
         for name in recipe.evaluations:
             for seed in recipe.eval_seeds if name != "knn" else [None]:
                 take(bench, name, patch_size, seed)
-    entries = read_results(recipe.output_dir)["evaluations"]
-    same = [entry for entry in entries if (entry["data"], entry["validation"]) == (recipe.data, validation.name)]
-    say(f"\n{recipe.data}, {validation.name}, {len(validation)} images:\n{evaluation_table(same)}")
+    if is_main():
+        entries = read_results(recipe.output_dir)["evaluations"]
+        same = [entry for entry in entries if (entry["data"], entry["validation"]) == (recipe.data, validation.name)]
+        say(f"\n{recipe.data}, {validation.name}, {len(validation)} images:\n{evaluation_table(same)}")
     barrier()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -115,7 +120,10 @@ def take(bench: Bench, name: str, patch_size: int | None, seed: int | None) -> N
         "train_images": len(bench.source),
         "validation": bench.validation.name,
         "validation_images": len(bench.validation),
+        "image_column": recipe.image_column,
+        "label_column": recipe.label_column,
         "data_seed": recipe.seed,
+        "input": bench.input,
         "patch_size": patch_size,
         "settings": settings(recipe),
     }
@@ -125,7 +133,7 @@ def take(bench: Bench, name: str, patch_size: int | None, seed: int | None) -> N
         say(f"{label}: found in {recipe.output_dir}/results.json")
         return
     started = time.perf_counter()
-    with naming("checkpoint", recipe.checkpoint):
+    with naming(f"{name} of checkpoint", recipe.checkpoint):
         results = run(bench, patch_size, seed or 0, folder_name(question, seed))
     if is_main():
         about = {

@@ -70,6 +70,7 @@ def test_any_encoders_in_one_table(whole, dinov2, folder, tmp_path, capsys):
     for entry in entries(output):
         assert entry["seeds"] == ([None] if entry["evaluation"] == "knn" else [0, 1])
         assert entry["data"] == str(folder) and (entry["train_images"], entry["validation_images"]) == (120, 30)
+        assert entry["input"]["image_size"] == (20 if entry["checkpoint"] == str(dinov2) else SIZE)
         low, high = entry["top1_ci95"]
         assert 0 <= low <= entry["top1"] <= high <= 1 and entry["patch_size"] == 4
         for run in entry["runs"]:
@@ -164,6 +165,13 @@ def refused(data: Path, output: Path, words: str, *overrides: str) -> None:
 
 def test_images_that_cannot_be_evaluated_on(whole, tmp_path):
     final = f"checkpoint={whole / 'final'}"
+    refused(
+        Path("bundled"),
+        tmp_path / "0",
+        r"train_split='train\[:100\]': the bundled digits",
+        final,
+        "train_split=train[:100]",
+    )
     unlabelled = image_folder(tmp_path / "flat", labels=False, count=20)
     refused(unlabelled, tmp_path / "1", "task=evaluate needs labels", final)
     data = image_folder(tmp_path / "classes", count=30)

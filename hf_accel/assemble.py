@@ -22,6 +22,7 @@ from .engine import autocast_arguments, check_launch, on_cpu, set_deepspeed
 from .models import AccelViTModel
 from .objectives import OBJECTIVES, ObjectiveForPreTraining
 from .recipe import Recipe, RecipeError
+from .report import run_is_complete
 from .trainer import last_complete_checkpoint
 
 # Keys that may change between an interrupted run and its continuation: none has a part in the result.
@@ -175,6 +176,11 @@ def controller_of(recipe: Recipe, units_per_image: Callable[[Strategy], float]) 
 
 def images_of(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
     """Training and validation images."""
+    for key in ("train_split", "validation_split"):
+        if recipe.data == "bundled" and getattr(recipe, key):
+            raise RecipeError(
+                f"{key}={getattr(recipe, key)!r}: the bundled digits have one split, by seed; leave it out"
+            )
     splits, columns = (recipe.train_split, recipe.validation_split), (recipe.image_column, recipe.label_column)
     try:
         source, validation = load_sources(recipe.data, *splits, *columns, recipe.seed)
@@ -193,7 +199,7 @@ def check_same_recipe(recipe: Recipe) -> None:
     started, now = yaml.safe_load(path.read_text()), asdict(recipe)
     for key in now.keys() - FREE_KEYS:
         if key in started and started[key] != now[key]:
-            unfinished = not path.with_name("results.json").exists() and last_complete_checkpoint(recipe.output_dir)
+            unfinished = not run_is_complete(recipe.output_dir) and last_complete_checkpoint(recipe.output_dir)
             if key in CORRECTIONS and unfinished:
                 say(f"Continuing with {key}={now[key]!r} (until here {started[key]!r})")
                 continue

@@ -51,6 +51,11 @@ def on_cpu() -> bool:
     return _is_on("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
+def shards_weights() -> bool:
+    """Whether the launcher asks for an engine that may keep weights in shards."""
+    return _is_on("ACCELERATE_USE_DEEPSPEED") or _is_on("ACCELERATE_USE_FSDP")
+
+
 def autocast_arguments(recipe: Recipe) -> dict[str, Any]:
     """For `TrainingArguments`. DeepSpeed would hold weights in `bf16`; it gets autocast from `set_deepspeed`."""
     if _is_on("ACCELERATE_USE_DEEPSPEED"):

@@ -15,10 +15,12 @@ from .compression import Schedule, Strategy
 from .compression.schedule import STAGE_KEYS
 from .compression.search import SYMMETRIES
 from .data import AUGMENTATIONS
+from .evaluation import FineTuneConfig, LinearConfig
 from .models import PRESETS, AccelViTConfig
 from .objectives import OBJECTIVES
 
 EVALUATIONS = ("knn", "linear", "logistic", "finetune")
+EVALUATION_CONFIGS: dict[str, type] = {"linear_config": LinearConfig, "finetune_config": FineTuneConfig}
 
 
 class RecipeError(ValueError):
@@ -105,7 +107,7 @@ class Recipe:
     eval_patch_sizes: list[int] = _key(
         [], "task=evaluate: patch sizes in pixels, in turn; task=export: the one of the export; default: the base"
     )
-    eval_seeds: list[int] = _key([0], "task=evaluate: seeds of linear and finetune, each in turn")
+    eval_seeds: list[int] = _key([0], "task=evaluate: seeds of linear, logistic and finetune, each in turn")
     linear_config: dict[str, Any] = _key({}, "settings of the linear probe, listed below")
     finetune_config: dict[str, Any] = _key({}, "settings of fine-tuning, listed below")
 
@@ -139,7 +141,7 @@ class Recipe:
     search_memory: float = _key(4.0, "GB for sums of gradients; fewer cost passes more")
 
     def __post_init__(self):
-        for check in (_check_choices, _check_objective, _check_numbers, _check_model):
+        for check in (_check_choices, _check_objective, _check_evaluation, _check_numbers, _check_model):
             check(self)
 
     def encoder_config(self) -> AccelViTConfig:
@@ -197,21 +199,49 @@ def _check_choices(recipe: Recipe) -> None:
 
 def objective_settings(name: str) -> dict[str, inspect.Parameter]:
     """The keys of `objective_config`: the keyword arguments of the objective, with type and default."""
-    parameters = inspect.signature(OBJECTIVES[name].__init__, eval_str=True).parameters
+    return _settings_of(OBJECTIVES[name])
+
+
+def _settings_of(kind: type) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(kind.__init__, eval_str=True).parameters
     return {key: parameter for key, parameter in parameters.items() if key not in ("self", "config")}
 
 
-def _check_objective(recipe: Recipe) -> None:
-    settings = objective_settings(recipe.objective)
-    for key, value in recipe.objective_config.items():
+def _check_settings(name: str, values: dict[str, Any], settings: dict[str, inspect.Parameter], owner: str) -> None:
+    """Refuse what is no setting or of another type, and take `values` to the types of the settings."""
+    for key, value in values.items():
         if key not in settings:
             close = difflib.get_close_matches(key, list(settings), 1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(settings)}"
-            _fail(f"objective_config.{key}", value, f"{recipe.objective} has no such setting{hint}")
-        value = _as_type(f"objective_config.{key}", value, settings[key].annotation)
-        recipe.objective_config[key] = list(value) if isinstance(value, tuple) else value  # YAML has no tuples
+            _fail(f"{name}.{key}", value, f"{owner} has no such setting{hint}")
+        value = _as_type(f"{name}.{key}", value, settings[key].annotation)
+        values[key] = list(value) if isinstance(value, tuple) else value  # YAML has no tuples
+
+
+def _check_objective(recipe: Recipe) -> None:
+    _check_settings("objective_config", recipe.objective_config, objective_settings(recipe.objective), recipe.objective)
     if recipe.cost == "measured" and recipe.local_crop_size():
         _fail("cost", "measured", "local crops have analytic costs only")
+
+
+def _check_evaluation(recipe: Recipe) -> None:
+    for name, kind in EVALUATION_CONFIGS.items():
+        values = getattr(recipe, name)
+        _check_settings(name, values, _settings_of(kind), name.removesuffix("_config"))
+        try:
+            kind(**values)
+        except ValueError as error:
+            raise RecipeError(f"{name}: {error}") from None
+    for name in recipe.evaluations:
+        if name not in EVALUATIONS:
+            close = difflib.get_close_matches(str(name), EVALUATIONS, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            _fail("evaluations", recipe.evaluations, f"must be a list of {', '.join(EVALUATIONS)}{hint}")
+    for key, least in (("eval_patch_sizes", 1), ("eval_seeds", 0)):
+        if any(type(value) is not int or value < least for value in getattr(recipe, key)):
+            _fail(key, getattr(recipe, key), f"must be a list of whole numbers from {least} on")
+    if not recipe.evaluations or not recipe.eval_seeds:
+        _fail("evaluations", recipe.evaluations, "name at least one, and at least one seed in eval_seeds")
 
 
 def _check_numbers(recipe: Recipe) -> None:
@@ -244,9 +274,6 @@ def _check_numbers(recipe: Recipe) -> None:
             recipe.checkpoint,
             f"task={recipe.task} needs the folder of an encoder, e.g. checkpoint=RUN/final",
         )
-    for name in recipe.evaluations:
-        if name not in EVALUATIONS:
-            _fail("evaluations", recipe.evaluations, f"must be a list of {', '.join(EVALUATIONS)}")
     if recipe.task == "search" and not recipe.pilot:
         _fail("pilot", recipe.pilot, "task=search needs the output_dir of a pilot run, e.g. pilot=runs/moco")
     for key in ("search_draws", "auto_draws"):
@@ -335,8 +362,12 @@ def _as_type(key: str, value: Any, hint: Any) -> Any:
             return float(value)
         elif type(value) is origin:
             return value
-        elif origin is tuple and isinstance(value, list) and len(value) == len(typing.get_args(kind)):
-            return tuple(_as_type(key, part, inner) for part, inner in zip(value, typing.get_args(kind), strict=True))
+        elif origin is tuple and isinstance(value, list):
+            inner = typing.get_args(kind)
+            if inner[1:] == (...,):
+                return tuple(_as_type(key, part, inner[0]) for part in value)
+            if len(value) == len(inner):
+                return tuple(_as_type(key, part, one) for part, one in zip(value, inner, strict=True))
     # YAML 1.1 reads `no` as False and 1e-3 as a string
     if origin is Literal and value is False and "no" in typing.get_args(hint):
         return "no"
@@ -362,11 +393,12 @@ def describe_keys() -> str:
         default = None if key.name == "budget" else getattr(defaults, key.name)
         lines.append(f"  {key.name} ({type_name(hints[key.name])}; default {default!r})")
         lines.append(f"      {key.metadata['help']}")
-    for name, objective in OBJECTIVES.items():
-        lines.append(f"\nobjective_config of {name}:")
-        for setting, parameter in objective_settings(name).items():
+    kinds = {f"objective_config of {name}": objective for name, objective in OBJECTIVES.items()} | EVALUATION_CONFIGS
+    for name, kind in kinds.items():
+        lines.append(f"\n{name}:")
+        for setting, parameter in _settings_of(kind).items():
             lines.append(f"  {setting} ({type_name(parameter.annotation)}; default {parameter.default!r})")
-        described = inspect.getdoc(objective) or ""
+        described = inspect.getdoc(kind) or ""
         about = described.partition("Args:\n")[2].partition("\n\n")[0].splitlines()
         lines += [f"  {line}" for line in about if not line.lstrip().startswith("config:")]
     return "\n".join(lines)

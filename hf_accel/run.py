@@ -10,12 +10,10 @@ if str(_FOLDER.parent) not in sys.path:
     sys.path.insert(0, str(_FOLDER.parent))
 
 import argparse  # noqa: E402
-import json  # noqa: E402
 from functools import partial  # noqa: E402
 from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
-from transformers import AutoModel  # noqa: E402
 
 from hf_accel.assemble import (  # noqa: E402
     build_objective,
@@ -29,11 +27,20 @@ from hf_accel.assemble import (  # noqa: E402
 from hf_accel.compression import cost_grid, cost_rows, measure_costs  # noqa: E402
 from hf_accel.data import CorruptDataError, ImageSource, image_processor  # noqa: E402
 from hf_accel.distributed import is_main, say  # noqa: E402
+from hf_accel.evaluate_task import evaluate  # noqa: E402
 from hf_accel.evaluation import raw_pixel_features  # noqa: E402
 from hf_accel.export_task import export  # noqa: E402
 from hf_accel.pilot import search  # noqa: E402
 from hf_accel.recipe import Recipe, RecipeError, describe_keys, load_recipe  # noqa: E402
-from hf_accel.report import environment, format_cost_table, plot_cost, plot_curves, write_json  # noqa: E402
+from hf_accel.report import (  # noqa: E402
+    environment,
+    format_cost_table,
+    plot_cost,
+    plot_curves,
+    read_results,
+    run_is_complete,
+    write_json,
+)
 from hf_accel.trainer import PretrainTrainer, TrainingDiverged, knn_of, last_complete_checkpoint  # noqa: E402
 
 
@@ -59,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 def pretrain(recipe: Recipe) -> None:
     output = Path(recipe.output_dir)
     check_same_recipe(recipe)
-    if (output / "results.json").exists():
+    if run_is_complete(output):
         say(f"This run is complete: {output / 'results.json'}. Choose another output_dir for a new one.")
         return
     output.mkdir(parents=True, exist_ok=True)
@@ -89,7 +96,7 @@ def pretrain(recipe: Recipe) -> None:
 
 
 def finish(trainer: PretrainTrainer, recipe: Recipe, source: ImageSource, validation: ImageSource | None) -> None:
-    """Write `final/`, `curves.png` and, last, `results.json`, which marks the run as complete."""
+    """Write `final/`, `curves.png` and, last, the run's own part of `results.json`, which marks it as complete."""
     state, history = trainer.run_state(), trainer.state.log_history
     accuracies = [entry for entry in history if "eval_knn_top1" in entry]
     raw = None
@@ -123,28 +130,12 @@ def finish(trainer: PretrainTrainer, recipe: Recipe, source: ImageSource, valida
         baselines["random init"] = results["knn_top1_random_init"]
     plot_curves(history, output / "curves.png", title=f"{recipe.objective} on {source.name}", baselines=baselines)
     write_json(output / "log_history.json", {"log_history": history})
-    write_json(output / "results.json", results)
+    earlier = read_results(output).get("evaluations")  # of a checkpoint, while the run went on
+    write_json(output / "results.json", results | ({"evaluations": earlier} if earlier else {}))
     if results["knn_top1"] is not None:
         start = results["knn_top1_random_init"]
         start = "" if start is None else f" (random initialisation {start:.2%})"
         say(f"kNN accuracy {results['knn_top1']:.2%}{start}; results in {output}")
-
-
-def evaluate(recipe: Recipe) -> None:
-    """kNN accuracy of any saved vision encoder, at any patch size, appended to its run's evaluations.json."""
-    source, validation = images_of(recipe)
-    if validation is None or validation.labels is None:
-        raise RecipeError(f"data={recipe.data!r}: task=evaluate needs labels; name their column with label_column=")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = AutoModel.from_pretrained(str(recipe.checkpoint)).to(device)
-    path = Path(recipe.output_dir) / "evaluations.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for patch_size in recipe.eval_patch_sizes or [getattr(encoder.config, "patch_size", None)]:
-        accuracy = knn_of(encoder, source, validation, recipe, device, patch_size)
-        entry = {"checkpoint": recipe.checkpoint, "data": recipe.data, "patch_size": patch_size, **accuracy}
-        earlier = json.loads(path.read_text())["evaluations"] if path.exists() else []
-        write_json(path, {"evaluations": [*earlier, entry]})
-        say(f"kNN top-1 {accuracy['top1']:.2%}, top-5 {accuracy['top5']:.2%} at patch {patch_size}; appended to {path}")
 
 
 def cost_report(recipe: Recipe) -> None:

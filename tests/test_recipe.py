@@ -5,7 +5,7 @@ import yaml
 
 from hf_accel.compression import Schedule
 from hf_accel.objectives import OBJECTIVES
-from hf_accel.recipe import Recipe, RecipeError, describe_keys, load_recipe, objective_settings
+from hf_accel.recipe import EVALUATION_CONFIGS, Recipe, RecipeError, describe_keys, load_recipe, objective_settings
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 SCHEDULES = sorted((FOLDER / "schedules").glob("*.yaml"))
@@ -43,6 +43,16 @@ def test_every_recipe_reads_and_comes_back_from_its_resolved_form(path, tmp_path
         ("save_total_limit=1", ["save_total_limit", "2"]),
         ("task=pretain", ["pretain", "pretrain"]),
         ("task=evaluate", ["checkpoint"]),
+        ("evaluations=[knn, liner]", ["liner", "did you mean 'linear'"]),
+        ("evaluations=[]", ["evaluations=[]", "at least one"]),
+        ("eval_patch_sizes=[0]", ["eval_patch_sizes=[0]", "from 1"]),
+        ("eval_seeds=[a]", ["eval_seeds=['a']", "whole numbers"]),
+        ("linear_config.epoch=3", ["linear_config.epoch=3", "did you mean 'epochs'"]),
+        ("linear_config.learning_rates=[0.1, 1e-2]", ["linear_config.learning_rates", "1e-2", "float"]),
+        ("linear_config.learning_rates=[0.1, -1.0]", ["linear_config", "[0.1, -1.0]", "above 0"]),
+        ("finetune_config.layer_decy=0.5", ["finetune_config.layer_decy", "did you mean 'layer_decay'"]),
+        ("finetune_config.epochs=ten", ["finetune_config.epochs", "ten", "int"]),
+        ("finetune_config.layer_decay=2", ["finetune_config", "layer_decay=2.0", "at most 1"]),
         ("seed", ["key=value"]),
         ("eval_points=[2]", ["eval_points"]),
     ],
@@ -76,6 +86,9 @@ def test_help_lists_every_key():
     for name in OBJECTIVES:
         settings = text.split(f"objective_config of {name}:")[1]
         assert all(f"  {key} (" in settings for key in objective_settings(name)), name
+    for name, kind in EVALUATION_CONFIGS.items():
+        settings = text.split(f"\n{name}:")[1]
+        assert all(f"  {key} (" in settings and f"  {key}: " in settings for key in kind.__dataclass_fields__), name
 
 
 @pytest.mark.parametrize("path", SCHEDULES, ids=lambda path: path.stem)

@@ -66,24 +66,6 @@ def test_pretrain(whole):
         assert {path.parent.name for path in whole.rglob(name)} == {"checkpoint-6", "checkpoint-8", "final"}
 
 
-def test_evaluate_adds_to_the_evaluations(whole, folder, tmp_path, capsys):
-    overrides = ["task=evaluate", f"checkpoint={whole / 'final'}"]
-    output = launch(folder, tmp_path / "evaluated", *overrides)
-    launch(folder, tmp_path / "evaluated", *overrides, "eval_patch_sizes=[8]")
-    base, larger = read(output / "evaluations.json")["evaluations"]
-    assert (base["patch_size"], larger["patch_size"]) == (4, 8)
-    assert base["top1"] == read(whole / "results.json")["knn_top1"]
-    assert 0 <= larger["top1"] <= larger["top5"] <= 1
-    assert base["checkpoint"] == str(whole / "final") and base["data"] == str(folder)
-    assert "at patch 8; appended to" in capsys.readouterr().out
-
-
-def test_evaluate_of_images_without_labels_says_what_is_missing(whole, tmp_path):
-    images = image_folder(tmp_path / "flat", labels=False, count=20)
-    with pytest.raises(SystemExit, match="task=evaluate needs labels"):
-        launch(images, tmp_path / "run", "task=evaluate", f"checkpoint={whole / 'final'}")
-
-
 def test_cost(tmp_path, capsys):
     output = launch("bundled", tmp_path / "cost", "task=cost")
     rows = read(output / "cost.json")["rows"]

@@ -108,31 +108,36 @@ class TrainImages(Dataset):
         }
         pixels = self.source.pixels
         if pixels is None:
-            batch["crops"] = self._crops(items, bad)
+            batch["crops"], batch["index"] = self._crops(items, bad)
         else:
             if pixels.stride(1) == 0:  # a gray set, repeated three times without taking memory
                 pixels = pixels[:, :1]
-            batch["images"] = pixels[torch.tensor([item.index for item in items])]
+            batch["index"] = torch.tensor([item.index for item in items])
+            batch["images"] = pixels[batch["index"]]
         return batch
 
-    def _crops(self, items: list[Item], bad: list[Bad]) -> list[Tensor]:
-        """One uint8 (B, 3, S, S) per view. Each image is read and decoded once, and no larger than its crops need."""
+    def _crops(self, items: list[Item], bad: list[Bad]) -> tuple[list[Tensor], Tensor]:
+        """One uint8 (B, 3, S, S) per view, and the indices (B,) of the images that they were cut from.
+
+        Each image is read and decoded once, and no larger than its crops need.
+        """
         default = self.view_size(items[0].step)
         sizes = [config.size or default for config in self.configs]
         opened = [self._open(item, bad) for item in items]
         boxes = self._boxes(items, [image for _, image in opened])
         crops = [torch.empty(len(items), 3, size, size, dtype=torch.uint8) for size in sizes]
+        cut = [index for index, _ in opened]
         for position, (index, image) in enumerate(opened):
             full, mine = upright_size(image), boxes[:, position]
             try:
                 image = self.source.decode(index, image, shrink=_shrink(mine, sizes))
             except CorruptImage as error:
                 bad.append(error.bad)
-                _, image = self.source.next_readable((index + 1) % len(self), bad)
+                cut[position], image = self.source.next_readable((index + 1) % len(self), bad)
                 full, mine = image.size, self._boxes([items[position]], [image])[:, 0]
             for view, box in enumerate(mine.tolist()):
                 crops[view][position] = _crop(image, full, box, sizes[view])
-        return crops
+        return crops, torch.tensor(cut)
 
     def _open(self, item: Item, bad: list[Bad]) -> tuple[int, Image]:
         try:
@@ -242,10 +247,10 @@ def train_loader(
     seed: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Micro-batches for `make_views`, dicts with "step", "micro_step", "rows", "global_batch", "bad" and either
+    """Micro-batches for `make_views`, dicts with "step", "micro_step", "rows", "global_batch", "index", "bad" and
 
-    - "images": uint8 (B, C, H, W), C = 1 for a gray set, of a source held in memory; or
-    - "crops": one uint8 (B, 3, S, S) per view, S its config's size or `view_size(step)`, decoded and cropped by the
+    - either "images": uint8 (B, C, H, W), C = 1 for a gray set, of a source held in memory;
+    - or "crops": one uint8 (B, 3, S, S) per view, S its config's size or `view_size(step)`, decoded and cropped by the
       workers with the draws that `make_views` would make. Where workers are spawned, `view_size` must be a plain
       function or method.
 

@@ -261,7 +261,7 @@ def load_sources(
         held_labels = _labels(held, label_column, names)[0] if label_column in held.column_names else None
         parts = [(train, labels, train_split), (held, held_labels, validation_split)]
     elif labels is not None:
-        kept, out = _hold_out(labels, seed)
+        kept, out = hold_out(labels, seed)
         parts = [(train.select(rows), labels[rows], part) for rows, part in ((kept, "train"), (out, "held-out"))]
         logger.warning("%s has no validation split: %d of %d images are held out", data, len(out), len(labels))
     else:
@@ -279,14 +279,14 @@ def load_sources(
 def _bundled(seed: int) -> tuple[ImageSource, ImageSource]:
     pixels, labels = digits()
     sources = []
-    for rows, part in zip(_hold_out(labels, seed, one_in=5), ("train", "validation"), strict=True):
+    for rows, part in zip(hold_out(labels, seed, one_in=5), ("train", "validation"), strict=True):
         colour = pixels[rows][:, None].expand(-1, 3, -1, -1)
         names = [str(digit) for digit in range(10)]
         sources.append(ImageSource(f"bundled/{part}", None, colour, labels[rows], names, MNIST_MEAN, MNIST_STD))
     return sources[0], sources[1]
 
 
-def _hold_out(labels: Tensor, seed: int, one_in: int = HELD_OUT) -> tuple[Tensor, Tensor]:
+def hold_out(labels: Tensor, seed: int, one_in: int = HELD_OUT) -> tuple[Tensor, Tensor]:
     """Indices kept and held out, both ascending; every class gives one in `one_in`, to within one image."""
     order = torch.randperm(len(labels), generator=generator(seed, "hold out"))
     order = order[labels[order].argsort(stable=True)]

@@ -1,14 +1,28 @@
-"""How good the features of an encoder are: extraction, weighted kNN, top-1 and top-5 accuracy."""
+"""How good an encoder is: features, weighted kNN, linear probe, logistic regression, fine-tuning; top-1 and top-5."""
 
+from .encoders import input_of, load_encoder, load_processor, processed_loader, takes_patch_size, weights_digest
 from .features import extract_features, raw_pixel_features
+from .finetune import FineTuneConfig, finetune
 from .knn import knn_accuracy, knn_predict
+from .linear import LinearConfig, linear_probe, logistic_regression
 from .metrics import TopKAccuracy, topk_accuracy
 
 __all__ = [
+    "FineTuneConfig",
+    "LinearConfig",
     "TopKAccuracy",
     "extract_features",
+    "finetune",
+    "input_of",
     "knn_accuracy",
     "knn_predict",
+    "linear_probe",
+    "load_encoder",
+    "load_processor",
+    "logistic_regression",
+    "processed_loader",
     "raw_pixel_features",
+    "takes_patch_size",
     "topk_accuracy",
+    "weights_digest",
 ]

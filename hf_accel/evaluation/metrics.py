@@ -32,7 +32,7 @@ def topk_accuracy(scores: Tensor, labels: Tensor, n: int) -> float:
     own = scores.gather(1, labels[:, None])
     greater = (scores > own).sum(1)
     equal = (scores == own).sum(1)
-    return float(((n - greater) / equal).clamp(0, 1).sum() / len(known))
+    return float(((n - greater) / equal).clamp(0, 1).double().sum() / len(known))
 
 
 class TopKAccuracy(evaluate.Metric):

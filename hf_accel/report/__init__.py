@@ -3,7 +3,20 @@ and results with their origin."""
 
 from .cost_figure import format_cost_table, plot_cost
 from .curves import plot_curves
+from .evaluations import add_run, evaluation_table, find_run, read_results, run_is_complete
 from .results import environment, write_json
 from .search_report import write_search_report
 
-__all__ = ["environment", "format_cost_table", "plot_cost", "plot_curves", "write_json", "write_search_report"]
+__all__ = [
+    "add_run",
+    "environment",
+    "evaluation_table",
+    "find_run",
+    "format_cost_table",
+    "plot_cost",
+    "plot_curves",
+    "read_results",
+    "run_is_complete",
+    "write_json",
+    "write_search_report",
+]

@@ -114,7 +114,8 @@ def test_images_in_memory():
     batches = list(train_loader(ImageSource("set", pixels=pixels), sampler, MOCO, view_size, num_workers=3))
     assert len(batches) == 4
     for batch, items in zip(batches, sampler, strict=True):
-        assert torch.equal(batch["images"], pixels[[item.index for item in items]])
+        assert batch["index"].tolist() == [item.index for item in items]
+        assert torch.equal(batch["images"], pixels[batch["index"]])
         assert (batch["step"], batch["micro_step"], batch["bad"]) == (items[0].step, 0, [])
         assert (batch["rows"], batch["global_batch"]) == (slice(4, 8), 8)
 
@@ -233,6 +234,7 @@ def test_corrupt_images_give_way_to_the_next(tmp_path, caplog, workers):
     skipped = sorted(entry[0] for batch in batches for entry in batch["bad"])
     assert skipped == [6, 6, 7, 7, 7, 7]  # 6 leads to 7, in both epochs
     for batch, items in zip(batches, sampler, strict=True):
+        assert batch["index"].tolist() == [8 if item.index in (6, 7) else item.index for item in items]
         for position, item in enumerate(items):
             if item.index in (5, 6, 7, 8):
                 size = view_size(item.step)

@@ -1,0 +1,121 @@
+"""Any vision encoder that `AutoModel` opens, with the image processor that belongs to it."""
+
+import hashlib
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from ..data import ImageSource
+from ..data.loader import ReportingLoader
+from ..data.sources import Bad
+
+
+def load_encoder(checkpoint: str) -> PreTrainedModel:
+    """The encoder of a folder or Hub id, in fp32 and with every weight from there.
+
+    A pooling layer without weights, which transformers would initialise at random and put between the CLS token and
+    whoever asks for `pooler_output`, is taken off.
+
+    Raises:
+        ValueError: nothing there that can be opened, a model that takes no images, or weights of another model.
+    """
+    try:
+        model, info = AutoModel.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # what from_pretrained raises, by kind of damage
+        missing = "there is no such folder, and as a Hub id " if not Path(checkpoint).exists() else ""
+        raise ValueError(f"{missing}it cannot be opened: {error}") from error
+    if model.main_input_name != "pixel_values":
+        raise ValueError(
+            f"{type(model).__name__} takes {model.main_input_name}, not images: name the folder or Hub id of a vision "
+            "encoder (of a model of images and text, its vision part saved alone)"
+        )
+    missing = sorted(info["missing_keys"])
+    if missing and all(name.startswith("pooler.") for name in missing):
+        model.pooler = None
+    elif missing or info["mismatched_keys"]:
+        names = missing or sorted(name for name, *_ in info["mismatched_keys"])
+        raise ValueError(
+            f"{len(names)} of the {len(model.state_dict())} weights of {type(model).__name__} are missing or of "
+            f"another shape ({', '.join(names[:3])}, ...): name a checkpoint of this architecture"
+        )
+    return model.eval()
+
+
+def load_processor(checkpoint: str) -> Any | None:
+    """The checkpoint's own image processor, None if it has none. Raises ValueError for one that cannot be opened."""
+    try:
+        if cached_file(checkpoint, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is None:
+            return None
+        return AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"its image processor cannot be opened: {error}") from error
+
+
+def takes_patch_size(model: torch.nn.Module) -> bool:
+    """Whether the patch size can be chosen with each call."""
+    return "patch_size" in inspect.signature(model.forward).parameters
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Twelve hexadecimal digits that tell these weights from others."""
+    digest = hashlib.blake2b(digest_size=6)
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def input_of(processor: Any) -> tuple[int, Sequence[float], Sequence[float]]:
+    """Side in pixels of the images that a processor makes, and the mean and std of channels that it takes off.
+
+    Found out from what it makes of a black and a white image, whatever its settings are called.
+    Raises ValueError where the images are not square, or of another size for another shape of photograph.
+    """
+    black, white = (PIL.Image.new("RGB", size, colour) for size, colour in (((96, 64), "black"), ((64, 96), "white")))
+    made = [np.asarray(processor(images=image)["pixel_values"][0]) for image in (black, white)]
+    if made[0].shape != made[1].shape or made[0].shape[1] != made[0].shape[2]:
+        raise ValueError(
+            f"its image processor makes {made[0].shape[1:]} of a wide image and {made[1].shape[1:]} of a tall one; "
+            "a batch needs one square size: set crop_size and do_center_crop in its preprocessor_config.json"
+        )
+    low, high = (image.mean((1, 2), dtype=np.float64) for image in made)
+    std = 1 / (high - low)
+    return made[0].shape[-1], (-low * std).tolist(), std.tolist()
+
+
+class ProcessedImages(Dataset):
+    """Batches by index, as an image processor makes them. What cannot be read gives way to the next image."""
+
+    def __init__(self, source: ImageSource, processor: Any):
+        self.source, self.processor = source, processor
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+        bad: list[Bad] = []
+        read = [self.source.next_readable(number, bad) for number in indices]
+        pixels: Tensor = self.processor(images=[image for _, image in read], return_tensors="pt")["pixel_values"]
+        batch = {"pixel_values": pixels, "bad": bad}
+        if self.source.labels is not None:
+            batch["labels"] = self.source.labels[torch.tensor([number for number, _ in read])]
+        return batch
+
+
+def processed_loader(source: ImageSource, processor: Any, batch_size: int, num_workers: int = 0) -> DataLoader:
+    """The set in order, as dicts with "pixel_values" (B, C, H, W), "labels" (B,) where there are any, and "bad".
+
+    As `data.eval_loader`, for encoders whose own processor decides over size, crop and normalisation.
+    """
+    dataset = ProcessedImages(source, processor)
+    # a sampler, not shuffle=False, so that an accelerator can share the batches among processes
+    return ReportingLoader(source, dataset, 0, num_workers, sampler=range(len(source)), batch_size=batch_size)

@@ -1,0 +1,191 @@
+"""How well a linear classifier of frozen features does: heads of many learning rates at once, or logistic regression.
+
+Features are those of un-augmented images, taken once and kept; no augmentation can be asked for. Both classifiers see
+them standardised by mean and standard deviation of the training set, as MAE's BatchNorm without affine before its probe
+does (arXiv 2111.06377), so that one grid of settings serves every encoder.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..data.sources import hold_out
+from ..distributed import is_main
+from ..draws import generator
+from .metrics import topk_accuracy
+
+HELD_OUT = 5
+"""One in so many training images of each class chooses the setting; the validation images never do."""
+
+LOGISTIC_C = tuple(10.0**exponent for exponent in range(-5, 4))
+"""Inverse strengths of the L2 penalty that logistic regression chooses from."""
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Settings of the linear probe, SGD with momentum 0.9 and a cosine, as DINOv2's (arXiv 2304.07193).
+
+    Args:
+        learning_rates: one head each, for 256 images a step; for others they are scaled in proportion.
+        epochs: passes over the training features.
+        batch_size: images a step.
+        weight_decay: of weights and biases.
+    """
+
+    learning_rates: tuple[float, ...] = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
+    epochs: int = 50
+    batch_size: int = 256
+    weight_decay: float = 0.0
+
+    def __post_init__(self):
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise ValueError(f"learning_rates={list(self.learning_rates)} must be one or more numbers above 0")
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay={self.weight_decay} must not be negative")
+
+
+def standardise(train: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Features (N, D), each with the mean and the standard deviation of `train` taken off; a constant one becomes 0."""
+    mean, std = train.mean(0), train.std(0, correction=0)
+    scale = torch.where(std > 1e-6 * mean.abs().clamp(min=1e-6), 1 / std, 0.0)
+    return tuple((features - mean) * scale for features in (train, *others))
+
+
+def train_heads(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    learning_rates: Sequence[float],
+    config: LinearConfig,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """Weights (H, K, D) and biases (H, K) of one linear classifier for each of the H learning rates.
+
+    All are trained at once by SGD with momentum 0.9 along a cosine to 0, on the same batches of features (N, D) and
+    from the same start: weights from a normal distribution of std 0.01, biases 0. A pure function of its arguments.
+    """
+    heads, width = len(learning_rates), features.shape[1]
+    start = torch.randn(num_classes, width, generator=generator(seed, "head")) * 0.01
+    weight = start.to(device, features.dtype).expand(heads, -1, -1).clone()
+    bias = torch.zeros(heads, num_classes, device=device, dtype=features.dtype)
+    velocities = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    rates = torch.tensor(learning_rates, device=device, dtype=features.dtype) * config.batch_size / 256
+    steps, step = config.epochs * math.ceil(len(features) / config.batch_size), 0
+    for epoch in tqdm(range(config.epochs), desc="linear probe", leave=False, disable=not is_main()):
+        order = torch.randperm(len(features), generator=generator(seed, "head order", epoch))
+        for rows in order.split(config.batch_size):
+            batch, classes = features[rows].to(device), labels[rows].to(device)
+            error = _logits(batch, weight, bias).softmax(-1)
+            error[:, torch.arange(len(rows), device=device), classes] -= 1  # gradient of each cross-entropy, times B
+            error /= len(rows)
+            gradients = [error.transpose(1, 2) @ batch, error.sum(1)]
+            now = rates * (1 + math.cos(math.pi * step / steps)) / 2
+            for parameter, velocity, gradient in zip((weight, bias), velocities, gradients, strict=True):
+                velocity.mul_(0.9).add_(gradient.add_(parameter, alpha=config.weight_decay))
+                parameter.sub_(now.view(-1, *[1] * (parameter.ndim - 1)) * velocity)
+            step += 1
+    return weight, bias
+
+
+def _logits(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(B, D), (H, K, D), (H, K) -> (H, B, K), by one matrix product."""
+    heads, num_classes = bias.shape
+    logits = F.linear(features, weight.flatten(0, 1), bias.flatten())
+    return logits.view(-1, heads, num_classes).transpose(0, 1)
+
+
+def linear_probe(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    num_classes: int,
+    config: LinearConfig,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, float]:
+    """Scores (M, num_classes) of `test` (M, D), on the CPU, and the learning rate that was chosen.
+
+    DINOv2's sweep (arXiv 2304.07193): heads of all learning rates in one pass over the features. DINOv2 chooses the
+    head on the validation set; here a fifth of the training images, drawn by `seed`, chooses, and a head of that
+    learning rate is then trained on all of them, so that no test image has a part in what is tested.
+
+    Raises:
+        ValueError: features that are not finite, or too few images to hold any out.
+    """
+    train, test = standardise(*_finite(train, test))
+    kept, held = _split(train_labels, seed)
+    weight, bias = train_heads(
+        train[kept], train_labels[kept], num_classes, config.learning_rates, config, seed, device
+    )
+    scores = _scores(train[held], weight, bias)
+    hits = [topk_accuracy(torch.nan_to_num(head), train_labels[held], 1) for head in scores]
+    chosen = config.learning_rates[max(range(len(hits)), key=hits.__getitem__)]
+    weight, bias = train_heads(train, train_labels, num_classes, [chosen], config, seed, device)
+    return _scores(test, weight, bias)[0], chosen
+
+
+def _scores(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(H, N, K) on the CPU, a block of rows at a time on the device of the heads."""
+    blocks = [_logits(block.to(weight.device), weight, bias).cpu() for block in features.split(4096)]
+    return torch.cat(blocks, 1)
+
+
+def logistic_regression(
+    train: Tensor, train_labels: Tensor, test: Tensor, num_classes: int, seed: int
+) -> tuple[Tensor, float]:
+    """Scores (M, num_classes) of `test` (M, D) and the C that was chosen, for sets of thousands of images.
+
+    scikit-learn's multinomial `LogisticRegression`: of `LOGISTIC_C` the C that does best on a fifth of the training
+    images, of equal ones the smallest, then a fit on all of them. `seed` draws that fifth and nothing else. Classes
+    without training images score -inf.
+
+    Raises:
+        ValueError: features that are not finite, or too few images to hold any out.
+    """
+    train, test = standardise(*_finite(train, test))
+    kept, held = _split(train_labels, seed)
+
+    def fitted(rows: Tensor, queries: Tensor, strength: float) -> Tensor:
+        from sklearn.exceptions import ConvergenceWarning  # an import of a second
+        from sklearn.linear_model import LogisticRegression
+
+        model = LogisticRegression(C=strength, max_iter=1000)
+        with warnings.catch_warnings():  # the weakest penalties need not converge to be compared
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(train[rows].numpy(), train_labels[rows].numpy())
+        scores = torch.full((len(queries), num_classes), -math.inf)
+        logits = torch.from_numpy(model.decision_function(queries.numpy())).float()
+        if logits.ndim == 1:  # of two classes scikit-learn gives the second one's alone
+            logits = torch.stack([-logits, logits], 1)
+        scores[:, torch.from_numpy(model.classes_)] = logits
+        return scores
+
+    hits = [topk_accuracy(fitted(kept, train[held], strength), train_labels[held], 1) for strength in LOGISTIC_C]
+    chosen = LOGISTIC_C[max(range(len(hits)), key=hits.__getitem__)]
+    return fitted(torch.arange(len(train)), test, chosen), chosen
+
+
+def _split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    kept, held = hold_out(labels, seed, one_in=HELD_OUT)
+    if len(labels[kept].unique()) < 2:
+        raise ValueError(
+            f"{len(labels)} training images leave fewer than two classes when one in {HELD_OUT} is held out to choose "
+            "a setting: label more images"
+        )
+    return kept, held
+
+
+def _finite(*features: Tensor) -> tuple[Tensor, ...]:
+    if not all(part.isfinite().all() for part in features):
+        raise ValueError("features hold NaN or infinite values; has training diverged?")
+    return features

@@ -1,0 +1,97 @@
+"""The evaluations in a `results.json`: an entry for each question asked, a run in it for each seed, and their table."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .results import write_json
+
+RESULTS_NAME = "results.json"
+
+
+def read_results(folder: str | Path) -> dict[str, Any]:
+    """What `results.json` in this folder holds; nothing, if there is none."""
+    path = Path(folder) / RESULTS_NAME
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def run_is_complete(folder: str | Path) -> bool:
+    """Whether a pretraining run in this folder has come to its end: evaluations alone do not say so."""
+    return "units" in read_results(folder)
+
+
+def find_run(folder: str | Path, question: Mapping[str, Any], seed: int | None) -> dict[str, Any] | None:
+    """The run that has answered this question with this seed, if there is one."""
+    for entry in read_results(folder).get("evaluations", []):
+        if _same(entry, question):
+            return next((run for run in entry["runs"] if run["seed"] == seed), None)
+    return None
+
+
+def add_run(folder: str | Path, question: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Add a run to `results.json`, to the entry of the same question or a new one; what else is there stays.
+
+    Args:
+        question: what was evaluated on what, and how; "validation_images" is the number of test images.
+        run: "seed" (None where nothing is drawn), "top1", "top5", and whatever else is worth keeping.
+    """
+    results = read_results(folder)
+    entries = results.setdefault("evaluations", [])
+    entry = next((entry for entry in entries if _same(entry, question)), None)
+    if entry is None:
+        entry = {**question, "runs": []}
+        entries.append(entry)
+    entry["runs"].append(run)
+    entry["seeds"] = [run["seed"] for run in entry["runs"]]
+    for name in ("top1", "top5"):
+        values = [run[name] for run in entry["runs"]]
+        mean = statistics.fmean(values)
+        entry[name] = mean
+        entry[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        entry[f"{name}_ci95"] = list(wilson_interval(mean, entry["validation_images"]))
+    write_json(Path(folder) / RESULTS_NAME, results)
+
+
+def _same(entry: Mapping[str, Any], question: Mapping[str, Any]) -> bool:
+    asked = json.loads(json.dumps(question))  # as it would come back from the file
+    return all(name in entry and entry[name] == value for name, value in asked.items())
+
+
+def evaluation_table(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Lines of text: encoder, evaluation, patch size, training images, top-1 mean and std over seeds, 95% interval."""
+    rows = [("encoder", "evaluation", "patch", "labels", "seeds", "top-1, %", "95% interval")]
+    for entry in sorted(
+        entries, key=lambda entry: (entry["evaluation"], entry["train_images"], entry["patch_size"] or 0)
+    ):
+        std = "" if entry["top1_std"] is None else f" ± {100 * entry['top1_std']:.1f}"
+        low, high = entry["top1_ci95"]
+        rows.append(
+            (
+                entry["checkpoint"],
+                entry["evaluation"],
+                str(entry["patch_size"] or ""),
+                str(entry["train_images"]),
+                str(len(entry["seeds"])),
+                f"{100 * entry['top1']:.1f}{std}",
+                f"{100 * low:.1f} to {100 * high:.1f}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def wilson_interval(accuracy: float, num_samples: int) -> tuple[float, float]:
+    """95% confidence interval of an accuracy measured on `num_samples` test images (Wilson, JASA 1927).
+
+    It covers the draw of the test images from those that one could have tested on, and nothing else: neither the draw
+    of the training images nor pretraining nor the seed of a probe, whose spread is the standard deviation over seeds.
+    """
+    z = 1.959964
+    centre = (accuracy + z**2 / (2 * num_samples)) / (1 + z**2 / num_samples)
+    variance = accuracy * (1 - accuracy) / num_samples + z**2 / (4 * num_samples**2)
+    half = z * variance**0.5 / (1 + z**2 / num_samples)
+    return max(0.0, centre - half), min(1.0, centre + half)

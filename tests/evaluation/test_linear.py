@@ -1,0 +1,140 @@
+"""Linear probe and logistic regression: heads trained at once are those trained one by one; the choice; odd inputs."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hf_accel.evaluation.linear as linear
+from hf_accel.draws import generator
+from hf_accel.evaluation import LinearConfig, linear_probe, logistic_regression, topk_accuracy
+from hf_accel.evaluation.linear import standardise, train_heads
+
+CLASSES, WIDTH = 4, 6
+
+
+def blobs(n: int, spread: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Features (n, WIDTH) about one centre for each class, far apart for a small spread, and labels."""
+    source = torch.Generator().manual_seed(seed)
+    centres = 3 * torch.eye(CLASSES, WIDTH)
+    labels = torch.arange(n) % CLASSES
+    return centres[labels] + spread * torch.randn(n, WIDTH, generator=source) + 10, labels
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_heads_trained_at_once_equal_heads_trained_one_by_one(weight_decay):
+    features, labels = blobs(50, 2.0, 0)  # batches of 16, 16, 16 and 2
+    features = features.double()  # which leaves formulas, and no rounding, to differ
+    config = LinearConfig(epochs=3, batch_size=16, weight_decay=weight_decay)
+    rates = (0.01, 0.3, 2.0)
+    weight, bias = train_heads(features, labels, CLASSES, rates, config, seed=5)
+    for number, rate in enumerate(rates):
+        head = nn.Linear(WIDTH, CLASSES).double()
+        start = torch.randn(CLASSES, WIDTH, generator=generator(5, "head")) * 0.01
+        head.load_state_dict({"weight": start, "bias": torch.zeros(CLASSES)})
+        optimizer = torch.optim.SGD(head.parameters(), lr=rate * 16 / 256, momentum=0.9, weight_decay=weight_decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3 * 4)
+        for epoch in range(3):
+            order = torch.randperm(50, generator=generator(5, "head order", epoch))
+            for first in range(0, 50, 16):
+                rows = order[first : first + 16]
+                optimizer.zero_grad()
+                F.cross_entropy(head(features[rows]), labels[rows]).backward()
+                optimizer.step()
+                schedule.step()
+        torch.testing.assert_close(weight[number], head.weight.detach(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(bias[number], head.bias.detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_both_tell_apart_what_can_be_told_apart():
+    train, train_labels = blobs(200, 0.3, 1)
+    test, labels = blobs(80, 0.3, 2)
+    scores, rate = linear_probe(train, train_labels, test, CLASSES, LinearConfig(), seed=0)
+    again, _ = linear_probe(train, train_labels, test, CLASSES, LinearConfig(), seed=0)
+    other, _ = linear_probe(train, train_labels, test, CLASSES, LinearConfig(), seed=1)
+    assert torch.equal(scores, again) and not torch.equal(scores, other)
+    logits, strength = logistic_regression(train, train_labels, test, CLASSES, seed=0)
+    assert scores.shape == logits.shape == (80, CLASSES)
+    assert topk_accuracy(scores, labels, 1) == topk_accuracy(logits, labels, 1) == 1
+    assert rate in LinearConfig().learning_rates and strength in linear.LOGISTIC_C
+
+
+def test_the_held_out_part_chooses():
+    train, train_labels = blobs(400, 2.0, 1)
+    test, labels = blobs(400, 2.0, 2)
+    useless = LinearConfig(learning_rates=(1e-9, 1e-8))
+    config = LinearConfig(learning_rates=(1e-9, 0.1, 1e-8))
+    scores, rate = linear_probe(train, train_labels, test, CLASSES, config, seed=0)
+    assert rate == 0.1
+    worse, _ = linear_probe(train, train_labels, test, CLASSES, useless, seed=0)
+    assert topk_accuracy(scores, labels, 1) > topk_accuracy(worse, labels, 1) + 0.05
+
+
+def test_few_noisy_images_get_a_strong_penalty():
+    source = torch.Generator().manual_seed(0)
+    labels = torch.arange(120) % 2
+    features = torch.randn(120, 80, generator=source)
+    features[:, 0] += 1.5 * labels  # one good feature among many
+    features[:, 1:] *= 3
+    _, strength = logistic_regression(features[:60], labels[:60], features[60:], 2, seed=0)
+    assert strength < 1
+
+
+def test_the_chosen_head_is_trained_on_all_training_images(monkeypatch):
+    train, train_labels = blobs(100, 1.0, 1)
+    asked = []
+
+    def recording(features, labels, num_classes, rates, *rest):
+        asked.append((len(features), tuple(rates)))
+        return train_heads(features, labels, num_classes, rates, *rest)
+
+    monkeypatch.setattr(linear, "train_heads", recording)
+    _, rate = linear_probe(train, train_labels, train[:3], CLASSES, LinearConfig(epochs=2), seed=0)
+    assert asked == [(80, LinearConfig().learning_rates), (100, (rate,))]
+
+
+def test_standardise():
+    train, other = (np.random.default_rng(seed).normal(7, 3, (20, 3)).astype(np.float32) for seed in (0, 1))
+    train[:, 1] = other[:, 1] = 5
+    got = standardise(torch.from_numpy(train), torch.from_numpy(other))
+    mean, std = train.mean(0), train.std(0)
+    std[1] = np.inf
+    for features, values in zip(got, (train, other), strict=True):
+        np.testing.assert_allclose(features.numpy(), (values - mean) / std, atol=1e-5)
+
+
+@pytest.mark.parametrize("present", [[0, 2], [0, 2, 3]])
+def test_classes_without_training_images(present):
+    train, labels = blobs(200, 0.3, 1)
+    rows = torch.isin(labels, torch.tensor(present))
+    scores, _ = logistic_regression(train[rows], labels[rows], train, CLASSES, seed=0)
+    assert topk_accuracy(scores[rows], labels[rows], 1) == 1
+    absent = [label for label in range(CLASSES) if label not in present]
+    assert (scores[:, absent] == -math.inf).all()
+
+
+def test_errors():
+    train, labels = blobs(40, 1.0, 1)
+    broken = train.clone()
+    broken[3, 2] = math.nan
+    for fit in (
+        lambda features, labels: linear_probe(features, labels, train, CLASSES, LinearConfig(), 0),
+        lambda features, labels: logistic_regression(features, labels, train, CLASSES, 0),
+    ):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            fit(broken, labels)
+        with pytest.raises(ValueError, match="2 training images leave fewer than two classes"):
+            fit(train[:2], labels[:2])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"learning_rates": ()}, {"learning_rates": (0.1, 0.0)}, {"epochs": 0}, {"batch_size": 0}, {"weight_decay": -1.0}],
+    ids=str,
+)
+def test_settings_out_of_range(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        LinearConfig(**values)

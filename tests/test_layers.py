@@ -23,7 +23,7 @@ LEVELS = [
     {"auto_schedule", "monitoring", "progress_callback"},
     {"trainer"},
     {"assemble"},
-    {"pilot"},
+    {"pilot", "publish"},
     {"run"},
     {"__init__"},
 ]

@@ -201,8 +201,9 @@ def push_failure(error: Exception) -> PushFailed:
         chain.append(cause)
     for link in chain:
         if isinstance(link, HfHubHTTPError) and 400 <= link.response.status_code < 500:
-            kind = PushFailed if link.response.status_code in TEMPORARY else PushRefused
-            return kind(" ".join(str(link).split()))
+            status = link.response.status_code
+            kind = PushFailed if status in TEMPORARY else PushRefused
+            return kind(f"{status}: {' '.join((link.server_message or str(link)).split())}")
         if isinstance(link, HFValidationError):
             return PushRefused(str(link))
     # A card that the Hub finds invalid; an answer that is no JSON comes from something in between

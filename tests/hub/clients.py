@@ -48,7 +48,7 @@ def start(url: str, data: Path, output: Path, *overrides: str, **changes: str) -
 def ended(process: subprocess.Popen, status: int = 0) -> str:
     """What it printed, once it has ended, as it should."""
     text, _ = process.communicate(timeout=300)
-    assert process.returncode == status, text
+    assert process.returncode == status, text[-3000:]
     return text
 
 

@@ -25,6 +25,8 @@ class Repository:
     lfs: set[str] = field(default_factory=set)
     commits: list[str] = field(default_factory=list)
     """Messages, in order; the sha of the n-th is n in 40 digits."""
+    ever: set[str] = field(default_factory=set)
+    """Paths that any commit had."""
 
     @property
     def sha(self) -> str:
@@ -42,7 +44,7 @@ class Hub:
 
     Attributes:
         repositories: by id.
-        blobs: uploaded large files, by sha256, in the order they came.
+        blobs: uploaded large files, by repository and sha256.
         uploads: for each attempt to upload one, "whole" or "dropped".
         drop: as many of the next uploads lose their connection in the middle.
         hold: while it is not set, uploads hang.
@@ -53,7 +55,7 @@ class Hub:
 
     def __init__(self, port: int = 0):
         self.repositories: dict[str, Repository] = {}
-        self.blobs: dict[str, bytes] = {}
+        self.blobs: dict[tuple[str, str], bytes] = {}
         self.uploads: list[str] = []
         self.drop, self.refuse = 0, 0
         self.hold, self.uploading = threading.Event(), threading.Event()
@@ -192,8 +194,8 @@ class _Handler(BaseHTTPRequestHandler):
     def batch(self, repo_id: str, repository: Repository, body: bytes) -> None:
         objects = []
         for asked in json.loads(body)["objects"]:
-            upload = {"actions": {"upload": {"href": f"{self.hub.url}/blob/{asked['oid']}"}}}
-            objects.append({**asked, **({} if asked["oid"] in self.hub.blobs else upload)})
+            upload = {"actions": {"upload": {"href": f"{self.hub.url}/blob/{repo_id}/{asked['oid']}"}}}
+            objects.append({**asked, **({} if (repo_id, asked["oid"]) in self.hub.blobs else upload)})
         self.answer(200, {"transfer": "basic", "objects": objects}, Content_Type="application/vnd.git-lfs+json")
 
     def do_PUT(self) -> None:
@@ -207,20 +209,21 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.close_connection = True
             return self.connection.close()
-        content, oid = self.read(), self.path.rpartition("/")[2]
+        content = self.read()
+        repo_id, _, oid = self.path.removeprefix("/blob/").rpartition("/")
         if hashlib.sha256(content).hexdigest() != oid:
             return self.answer(400, {"error": "not the content that was announced"})
         self.hub.uploads.append("whole")
-        self.hub.blobs[oid] = content
+        self.hub.blobs[repo_id, oid] = content
         return self.answer(200)
 
     def commit(self, repo_id: str, repository: Repository, body: bytes) -> None:
         lines = [json.loads(line) for line in body.splitlines()]
         files, lfs = dict(repository.files), set(repository.lfs)
         for value in (line["value"] for line in lines if line["key"] == "lfsFile"):
-            if value["oid"] not in self.hub.blobs:
+            if (repo_id, value["oid"]) not in self.hub.blobs:
                 return self.answer(400, {"error": f"{value['path']}: its content was never uploaded"})
-            files[value["path"]] = self.hub.blobs[value["oid"]]
+            files[value["path"]] = self.hub.blobs[repo_id, value["oid"]]
             lfs.add(value["path"])
         for value in (line["value"] for line in lines if line["key"] == "file"):
             files[value["path"]] = base64.b64decode(value["content"])
@@ -229,7 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.answer(404, {"error": "A file with this name doesn't exist"})
             del files[value["path"]]
             lfs.discard(value["path"])
-        repository.files, repository.lfs = files, lfs
+        repository.files, repository.lfs, repository.ever = files, lfs, repository.ever | files.keys()
         repository.commits.append(next(line["value"]["summary"] for line in lines if line["key"] == "header"))
         url = f"{self.hub.url}/{repo_id}/commit/{repository.sha}"
         return self.answer(200, {"success": True, "commitOid": repository.sha, "commitUrl": url})

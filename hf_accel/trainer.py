@@ -18,7 +18,7 @@ from .auto_schedule import AutoScheduleCallback
 from .compression import Compression, Plan, Strategy
 from .compression.cost import TABLE_NAME
 from .compression.online import OnlineController
-from .data import AUGMENTATIONS, ImageSource, TrainSampler, eval_loader, make_views, train_loader
+from .data import AUGMENTATIONS, ImageSource, TrainSampler, eval_loader, image_processor, make_views, train_loader
 from .draws import generator
 from .evaluation import extract_features, knn_accuracy
 from .monitoring import CollapseMonitor
@@ -77,7 +77,8 @@ class PretrainTrainer(Trainer):
         self._metric_count = 0
         self._window = (time.perf_counter(), 0, 0.0)
         images: dict[str, Any] = {"train_dataset": source, "eval_dataset": validation}
-        super().__init__(model=model, args=args, **images, **kwargs)
+        processor = image_processor(source, recipe.image_size)  # saved in checkpoints, which pipelines open with it
+        super().__init__(model=model, args=args, processing_class=processor, **images, **kwargs)
         if controller:
             self.add_callback(AutoScheduleCallback(self, controller))
         self.add_callback(ProgressCallback(self))

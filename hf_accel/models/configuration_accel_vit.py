@@ -1,13 +1,25 @@
 """AccelViT model configuration."""
 
+import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig, strict  # pyright: ignore[reportPrivateImportUsage]
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_accel_vit.AccelViTConfig",
+    "AutoModel": "modeling_accel_vit.AccelViTModel",
+    "AutoModelForImageClassification": "modeling_accel_vit.AccelViTForImageClassification",
+    "AutoBackbone": "modeling_accel_vit.AccelViTBackbone",
+}
+"""Where transformers finds the classes in the files beside a checkpoint, under `trust_remote_code=True`."""
 
 
 @strict
-class AccelViTConfig(PreTrainedConfig):
+class AccelViTConfig(BackboneConfigMixin, PreTrainedConfig):  # pyright: ignore[reportIncompatibleMethodOverride]
     r"""
     Configuration of an [`AccelViTModel`]. The defaults are ViT-B/16 as in MoCo-v3 (arXiv 2104.02057).
 
@@ -18,6 +30,9 @@ class AccelViTConfig(PreTrainedConfig):
             Side in pixels of the images that the positions are laid out for. Images of any size are accepted.
         patch_size (`int`, *optional*, defaults to 16):
             Base patch size p0 in pixels: that of the stored kernel. Divides `image_size`.
+        default_patch_size (`int`, *optional*):
+            Patch size in pixels of calls that name none; `None` is the base. `from_pretrained(..., patch_size=32)` sets
+            it: the stored kernel keeps its base patch size.
         use_cls_token (`bool`, *optional*, defaults to `True`):
             Whether the sequence opens with a CLS token.
         num_register_tokens (`int`, *optional*, defaults to 0):
@@ -32,6 +47,8 @@ class AccelViTConfig(PreTrainedConfig):
             Stochastic depth (arXiv 1603.09382) of the last layer in [0, 1); it grows linearly from 0 at the first.
         freeze_patch_projection (`bool`, *optional*, defaults to `False`):
             Keep the patch projection at its random initialisation, MoCo-v3's cure for unstable training.
+        out_features (`list[str]`, *optional*), out_indices (`list[int]`, *optional*):
+            Of a backbone: the stages that are returned, of `"stem"`, `"stage1"`, ... `"stageN"`. Default: the last.
 
     Raises:
         ValueError: an impossible combination; the message names the fields, their values and the fix.
@@ -48,6 +65,7 @@ class AccelViTConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     image_size: int = 224
     patch_size: int = 16
+    default_patch_size: int | None = None
     num_channels: int = 3
     qkv_bias: bool = True
     use_cls_token: bool = True
@@ -57,6 +75,8 @@ class AccelViTConfig(PreTrainedConfig):
     layerscale_value: float | int | None = None
     drop_path_rate: float | int = 0.0
     freeze_patch_projection: bool = False
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -69,6 +89,10 @@ class AccelViTConfig(PreTrainedConfig):
         return self.image_size // self.patch_size
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("stage_names", None)
+        self.stage_names = ["stem"] + [f"stage{number + 1}" for number in range(self.num_hidden_layers)]
+        stages = {name: kwargs.pop(name, None) for name in ("out_features", "out_indices")}
+        self.set_output_features_output_indices(**stages)
         super().__post_init__(**kwargs)
         for name in ("hidden_size", "num_attention_heads", "intermediate_size", "patch_size", "num_channels"):
             if getattr(self, name) < 1:
@@ -87,12 +111,45 @@ class AccelViTConfig(PreTrainedConfig):
                 f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}: the base grid is "
                 "whole. Images of other sizes can still be passed to the model"
             )
+        if self.default_patch_size is not None and self.default_patch_size < 1:
+            raise ValueError(
+                f"default_patch_size must be a positive whole number of pixels, got {self.default_patch_size}; None is "
+                f"the base patch size, {self.patch_size}"
+            )
         if self.pooling == "cls" and not self.use_cls_token:
             raise ValueError("pooling='cls' needs use_cls_token=True; without a CLS token use pooling='mean'")
         if self.num_register_tokens < 0:
             raise ValueError(f"num_register_tokens must be 0 or more, got {self.num_register_tokens}")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must lie in [0, 1), got {self.drop_path_rate}")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "AccelViTConfig":
+        """`patch_size` among the keywords, which are those of `from_pretrained`, is that of calls, not the kernel's.
+
+        Raises:
+            ValueError: it is no positive whole number.
+        """
+        if "patch_size" in kwargs:
+            patch_size = kwargs.pop("patch_size")
+            if patch_size is not None and (type(patch_size) is not int or patch_size < 1):
+                base = config_dict.get("patch_size", cls.patch_size)
+                raise ValueError(
+                    f"patch_size must be a positive whole number of pixels, got {patch_size!r}; leave it out, or give "
+                    f"None, for the base patch size, {base}"
+                )
+            config_dict = {**config_dict, "default_patch_size": patch_size}
+        return super().from_dict(config_dict, **kwargs)  # pyright: ignore[reportReturnType]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Every checkpoint passes here: it gets the model's code, by which it opens where this package is missing."""
+        code = Path(__file__).parent
+        # of a checkpoint's own code transformers copies as much as it needs: that of the configuration, at least
+        self.auto_map = {auto: name for auto, name in AUTO_MAP.items() if (code / f"{name.split('.')[0]}.py").is_file()}
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        for path in code.glob("*_accel_vit.py"):
+            shutil.copyfile(path, Path(save_directory) / path.name)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
 
 def vit_tiny(**overrides: Any) -> AccelViTConfig:

@@ -11,123 +11,23 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack  # pyright: ignore[reportAttributeAccessIssue]
-from transformers.utils.generic import TransformersKwargs, can_return_tuple, maybe_autocast
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_accel_vit import AccelViTConfig
+from .embeddings_accel_vit import AccelViTEmbeddings, AccelViTPatchProjection
 from .shortening_accel_vit import (
     checked_patch_size,
     num_kept_tokens,
-    position_resize_matrix,
     resize_patch_kernel,
     resize_to_multiple,
     sample_kept_tokens,
-    sincos_position_table,
 )
-
-
-class AccelViTPatchProjection(nn.Conv2d):
-    """The patch kernel at the base patch size p0; each call derives the kernel of its own patch size."""
-
-    def forward(
-        self, pixel_values: torch.Tensor, patch_size: int, kept_tokens: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """(B, C, H, W) -> (B, L, D) with L = (H / p) (W / p), or (B, K, D) of the `kept_tokens` (B, K) alone.
-
-        Dropped patches are gone before the projection: they cost nothing.
-        """
-        weight = resize_patch_kernel(self.weight, patch_size)
-        if kept_tokens is None:
-            tokens = nn.functional.conv2d(pixel_values, weight, self.bias, stride=patch_size)
-            return tokens.flatten(2).transpose(1, 2)
-        batch_size, channels, height, width = pixel_values.shape
-        rows, columns = height // patch_size, width // patch_size
-        patches = pixel_values.reshape(batch_size, channels, rows, patch_size, columns, patch_size)
-        images = torch.arange(batch_size, device=kept_tokens.device)[:, None]
-        kept_patches = patches.permute(0, 2, 4, 1, 3, 5)[images, kept_tokens // columns, kept_tokens % columns]
-        return nn.functional.linear(kept_patches.flatten(2), weight.flatten(1), self.bias)
-
-
-class AccelViTPatchEmbeddings(nn.Module):
-    """(B, num_channels, H, W) -> (B, kept patches, hidden_size)."""
-
-    def __init__(self, config: AccelViTConfig):
-        super().__init__()
-        self.num_channels = config.num_channels
-        self.projection = AccelViTPatchProjection(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
-        )
-
-    def forward(
-        self, pixel_values: torch.Tensor, patch_size: int, kept_tokens: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
-            expected = f"(batch_size, {self.num_channels}, height, width)"
-            raise ValueError(f"pixel_values must be {expected}, got {tuple(pixel_values.shape)}")
-        return self.projection(pixel_values, patch_size, kept_tokens)
-
-
-class AccelViTEmbeddings(nn.Module):
-    """CLS and register tokens, patch embeddings and their positions."""
-
-    def __init__(self, config: AccelViTConfig):
-        super().__init__()
-        self.config = config
-        size = config.hidden_size
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, size)) if config.use_cls_token else None
-        self.register_tokens = (
-            nn.Parameter(torch.zeros(1, config.num_register_tokens, size)) if config.num_register_tokens else None
-        )
-        self.patch_embeddings = AccelViTPatchEmbeddings(config)
-        # as in ViT, the position of CLS comes first; sin-cos gives it none, as in MoCo-v3
-        num_positions = config.grid_size**2 + int(config.use_cls_token)
-        learned = config.position_embedding_type == "learned"
-        self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, size)) if learned else None
-
-    def patch_positions(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
-        """(height * width, hidden_size): positions of a grid, which spans the image whatever its size."""
-        grid_size, hidden_size = self.config.grid_size, self.config.hidden_size
-        if self.position_embeddings is None:
-            return sincos_position_table(grid_size, height, width, hidden_size, device=like.device, dtype=like.dtype)
-        stored = self.position_embeddings[0, int(self.config.use_cls_token) :]
-        if height == width == grid_size:
-            return stored
-        dtype = torch.promote_types(stored.dtype, torch.float32)
-        rows = position_resize_matrix(grid_size, height, device=stored.device, dtype=dtype)
-        columns = position_resize_matrix(grid_size, width, device=stored.device, dtype=dtype)
-        with maybe_autocast(stored.device.type, enabled=False):
-            table = stored.to(dtype).reshape(grid_size, grid_size, hidden_size)
-            sampled = torch.einsum("hr,wc,rcd->hwd", rows, columns, table)
-        return sampled.flatten(0, 1).to(stored.dtype)
-
-    def prefix_tokens(self, batch_size: int) -> list[torch.Tensor]:
-        """Of (batch_size, n, hidden_size) each: CLS and registers, as far as there are any."""
-        prefix = []
-        if self.cls_token is not None:
-            cls_token = self.cls_token
-            if self.position_embeddings is not None:
-                cls_token = cls_token + self.position_embeddings[:, :1]
-            prefix.append(cls_token.expand(batch_size, -1, -1))
-        if self.register_tokens is not None:
-            prefix.append(self.register_tokens.expand(batch_size, -1, -1))
-        return prefix
-
-    def forward(
-        self, pixel_values: torch.Tensor, patch_size: int, kept_tokens: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """(B, C, H, W) -> (B, num_prefix_tokens + L, hidden_size), or K for L if `kept_tokens` (B, K) are given."""
-        patch_size = checked_patch_size(patch_size)
-        weight = self.patch_embeddings.projection.weight
-        batch_size, _, height, width = pixel_values.shape
-        positions = self.patch_positions(height // patch_size, width // patch_size, like=weight)
-        if kept_tokens is not None:
-            positions = positions[kept_tokens]
-        tokens = self.patch_embeddings(pixel_values, patch_size, kept_tokens) + positions
-        return torch.cat([*self.prefix_tokens(batch_size), tokens], dim=1)
 
 
 def eager_attention_forward(
@@ -319,7 +219,8 @@ class AccelViTModel(AccelViTPreTrainedModel):
         pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
             Normalised images of any size. Sides that `patch_size` does not divide are resized to the nearest multiple.
         patch_size (`int`, *optional*):
-            Side of a patch in pixels; `None` is the base patch size of the config.
+            Side of a patch in pixels; `None` is `config.default_patch_size`, which `patch_size=` at load time sets, or
+            else the base patch size.
         token_dropout (`float`, *optional*, defaults to 0.0):
             Ratio of patch tokens dropped, in [0, 1). CLS and registers stay.
         generator (`torch.Generator`, *optional*):
@@ -332,9 +233,7 @@ class AccelViTModel(AccelViTPreTrainedModel):
 
         Raises `ValueError` if `patch_size` or `token_dropout` is impossible.
         """
-        patch_size = checked_patch_size(self.config.patch_size if patch_size is None else patch_size)
-        dtype = self.embeddings.patch_embeddings.projection.weight.dtype
-        pixel_values = resize_to_multiple(pixel_values.to(dtype), patch_size)
+        pixel_values, patch_size = self.whole_patches(pixel_values, patch_size)
         num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
         kept_tokens = None
         if num_kept_tokens(num_patches, token_dropout) < num_patches:
@@ -342,6 +241,14 @@ class AccelViTModel(AccelViTPreTrainedModel):
                 pixel_values.shape[0], num_patches, token_dropout, generator, pixel_values.device
             )
         return self.encode(pixel_values, patch_size, kept_tokens, **kwargs)
+
+    def whole_patches(self, pixel_values: torch.Tensor, patch_size: int | None) -> tuple[torch.Tensor, int]:
+        """The pixels as the weights' dtype, with sides that the patch size of this call divides, and that patch size."""
+        if patch_size is None:
+            patch_size = self.config.default_patch_size or self.config.patch_size
+        patch_size = checked_patch_size(patch_size)
+        dtype = self.embeddings.patch_embeddings.projection.weight.dtype
+        return resize_to_multiple(pixel_values.to(dtype), patch_size), patch_size
 
     # Apart from `forward`, so that the break which a generator makes in a compiled graph is outside of the capturing of
     # outputs: inside, it would break the graph again at every layer.
@@ -401,7 +308,43 @@ class AccelViTForImageClassification(AccelViTPreTrainedModel):
         )
 
 
+class AccelViTBackbone(BackboneMixin, AccelViTModel):
+    """The encoder as a backbone of detectors and segmenters: the output of chosen layers as feature maps.
+
+    Its weights are those of an [`AccelViTModel`] under the same names.
+    """
+
+    def __init__(self, config: AccelViTConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self, pixel_values: torch.Tensor, patch_size: int | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> BackboneOutput:
+        r"""
+        The arguments are those of [`AccelViTModel`], but that no token can be dropped from a map.
+
+        Returns `feature_maps`: for each stage in `config.out_features` (`"stem"`, what enters the first layer, or
+        `"stage1"`, the output of the first layer, and so on) its patch tokens after the last LayerNorm, (batch_size,
+        hidden_size, height / patch_size, width / patch_size).
+        """
+        pixel_values, patch_size = self.whole_patches(pixel_values, patch_size)
+        grid = (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size)
+        outputs = self.encode(pixel_values, patch_size, **kwargs)
+        feature_maps = tuple(
+            self.layernorm(hidden_state)[:, self.config.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid)
+            for stage, hidden_state in zip(self.stage_names, outputs.hidden_states, strict=True)
+            if stage in self.out_features
+        )
+        return BackboneOutput(
+            feature_maps=feature_maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
 __all__ = [
+    "AccelViTBackbone",
     "AccelViTForImageClassification",
     "AccelViTModel",
     "AccelViTPreTrainedModel",

@@ -61,7 +61,8 @@ def test_a_run_is_pushed_while_it_trains_and_at_the_end(pushed, hub):
     assert hub.uploads[0] == "dropped" and "whole" in hub.uploads
     assert repository.commits[0] == "Step 2, 25% of the budget" and repository.commits[-1] == LAST
     assert only_model_files(repository) == WHOLE
-    assert not [path for path in repository.ever if re.search("optimizer|scheduler|rng|trainer|training|state", path)]
+    paths = {path for files in repository.history for path in files}
+    assert not [path for path in paths if re.search("optimizer|scheduler|rng|trainer|training|state", path)]
     for name in (WEIGHTS, "config.json", "curves.png"):
         assert repository.files[name] == (pushed / "final" / name).read_bytes()
     assert json.loads(repository.files["results.json"])["knn_top1"] == read(pushed / "results.json")["knn_top1"]
@@ -79,22 +80,32 @@ def test_nothing_pushed_tells_where_it_lay(pushed, hub, images):
 
 
 LOAD = """
-import json
+import sys
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
-import hf_accel
-assert AutoConfig.from_pretrained("ann/run").model_type == "accel_vit"
-assert AutoImageProcessor.from_pretrained("ann/run").crop_size["height"] == 16
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+trust = {"trust_remote_code": True}
+assert AutoConfig.from_pretrained("ann/run", **trust).model_type == "accel_vit"
+assert AutoImageProcessor.from_pretrained("ann/run", **trust).crop_size["height"] == 16
 images = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
 with torch.no_grad():
-    features = [AutoModel.from_pretrained(of).eval()(images).pooler_output for of in ("ann/run", LOCAL)]
-print(json.dumps([len(features[0][0]), torch.equal(*features)]))
+    features, *same = [AutoModel.from_pretrained(of, **trust).eval()(images).pooler_output for of in ("ann/run", FINAL)]
+    assert features.shape == (2, 32) and torch.equal(features, *same)
+    assert AutoBackbone.from_pretrained("ann/run", **trust)(images).feature_maps[0].shape == (2, 32, 4, 4)
+    classifier = AutoModelForImageClassification.from_pretrained("ann/run", num_labels=3, **trust)
+    assert classifier(images).logits.shape == (2, 3)
+    assert AutoModel.from_pretrained(FIRST, **trust).eval()(images).pooler_output.shape == (2, 32)
+assert "hf_accel" not in sys.modules
 """
 
 
 @pytest.mark.slow
-def test_the_repository_id_loads_what_the_run_saved(pushed, hub, tmp_path):
-    assert json.loads(python(hub.url, f"LOCAL = {str(pushed / 'final')!r}\n{LOAD}", tmp_path)) == [32, True]
+def test_whoever_has_transformers_loads_what_the_run_saved(pushed, hub, tmp_path):
+    first = tmp_path / "first"
+    first.mkdir()
+    for path, content in of(hub).history[0].items():
+        (first / path).write_bytes(content)
+    assert "**Training is under way**: 2 steps and 25% of the budget" in (first / "README.md").read_text()
+    python(hub.url, f"FINAL = {str(pushed / 'final')!r}; FIRST = {str(first)!r}\n{LOAD}", tmp_path)
 
 
 @pytest.mark.slow
@@ -103,8 +114,7 @@ def test_the_code_of_the_card_runs(pushed, hub, tmp_path):
     assert 'model_id = "ann/run"' in code and "patch_size=8" in code
     PIL.Image.new("L", (40, 30)).save(tmp_path / "image.png")
     shapes = "\nprint(tuple(features.shape), tuple(cheaper.shape), torch.equal(features, cheaper))"
-    printed = python(hub.url, f"import hf_accel\n{code}{shapes}", tmp_path)
-    assert printed.strip() == "(1, 32) (1, 32) False"
+    assert python(hub.url, code + shapes, tmp_path).strip() == "(1, 32) (1, 32) False"
 
 
 @pytest.mark.slow

@@ -25,8 +25,8 @@ class Repository:
     lfs: set[str] = field(default_factory=set)
     commits: list[str] = field(default_factory=list)
     """Messages, in order; the sha of the n-th is n in 40 digits."""
-    ever: set[str] = field(default_factory=set)
-    """Paths that any commit had."""
+    history: list[dict[str, bytes]] = field(default_factory=list)
+    """The files after each commit."""
 
     @property
     def sha(self) -> str:
@@ -232,7 +232,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.answer(404, {"error": "A file with this name doesn't exist"})
             del files[value["path"]]
             lfs.discard(value["path"])
-        repository.files, repository.lfs, repository.ever = files, lfs, repository.ever | files.keys()
+        repository.files, repository.lfs = files, lfs
+        repository.history.append(files)
         repository.commits.append(next(line["value"]["summary"] for line in lines if line["key"] == "header"))
         url = f"{self.hub.url}/{repo_id}/commit/{repository.sha}"
         return self.answer(200, {"success": True, "commitOid": repository.sha, "commitUrl": url})

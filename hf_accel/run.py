@@ -116,7 +116,8 @@ def finish(trainer: PretrainTrainer, recipe: Recipe, source: ImageSource, valida
     baselines = {"raw pixels": raw["top1"]} if raw else {}
     if results["knn_top1_random_init"] is not None:
         baselines["random init"] = results["knn_top1_random_init"]
-    plot_curves(history, output / "curves.png", title=f"{recipe.objective} on {source.name}", baselines=baselines)
+    title = f"{recipe.objective} on {results['data']['name']}"
+    plot_curves(history, output / "curves.png", title=title, baselines=baselines)
     write_json(output / "log_history.json", {"log_history": history})
     complete_final(recipe, results)
     write_json(output / "results.json", results)

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+import hf_accel.run as entry
 from tests.hub.clients import ended, launch, python, start
 from tests.hub.hub_server import Hub, Repository, free_port
 from tests.tiny_runs import STEPS, WEIGHTS, assert_same_weights, image_folder, read
@@ -249,12 +250,26 @@ def test_from_the_optimizer_if_asked_for_others_resume(pushed, hub, images, tmp_
 
 
 @pytest.fixture
-def no_push(tmp_path, images, own_cache_and_threads) -> Path:
+def titles(monkeypatch) -> list[str]:
+    """Of the training curves that are drawn."""
+    found, plot_curves = [], entry.plot_curves
+
+    def plot(*args, title, **kwargs):
+        found.append(title)
+        plot_curves(*args, title=title, **kwargs)
+
+    monkeypatch.setattr(entry, "plot_curves", plot)
+    return found
+
+
+@pytest.fixture
+def no_push(tmp_path, images, own_cache_and_threads, titles) -> Path:
     return launch_here(images, tmp_path / "run", "eval_points=[0.0, 1.0]", "license=mit")
 
 
 @pytest.mark.slow
-def test_task_card_writes_it_anew_and_keeps_what_is_somebodys_own(no_push, images, tmp_path):
+def test_task_card_writes_it_anew_and_keeps_what_is_somebodys_own(no_push, images, tmp_path, titles):
+    assert titles == [f"moco on {images.name}"]  # a figure, too, tells no path
     path = no_push / "final" / "README.md"
     first = path.read_text()
     assert 'model_id = "final"' in first and "license: mit" in first and str(tmp_path) not in first

@@ -101,7 +101,7 @@ def card_text(run: Run, model_id: str) -> str:
         data=run.results.get("data"),
         origin=without_local_paths(run.results.get("environment", {})),
         objective=OBJECTIVES.get(run.recipe["objective"], run.recipe["objective"]),
-        architecture=MODELS.get(run.recipe["model"], run.recipe["model"]),
+        architecture=_architecture(run),
         code=usage(model_id, run),
         rows=rows,
         several_data=len({(row.data, row.split) for row in rows}) > 1,
@@ -144,6 +144,16 @@ def usage(model_id: str, run: Run) -> str:
             f"    cheaper = model(**inputs, patch_size={larger}).pooler_output",
         ]
     return "\n".join(lines)
+
+
+def _architecture(run: Run) -> str:
+    """The preset's name, unless the recipe changed what it stands for."""
+    config = run.config
+    if {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"} & set(
+        run.recipe["model_config"]
+    ):
+        return f"{config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_attention_heads} heads"
+    return MODELS.get(run.recipe["model"], run.recipe["model"])
 
 
 def _metadata(run: Run, rows: list[Accuracy]) -> ModelCardData:

@@ -190,7 +190,7 @@ def test_no_path_of_this_machine_is_told(run):
     data = {**RESULTS["data"], "name": "cats", "is_on_hub": False}
     text = card_text(changed(secret, data=data, evaluations=EVALUATIONS), "ann/run")
     assert "/home" not in text and "secret" not in text and "~/" not in text
-    assert "datasets" not in ModelCard(text).data.to_dict() and "`cats`, images that are not on the Hub" in text
+    assert "datasets" not in ModelCard(text).data.to_dict() and "`cats`, a data set that is not on the Hub" in text
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert recipe["data"] == "…/cats" and recipe["output_dir"] == "…/run"
     assert {key: value for key, value in recipe.items() if key not in ("data", "output_dir", "pilot")} == {
@@ -220,6 +220,12 @@ def test_what_is_built_on_is_cited(run, objective, key):
     recipe = {**run.recipe, "objective": objective}
     text = section(card_text(dataclasses.replace(run, recipe=recipe), "ann/run"), "Citation")
     assert "lin2024" in text and "beyer2023" in text and key in text and text.count("@inproceedings") == 3
+
+
+def test_a_preset_is_named_only_where_it_is_one(run):
+    assert "2 layers of width 32, 2 heads (78,392 parameters)" in card_text(run, "ann/run")
+    plain = dataclasses.replace(run, recipe={**run.recipe, "model_config": {}}, parameters=5_526_720)
+    assert "ViT-Ti (5.5 M parameters)" in card_text(plain, "ann/run")
 
 
 def test_a_card_that_somebody_took_over_is_left_alone(run, tmp_path):

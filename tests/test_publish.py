@@ -229,6 +229,22 @@ def test_what_the_hub_refuses_ends_a_run_before_it_begins_and_names_the_fix(hub,
     assert "HF_HUB_OFFLINE" in offline and "push_to_hub=false" in offline
 
 
+STALE = """
+from pathlib import Path
+from hf_accel.hub import HubRepository
+for files in ({"a.txt": b"1", "last-checkpoint/b.txt": b"2"}, {"a.txt": b"3"}):
+    HubRepository("ann/stale", False, Path(".hub")).push(files, "push")
+"""
+
+
+@pytest.mark.slow
+def test_a_push_removes_what_earlier_ones_left_and_nothing_else(hub, tmp_path):
+    python(hub.url, STALE, tmp_path)
+    repository = of(hub, "ann/stale")
+    assert set(repository.history[0]) == {".gitattributes", "a.txt", "last-checkpoint/b.txt"}
+    assert set(repository.files) == {".gitattributes", "a.txt"} and repository.files["a.txt"] == b"3"
+
+
 @pytest.mark.slow
 def test_from_the_optimizer_if_asked_for_others_resume(pushed, hub, images, tmp_path):
     launch(hub.url, images, tmp_path / "full", "hub_model_id=ann/full", "hub_optimizer=true", "save_steps=6")

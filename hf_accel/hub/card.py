@@ -153,7 +153,8 @@ def _architecture(run: Run) -> str:
         run.recipe["model_config"]
     ):
         return f"{config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_attention_heads} heads"
-    return MODELS.get(run.recipe["model"], run.recipe["model"])
+    name: str = run.recipe["model"]
+    return MODELS.get(name, name)
 
 
 def _metadata(run: Run, rows: list[Accuracy]) -> ModelCardData:

@@ -122,6 +122,7 @@ class Recipe:
     hub_private: bool = _key(False, "make the repository private, when it is created")
     hub_optimizer: bool = _key(False, "upload the optimizer's state, too, from which others can resume")
     license: str = _key("apache-2.0", "of the model, for its card")
+    baseline: str | None = _key(None, "task=card: output_dir of the uncompressed run to compare with")
     export_format: Literal["accel_vit", "vit", "dinov2", "timm", "onnx"] = _key(
         "vit", "task=export: what to turn the checkpoint into"
     )

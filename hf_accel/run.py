@@ -30,7 +30,9 @@ from hf_accel.distributed import is_main, say  # noqa: E402
 from hf_accel.evaluate_task import evaluate  # noqa: E402
 from hf_accel.evaluation import raw_pixel_features  # noqa: E402
 from hf_accel.export_task import export  # noqa: E402
+from hf_accel.hub import PushFailed  # noqa: E402
 from hf_accel.pilot import search  # noqa: E402
+from hf_accel.publish import PushCallback, card, complete_final, describe_data, publish, start_hub  # noqa: E402
 from hf_accel.recipe import Recipe, RecipeError, describe_keys, load_recipe  # noqa: E402
 from hf_accel.report import (  # noqa: E402
     environment,
@@ -57,9 +59,16 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        tasks = {"pretrain": pretrain, "search": search, "evaluate": evaluate, "export": export, "cost": cost_report}
+        tasks = {
+            "pretrain": pretrain,
+            "search": search,
+            "evaluate": evaluate,
+            "export": export,
+            "card": card,
+            "cost": cost_report,
+        }
         tasks[recipe.task](recipe)
-    except (RecipeError, TrainingDiverged, CorruptDataError) as error:
+    except (RecipeError, TrainingDiverged, CorruptDataError, PushFailed) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
@@ -68,10 +77,13 @@ def pretrain(recipe: Recipe) -> None:
     check_same_recipe(recipe)
     if run_is_complete(output):
         say(f"This run is complete: {output / 'results.json'}. Choose another output_dir for a new one.")
+        if recipe.push_to_hub:
+            publish(recipe)
         return
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = last_complete_checkpoint(output)
     arguments = start(recipe, resuming=checkpoint is not None)
+    hub = start_hub(recipe)
     model = build_objective(recipe)
     units = partial(model.units_per_image, forward_cost=cost_function(recipe, arguments.device))
     controller = controller_of(recipe, units)
@@ -85,6 +97,8 @@ def pretrain(recipe: Recipe) -> None:
         f"{plan.total_cost:,.0f} of {plan.budget:,.0f} units"
     )
     trainer = PretrainTrainer(model, arguments, recipe, plan, source, validation, controller)
+    if hub:
+        trainer.add_callback(PushCallback(trainer, hub))
     if checkpoint:
         say(f"Resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -93,45 +107,37 @@ def pretrain(recipe: Recipe) -> None:
     else:
         finish(trainer, recipe, source, validation)
     trainer.end()
+    if recipe.push_to_hub and run_is_complete(output):
+        publish(recipe, hub)
 
 
 def finish(trainer: PretrainTrainer, recipe: Recipe, source: ImageSource, validation: ImageSource | None) -> None:
-    """Write `final/`, `curves.png` and, last, the run's own part of `results.json`, which marks it as complete."""
-    state, history = trainer.run_state(), trainer.state.log_history
-    accuracies = [entry for entry in history if "eval_knn_top1" in entry]
-    raw = None
+    """Write `final/` with its card, figures and, last, the run's part of `results.json`, which marks it as complete."""
+    so_far, history, raw = trainer.results(), trainer.state.log_history, None
     if validation is not None and validation.labels is not None and source.labels is not None:
         raw = knn_of(trainer.objective, source, validation, recipe, trainer.args.device, features=raw_pixel_features)
     encoder = trainer.whole_objective().encoder
     if not is_main():
         return
-    output, seconds = Path(recipe.output_dir), state["seconds"]
+    output = Path(recipe.output_dir)
     encoder.save_pretrained(output / "final")
     image_processor(source, recipe.image_size).save_pretrained(output / "final")
-    spent_in_parts = seconds["data"] + seconds["forward_backward"]
     results: dict[str, Any] = {
-        "knn_top1": accuracies[-1]["eval_knn_top1"] if accuracies else None,
-        "knn_top5": accuracies[-1].get("eval_knn_top5") if accuracies else None,
-        "knn_top1_random_init": next((e["eval_knn_top1"] for e in accuracies if e["step"] == 0), None),
+        **so_far,
         "knn_top1_raw_pixels": raw and raw["top1"],
-        "units": state["units"],
-        "budget": trainer.plan.budget,
-        "steps": state["step"],
-        "images_seen": state["step"] * trainer.plan.batch_size,
-        "seconds": {**seconds, "rest": seconds["total"] - spent_in_parts - seconds["evaluation"]},
-        "processes": trainer.args.world_size,
-        "seed": recipe.seed,
-        "objective": recipe.objective,
-        "schedule": trainer.plan.followed().to_list(),
+        "data": describe_data(recipe, source, validation),
         "environment": environment(),
     }
     baselines = {"raw pixels": raw["top1"]} if raw else {}
     if results["knn_top1_random_init"] is not None:
         baselines["random init"] = results["knn_top1_random_init"]
-    plot_curves(history, output / "curves.png", title=f"{recipe.objective} on {source.name}", baselines=baselines)
+    title = f"{recipe.objective} on {results['data']['name']}"
+    plot_curves(history, output / "curves.png", title=title, baselines=baselines)
     write_json(output / "log_history.json", {"log_history": history})
     earlier = read_results(output).get("evaluations")  # of a checkpoint, while the run went on
-    write_json(output / "results.json", results | ({"evaluations": earlier} if earlier else {}))
+    results |= {"evaluations": earlier} if earlier else {}
+    complete_final(recipe, results)
+    write_json(output / "results.json", results)
     if results["knn_top1"] is not None:
         start = results["knn_top1_random_init"]
         start = "" if start is None else f" (random initialisation {start:.2%})"

@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import distributed
 from .auto_schedule import AutoScheduleCallback
-from .compression import Plan
+from .compression import Compression, Plan, Strategy
 from .compression.cost import TABLE_NAME
 from .compression.online import OnlineController
 from .data import AUGMENTATIONS, ImageSource, TrainSampler, eval_loader, image_processor, make_views, train_loader
@@ -312,6 +312,31 @@ class PretrainTrainer(Trainer):
         if self.controller:
             state |= {"plan": self.plan.state(), "controller": self.controller.state()}
         return state
+
+    def results(self) -> dict[str, Any]:
+        """What results.json tells of the training so far."""
+        state, plan = self.run_state(), self.plan
+        accuracies = [entry for entry in self.state.log_history if "eval_knn_top1" in entry]
+        seconds = state["seconds"]
+        in_parts = seconds["data"] + seconds["forward_backward"] + seconds["evaluation"]
+        schedule = plan.followed()
+        uncompressed = Strategy(Compression(self.recipe.patch_size))
+        return {
+            "knn_top1": accuracies[-1]["eval_knn_top1"] if accuracies else None,
+            "knn_top5": accuracies[-1].get("eval_knn_top5") if accuracies else None,
+            "knn_top1_random_init": next((e["eval_knn_top1"] for e in accuracies if e["step"] == 0), None),
+            "units": state["units"],
+            "budget": plan.budget,
+            "steps": state["step"],
+            "images_seen": state["step"] * plan.batch_size,
+            "seconds": {**seconds, "rest": seconds["total"] - in_parts},
+            "processes": self.args.world_size,
+            "seed": self.recipe.seed,
+            "objective": self.recipe.objective,
+            "schedule": schedule.to_list(),
+            "units_per_image": [plan.units_per_image(stage.strategy) for stage in schedule.stages],
+            "units_per_image_uncompressed": plan.units_per_image(uncompressed),
+        }
 
 
 def knn_of(

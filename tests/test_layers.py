@@ -23,7 +23,7 @@ LEVELS = [
     {"auto_schedule", "monitoring", "progress_callback"},
     {"trainer"},
     {"assemble"},
-    {"pilot", "evaluate_task", "export_task"},
+    {"pilot", "evaluate_task", "export_task", "publish"},
     {"run"},
     {"__init__"},
 ]

@@ -5,9 +5,11 @@ from .cost_figure import format_cost_table, plot_cost
 from .curves import plot_curves
 from .evaluations import add_run, evaluation_table, find_run, read_results, run_is_complete
 from .results import environment, write_json
+from .search_figures import StrategyCosts, plot_schedule
 from .search_report import write_search_report
 
 __all__ = [
+    "StrategyCosts",
     "add_run",
     "environment",
     "evaluation_table",
@@ -15,6 +17,7 @@ __all__ = [
     "format_cost_table",
     "plot_cost",
     "plot_curves",
+    "plot_schedule",
     "read_results",
     "run_is_complete",
     "write_json",

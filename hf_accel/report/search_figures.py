@@ -2,7 +2,8 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from ..compression import Schedule, Strategy
+from ..compression import Compression, Schedule, Strategy
 from ..progress import learning_rate_factor
 from .curves import BLUE, GRAY, ORANGE, STYLE
 from .error_table import ErrorTable, percent, short
@@ -204,7 +205,22 @@ def compact(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def plot_schedule(table: ErrorTable, schedule: Schedule, path: Path, title: str = "") -> None:
+@dataclass(frozen=True)
+class StrategyCosts:
+    """What `plot_schedule` asks of an `ErrorTable`, of a run for which there is none.
+
+    `cost` is that of a training image, relative to the uncompressed one's.
+    """
+
+    image_size: int
+    cost: Mapping[Strategy, float]
+
+    def tokens(self, compression: Compression) -> int:
+        """Patch tokens of a view."""
+        return compression.kept_tokens(self.image_size)
+
+
+def plot_schedule(table: ErrorTable | StrategyCosts, schedule: Schedule, path: Path, title: str = "") -> None:
     """Tokens per image of both branches, their compressions, and the cost per image, over progress."""
     starts = [0.0, *(stage.until for stage in schedule.stages)]
     strategies = [stage.strategy for stage in schedule.stages]

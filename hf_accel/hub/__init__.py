@@ -1,0 +1,26 @@
+"""A run on the Hugging Face Hub: its model card, and uploads that neither stall a step nor lose anything."""
+
+from .accuracy import FINAL
+from .card import CARD_NAME, FIGURES, Run, card_text, read_run, schedule_of, write_card
+from .push import STATE_FOLDER, Files, HubRepository, PushFailed, PushRefused, patiently, push_failure, stage
+from .redact import without_local_paths
+
+__all__ = [
+    "CARD_NAME",
+    "FIGURES",
+    "FINAL",
+    "STATE_FOLDER",
+    "Files",
+    "HubRepository",
+    "PushFailed",
+    "PushRefused",
+    "Run",
+    "card_text",
+    "patiently",
+    "push_failure",
+    "read_run",
+    "schedule_of",
+    "stage",
+    "without_local_paths",
+    "write_card",
+]

@@ -1,0 +1,229 @@
+"""The model card of a run, from what the run wrote: valid metadata, and code that can be executed."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors import safe_open
+
+from ..compression import Compression, Schedule, Strategy, forward_cost
+from ..compression.schedule import Stage
+from ..compression.strategy import possible_patch_sizes
+from ..models import AccelViTConfig
+from .accuracy import FINAL, Accuracy, accuracies, eval_results
+from .redact import without_local_paths
+
+CARD_NAME = "README.md"
+MARK = "<!-- Written by hf_accel. Remove this line, and it leaves the file alone. -->"
+FIGURES = ("schedule.png", "curves.png")
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
+BUNDLED = "bundled digits"
+
+OBJECTIVES = {"moco": "MoCo-v3", "simclr": "SimCLR", "dino": "DINO"}
+WITHOUT_TARGET = ("simclr",)
+MODELS = {"vit_tiny": "ViT-Ti", "vit_small": "ViT-S", "vit_base": "ViT-B", "vit_large": "ViT-L"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a card tells of.
+
+    Args:
+        name: of the model, for the title and the metadata.
+        recipe: every key, as resolved.
+        results: what results.json holds.
+        config: the encoder's.
+        parameters: of the encoder, None if they were not counted.
+        figures: of FIGURES, those that will lie beside the card.
+        is_complete: or still in training.
+    """
+
+    name: str
+    recipe: Mapping[str, Any]
+    results: Mapping[str, Any]
+    config: AccelViTConfig
+    parameters: int | None = None
+    figures: tuple[str, ...] = ()
+    is_complete: bool = True
+
+    @property
+    def data(self) -> str:
+        """A name of the training data that can be published."""
+        return self.results.get("data", {}).get("name") or BUNDLED
+
+    @property
+    def dataset(self) -> str | None:
+        """The Hub id of the training data, if they are from there."""
+        return self.recipe["data"] if self.results.get("data", {}).get("is_on_hub") else None
+
+    def accuracies(self) -> list[Accuracy]:
+        return accuracies(self.results, self.config, {self.recipe["data"]: self.data}, own=(self.name,))
+
+
+def read_run(output: Path, results: Mapping[str, Any], config: AccelViTConfig) -> Run:
+    """The run in the folder `output`, whose final/ is written.
+
+    Args:
+        results: what its results.json holds.
+        config: of final/.
+    """
+    recipe = yaml.safe_load((output / "recipe.yaml").read_text())
+    with safe_open(output / FINAL / "model.safetensors", "pt") as weights:
+        shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
+    figures = tuple(name for name in FIGURES if (output / FINAL / name).exists())
+    return Run(output.resolve().name, recipe, results, config, sum(map(math.prod, shapes)), figures)
+
+
+def card_text(run: Run, model_id: str) -> str:
+    """The card, with its metadata.
+
+    Args:
+        model_id: what the code in it loads, a repository or a folder.
+    """
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"percent": _percent, "duration": _duration, "millions": _millions, "number": _number}
+    rows = run.accuracies()
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        metadata=_metadata(run, rows).to_yaml(),
+        mark=MARK,
+        run=run,
+        recipe=without_local_paths(run.recipe),
+        recipe_text=yaml.safe_dump(without_local_paths(run.recipe), sort_keys=False, allow_unicode=True, width=100),
+        results=run.results,
+        baseline=run.results.get("baseline"),
+        data=run.results.get("data"),
+        origin=without_local_paths(run.results.get("environment", {})),
+        objective=OBJECTIVES.get(run.recipe["objective"], run.recipe["objective"]),
+        architecture=_architecture(run),
+        code=usage(model_id, run),
+        rows=rows,
+        several_data=len({(row.data, row.split) for row in rows}) > 1,
+        stages=_stages(run),
+        uncompressed=_uncompressed(run),
+    )
+    return str(ModelCard(text))  # which parses the metadata, and so finds out what is wrong with them
+
+
+def write_card(run: Run, path: Path, model_id: str) -> bool:
+    """Write the card, unless one lies there that somebody has taken over by removing its mark. Whether it did."""
+    if path.exists() and MARK not in path.read_text(encoding="utf-8"):
+        return False
+    path.write_text(card_text(run, model_id), encoding="utf-8")
+    return True
+
+
+def usage(model_id: str, run: Run) -> str:
+    """Python that turns an image file into features."""
+    base = run.config.patch_size
+    larger = next((size for size in possible_patch_sizes(run.config.image_size, base) if size > base), None)
+    lines = [
+        "import torch",
+        "from PIL import Image",
+        "from transformers import AutoImageProcessor, AutoModel",
+        "",
+        f'model_id = "{model_id}"',
+        "processor = AutoImageProcessor.from_pretrained(model_id, trust_remote_code=True)",
+        "model = AutoModel.from_pretrained(model_id, trust_remote_code=True).eval()",
+        "",
+        'image = Image.open("image.png").convert("RGB")  # any image of yours',
+        'inputs = processor(image, return_tensors="pt")',
+        "with torch.no_grad():",
+        f"    features = model(**inputs).pooler_output  # shape (1, {run.config.hidden_size})",
+    ]
+    if larger:
+        cost = forward_cost(run.config, Compression(larger))
+        lines += [
+            f"    # patches of {larger} pixels instead of {base}: the same weights at {cost:.0%} of the cost",
+            f"    cheaper = model(**inputs, patch_size={larger}).pooler_output",
+        ]
+    return "\n".join(lines)
+
+
+def _architecture(run: Run) -> str:
+    """The preset's name, unless the recipe changed what it stands for."""
+    config = run.config
+    if {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"} & set(
+        run.recipe["model_config"]
+    ):
+        return f"{config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_attention_heads} heads"
+    name: str = run.recipe["model"]
+    return MODELS.get(name, name)
+
+
+def _metadata(run: Run, rows: list[Accuracy]) -> ModelCardData:
+    objective = run.recipe["objective"]
+    index = eval_results(rows)
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        license=run.recipe["license"],
+        tags=["hf_accel", "self-supervised-learning", "vision-transformer", objective],
+        datasets=[run.dataset] if run.dataset else None,
+        metrics=["accuracy"] if index else None,
+        model_name=run.name if index else None,
+        eval_results=index or None,
+    )
+
+
+def schedule_of(results: Mapping[str, Any], config: AccelViTConfig) -> Schedule:
+    """What the run followed; where both branches are trained, they share the online one's compression."""
+    schedule = Schedule.parse(results["schedule"], config.patch_size)
+    if results["objective"] not in WITHOUT_TARGET:
+        return schedule
+    stages = [(stage.until, stage.strategy) for stage in schedule.stages]
+    return Schedule(tuple(Stage(until, Strategy(both.online, both.online, both.local)) for until, both in stages))
+
+
+def _stages(run: Run) -> list[dict[str, Any]]:
+    """Rows of the schedule: progress and compressions, tokens of a view, cost of a training image."""
+    written = run.results["schedule"]
+    costs = run.results.get("units_per_image", [None] * len(written))
+    size, start, rows = run.config.image_size, 0.0, []
+    for stage, cost in zip(schedule_of(run.results, run.config).stages, costs, strict=True):
+        online, target, local = stage.strategy.online, stage.strategy.target_branch, stage.strategy.local
+        row = {"start": start, "end": stage.until, "cost": cost, "online": _compression(online, size)}
+        row["target"] = None if target == online else _compression(target, size)
+        row["local"] = local and str(local)
+        rows.append(row)
+        start = stage.until
+    return rows
+
+
+def _compression(compression: Compression, image_size: int) -> str:
+    dropped = f", {compression.token_dropout:.0%} of tokens dropped" if compression.token_dropout else ""
+    return f"{compression.patch_size} px{dropped}: {compression.kept_tokens(image_size)} tokens"
+
+
+def _uncompressed(run: Run) -> dict[str, Any] | None:
+    """What the same units would have bought without compression; None if that is what the run is, or is not known."""
+    unit = run.results.get("units_per_image_uncompressed")
+    if unit is None or all(cost == unit for cost in run.results["units_per_image"]):
+        return None
+    batch = run.recipe["batch_size"]
+    steps = int(run.results["units"] / (batch * unit) + 1e-9)
+    return {"steps": steps, "images": steps * batch, "units_for_as_many": run.results["images_seen"] * unit}
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 360:
+        return f"{seconds / 3600:.2f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"

@@ -1,0 +1,236 @@
+"""The card of a run: complete and valid with everything there is, and honest about what is missing."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from hf_accel.compression import Compression, forward_cost
+from hf_accel.hub import Run, card_text, without_local_paths, write_card
+from hf_accel.recipe import Recipe
+from tests.tiny_runs import RECIPE
+
+SCHEDULE = [{"until": 0.5, "patch_size": 8}, {"until": 1.0, "patch_size": 4, "token_dropout": 0.5}]
+RESULTS: dict[str, Any] = {
+    "knn_top1": 0.8125,
+    "knn_top5": 0.9,
+    "knn_top1_random_init": 0.4,
+    "knn_top1_raw_pixels": 0.5,
+    "units": 480.0,
+    "budget": 512.0,
+    "steps": 15,
+    "images_seen": 240,
+    "seconds": {"total": 7200.0},
+    "processes": 1,
+    "seed": 0,
+    "objective": "moco",
+    "schedule": SCHEDULE,
+    "units_per_image": [1.5, 2.5],
+    "units_per_image_uncompressed": 4.0,
+    "data": {
+        "name": "ann/pets",
+        "is_on_hub": True,
+        "images": 120,
+        "train_split": "train",
+        "validation_images": 30,
+        "validation_split": "validation",
+        "classes": 3,
+    },
+    "environment": {
+        "command": "python run.py recipes/moco.yaml output_dir=/home/ann/secret/run",
+        "versions": {"python": "3.11", "torch": "2.13.0", "mlxtend": None},
+        "commit": "c0ffee",
+        "dirty": False,
+        "hardware": {"cpu": "EPYC", "cpu_cores": 2, "gpus": []},
+    },
+}
+EVALUATIONS = [
+    {
+        "evaluation": "knn",
+        "checkpoint": "runs/run/final",
+        "data": "ann/pets",
+        "patch_size": 8,
+        "top1": 0.6,
+        "top5": 0.8,
+    },
+    {"evaluation": "knn", "checkpoint": "runs/run/final", "data": "ann/pets", "patch_size": 4, "top1": 0.82},
+    {"evaluation": "linear", "checkpoint": "ann/run", "patch_size": 4, "top1": [0.7, 0.8, 0.9], "seeds": [0, 1, 2]},
+    {"evaluation": "knn", "checkpoint": "random", "data": "ann/pets", "patch_size": 4, "top1": 0.123},
+    {"evaluation": "finetune", "checkpoint": "/home/ann/run/final", "data": "/home/ann/cats", "top1": 0.777},
+]
+
+
+@pytest.fixture
+def run() -> Run:
+    recipe = Recipe(**{**RECIPE, "data": "ann/pets", "schedule": SCHEDULE, "output_dir": "/home/ann/secret/run"})
+    return Run("run", dataclasses.asdict(recipe), RESULTS, recipe.encoder_config(), 78_392, ("curves.png",))
+
+
+def changed(run: Run, **results: Any) -> Run:
+    return dataclasses.replace(run, results={**run.results, **results})
+
+
+def without(run: Run, *keys: str) -> Run:
+    return dataclasses.replace(run, results={key: run.results[key] for key in run.results.keys() - set(keys)})
+
+
+def section(text: str, title: str) -> str:
+    return re.split(r"^## ", text.split(f"## {title}\n")[1], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def rows(text: str) -> list[list[str]]:
+    """Of the table in a section, without its head."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_the_metadata_are_complete_and_come_back(run):
+    card = ModelCard(card_text(changed(run, evaluations=EVALUATIONS), "ann/run"))
+    values = card.data.to_dict()
+    assert values["library_name"] == "transformers" and values["pipeline_tag"] == "image-feature-extraction"
+    assert (
+        values["license"] == "apache-2.0" and values["datasets"] == ["ann/pets"] and values["metrics"] == ["accuracy"]
+    )
+    assert {"hf_accel", "self-supervised-learning", "moco", "vision-transformer"} <= set(values["tags"])
+    name, results = model_index_to_eval_results(values["model-index"])
+    found = {result.metric_name: (result.dataset_type, result.metric_type, result.metric_value) for result in results}
+    assert name == "run"
+    assert found == {
+        "kNN top-1 accuracy, patches of 4 px": ("ann/pets", "accuracy", 0.82),  # measured again after the run
+        "kNN top-1 accuracy, patches of 8 px": ("ann/pets", "accuracy", 0.6),
+        "kNN top-5 accuracy, patches of 8 px": ("ann/pets", "accuracy", 0.8),
+        "linear probe top-1 accuracy, patches of 4 px, mean of 3 seeds": ("ann/pets", "accuracy", 0.8),
+        "fine-tuning top-1 accuracy, patches of 4 px": ("cats", "accuracy", 0.777),
+    }
+
+
+def test_the_accuracy_table_holds_every_evaluation_and_what_to_compare_with(run):
+    text = section(card_text(changed(run, evaluations=EVALUATIONS), "ann/run"), "Accuracy")
+    cost = f"{forward_cost(run.config, Compression(8)):.2f}"
+    assert rows(text) == [
+        ["kNN", "ann/pets, `validation`", "4", "1.00", "82.0", ""],
+        ["kNN", "ann/pets, `validation`", "8", cost, "60.0", "80.0"],
+        ["linear probe", "ann/pets, `validation`", "4", "1.00", "80.0 ± 10.0 (3 seeds)", ""],
+        ["fine-tuning", "cats", "4", "1.00", "77.7", ""],
+        ["kNN, random initialisation", "ann/pets, `validation`", "4", "1.00", "40.0", ""],
+        ["kNN on raw pixels", "ann/pets, `validation`", "", "", "50.0", ""],
+    ]
+
+
+def test_the_budget_stands_against_the_uncompressed_run(run):
+    text = section(card_text(run, "ann/run"), "Budget")
+    this, computed = rows(text)
+    assert this[1:] == ["480", "15", "240", "2.00 h", "81.2"]
+    assert computed[1:] == ["480", "7", "112", "not measured", "not measured"]  # 480 / (16 images x 4 units) = 7.5
+    assert "960 units, 2.00 times" in text
+    baseline = {
+        "name": "base",
+        "units": 448.0,
+        "steps": 7,
+        "images_seen": 112,
+        "seconds": {"total": 90},
+        "knn_top1": 0.7,
+    }
+    measured = rows(section(card_text(changed(run, baseline=baseline), "ann/run"), "Budget"))[2]
+    assert measured == ["base, to compare with (measured)", "448", "7", "112", "1.5 min", "70.0"]
+
+
+def test_an_uncompressed_run_is_not_compared_with_itself(run):
+    plain = changed(run, schedule=[{"until": 1.0}], units_per_image=[4.0])
+    text = card_text(plain, "ann/run")
+    assert len(rows(section(text, "Budget"))) == 1 and "No step was compressed" in text
+    assert "on whole token sequences" in text and "shortened" not in section(text, "Schedule")
+
+
+def test_the_schedule_is_told_stage_by_stage(run):
+    text = section(card_text(run, "ann/run"), "Schedule")
+    assert rows(text) == [
+        ["0% to 50%", "8 px: 4 tokens", "8 px: 4 tokens", "1.5"],
+        ["50% to 100%", "4 px, 50% of tokens dropped: 8 tokens", "4 px: 16 tokens", "2.5"],
+    ]
+    assert "schedule.png" not in text and "![" in section(card_text(run, "ann/run"), "Training curves")
+
+
+def test_an_objective_without_target_branch_shows_none(run):
+    simclr = changed(run, objective="simclr")
+    text = section(card_text(simclr, "ann/run"), "Schedule")
+    assert "target" not in text and rows(text)[1][1] == "4 px, 50% of tokens dropped: 8 tokens"
+
+
+def test_without_labels_nothing_is_claimed(run):
+    missing = ("knn_top1", "knn_top5", "knn_top1_random_init", "knn_top1_raw_pixels")
+    text = card_text(changed(run, **dict.fromkeys(missing)), "ann/run")
+    values = ModelCard(text).data.to_dict()
+    assert "model-index" not in values and "metrics" not in values
+    assert "No accuracy was measured: the images have no labels" in section(text, "Accuracy")
+
+
+def test_results_of_an_earlier_version_make_a_card_too(run):
+    old = without(run, "units_per_image", "units_per_image_uncompressed", "data", "environment")
+    text = card_text(old, "ann/run")
+    assert len(rows(section(text, "Budget"))) == 1 and "No step was compressed" not in text
+    assert rows(section(text, "Schedule"))[0] == ["0% to 50%", "8 px: 4 tokens", "8 px: 4 tokens", ""]
+    assert "datasets" not in ModelCard(text).data.to_dict()
+
+
+def test_a_run_in_training_says_so(run):
+    so_far = dataclasses.replace(changed(run, units=128.0, steps=4), is_complete=False, figures=(), parameters=None)
+    text = card_text(so_far, "ann/run")
+    assert "**Training is under way**: 4 steps and 25% of the budget" in text and "![" not in text
+    assert "under way" not in card_text(run, "ann/run")
+
+
+def test_no_path_of_this_machine_is_told(run):
+    secret = dataclasses.replace(run, recipe={**run.recipe, "data": "/home/ann/secret/cats", "pilot": "~/secret/pilot"})
+    data = {**RESULTS["data"], "name": "cats", "is_on_hub": False}
+    text = card_text(changed(secret, data=data, evaluations=EVALUATIONS), "ann/run")
+    assert "/home" not in text and "secret" not in text and "~/" not in text
+    assert "datasets" not in ModelCard(text).data.to_dict() and "`cats`, a data set that is not on the Hub" in text
+    recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert recipe["data"] == "…/cats" and recipe["output_dir"] == "…/run"
+    assert {key: value for key, value in recipe.items() if key not in ("data", "output_dir", "pilot")} == {
+        key: value for key, value in secret.recipe.items() if key not in ("data", "output_dir", "pilot")
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("/home/ann/My Data (1)", "…/My Data (1)"),
+        ("~ann/images/", "…/images"),
+        (r"C:\Users\ann\images", "…/images"),
+        ("run.py data=/home/ann/x schedule=[a, /b/c.yaml]", "run.py data=…/x schedule=[a, …/c.yaml]"),
+        ("runs/moco", "runs/moco"),
+        ("../shared/data", "../shared/data"),
+        ("see https://huggingface.co/ann/x and ann/x", "see https://huggingface.co/ann/x and ann/x"),
+        ({"a": ["/b/c", 1, None]}, {"a": ["…/c", 1, None]}),
+    ],
+)
+def test_local_paths_are_cut(value, expected):
+    assert without_local_paths(value) == expected
+
+
+@pytest.mark.parametrize(("objective", "key"), [("moco", "chen2021"), ("simclr", "chen2020"), ("dino", "caron2021")])
+def test_what_is_built_on_is_cited(run, objective, key):
+    recipe = {**run.recipe, "objective": objective}
+    text = section(card_text(dataclasses.replace(run, recipe=recipe), "ann/run"), "Citation")
+    assert "lin2024" in text and "beyer2023" in text and key in text and text.count("@inproceedings") == 3
+
+
+def test_a_preset_is_named_only_where_it_is_one(run):
+    assert "2 layers of width 32, 2 heads (78,392 parameters)" in card_text(run, "ann/run")
+    plain = dataclasses.replace(run, recipe={**run.recipe, "model_config": {}}, parameters=5_526_720)
+    assert "ViT-Ti (5.5 M parameters)" in card_text(plain, "ann/run")
+
+
+def test_a_card_that_somebody_took_over_is_left_alone(run, tmp_path):
+    path = Path(tmp_path / "README.md")
+    assert write_card(run, path, "ann/run") and write_card(run, path, "ann/run")
+    own = "\n".join(line for line in path.read_text().splitlines() if not line.startswith("<!-- Written by hf_accel"))
+    path.write_text(own)
+    assert not write_card(run, path, "ann/run") and path.read_text() == own

@@ -1,0 +1,175 @@
+"""What is taken of a checkpoint, what waits while an upload runs, and how failures are told apart. No network."""
+
+import json
+import logging
+import os
+import threading
+from pathlib import Path
+
+import httpx2
+import pytest
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from hf_accel.hub import HubRepository, PushFailed, PushRefused, patiently, push, push_failure, stage
+
+MODEL = ["config.json", "model.safetensors", "modeling_accel_vit.py", "preprocessor_config.json"]
+STATE = ["optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin", "trainer_state.json", "run_state.json"]
+ENGINE = ["zero_to_fp32.py", "latest", "global_step2/mp_rank_00_model_states.pt", "pytorch_model_fsdp_0/a.distcp"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    folder = tmp_path / "checkpoint-2"
+    for name in [*MODEL, *STATE, *ENGINE]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_stage_holds_the_model_alone_and_outlives_the_checkpoint(checkpoint, tmp_path, monkeypatch, links):
+    if not links:
+
+        def fail(*_):
+            raise OSError("no links here")
+
+        monkeypatch.setattr(os, "link", fail)
+    files = stage(checkpoint, tmp_path / "staged", optimizer=False)
+    assert sorted(files) == sorted(MODEL)
+    assert all(path.samefile(checkpoint / name) == links for name, path in files.items())
+    for path in checkpoint.rglob("*"):
+        path.unlink() if path.is_file() else None
+    assert {name: path.read_text() for name, path in files.items()} == {name: name for name in MODEL}
+
+
+def test_the_optimizer_goes_to_a_folder_of_its_own_when_asked_for(checkpoint, tmp_path):
+    files = stage(checkpoint, tmp_path / "staged", optimizer=True)
+    whole = {f"last-checkpoint/{name}" for name in [*MODEL, *STATE, *ENGINE]}
+    assert set(files) == {*MODEL, *whole}
+
+
+def http_error(status: int) -> HfHubHTTPError:
+    response = httpx2.Response(status, request=httpx2.Request("POST", "http://hub"))
+    return HfHubHTTPError(f"{status} from the server", response=response)
+
+
+def wrapped(cause: Exception) -> Exception:
+    try:
+        try:
+            raise cause
+        except Exception as error:
+            raise RuntimeError("Error while uploading 'model.safetensors' to the Hub.") from error
+    except RuntimeError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (http_error(401), PushRefused, "401"),
+        (wrapped(http_error(403)), PushRefused, "403"),
+        (http_error(429), PushFailed, "429"),
+        (http_error(412), PushFailed, "412"),
+        (http_error(503), PushFailed, "503"),
+        (wrapped(httpx2.ReadError("reset by peer")), PushFailed, "reset by peer"),
+        (httpx2.ConnectTimeout("too long"), PushFailed, "ConnectTimeout: too long"),
+        (HFValidationError("bad name"), PushRefused, "bad name"),
+        (ValueError("Invalid metadata in README.md"), PushRefused, "Invalid metadata"),
+        (json.JSONDecodeError("no JSON", "<html>", 0), PushFailed, "no JSON"),
+    ],
+)
+def test_what_another_attempt_cannot_cure_is_told_apart(error, kind, words):
+    failure = push_failure(error)
+    assert type(failure) is kind and words in str(failure)
+
+
+def test_patience_tries_again_but_not_against_a_refusal(monkeypatch):
+    waited, calls = [], []
+    monkeypatch.setattr(push.time, "sleep", waited.append)
+
+    def act(*errors):
+        calls.append(1)
+        if len(calls) <= len(errors):
+            raise errors[len(calls) - 1]
+        return "done"
+
+    assert patiently(lambda: act(PushFailed("1"), PushFailed("2"))) == "done"
+    assert waited == [5.0, 20.0]
+    calls.clear()
+    with pytest.raises(PushRefused):
+        patiently(lambda: act(PushRefused("token")))
+    assert len(calls) == 1
+    calls.clear()
+    with pytest.raises(PushFailed, match="4"):
+        patiently(lambda: act(*(PushFailed(str(number)) for number in range(1, 9))))
+    assert len(calls) == 4
+
+
+@pytest.fixture
+def hub(tmp_path) -> HubRepository:
+    return HubRepository("ann/model", private=False, folder=tmp_path / ".hub")
+
+
+def test_while_one_upload_runs_the_newest_waits_and_older_ones_give_way(hub, monkeypatch):
+    going, go_on, pushed = threading.Event(), threading.Event(), []
+
+    def slow(files, message):
+        pushed.append((message, dict(files)))
+        going.set()
+        assert go_on.wait(20)
+
+    monkeypatch.setattr(hub, "push", slow)
+    folders = {name: hub.folder / name for name in ("first", "second", "third")}
+    for name, folder in folders.items():
+        folder.mkdir(parents=True)
+        hub.push_later(lambda repo_id, name=name: {f"{repo_id}/{name}": b""}, name, folder)
+        assert going.wait(20)  # submitting does not wait: the first upload hangs until go_on
+    assert not folders["second"].exists() and folders["third"].exists()
+    thread = hub._thread
+    assert thread
+    go_on.set()
+    thread.join(20)
+    assert pushed == [("first", {"ann/model/first": b""}), ("third", {"ann/model/third": b""})]
+    assert not any(folder.exists() for folder in folders.values())
+
+
+def test_what_waits_is_dropped_for_something_newer(hub, monkeypatch):
+    going, go_on, pushed = threading.Event(), threading.Event(), []
+
+    def slow(files, message):
+        pushed.append(message)
+        going.set()
+        assert go_on.wait(20)
+
+    monkeypatch.setattr(hub, "push", slow)
+    hub.push_later(lambda _: {}, "first", hub.folder / "first")
+    assert going.wait(20)
+    (hub.folder / "second").mkdir(parents=True)
+    hub.push_later(lambda _: {}, "second", hub.folder / "second")
+    hub.drop_waiting()
+    assert not (hub.folder / "second").exists()
+    thread = hub._thread
+    assert thread
+    go_on.set()
+    thread.join(20)
+    assert pushed == ["first"]
+
+
+def test_a_failure_in_the_background_is_a_warning_with_its_cause(hub, monkeypatch, caplog):
+    def fail(files, message):
+        raise PushFailed("the line is cut")
+
+    monkeypatch.setattr(hub, "push", fail)
+    with caplog.at_level(logging.WARNING):
+        hub.push_later(lambda _: {}, "Step 2", hub.folder / "staged")
+        thread = hub._thread
+        if thread:
+            thread.join(20)
+    assert "Not pushed to ann/model: Step 2 (the line is cut)" in caplog.text
+
+
+def test_the_note_of_another_repository_does_not_count(hub, tmp_path):
+    hub._write_marker({"repo_id": "ann/model", "files": {"a": None}})
+    assert HubRepository("model", False, hub.folder).repo_id == "ann/model"
+    assert HubRepository("bob/model", False, hub.folder).marker() == {}
+    assert HubRepository("other", False, hub.folder).repo_id is None

@@ -28,7 +28,7 @@ from hf_accel.compression import cost_grid, cost_rows, measure_costs  # noqa: E4
 from hf_accel.data import CorruptDataError, ImageSource, image_processor  # noqa: E402
 from hf_accel.distributed import is_main, say  # noqa: E402
 from hf_accel.evaluate_task import evaluate  # noqa: E402
-from hf_accel.evaluation import raw_pixel_features  # noqa: E402
+from hf_accel.evaluation import raw_pixel_features, weights_digest  # noqa: E402
 from hf_accel.export_task import export  # noqa: E402
 from hf_accel.hub import PushFailed  # noqa: E402
 from hf_accel.pilot import search  # noqa: E402
@@ -125,6 +125,7 @@ def finish(trainer: PretrainTrainer, recipe: Recipe, source: ImageSource, valida
     results: dict[str, Any] = {
         **so_far,
         "knn_top1_raw_pixels": raw and raw["top1"],
+        "weights": weights_digest(encoder),
         "data": describe_data(recipe, source, validation),
         "environment": environment(),
     }

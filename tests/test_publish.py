@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 import hf_accel.run as entry
+from hf_accel.report import add_run
 from tests.hub.clients import ended, launch, python, start
 from tests.hub.hub_server import Hub, Repository, free_port
 from tests.tiny_runs import STEPS, WEIGHTS, assert_same_weights, image_folder, read
@@ -125,8 +126,9 @@ def test_launched_again_it_pushes_what_is_new_and_only_that(pushed, hub, images)
     assert "holds all of it" in launch(hub.url, images, pushed)
     assert of(hub).commits == commits
     results = read(pushed / "results.json")
-    results["evaluations"] = [{"evaluation": "linear", "checkpoint": str(pushed / "final"), "top1": [0.625]}]
-    (pushed / "results.json").write_text(json.dumps(results))
+    question = {"evaluation": "linear", "checkpoint": "final", "weights": results["weights"], "data": str(images)}
+    question |= {"patch_size": 4, "train_images": 120, "validation": "x/validation", "validation_images": 30}
+    add_run(pushed, question, {"seed": 0, "top1": 0.625, "top5": 1.0})
     launch(hub.url, images, pushed, "license=mit")
     assert of(hub).commits == [*commits, LAST]
     assert len(hub.uploads) == uploads  # the weights are there already

@@ -1,7 +1,6 @@
 """The accuracies of a run as rows of one table, and as the `model-index` of a model card."""
 
-import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -16,11 +15,11 @@ METHODS = {
     "linear": "linear probe",
     "logistic": "logistic regression",
     "finetune": "fine-tuning",
-    "random": "kNN, random initialisation",
     "pixels": "kNN on raw pixels",
 }
-REFERENCES = ("random", "pixels")
-"""Rows to compare with, which are not of the model."""
+
+RANDOM = "random"
+"""What an evaluation calls the encoder as it was before training."""
 
 FINAL = "final"
 """Folder of a run that holds the exported encoder."""
@@ -36,69 +35,68 @@ class Accuracy:
     top1: float
     top5: float | None = None
     std: float | None = None
+    interval: tuple[float, float] | None = None
     seeds: int = 1
+    labels: int | None = None
     patch_size: int | None = None
     cost: float | None = None
+    is_reference: bool = False
+    """To compare with, and not of the model."""
 
     @property
     def name(self) -> str:
-        return METHODS.get(self.method, self.method)
+        method = METHODS.get(self.method, self.method)
+        return f"{method}, random initialisation" if self.is_reference and self.method != "pixels" else method
 
 
-def accuracies(
-    results: Mapping[str, Any], config: AccelViTConfig, data: Mapping[str, str], own: tuple[str, ...] = ()
-) -> list[Accuracy]:
-    """What the run measured of itself, `results["evaluations"]`, and what to compare with, in the order of a table.
+def accuracies(results: Mapping[str, Any], config: AccelViTConfig, data: Mapping[str, str]) -> list[Accuracy]:
+    """What the run measured of itself, and what to compare with, in the order of a table.
+
+    Of `results["evaluations"]` those of the run's own weights, and those of the encoder at random initialisation.
 
     Args:
         data: what the run was trained on, as an evaluation may call it -> its name.
-        own: names by which an evaluation's "checkpoint" can mean this run, beside its final/.
     """
-    split = results.get("data", {}).get("validation_split")
-    base, rows = {"patch_size": config.patch_size, "data": next(iter(data.values())), "split": split}, []
+    about = results.get("data", {})
+    base = {"evaluation": "knn", "patch_size": config.patch_size, "data": next(iter(data.values()))}
+    base |= {"validation": about.get("validation_split") or "", "train_images": about.get("images")}
+    random, pixels = results.get("knn_top1_random_init"), results.get("knn_top1_raw_pixels")
+    rows = []
     if results.get("knn_top1") is not None:
-        rows.append({**base, "top1": results["knn_top1"], "top5": results.get("knn_top5")})
+        rows.append(_accuracy({**base, "top1": results["knn_top1"], "top5": results.get("knn_top5")}, config))
+    if random is not None:
+        rows.append(_accuracy({**base, "top1": random}, config, is_reference=True))
     for entry in results.get("evaluations", []):
-        if _is_own(entry, own):
-            rows.append({**entry, "data": data.get(entry.get("data"), entry.get("data"))})
-    if results.get("knn_top1_random_init") is not None:
-        rows.append({**base, "evaluation": "random", "top1": results["knn_top1_random_init"]})
-    if results.get("knn_top1_raw_pixels") is not None:
-        pixels = {"evaluation": "pixels", "patch_size": None, "top1": results["knn_top1_raw_pixels"]}
-        rows.append({**base, **pixels})
+        if entry["weights"] == results.get("weights") or entry["checkpoint"] == RANDOM:
+            named = {**entry, "data": data.get(entry["data"], entry["data"])}
+            rows.append(_accuracy(named, config, is_reference=entry["checkpoint"] == RANDOM))
+    if pixels is not None:
+        rows.append(_accuracy({**base, "evaluation": "pixels", "patch_size": None, "top1": pixels}, config, True))
     # An evaluation at the end of training and one after it are the same one
-    found = {_key(row): row for row in (_accuracy(entry, base, config) for entry in rows)}
+    found = {(row.method, row.data, row.split, row.patch_size, row.labels, row.is_reference): row for row in rows}
     order = {method: number for number, method in enumerate(METHODS)}
-    return sorted(found.values(), key=lambda row: (order.get(row.method, 0), row.data, row.patch_size or 0))
+    return sorted(
+        found.values(),
+        key=lambda row: (order.get(row.method, 0), row.data, row.labels or 0, row.is_reference, row.patch_size or 0),
+    )
 
 
-def _key(row: Accuracy) -> tuple:
-    return row.method, row.data, row.split, row.patch_size
-
-
-def _is_own(entry: Mapping[str, Any], own: tuple[str, ...]) -> bool:
-    """Whether an evaluation is of the run's encoder and not, say, of a random one."""
-    checkpoint = str(entry.get("checkpoint", FINAL))
-    return checkpoint in own or PurePath(checkpoint).name in (FINAL, *own)
-
-
-def _accuracy(entry: Mapping[str, Any], base: Mapping[str, Any], config: AccelViTConfig) -> Accuracy:
-    """An entry of `evaluations`: "top1" and "top5" are numbers or lists of one a seed. `base` is what it may lack."""
-    top1, top5 = (list(_numbers(entry.get(name))) for name in ("top1", "top5"))
-    patch_size = entry.get("patch_size", config.patch_size)
-    shortened = None if patch_size is None else forward_cost(config, Compression(patch_size))
-    data = entry.get("data") or base["data"]
-    data = PurePath(data).name if _is_local(data) else data
+def _accuracy(entry: Mapping[str, Any], config: AccelViTConfig, is_reference: bool = False) -> Accuracy:
+    """A row of an entry of `evaluations`, as `report.add_run` writes them."""
+    patch_size, seeds = entry["patch_size"], entry.get("seeds", [None])
     return Accuracy(
-        method=entry.get("evaluation", "knn"),
-        data=data,
-        split=entry.get("split") or (base["split"] if data == base["data"] else None),
-        top1=statistics.fmean(top1),
-        top5=statistics.fmean(top5) if top5 else None,
-        std=statistics.stdev(top1) if len(top1) > 1 else None,
-        seeds=len(top1),
+        method=entry["evaluation"],
+        data=PurePath(entry["data"]).name if _is_local(entry["data"]) else entry["data"],
+        split=entry["validation"].rpartition("/")[2] or None,
+        top1=entry["top1"],
+        top5=entry.get("top5"),
+        std=entry.get("top1_std"),
+        interval=tuple(entry["top1_ci95"]) if "top1_ci95" in entry else None,
+        seeds=len(seeds),
+        labels=entry["train_images"],
         patch_size=patch_size,
-        cost=shortened,
+        cost=None if patch_size is None else forward_cost(config, Compression(patch_size)),
+        is_reference=is_reference,
     )
 
 
@@ -106,16 +104,11 @@ def _is_local(data: str) -> bool:
     return data.startswith((".", "/", "~")) or data.count("/") > 1 or "\\" in data
 
 
-def _numbers(value: Any) -> Iterator[float]:
-    if value is not None:
-        yield from (value if isinstance(value, list) else [value])
-
-
 def eval_results(rows: list[Accuracy]) -> list[EvalResult]:
     """The `model-index`: the model's own rows, top-1 and top-5."""
     found = []
     for row in rows:
-        if row.method in REFERENCES:
+        if row.is_reference:
             continue
         at = f", patches of {row.patch_size} px" if row.patch_size else ""
         for rank, value in (("top-1", row.top1), ("top-5", row.top5)):

@@ -62,7 +62,7 @@ class Run:
         return self.recipe["data"] if self.results.get("data", {}).get("is_on_hub") else None
 
     def accuracies(self) -> list[Accuracy]:
-        return accuracies(self.results, self.config, {self.recipe["data"]: self.data}, own=(self.name,))
+        return accuracies(self.results, self.config, {self.recipe["data"]: self.data})
 
 
 def read_run(output: Path, results: Mapping[str, Any], config: AccelViTConfig) -> Run:

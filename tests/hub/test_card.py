@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from hf_accel.compression import Compression, forward_cost
 from hf_accel.hub import Run, card_text, without_local_paths, write_card
 from hf_accel.recipe import Recipe
+from hf_accel.report.evaluations import add_run, read_results, wilson_interval
 from tests.tiny_runs import RECIPE
 
 SCHEDULE = [{"until": 0.5, "patch_size": 8}, {"until": 1.0, "patch_size": 4, "token_dropout": 0.5}]
 RESULTS: dict[str, Any] = {
+    "weights": "c0ffee",
     "knn_top1": 0.8125,
     "knn_top5": 0.9,
     "knn_top1_random_init": 0.4,
@@ -49,19 +52,36 @@ RESULTS: dict[str, Any] = {
         "hardware": {"cpu": "EPYC", "cpu_cores": 2, "gpus": []},
     },
 }
-EVALUATIONS = [
-    {
-        "evaluation": "knn",
+WEIGHTS = "c0ffee"
+
+
+def evaluation(name: str, patch_size: int, *top1: float, weights: str = WEIGHTS, **changes: Any) -> dict[str, Any]:
+    """An entry of results.json, as task=evaluate writes it."""
+    question = {
+        "evaluation": name,
         "checkpoint": "runs/run/final",
+        "weights": weights,
         "data": "ann/pets",
-        "patch_size": 8,
-        "top1": 0.6,
-        "top5": 0.8,
-    },
-    {"evaluation": "knn", "checkpoint": "runs/run/final", "data": "ann/pets", "patch_size": 4, "top1": 0.82},
-    {"evaluation": "linear", "checkpoint": "ann/run", "patch_size": 4, "top1": [0.7, 0.8, 0.9], "seeds": [0, 1, 2]},
-    {"evaluation": "knn", "checkpoint": "random", "data": "ann/pets", "patch_size": 4, "top1": 0.123},
-    {"evaluation": "finetune", "checkpoint": "/home/ann/run/final", "data": "/home/ann/cats", "top1": 0.777},
+        "train_images": 120,
+        "validation": "ann/pets/validation",
+        "validation_images": 30,
+        "patch_size": patch_size,
+        **changes,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for seed, value in enumerate(top1):
+            add_run(folder, question, {"seed": seed, "top1": value, "top5": 1.0})
+        (entry,) = read_results(folder)["evaluations"]
+    return entry
+
+
+EVALUATIONS = [
+    evaluation("knn", 8, 0.6),
+    evaluation("knn", 4, 0.82),
+    evaluation("linear", 4, 0.7, 0.8, 0.9),
+    evaluation("linear", 4, 0.2, weights="0", checkpoint="random"),
+    evaluation("linear", 4, 0.99, weights="1", checkpoint="runs/other/final"),
+    evaluation("finetune", 4, 0.777, data="/home/ann/cats", validation="cats/test", train_images=9),
 ]
 
 
@@ -89,6 +109,10 @@ def rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
+def interval(accuracy: float) -> str:
+    return " to ".join(f"{100 * end:.1f}" for end in wilson_interval(accuracy, 30))
+
+
 def test_the_metadata_are_complete_and_come_back(run):
     card = ModelCard(card_text(changed(run, evaluations=EVALUATIONS), "ann/run"))
     values = card.data.to_dict()
@@ -103,22 +127,32 @@ def test_the_metadata_are_complete_and_come_back(run):
     assert found == {
         "kNN top-1 accuracy, patches of 4 px": ("ann/pets", "accuracy", 0.82),  # measured again after the run
         "kNN top-1 accuracy, patches of 8 px": ("ann/pets", "accuracy", 0.6),
-        "kNN top-5 accuracy, patches of 8 px": ("ann/pets", "accuracy", 0.8),
         "linear probe top-1 accuracy, patches of 4 px, mean of 3 seeds": ("ann/pets", "accuracy", 0.8),
         "fine-tuning top-1 accuracy, patches of 4 px": ("cats", "accuracy", 0.777),
+        **{
+            name.replace("top-1", "top-5"): (data, "accuracy", 1.0)
+            for name, data in {
+                "kNN top-1 accuracy, patches of 4 px": "ann/pets",
+                "kNN top-1 accuracy, patches of 8 px": "ann/pets",
+                "linear probe top-1 accuracy, patches of 4 px, mean of 3 seeds": "ann/pets",
+                "fine-tuning top-1 accuracy, patches of 4 px": "cats",
+            }.items()
+        },
     }
 
 
 def test_the_accuracy_table_holds_every_evaluation_and_what_to_compare_with(run):
     text = section(card_text(changed(run, evaluations=EVALUATIONS), "ann/run"), "Accuracy")
     cost = f"{forward_cost(run.config, Compression(8)):.2f}"
+    pets = "ann/pets, `validation`"
     assert rows(text) == [
-        ["kNN", "ann/pets, `validation`", "4", "1.00", "82.0", ""],
-        ["kNN", "ann/pets, `validation`", "8", cost, "60.0", "80.0"],
-        ["linear probe", "ann/pets, `validation`", "4", "1.00", "80.0 ± 10.0 (3 seeds)", ""],
-        ["fine-tuning", "cats", "4", "1.00", "77.7", ""],
-        ["kNN, random initialisation", "ann/pets, `validation`", "4", "1.00", "40.0", ""],
-        ["kNN on raw pixels", "ann/pets, `validation`", "", "", "50.0", ""],
+        ["kNN", pets, "120", "4", "1.00", "82.0", interval(0.82), "100.0"],
+        ["kNN", pets, "120", "8", cost, "60.0", interval(0.6), "100.0"],
+        ["kNN, random initialisation", pets, "120", "4", "1.00", "40.0", "", ""],
+        ["linear probe", pets, "120", "4", "1.00", "80.0 ± 10.0 (3 seeds)", interval(0.8), "100.0"],
+        ["linear probe, random initialisation", pets, "120", "4", "1.00", "20.0", interval(0.2), "100.0"],
+        ["fine-tuning", "cats, `test`", "9", "4", "1.00", "77.7", interval(0.777), "100.0"],
+        ["kNN on raw pixels", pets, "120", "", "", "50.0", "", ""],
     ]
 
 

@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -18,13 +17,10 @@ from .data import AUGMENTATIONS
 from .evaluation import FineTuneConfig, LinearConfig
 from .models import PRESETS, AccelViTConfig
 from .objectives import OBJECTIVES
+from .recipe_values import RecipeError, as_type, check_settings, fail, settings_of, type_name
 
 EVALUATIONS = ("knn", "linear", "logistic", "finetune")
 EVALUATION_CONFIGS: dict[str, type] = {"linear_config": LinearConfig, "finetune_config": FineTuneConfig}
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be run; the message names the key, the value and the fix."""
 
 
 def _key(default: Any, text: str, group: str = "") -> Any:
@@ -174,24 +170,20 @@ class Recipe:
         return yaml.safe_dump(asdict(self), sort_keys=False)
 
 
-def _fail(key: str, value: Any, problem: str) -> typing.NoReturn:
-    raise RecipeError(f"{key}={value!r}: {problem}")
-
-
 def _check_choices(recipe: Recipe) -> None:
     tables = {"model": PRESETS, "objective": OBJECTIVES, "augmentation": AUGMENTATIONS}
     for key, table in tables.items():
         value = getattr(recipe, key)
         if value not in table:
             close = difflib.get_close_matches(str(value), list(table), 1, 0.4)
-            _fail(key, value, f"must be one of {list(table)}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            fail(key, value, f"must be one of {list(table)}" + (f"; did you mean {close[0]!r}?" if close else ""))
     names = {f.name for f in fields(AccelViTConfig)}
     for name in recipe.model_config:
         if name not in names or name in ("image_size", "patch_size"):
             close = difflib.get_close_matches(name, list(names), 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             own = name in ("image_size", "patch_size")
-            _fail(
+            fail(
                 f"model_config.{name}",
                 recipe.model_config[name],
                 "is a key of its own" if own else f"no such field{hint}",
@@ -200,35 +192,19 @@ def _check_choices(recipe: Recipe) -> None:
 
 def objective_settings(name: str) -> dict[str, inspect.Parameter]:
     """The keys of `objective_config`: the keyword arguments of the objective, with type and default."""
-    return _settings_of(OBJECTIVES[name])
-
-
-def _settings_of(kind: type) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(kind.__init__, eval_str=True).parameters
-    return {key: parameter for key, parameter in parameters.items() if key not in ("self", "config")}
-
-
-def _check_settings(name: str, values: dict[str, Any], settings: dict[str, inspect.Parameter], owner: str) -> None:
-    """Refuse what is no setting or of another type, and take `values` to the types of the settings."""
-    for key, value in values.items():
-        if key not in settings:
-            close = difflib.get_close_matches(key, list(settings), 1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(settings)}"
-            _fail(f"{name}.{key}", value, f"{owner} has no such setting{hint}")
-        value = _as_type(f"{name}.{key}", value, settings[key].annotation)
-        values[key] = list(value) if isinstance(value, tuple) else value  # YAML has no tuples
+    return settings_of(OBJECTIVES[name])
 
 
 def _check_objective(recipe: Recipe) -> None:
-    _check_settings("objective_config", recipe.objective_config, objective_settings(recipe.objective), recipe.objective)
+    check_settings("objective_config", recipe.objective_config, objective_settings(recipe.objective), recipe.objective)
     if recipe.cost == "measured" and recipe.local_crop_size():
-        _fail("cost", "measured", "local crops have analytic costs only")
+        fail("cost", "measured", "local crops have analytic costs only")
 
 
 def _check_evaluation(recipe: Recipe) -> None:
     for name, kind in EVALUATION_CONFIGS.items():
         values = getattr(recipe, name)
-        _check_settings(name, values, _settings_of(kind), name.removesuffix("_config"))
+        check_settings(name, values, settings_of(kind), name.removesuffix("_config"))
         try:
             kind(**values)
         except ValueError as error:
@@ -237,12 +213,12 @@ def _check_evaluation(recipe: Recipe) -> None:
         if name not in EVALUATIONS:
             close = difflib.get_close_matches(str(name), EVALUATIONS, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            _fail("evaluations", recipe.evaluations, f"must be a list of {', '.join(EVALUATIONS)}{hint}")
+            fail("evaluations", recipe.evaluations, f"must be a list of {', '.join(EVALUATIONS)}{hint}")
     for key, least in (("eval_patch_sizes", 1), ("eval_seeds", 0)):
         if any(type(value) is not int or value < least for value in getattr(recipe, key)):
-            _fail(key, getattr(recipe, key), f"must be a list of whole numbers from {least} on")
+            fail(key, getattr(recipe, key), f"must be a list of whole numbers from {least} on")
     if not recipe.evaluations or not recipe.eval_seeds:
-        _fail("evaluations", recipe.evaluations, "name at least one, and at least one seed in eval_seeds")
+        fail("evaluations", recipe.evaluations, "name at least one, and at least one seed in eval_seeds")
 
 
 def _check_numbers(recipe: Recipe) -> None:
@@ -261,38 +237,36 @@ def _check_numbers(recipe: Recipe) -> None:
     )
     for key in positive:
         if getattr(recipe, key) <= 0:
-            _fail(key, getattr(recipe, key), "must be above 0")
+            fail(key, getattr(recipe, key), "must be above 0")
     if not 0 <= recipe.warmup <= 1:
-        _fail("warmup", recipe.warmup, "must lie in [0, 1]")
+        fail("warmup", recipe.warmup, "must lie in [0, 1]")
     for key in ("weight_decay", "max_grad_norm", "num_workers", "budget"):
         if getattr(recipe, key) < 0:
-            _fail(key, getattr(recipe, key), "must not be negative")
+            fail(key, getattr(recipe, key), "must not be negative")
     if recipe.task == "pretrain" and recipe.budget == 0:
-        _fail("budget", recipe.budget, "a pretraining run needs a budget in units, e.g. budget=400000")
+        fail("budget", recipe.budget, "a pretraining run needs a budget in units, e.g. budget=400000")
     if recipe.task in ("evaluate", "export", "card") and not recipe.checkpoint:
-        _fail(
+        fail(
             "checkpoint",
             recipe.checkpoint,
             f"task={recipe.task} needs the folder of an encoder, e.g. checkpoint=RUN/final",
         )
     if recipe.task == "search" and not recipe.pilot:
-        _fail("pilot", recipe.pilot, "task=search needs the output_dir of a pilot run, e.g. pilot=runs/moco")
+        fail("pilot", recipe.pilot, "task=search needs the output_dir of a pilot run, e.g. pilot=runs/moco")
     for key in ("search_draws", "auto_draws"):
         if getattr(recipe, key) < 3:
-            _fail(key, getattr(recipe, key), "an estimate with an interval needs at least 3")
+            fail(key, getattr(recipe, key), "an estimate with an interval needs at least 3")
     if not 0 < recipe.auto_share < 1:
-        _fail("auto_share", recipe.auto_share, "must lie between 0 and 1")
+        fail("auto_share", recipe.auto_share, "must lie between 0 and 1")
     if recipe.schedule == "auto" and recipe.view_resolution == "matched":
-        _fail("view_resolution", "matched", "needs a schedule known beforehand; schedule=auto makes full views")
+        fail("view_resolution", "matched", "needs a schedule known beforehand; schedule=auto makes full views")
     if recipe.save_total_limit < 2:
-        _fail(
-            "save_total_limit", recipe.save_total_limit, "must be at least 2, so that a kill during a save loses none"
-        )
+        fail("save_total_limit", recipe.save_total_limit, "must be at least 2, so that a kill during a save loses none")
     for key in ("eval_points", "keep_points"):
         if any(not isinstance(p, int | float) or not 0 <= p <= 1 for p in getattr(recipe, key)):
-            _fail(key, getattr(recipe, key), "must be numbers in [0, 1]")
+            fail(key, getattr(recipe, key), "must be numbers in [0, 1]")
     if recipe.batch_size % recipe.gradient_accumulation_steps:
-        _fail(
+        fail(
             "batch_size",
             recipe.batch_size,
             f"must be a multiple of gradient_accumulation_steps={recipe.gradient_accumulation_steps}",
@@ -301,7 +275,7 @@ def _check_numbers(recipe: Recipe) -> None:
 
 def _check_model(recipe: Recipe) -> None:
     if recipe.image_size % recipe.patch_size:
-        _fail("patch_size", recipe.patch_size, f"must divide image_size={recipe.image_size}")
+        fail("patch_size", recipe.patch_size, f"must divide image_size={recipe.image_size}")
     try:
         recipe.encoder_config()
     except Exception as error:  # the config's own checks raise several types; all are about the recipe's values
@@ -343,45 +317,13 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
 
 
 def _typed(key: str, value: Any) -> Any:
-    """`value` as the type of `key` (whole numbers may stand where floats belong), or a RecipeError."""
+    """`value` as the type of `key`, or a RecipeError."""
     hints = typing.get_type_hints(Recipe)
     if key not in hints:
         close = difflib.get_close_matches(str(key), list(hints), 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise RecipeError(f"{key}={value!r}: there is no such key{hint} (--help lists them)")
-    return _as_type(key, value, hints[key])
-
-
-def _as_type(key: str, value: Any, hint: Any) -> Any:
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for kind in kinds:
-        origin = typing.get_origin(kind) or kind
-        if origin is Literal:
-            if value in typing.get_args(kind) and isinstance(value, str):
-                return value
-        elif origin is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        elif type(value) is origin:
-            return value
-        elif origin is tuple and isinstance(value, list):
-            inner = typing.get_args(kind)
-            if inner[1:] == (...,):
-                return tuple(_as_type(key, part, inner[0]) for part in value)
-            if len(value) == len(inner):
-                return tuple(_as_type(key, part, one) for part, one in zip(value, inner, strict=True))
-    # YAML 1.1 reads `no` as False and 1e-3 as a string
-    if origin is Literal and value is False and "no" in typing.get_args(hint):
-        return "no"
-    tip = " (write floats with a point, as 1.0e-3)" if float in kinds and isinstance(value, str) else ""
-    raise RecipeError(f"{key}={value!r}: expected {type_name(hint)}{tip}")
-
-
-def type_name(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(typing.get_args(hint))
-    if isinstance(hint, types.UnionType):
-        return " or ".join(type_name(part) for part in typing.get_args(hint))
-    return {types.NoneType: "null"}.get(hint, getattr(typing.get_origin(hint) or hint, "__name__", str(hint)))
+    return as_type(key, value, hints[key])
 
 
 def describe_keys() -> str:
@@ -397,7 +339,7 @@ def describe_keys() -> str:
     kinds = {f"objective_config of {name}": objective for name, objective in OBJECTIVES.items()} | EVALUATION_CONFIGS
     for name, kind in kinds.items():
         lines.append(f"\n{name}:")
-        for setting, parameter in _settings_of(kind).items():
+        for setting, parameter in settings_of(kind).items():
             lines.append(f"  {setting} ({type_name(parameter.annotation)}; default {parameter.default!r})")
         described = inspect.getdoc(kind) or ""
         about = described.partition("Args:\n")[2].partition("\n\n")[0].splitlines()

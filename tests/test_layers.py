@@ -18,6 +18,7 @@ LEVELS = [
     {"data"},
     {"objectives"},
     {"evaluation", "hub", "report"},
+    {"recipe_values"},
     {"recipe"},
     {"probe", "engine"},
     {"auto_schedule", "monitoring", "progress_callback"},

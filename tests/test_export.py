@@ -97,7 +97,7 @@ def test_a_classifier_and_a_training_checkpoint(tmp_path: Path) -> None:
     labels: dict[str, Any] = {"id2label": {0: "cat", 1: "dog"}}
     source = saved(AccelViTForImageClassification(AccelViTConfig(**SIZES, **MLP, **labels)), tmp_path / "classifier")
     vit: Any = AutoModelForImageClassification.from_pretrained(export(source, tmp_path / "out", "vit"))
-    assert type(vit) is ViTForImageClassification and vit.config.id2label[1] == "dog"
+    assert vit.config.id2label[1] == "dog" and type(vit) is ViTForImageClassification
     assert_close(vit(PIXELS).logits, AutoModelForImageClassification.from_pretrained(source)(PIXELS).logits)
 
     moco: Any = OBJECTIVES["moco"]

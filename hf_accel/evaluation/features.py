@@ -11,6 +11,7 @@ from accelerate.data_loader import DataLoaderStateMixin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..data.loader import ReportingLoader
 from ..distributed import all_gather, rank, world_size
 
 RAW_PIXEL_SIZE = 32
@@ -135,6 +136,8 @@ def _own_batches(loader: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
     else:
         batches = islice(loader, own.start, None, own.step)
     for position, batch in enumerate(batches):
+        if isinstance(loader, ReportingLoader):  # whose own iteration this takes the place of
+            loader.source.report(batch["bad"])
         yield own.start + position * own.step, batch
 
 

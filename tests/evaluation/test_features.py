@@ -12,7 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
-from hf_accel.evaluation import extract_features, raw_pixel_features
+from hf_accel.data import eval_loader, load_sources
+from hf_accel.evaluation import extract_features, features, raw_pixel_features
+from tests.tiny_runs import image_folder
 
 SIZE = 8
 
@@ -181,3 +183,18 @@ def test_two_processes_equal_one(tmp_path) -> None:
             count = 21 if n == "list" else n
             features, labels = extract_features(Encoder(), DataLoader(samples(count), batch_size=4), "cpu")
             assert torch.equal(found[n][0], features) and torch.equal(found[n][1], labels)
+
+
+def test_a_process_tells_what_it_cannot_read_of_its_share(tmp_path, monkeypatch):
+    root = image_folder(tmp_path / "images", side=lambda index: 16 + index % 3)  # of one size they would be in memory
+    sorted(root.glob("train/*/*.png"))[70].write_bytes(b"no image")
+    source, _ = load_sources(str(root))
+    monkeypatch.setattr(features, "world_size", lambda: 2)
+    found = []
+    for rank in (0, 1):
+        monkeypatch.setattr(features, "rank", lambda rank=rank: rank)
+        source.bad.clear()
+        numbers = [number for number, _ in features._own_batches(eval_loader(source, 16, 20))]
+        assert numbers == [rank, rank + 2, rank + 4]
+        found.append(sorted(source.bad))
+    assert sorted(map(len, found)) == [0, 1]

@@ -3,8 +3,8 @@
 The rule. Strategies stand on a ladder, from the cheapest to the uncompressed one, each a good deal dearer than the one
 below. Before the first step all of them are probed, and the run starts on the one with the least ca_mse (of tied ones,
 on the cheaper). At evenly spaced points of progress it then probes the rung it stands on and the next one, with the
-same images under both, and climbs when the 95% interval of ca_mse(this) - ca_mse(next) lies above 0; by the criterion
-"gain", when that of gain(next) - gain(this) does. It never climbs down, as compression never increases. There are as
+same images under both, and climbs when the 95% interval of ca_mse(this) - ca_mse(next) lies above 0. By the criterion
+"gain" it starts on the largest gain, and climbs when the interval of gain(next) - gain(this) lies above 0. It never climbs down, as compression never increases. There are as
 many points as the share of the budget pays for, and at most 20.
 
 Where it fails: on a budget so small that a probe is a sizeable part of it (an error says so); when the noise of few
@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
-from .gradient_error import GradientErrorAccumulator
+from .gradient_error import GradientError, GradientErrorAccumulator
 from .search import choose_strategies, search_grid
 from .strategy import Strategy
 
@@ -102,8 +102,7 @@ class OnlineController:
     def decide(self, accumulator: GradientErrorAccumulator[Strategy], progress: float) -> Strategy:
         """Take the errors of the strategies that were due, and give the one to follow from now on."""
         if self.probed == 0:
-            (chosen,) = choose_strategies([accumulator.result()], self.relative_cost, self.criterion)
-            self.rung = self.ladder.index(chosen)
+            self.rung = self.ladder.index(self._first(accumulator.result()))
         else:
             this, above = self.ladder[self.rung : self.rung + 2]
             larger, smaller = (above, this) if self.criterion == "gain" else (this, above)
@@ -112,6 +111,13 @@ class OnlineController:
         while self.probed < len(self.points) and self.points[self.probed] <= progress:
             self.probed += 1
         return self.strategy
+
+    def _first(self, errors: Mapping[Strategy, GradientError]) -> Strategy:
+        """Of gains the largest estimate: by what is sure of so few draws, a run would start uncompressed and stay so."""
+        if self.criterion == "gain":
+            return max(self.ladder, key=lambda strategy: errors[strategy].gain)
+        (chosen,) = choose_strategies([errors], self.relative_cost)
+        return chosen
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs."""

@@ -291,6 +291,19 @@ def test_a_restored_controller_goes_on_as_the_one_that_was_left_alone():
     assert other.strategy == one.strategy and other.due(one.points[2]) == one.due(one.points[2]) == LADDER[2:4]
 
 
+def test_by_gain_it_starts_on_the_largest_estimate_however_unsure():
+    controller = OnlineController(LADDER, lambda strategy: BATCH * units(strategy), 1e6, 0.5, 4, "gain")
+    accumulator = GradientErrorAccumulator(controller.relative_cost)
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        reference = torch.from_numpy(rng.normal(size=5) + 0.5)
+        accumulator.add(reference, {s: reference + torch.from_numpy(rng.normal(size=5)) for s in LADDER})
+    errors = accumulator.result()
+    best = max(LADDER, key=lambda strategy: errors[strategy].gain)
+    assert errors[best].gain_interval[0] < 0 and best != LADDER[-1]
+    assert controller.decide(accumulator, 0.0) == best
+
+
 @pytest.mark.parametrize("criterion", ["ca_mse", "gain"])
 @pytest.mark.parametrize("above_is_better", [True, False])
 def test_it_climbs_to_the_lesser_error_or_to_the_greater_gain(criterion, above_is_better):

@@ -4,8 +4,9 @@ The rule. Strategies stand on a ladder, from the cheapest to the uncompressed on
 below. Before the first step all of them are probed, and the run starts on the one with the least ca_mse (of tied ones,
 on the cheaper). At evenly spaced points of progress it then probes the rung it stands on and the next one, with the
 same images under both, and climbs when the 95% interval of ca_mse(this) - ca_mse(next) lies above 0. By the criterion
-"gain" it starts on the largest gain, and climbs when the interval of gain(next) - gain(this) lies above 0. It never climbs down, as compression never increases. There are as
-many points as the share of the budget pays for, and at most 20.
+"gain" it starts on the largest gain, and climbs when the interval of gain(next) - gain(this) lies above 0. It never
+climbs down, as compression never increases. There are as many points as the share of the budget pays for, and at most
+20.
 
 Where it fails: on a budget so small that a probe is a sizeable part of it (an error says so); when the noise of few
 draws hides the difference, it climbs late; a rung that is worse than both its neighbours stops it for good; and, as all
@@ -113,7 +114,7 @@ class OnlineController:
         return self.strategy
 
     def _first(self, errors: Mapping[Strategy, GradientError]) -> Strategy:
-        """Of gains the largest estimate: by what is sure of so few draws, a run would start uncompressed and stay so."""
+        """Of gains the largest estimate: by what is sure of so few draws a run would start uncompressed and stay so."""
         if self.criterion == "gain":
             return max(self.ladder, key=lambda strategy: errors[strategy].gain)
         (chosen,) = choose_strategies([errors], self.relative_cost)

@@ -158,9 +158,8 @@ def kill_in_gradient(monkeypatch, number: int) -> None:
     monkeypatch.setattr(GradientProbe, "_gradient", gradient)
 
 
-@pytest.mark.parametrize(
-    "where", ["between probes", *(pytest.param(w, marks=pytest.mark.slow) for w in ("before a probe", "with a probe"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["between probes", "before a probe", "with a probe"])
 def test_stopped_and_resumed_equals_left_alone(where, whole, folder, tmp_path, monkeypatch, capsys):
     second, third = (probe["step"] for probe in probes_of(whole)[1:3])
     assert third - second > 2

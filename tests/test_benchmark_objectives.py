@@ -60,6 +60,7 @@ def test_the_plain_dino_loss_and_centre_are_ours():
         center = center.lerp(torch.cat(teacher).mean(dim=0, keepdim=True), 1 - peers.CENTER_MOMENTUM)
 
 
+@pytest.mark.slow
 def test_table_and_json(tmp_path, capsys):
     output = tmp_path / "objectives.json"
     assert objectives.main([*ARGUMENTS, "--output", str(output)]) == 0

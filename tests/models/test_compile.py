@@ -10,6 +10,8 @@ from torch._dynamo.testing import CompileCounter
 
 from hf_accel import AccelViTConfig, AccelViTModel
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
@@ -24,7 +26,7 @@ def tiny(**overrides: Any) -> AccelViTModel:
     return AccelViTModel(AccelViTConfig(**{**sizes, "image_size": 32, "patch_size": 8, **overrides}))
 
 
-@pytest.mark.parametrize("kind", ["sincos", pytest.param("learned", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["sincos", "learned"])
 def test_whole_graphs_at_any_patch_and_image_size(kind: str) -> None:
     model = tiny(position_embedding_type=kind, num_hidden_layers=1).eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -70,7 +72,6 @@ def test_whole_graph_without_a_generator() -> None:
     assert torch.equal(compiled(images, token_dropout=0.5).pooler_output, expected)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("kind", ["sincos", "learned"])
 def test_inductor(kind: str) -> None:

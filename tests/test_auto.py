@@ -173,7 +173,8 @@ def test_stopped_and_resumed_equals_left_alone(where, whole, folder, tmp_path, m
     assert_same_run(whole, output)
 
 
-@pytest.mark.parametrize("probe", [pytest.param("the first", marks=pytest.mark.slow), "a later"])
+@pytest.mark.slow
+@pytest.mark.parametrize("probe", ["the first", "a later"])
 def test_killed_in_the_middle_of_a_probe_and_resumed_equals_left_alone(probe, whole, folder, tmp_path, monkeypatch):
     output, rungs = tmp_path / "run", len(LADDER)
     with monkeypatch.context() as patch:
@@ -237,9 +238,8 @@ HEADS = {
 """What makes each objective's own recipe small."""
 
 
-@pytest.mark.parametrize(
-    "objective", ["moco", *(pytest.param(name, marks=pytest.mark.slow) for name in ("simclr", "dino"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["moco", "simclr", "dino"])
 def test_every_objective_finds_its_schedule(objective, folder, tmp_path):
     recipe = Path("recipes") / f"{objective}.yaml"
     entry.main([str(recipe), f"data={folder}", f"output_dir={tmp_path}", *SMALL, *HEADS.get(objective, [])])

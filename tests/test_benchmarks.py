@@ -46,6 +46,7 @@ def check_run(output: Path, printed: str) -> None:
     assert "whole step: " in printed and "encoder alone: no row has 49 tokens" in printed
 
 
+@pytest.mark.slow
 def test_toy_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = tmp_path / "cost.json"
     arguments = [*ARGUMENTS, "--device", "cpu", "--output", str(output)]

@@ -139,6 +139,7 @@ def test_patch_sizes(whole, folder, tmp_path, capsys):
     assert "at patch 8: top-1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_evaluations_in_the_folder_of_a_run_that_goes_on(folder, tmp_path, monkeypatch, capsys):
     output = tmp_path / "run"
     with monkeypatch.context() as patch:

@@ -76,6 +76,7 @@ def test_cost(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 23
 
 
+@pytest.mark.slow
 def test_measured_costs_are_kept_and_used_again(folder, tmp_path, monkeypatch):
     schedule = "schedule=[{until: 0.5, patch_size: 8}, {until: 1.0, token_dropout: 0.5}]"
     with monkeypatch.context() as patch:

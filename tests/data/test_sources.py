@@ -65,6 +65,7 @@ def assert_is_picture(image, number):
     np.testing.assert_array_equal(np.asarray(image), np.asarray(picture(number)))
 
 
+@pytest.mark.slow
 def test_importing_is_quick():
     code = "import sys, hf_accel.data; print([n for n in ('datasets', 'mlxtend') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

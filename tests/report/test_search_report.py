@@ -209,6 +209,7 @@ def overlapping(labels) -> list[tuple[str, str]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRIDS)
 def test_no_text_is_cut_or_overlaps(drawn, name: str) -> None:
     rows, schedule = search_of(name)

@@ -41,5 +41,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(if $(TORCH_INDEX),$(PIP) install -q --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) -c constraints.txt torch)
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
-	$(PIP) install -q --no-deps -c constraints.txt timm  # without torchvision, which does not import beside the CPU torch
+	@# For tests, in a folder of its own: the accelerate command imports timm where it finds it, and that needs torchvision
+	$(PIP) install -q --no-deps --upgrade --target .venv/timm -c constraints.txt timm
 	@touch $@

@@ -9,9 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+OWN_FOLDER = Path(sys.prefix) / "timm"
+"""Where `make` installs it: in site-packages it breaks the accelerate command, which imports it at once."""
 
 TORCHVISION = ("", ".datasets", ".models", ".models.feature_extraction", ".ops", ".ops.misc", ".transforms")
 """What timm imports of torchvision, all of it for images and detectors: nothing of it takes part in a ViT."""
@@ -50,8 +54,10 @@ def empty_torchvision() -> Iterator[None]:
 def real_timm() -> Any:
     """The module; the test is skipped without the package, which `make` installs."""
     if "timm" not in sys.modules:
+        if OWN_FOLDER.is_dir() and str(OWN_FOLDER) not in sys.path:
+            sys.path.append(str(OWN_FOLDER))
         if importlib.util.find_spec("timm") is None:
-            pytest.skip("timm is not installed: pip install --no-deps timm")
+            pytest.skip(f"timm is not installed: pip install --no-deps --target {OWN_FOLDER} timm")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if importlib.util.find_spec("torchvision"):

@@ -84,7 +84,8 @@ def launch_with(engine: str, recipe: Path, output: Path, *overrides: str) -> sub
         if shutil.which("g++") is None:
             pytest.skip("DeepSpeed compiles its communication with g++")
     config = f"accelerate_configs/{ENGINES[engine]}.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    # the command itself, as users have it: an import of its own can break it where the module works
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", config]
     command += ["hf_accel/run.py", str(recipe), f"output_dir={output}", *overrides]
     # The folder of the interpreter holds ninja, which DeepSpeed calls by name
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -26,8 +26,9 @@ from .report import run_is_complete
 from .trainer import last_complete_checkpoint
 
 # Keys that may change between an interrupted run and its continuation: none has a part in the result.
-FREE_KEYS = {"task", "output_dir", "num_workers", "logging_steps", "save_steps", "save_total_limit", "report_to"} | {
-    *("push_to_hub", "hub_model_id", "hub_private", "hub_optimizer", "license", "baseline")
+FREE_KEYS = {
+    *("task", "output_dir", "num_workers", "logging_steps", "save_steps", "save_total_limit", "report_to"),
+    *("push_to_hub", "hub_model_id", "hub_private", "hub_optimizer", "license", "baseline"),
 }
 
 # Keys that may change beyond a checkpoint: what the advice after a divergence names. Everything before it is as it was.

@@ -16,7 +16,7 @@ from .compression import CostTable, Plan, Schedule, Strategy, forward_cost, meas
 from .compression.cost import TABLE_NAME, ForwardCost
 from .compression.online import LADDER_DROPOUTS, OnlineController, ladder_of
 from .compression.search import search_grid
-from .data import ImageSource, load_sources
+from .data import CorruptDataError, ImageSource, load_sources
 from .distributed import barrier, is_main, say
 from .engine import autocast_arguments, check_launch, on_cpu, set_deepspeed
 from .models import AccelViTModel
@@ -179,15 +179,17 @@ def controller_of(recipe: Recipe, units_per_image: Callable[[Strategy], float]) 
 
 def images_of(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
     """Training and validation images."""
-    for key in ("train_split", "validation_split"):
+    for key in ("data_config", "train_split", "validation_split"):
         if recipe.data == "bundled" and getattr(recipe, key):
             raise RecipeError(
-                f"{key}={getattr(recipe, key)!r}: the bundled digits have one split, by seed; leave it out"
+                f"{key}={getattr(recipe, key)!r}: the bundled digits have only their split by seed; leave it out"
             )
     splits, columns = (recipe.train_split, recipe.validation_split), (recipe.image_column, recipe.label_column)
     try:
-        source, validation = load_sources(recipe.data, *splits, *columns, recipe.seed)
-    except (ValueError, OSError) as error:  # datasets' own errors are of these, too
+        source, validation = load_sources(recipe.data, *splits, *columns, recipe.seed, recipe.data_config)
+    except CorruptDataError:  # says enough
+        raise
+    except (ValueError, OSError, RuntimeError) as error:  # datasets' own errors are of these
         raise RecipeError(f"data={recipe.data!r}: {error}") from error
     if recipe.task != "evaluate" and len(source) < recipe.batch_size:
         raise RecipeError(f"batch_size={recipe.batch_size}: {source.name} has only {len(source)} images")

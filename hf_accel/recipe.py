@@ -41,6 +41,9 @@ class Recipe:
     data: str = _key(
         "bundled", "'bundled' digits, Hub dataset id, image folder, or parquet/arrow file or folder", "data"
     )
+    data_config: str | None = _key(
+        None, "configuration of a data set that has several, as its page on the Hub names them"
+    )
     train_split: str | None = _key(None, "split to train on, or a part as train[:1000] or train[:10%]; default: train")
     validation_split: str | None = _key(
         None, "split for kNN accuracy; default: validation, val, test or a held-out tenth"

@@ -239,19 +239,21 @@ def load_sources(
     image_column: str | None = None,
     label_column: str | None = None,
     seed: int = 0,
+    config: str | None = None,
 ) -> tuple[ImageSource, ImageSource | None]:
     """Training and validation images of `data`.
 
     `data` is "bundled", a Hub data set, a folder of images (class folders, or train/ and validation/ with class folders
     in them), a parquet or arrow file or a folder of them, or what `datasets` saved with `save_to_disk`. Where there is
     no validation split but labels, a tenth of each class is held out, drawn from `seed`; without labels there is none.
-    Raises FileNotFoundError for a path that is not there, ValueError for missing or ambiguous splits and columns.
+    `config` is one of those that the README.md of a Hub data set or folder may declare. Raises FileNotFoundError for a
+    path that is not there, ValueError for missing or ambiguous splits and columns.
     """
     if data == "bundled":
         return _bundled(seed)
     import datasets
 
-    tables = _load_tables(data)
+    tables = _load_tables(data, config)
     train_split, validation_split = _choose_splits(data, list(tables), train_split, validation_split)
     train = _part(tables, train_split)
     image_column, label_column = _choose_columns(data, train, image_column, label_column)
@@ -270,7 +272,7 @@ def load_sources(
     sources = []
     for table, part_labels, part in parts:
         table = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-        source = ImageSource(f"{data}/{part}", table, labels=part_labels, class_names=names)
+        source = ImageSource("/".join(filter(None, (data, config, part))), table, labels=part_labels, class_names=names)
         source.hold_in_memory()
         sources.append(source)
     return sources[0], sources[1] if len(sources) == 2 else None
@@ -295,22 +297,25 @@ def hold_out(labels: Tensor, seed: int, one_in: int = HELD_OUT) -> tuple[Tensor,
     return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
 
 
-def _load_tables(data: str) -> "dict[str, Dataset]":
+def _load_tables(data: str, config: str | None) -> "dict[str, Dataset]":
     """Every split of `data`, by name."""
     import datasets
 
     path = Path(data).expanduser()
+    is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+    if config is not None and (path.is_file() or is_saved):
+        raise ValueError(f"data_config={config}: {data} has no configurations; leave it out")
     if path.is_file():
         builder = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix)
         if builder is None:
             raise ValueError(f"data={data}: a single file must be .parquet or .arrow")
         loaded = datasets.load_dataset(builder, data_files=str(path))
-    elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+    elif is_saved:
         loaded = datasets.load_from_disk(str(path))
     elif not path.is_dir() and (data.startswith((".", "/", "~")) or data.count("/") > 1):
         raise FileNotFoundError(f"data={data}: no such file or folder")
     else:
-        loaded = datasets.load_dataset(str(path) if path.is_dir() else data)
+        loaded = datasets.load_dataset(str(path) if path.is_dir() else data, config)
     return {"train": loaded} if isinstance(loaded, datasets.Dataset) else {str(name): loaded[name] for name in loaded}
 
 

@@ -180,6 +180,26 @@ def test_parts_of_splits(tmp_path):
         load_sources(str(tmp_path / "set"), train_split="train[a:]")
 
 
+def test_configurations(tmp_path):
+    readme = (
+        "---\nconfigs:\n- config_name: small\n  data_files: small/*\n- config_name: large\n  data_files: large/*\n---\n"
+    )
+    (tmp_path / "set" / "small").mkdir(parents=True)
+    (tmp_path / "set" / "README.md").write_text(readme)
+    (tmp_path / "set" / "large").mkdir()
+    table(10).to_parquet(tmp_path / "set" / "small" / "train.parquet")
+    table(20).to_parquet(tmp_path / "set" / "large" / "train.parquet")
+    train, validation = load_sources(str(tmp_path / "set"), config="large")
+    assert (len(train), len(validation)) == (18, 2) and train.name.endswith("set/large/train")
+    with pytest.raises(ValueError, match="small"):
+        load_sources(str(tmp_path / "set"))
+    with pytest.raises(ValueError, match="medium"):
+        load_sources(str(tmp_path / "set"), config="medium")
+    table(10).save_to_disk(tmp_path / "disk")
+    with pytest.raises(ValueError, match=r"data_config=small.*no configurations"):
+        load_sources(str(tmp_path / "disk"), config="small")
+
+
 def test_columns_are_named_in_errors(tmp_path):
     second = ([{"bytes": png(picture(number)), "path": None} for number in range(10)], datasets.Image())
     labels = ([number % 2 for number in range(10)], datasets.ClassLabel(names=["odd", "even"]))

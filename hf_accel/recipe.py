@@ -78,7 +78,7 @@ class Recipe:
         None, f"stages of {', '.join(STAGE_KEYS)}, a YAML file of them, or auto; default: uncompressed"
     )
     auto_share: float = _key(0.03, "schedule=auto: share of the budget that probes may spend")
-    auto_draws: int = _key(8, "schedule=auto: paired gradients of a probe")
+    auto_draws: int = _key(8, "schedule=auto: paired gradients of a probe, or up to 64 if the share pays for them")
     cost: Literal["analytic", "measured"] = _key("analytic", "units from FLOPs, or timed on this device")
 
     batch_size: int = _key(256, "images a step, over all processes and accumulated micro-batches", "optimisation")

@@ -6,7 +6,7 @@ on the cheaper). At evenly spaced points of progress it then probes the rung it 
 same images under both, and climbs when the 95% interval of ca_mse(this) - ca_mse(next) lies above 0. By the criterion
 "gain" it starts on the largest gain, and climbs when the interval of gain(next) - gain(this) lies above 0. It never
 climbs down, as compression never increases. There are as many points as the share of the budget pays for, and at most
-20.
+20; where it pays for more than that, each probe takes more draws, and at most 64.
 
 Where it fails: on a budget so small that a probe is a sizeable part of it (an error says so); when the noise of few
 draws hides the difference, it climbs late; a rung that is worse than both its neighbours stops it for good; and, as all
@@ -27,7 +27,7 @@ RUNG_RATIO = 0.7
 
 LADDER_DROPOUTS = (0.0, 0.5)
 
-MAX_POINTS = 20
+MAX_POINTS, MAX_DRAWS = 20, 64
 
 
 def ladder_of(image_size: int, base_patch_size: int, units: Callable[[Strategy], float]) -> list[Strategy]:
@@ -49,7 +49,7 @@ class OnlineController:
         units_per_batch: cost of one training batch under a strategy, in units.
         budget: of the whole run, in units.
         share: of the budget that probes may spend.
-        draws: paired gradients of a probe.
+        draws: paired gradients of a probe, at least.
         criterion: "ca_mse" or "gain" (`choose_strategies`).
 
     Raises:
@@ -81,6 +81,9 @@ class OnlineController:
                 f"probes of {draws} draws take {start + one:,.0f} units, and a share of {share:g} of the budget is "
                 f"{share * budget:,.0f}: raise auto_share or the budget, lower auto_draws, or name a schedule"
             )
+        if count == MAX_POINTS:
+            of_all = (start + MAX_POINTS * one) / draws
+            self.draws = max(draws, min(MAX_DRAWS, math.floor(share * budget / of_all)))
         self.points = [0.0, *((point + 1) / (count + 1) for point in range(count))]
 
     @property

@@ -78,19 +78,22 @@ def least_units(ladder: list[Strategy], cost, draws: int) -> tuple[float, float]
     return probe(ladder), max(probe(ladder[i : i + 2]) for i in range(len(ladder) - 1))
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_as_many_points_as_the_share_pays_for(seed):
+@pytest.mark.parametrize("seed", range(30))
+def test_as_many_points_and_then_draws_as_the_share_pays_for(seed):
     rng = np.random.default_rng(seed)
     ladder, cost = ladder_at(*SIZES[seed % len(SIZES)])
     share, draws = float(rng.uniform(0.01, 0.5)), int(rng.integers(3, 12))
     start, dearest = least_units(ladder, cost, draws)
-    budget = float(rng.uniform(1, 30)) * (start + dearest) / share
+    budget = float(rng.choice([rng.uniform(1, 30), rng.uniform(30, 300)])) * (start + dearest) / share
     count = 0
     while count < 20 and start + (count + 1) * dearest <= share * budget:
         count += 1
+    most = draws
+    while count == 20 and most < 64 and (start + 20 * dearest) * (most + 1) / draws <= share * budget:
+        most += 1
     controller = OnlineController(ladder, lambda strategy: BATCH * cost(strategy), budget, share, draws)
     assert controller.points == pytest.approx([i / (count + 1) for i in range(count + 1)])
-    assert controller.cost_of(ladder) == pytest.approx(start)
+    assert controller.draws == most and controller.cost_of(ladder) == pytest.approx(start * most / draws)
     one_unit_less = (start + dearest) / share * (1 - 1e-6)
     with pytest.raises(ValueError, match=r"raise auto_share or the budget, lower auto_draws"):
         OnlineController(ladder, lambda strategy: BATCH * cost(strategy), one_unit_less, share, draws)

@@ -1,12 +1,13 @@
 """`schedule: auto`: a run finds its schedule while it trains, and pays for the search out of its own budget.
 
-The rule. Strategies stand on a ladder, from the cheapest to the uncompressed one, each a good deal dearer than the one
-below. Before the first step all of them are probed, and the run starts on the one with the least ca_mse (of tied ones,
-on the cheaper). At evenly spaced points of progress it then probes the rung it stands on and the next one, with the
-same images under both, and climbs when the 95% interval of ca_mse(this) - ca_mse(next) lies above 0. By the criterion
-"gain" it starts on the largest gain, and climbs when the interval of gain(next) - gain(this) lies above 0. It never
-climbs down, as compression never increases. There are as many points as the share of the budget pays for, and at most
-20; where it pays for more than that, each probe takes more draws, and at most 64.
+The rule. Strategies stand on a ladder, from the cheapest to the uncompressed one, each a good deal dearer than the
+one below. Before the first step all of them are probed, and the run starts on the one with the least ca_mse (of tied
+ones, on the cheaper). At evenly spaced points of progress it then probes the rung it stands on and the next one, with
+the same images under both, and climbs when the 95% interval of ca_mse(this) - ca_mse(next) lies above 0. By the
+criterion "gain" it starts on the cheapest that is not clearly worse than the largest gain, and climbs when the
+interval of gain(next) - gain(this) lies above 0. It never climbs down, as compression never increases. There are as
+many points as the share of the budget pays for, and at most 20; where it pays for more than that, each probe takes
+more draws, and at most 64.
 
 Where it fails: on a budget so small that a probe is a sizeable part of it (an error says so); when the noise of few
 draws hides the difference, it climbs late; a rung that is worse than both its neighbours stops it for good; and, as all
@@ -18,7 +19,7 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
-from .gradient_error import GradientError, GradientErrorAccumulator
+from .gradient_error import GradientErrorAccumulator
 from .search import choose_strategies, search_grid
 from .strategy import Strategy
 
@@ -106,7 +107,7 @@ class OnlineController:
     def decide(self, accumulator: GradientErrorAccumulator[Strategy], progress: float) -> Strategy:
         """Take the errors of the strategies that were due, and give the one to follow from now on."""
         if self.probed == 0:
-            self.rung = self.ladder.index(self._first(accumulator.result()))
+            self.rung = self.ladder.index(self._first(accumulator))
         else:
             this, above = self.ladder[self.rung : self.rung + 2]
             larger, smaller = (above, this) if self.criterion == "gain" else (this, above)
@@ -116,10 +117,12 @@ class OnlineController:
             self.probed += 1
         return self.strategy
 
-    def _first(self, errors: Mapping[Strategy, GradientError]) -> Strategy:
-        """Of gains the largest estimate: by what is sure of so few draws a run would start uncompressed and stay so."""
+    def _first(self, accumulator: GradientErrorAccumulator[Strategy]) -> Strategy:
+        """The best, or of what is tied with it the cheapest: a run can climb later, but never down."""
+        errors = accumulator.result()
         if self.criterion == "gain":
-            return max(self.ladder, key=lambda strategy: errors[strategy].gain)
+            best = max(self.ladder, key=lambda strategy: errors[strategy].gain)
+            return next(s for s in self.ladder if s == best or accumulator.difference("gain", best, s)[0] <= 0)
         (chosen,) = choose_strategies([errors], self.relative_cost)
         return chosen
 

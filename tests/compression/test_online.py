@@ -294,15 +294,40 @@ def test_a_restored_controller_goes_on_as_the_one_that_was_left_alone():
     assert other.strategy == one.strategy and other.due(one.points[2]) == one.due(one.points[2]) == LADDER[2:4]
 
 
-def test_by_gain_it_starts_on_the_largest_estimate_however_unsure():
+def gain(reference: np.ndarray, compressed: np.ndarray, cost: float) -> float:
+    """By loops, of (draws, size) each: || G ||^2 and || E g_a - G ||^2 from different draws, || E g_a ||^2 likewise."""
+    n, d = len(reference), compressed - reference
+
+    def of_different(rows):
+        return sum(rows[i] @ rows[j] for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+
+    product = (of_different(compressed) + of_different(reference) - of_different(d)) / 2
+    return product / (cost * math.sqrt(sum(g @ g for g in compressed) / n))
+
+
+@pytest.mark.parametrize("noise", [0.05, 3.0])
+@pytest.mark.parametrize("seed", range(6))
+def test_by_gain_it_starts_on_the_cheapest_that_is_not_clearly_worse_than_the_best(noise, seed):
+    rng = np.random.default_rng(seed)
     controller = OnlineController(LADDER, lambda strategy: BATCH * units(strategy), 1e6, 0.5, 4, "gain")
-    accumulator = GradientErrorAccumulator(controller.relative_cost)
-    for sign in (1, 1, 1, -1):  # || G ||^2 is estimated as 1, and as anything without one of the draws
-        reference = torch.tensor([1.0, 5.0 * sign])
-        accumulator.add(reference, dict.fromkeys(LADDER, reference))
-    errors = accumulator.result()
-    assert all(error.gain > 0 > error.gain_interval[0] for error in errors.values())
-    assert controller.decide(accumulator, 0.0) == LADDER[0]
+    costs = list(controller.relative_cost.values())
+    truth = rng.normal(size=20)
+    reference = truth + noise * rng.normal(size=(6, 20))
+    compressed = [reference * slope for slope in (*rng.uniform(-1, 1, len(LADDER) - 1), 1.0)]
+    compressed = [rows + 0.3 * noise * rng.normal(size=rows.shape) for rows in compressed[:-1]] + [reference]
+    rows = np.arange(len(reference))
+
+    def gains(rows):
+        return [gain(reference[rows], g[rows], cost) for g, cost in zip(compressed, costs, strict=True)]
+
+    estimates, left = gains(rows), [gains(np.delete(rows, out)) for out in rows]
+    best = int(np.argmax(estimates))
+    lows = [
+        brute_interval(estimates[best] - estimates[k], [without[best] - without[k] for without in left])[0]
+        for k in range(len(LADDER))
+    ]
+    expected = next(k for k in range(len(LADDER)) if k == best or lows[k] <= 0)
+    assert controller.decide(accumulated(LADDER, costs, reference, compressed), 0.0) == LADDER[expected]
 
 
 @pytest.mark.parametrize("criterion", ["ca_mse", "gain"])

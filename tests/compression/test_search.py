@@ -70,8 +70,8 @@ def test_the_choice_of_noisy_estimates_against_trying_every_monotone_sequence(se
 
     def estimate() -> GradientError:
         value, width, gain, unsure = *rng.lognormal(size=3), rng.lognormal() * rng.choice([0.1, 1.0])
-        return replace(error(value), ca_mse=value - shift, ca_mse_interval=(value - shift - width, value - shift + width),
-                       gain=gain, gain_interval=(gain - unsure - shift, gain + unsure))  # fmt: skip
+        noisy = replace(error(1.0), ca_mse=value - shift, gain=gain, gain_interval=(gain - unsure - shift, gain))
+        return replace(noisy, ca_mse_interval=(value - shift - width, value - shift + width))
 
     stages = [{strategy: estimate() for strategy in strategies} for _ in range(4)]
     losses = [rule_of_one_stage(stage, cost, criterion) for stage in stages]

@@ -63,18 +63,9 @@ def search(recipe: Recipe) -> None:
     tell_differences(recipe)
     finished, rows = finished_rows(output / ERRORS_NAME), []
     for progress, folder in checkpoints:
-        load_weights(objective, folder)
-        weights = weights_digest(objective)
-        known = [row for row in finished if (row["progress"], row.get("weights")) == (progress, weights)]
-        rows += known
-        if known:
-            say(f"progress {progress:.0%}: found in {output / ERRORS_NAME}")
-            continue
-        errors = errors_at(trainer, folder, progress, cost, source)
-        stage = [row_of(progress, strategy, cost[strategy], errors[strategy], recipe) for strategy in strategies]
-        rows += [{**row, "weights": weights} for row in stage]
+        rows += rows_at(trainer, folder, progress, cost, source, finished)
         if is_main():
-            write_rows(rows, output / ERRORS_NAME)
+            write_rows([*rows, *(row for row in finished if row["progress"] > progress)], output / ERRORS_NAME)
     points = [progress for progress, _ in checkpoints]
     table = [errors_of(rows, progress, strategies) for progress in points]
     chosen = choose_strategies(table, cost, recipe.search_criterion)
@@ -147,6 +138,26 @@ def load_weights(objective: ObjectiveForPreTraining, folder: Path) -> None:
                 "take the pilot's model, model_config, objective and objective_config"
             )
     objective.load_state_dict(weights)
+
+
+def rows_at(
+    trainer: PretrainTrainer,
+    folder: Path,
+    progress: float,
+    cost: dict[Strategy, float],
+    source: ImageSource,
+    finished: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """The rows of one checkpoint: those that an earlier launch has `finished` for the same weights, or measured now."""
+    load_weights(trainer.objective, folder)
+    weights = weights_digest(trainer.objective)
+    known = [row for row in finished if (row["progress"], row.get("weights")) == (progress, weights)]
+    if known:
+        say(f"progress {progress:.0%}: found in {Path(trainer.recipe.output_dir) / ERRORS_NAME}")
+        return known
+    errors = errors_at(trainer, folder, progress, cost, source)
+    stage = [row_of(progress, strategy, cost[strategy], errors[strategy], trainer.recipe) for strategy in cost]
+    return [{**row, "weights": weights} for row in stage]
 
 
 def errors_at(

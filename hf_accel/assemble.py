@@ -28,6 +28,7 @@ from .trainer import last_complete_checkpoint
 # Keys that may change between an interrupted run and its continuation: none has a part in the result.
 FREE_KEYS = {
     *("task", "output_dir", "num_workers", "logging_steps", "save_steps", "save_total_limit", "report_to"),
+    "search_memory",
     *("push_to_hub", "hub_model_id", "hub_private", "hub_optimizer", "license", "baseline"),
 }
 
@@ -130,7 +131,7 @@ def cost_function(recipe: Recipe, device: torch.device) -> ForwardCost:
         if recipe.schedule == "auto":
             strategies = [*strategies, *search_grid(recipe.image_size, recipe.patch_size, LADDER_DROPOUTS)]
         wanted = [c for strategy in strategies for c in (strategy.online, strategy.target_branch)]
-        measure_costs(config, wanted, device).save(path)
+        measure_costs(config, wanted, device, dtype=recipe.precision()).save(path)
     barrier()
     return CostTable.load(path)
 

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback as ProgressBar
 
-from .compression.gradient_error import GradientErrorAccumulator
+from .compression.gradient_error import GradientErrorAccumulator, GradientNotFinite
 from .compression.online import OnlineController
 from .probe import GradientProbe
 
@@ -51,5 +51,8 @@ class AutoScheduleCallback(TrainerCallback):
         for draw in range(step * controller.draws, (step + 1) * controller.draws):
             reference = probe(None, draw)
             gradients = {s: reference if s == controller.ladder[-1] else probe(s, draw) for s in due}
-            accumulator.add(reference, gradients)
+            try:
+                accumulator.add(reference, gradients)
+            except GradientNotFinite:
+                trainer.diverged()
         return accumulator

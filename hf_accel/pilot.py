@@ -20,6 +20,7 @@ from .compression.gradient_error import GradientError, chunks, estimate_gradient
 from .compression.search import choose_strategies, schedule_file, schedule_of
 from .data import ImageSource
 from .distributed import barrier, is_main, say
+from .evaluation import weights_digest
 from .objectives import ObjectiveForPreTraining
 from .probe import GradientProbe, adam_scale
 from .recipe import Recipe, RecipeError
@@ -30,11 +31,18 @@ from .trainer import KEPT_NAME, RUN_STATE_NAME, PretrainTrainer
 ERRORS_NAME = "gradient_error.parquet"
 SCHEDULE_NAME = "schedule.yaml"
 
+OF_THE_PILOT = (
+    *("data", "train_split", "augmentation", "view_resolution"),
+    *("image_size", "patch_size", "model_config", "objective", "objective_config"),
+)
+"""What makes the gradients of a search those of its pilot's training."""
+
 
 def search(recipe: Recipe) -> None:
     """Writes `schedule.yaml`, `gradient_error.parquet` and a report with figures into `output_dir`.
 
-    The table is written after each checkpoint, so that a killed search continues with the next one.
+    The table is written after each checkpoint, so that a killed search continues with the next one. Rows of weights
+    that the pilot no longer has at that progress, as after it was trained anew, are measured again.
     """
     output = Path(recipe.output_dir)
     check_same_recipe(recipe)
@@ -52,16 +60,12 @@ def search(recipe: Recipe) -> None:
     objective.to(arguments.device)  # pyright: ignore[reportArgumentType]
     no_plan = Plan(1, Schedule.constant(strategies[0]), 1, lambda strategy: 1.0)  # nothing is trained
     trainer = PretrainTrainer(objective, arguments, recipe, no_plan, source)
-    rows = finished_rows(output / ERRORS_NAME)
+    tell_differences(recipe)
+    finished, rows = finished_rows(output / ERRORS_NAME), []
     for progress, folder in checkpoints:
-        if any(row["progress"] == progress for row in rows):
-            say(f"progress {progress:.0%}: found in {output / ERRORS_NAME}")
-            continue
-        load_weights(objective, folder)
-        errors = errors_at(trainer, folder, progress, cost, source)
-        rows += [row_of(progress, strategy, cost[strategy], errors[strategy], recipe) for strategy in strategies]
+        rows += rows_at(trainer, folder, progress, cost, source, finished)
         if is_main():
-            write_rows(rows, output / ERRORS_NAME)
+            write_rows([*rows, *(row for row in finished if row["progress"] > progress)], output / ERRORS_NAME)
     points = [progress for progress, _ in checkpoints]
     table = [errors_of(rows, progress, strategies) for progress in points]
     chosen = choose_strategies(table, cost, recipe.search_criterion)
@@ -109,6 +113,16 @@ def kept_checkpoints(pilot: Path) -> list[tuple[float, Path]]:
     return sorted(found)
 
 
+def tell_differences(recipe: Recipe) -> None:
+    """Say where a pilot was trained otherwise than it is searched: weights do not tell, and it may be meant so."""
+    path = Path(str(recipe.pilot)) / "recipe.yaml"
+    trained = yaml.safe_load(path.read_text()) if path.exists() else {}
+    for key in OF_THE_PILOT:
+        here = getattr(recipe, key)
+        if key in trained and trained[key] != here:
+            say(f"Note: the pilot was trained with {key}={trained[key]!r}, and is searched with {here!r}")
+
+
 def load_weights(objective: ObjectiveForPreTraining, folder: Path) -> None:
     """Raises RecipeError if the checkpoint cannot be read or is of another model, naming what differs first."""
     try:
@@ -124,6 +138,26 @@ def load_weights(objective: ObjectiveForPreTraining, folder: Path) -> None:
                 "take the pilot's model, model_config, objective and objective_config"
             )
     objective.load_state_dict(weights)
+
+
+def rows_at(
+    trainer: PretrainTrainer,
+    folder: Path,
+    progress: float,
+    cost: dict[Strategy, float],
+    source: ImageSource,
+    finished: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """The rows of one checkpoint: those that an earlier launch has `finished` for the same weights, or measured now."""
+    load_weights(trainer.objective, folder)
+    weights = weights_digest(trainer.objective)
+    known = [row for row in finished if (row["progress"], row.get("weights")) == (progress, weights)]
+    if known:
+        say(f"progress {progress:.0%}: found in {Path(trainer.recipe.output_dir) / ERRORS_NAME}")
+        return known
+    errors = errors_at(trainer, folder, progress, cost, source)
+    stage = [row_of(progress, strategy, cost[strategy], errors[strategy], trainer.recipe) for strategy in cost]
+    return [{**row, "weights": weights} for row in stage]
 
 
 def errors_at(
@@ -197,7 +231,11 @@ def errors_of(rows: list[dict[str, Any]], progress: float, strategies: list[Stra
 
 
 def finished_rows(path: Path) -> list[dict[str, Any]]:
-    return pyarrow.parquet.read_table(path).to_pylist() if path.exists() else []
+    """Raises RecipeError if the table of an earlier launch cannot be read."""
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist() if path.exists() else []
+    except (pyarrow.ArrowException, OSError) as error:
+        raise RecipeError(f"{path} cannot be read; remove it to measure anew: {str(error).splitlines()[0]}") from None
 
 
 def write_rows(rows: list[dict[str, Any]], path: Path) -> None:

@@ -46,7 +46,7 @@ class GradientProbe:
         self.parameters = [p for p in probed_parameters(objective, parameters) if p not in frozen]
         self.scale = scale
         self.device = next(objective.parameters()).device
-        self.precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.mixed_precision)
+        self.precision = recipe.precision()
         self.loss_scale = 2.0**12 if self.precision == torch.float16 else 1.0  # fp16 loses small gradients
         self.base = Strategy(Compression(recipe.patch_size))
         self.seed = generator(recipe.seed, "probe").initial_seed()
@@ -96,6 +96,8 @@ class GradientProbe:
     def _make(self, draw: int, size: int) -> list[list[Tensor]]:
         recipe, source, world = self.recipe, self.source, distributed.world_size()
         share = recipe.batch_size // (recipe.gradient_accumulation_steps * world)
+        # Each draw has an epoch of its own: batches of one epoch share no image, and were not independent.
+        step = draw * (len(source) // recipe.batch_size)
         sampler = TrainSampler(
             len(source),
             share,
@@ -103,8 +105,8 @@ class GradientProbe:
             distributed.rank(),
             recipe.gradient_accumulation_steps,
             self.seed,
-            first_step=draw,
-            last_step=draw + 1,
+            first_step=step,
+            last_step=step + 1,
         )
         configs: Sequence[ViewConfig] = self.objective.view_configs(AUGMENTATIONS[recipe.augmentation])
         made = []

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 
 from .compression import Schedule, Strategy
@@ -152,6 +153,10 @@ class Recipe:
     def compression_schedule(self) -> Schedule:
         return Schedule.parse(None if self.schedule == "auto" else self.schedule, self.patch_size)
 
+    def precision(self) -> torch.dtype | None:
+        """What autocast computes in; None without it."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision)
+
     def view_size(self, strategy: Strategy) -> int:
         """Pixels of a step's views.
 
@@ -263,6 +268,8 @@ def _check_numbers(recipe: Recipe) -> None:
         fail("auto_share", recipe.auto_share, "must lie between 0 and 1")
     if recipe.schedule == "auto" and recipe.view_resolution == "matched":
         fail("view_resolution", "matched", "needs a schedule known beforehand; schedule=auto makes full views")
+    if recipe.schedule == "auto" and recipe.task == "pretrain" and recipe.search_metric != "plain":
+        fail("search_metric", recipe.search_metric, "schedule=auto compares plain gradients; leave it out")
     if recipe.save_total_limit < 2:
         fail("save_total_limit", recipe.save_total_limit, "must be at least 2, so that a kill during a save loses none")
     for key in ("eval_points", "keep_points"):

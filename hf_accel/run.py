@@ -151,7 +151,7 @@ def cost_report(recipe: Recipe) -> None:
     output.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = recipe.encoder_config()
-    table = measure_costs(config, cost_grid(config), device)
+    table = measure_costs(config, cost_grid(config), device, dtype=recipe.precision())
     rows = cost_rows(config, table)
     write_json(output / "cost.json", {"rows": rows, "environment": environment()})
     plot_cost(rows, output / "cost.png", title=f"{recipe.model}, {recipe.image_size} px, {table.device}")

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from transformers import Trainer, TrainingArguments
@@ -24,7 +24,7 @@ from .evaluation import extract_features, knn_accuracy
 from .monitoring import CollapseMonitor
 from .objectives import Draw, ObjectiveForPreTraining
 from .progress_callback import ProgressCallback
-from .recipe import Recipe
+from .recipe import Recipe, RecipeError
 from .report import write_json
 from .sharding import is_sharded, separate_group, shards, whole_state
 
@@ -142,6 +142,11 @@ class PretrainTrainer(Trainer):
                 self.plan.restore(state["plan"], self.recipe.patch_size)
                 self.controller.restore(state["controller"])
                 self.args.max_steps = self.plan.num_steps
+            elif "plan" in state and state["plan"] != json.loads(json.dumps(self.plan.state())):
+                raise RecipeError(
+                    f"schedule={self.recipe.schedule!r}: {resume_from_checkpoint} was trained along another plan; "
+                    "restore the schedule's file (or the measured costs) to continue, or choose another output_dir"
+                )
         self._started, self._seconds_before = time.perf_counter(), self.seconds["total"]
         self._window = (self._started, self._first_step, self.seconds["data"])
         handler = signal.getsignal(signal.SIGTERM)  # the run has its own, to stop cleanly
@@ -210,7 +215,7 @@ class PretrainTrainer(Trainer):
         steps = self.state.global_step
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
-                self._diverged()
+                self.diverged()
             logs.update(self._step_logs(steps))
         logs["units"] = self.plan.spent_after(steps)
         logs["progress"] = min(1.0, logs["units"] / self.plan.budget)
@@ -242,13 +247,14 @@ class PretrainTrainer(Trainer):
         self._metric_sums, self._metric_count = {}, 0
         return logs
 
-    def _diverged(self) -> None:
+    def diverged(self) -> NoReturn:
+        """End the run with what is known and what to try."""
         kept = last_complete_checkpoint(self.recipe.output_dir)
         raise TrainingDiverged(
-            f"the loss or the weights are not finite at step {self.state.global_step} (seed {self.recipe.seed}). "
-            f"Last good checkpoint: {kept or 'none yet'}. Try a lower learning_rate, a longer warmup, "
-            "max_grad_norm=1.0 or mixed_precision=bf16 instead of fp16 with the same command, or, in a new output_dir, "
-            "model_config.freeze_patch_projection=true"
+            f"the loss, a gradient or the weights are not finite at step {self.state.global_step} "
+            f"(seed {self.recipe.seed}). Last good checkpoint: {kept or 'none yet'}. Try a lower learning_rate, a "
+            "longer warmup, max_grad_norm=1.0 or mixed_precision=bf16 instead of fp16 with the same command, or, in a "
+            "new output_dir, model_config.freeze_patch_projection=true"
         )
 
     def _is_finite(self) -> bool:
@@ -280,7 +286,7 @@ class PretrainTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         if not self._is_finite():
-            self._diverged()
+            self.diverged()
         super()._save_checkpoint(model, trial)
         distributed.barrier()
         if self.args.should_save:
@@ -308,9 +314,10 @@ class PretrainTrainer(Trainer):
         steps = self.state.global_step
         units = self.plan.spent_after(steps)
         progress = min(1.0, units / self.plan.budget)
-        state = {"step": steps, "units": units, "progress": progress, "seconds": self.seconds}
+        state: dict[str, Any] = {"step": steps, "units": units, "progress": progress, "seconds": self.seconds}
+        state["plan"] = self.plan.state()
         if self.controller:
-            state |= {"plan": self.plan.state(), "controller": self.controller.state()}
+            state["controller"] = self.controller.state()
         return state
 
     def results(self) -> dict[str, Any]:

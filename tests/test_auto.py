@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import hf_accel.run as entry
 from hf_accel.compression import Compression, CostTable, Schedule, forward_cost
@@ -191,6 +192,18 @@ def test_full_views_only(tmp_path):
         load_recipe("recipes/moco.yaml", ["schedule=auto", "view_resolution=matched"])
 
 
+def test_what_a_probe_leaves_out_of_account_is_refused():
+    with pytest.raises(RecipeError, match=r"search_metric='adam': schedule=auto compares plain gradients"):
+        load_recipe("recipes/moco.yaml", ["schedule=auto", "search_metric=adam"])
+    load_recipe("recipes/moco.yaml", ["schedule=auto", "search_metric=adam", "task=search", "pilot=x"])
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_with_advice(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(GradientProbe, "_gradient", lambda *_: torch.full((3,), torch.nan))
+    with pytest.raises(SystemExit, match=r"TrainingDiverged: .*a gradient.* not finite at step 0 .*Try a lower"):
+        launch(folder, tmp_path / "run", *AUTO)
+
+
 def test_a_budget_that_does_not_pay_for_probes_is_refused(folder, tmp_path):
     with pytest.raises(SystemExit, match=r"RecipeError: schedule='auto': probes of 8 draws take .*raise auto_share"):
         launch(folder, tmp_path / "run", "schedule=auto")
@@ -202,7 +215,7 @@ def test_a_budget_that_does_not_pay_for_probes_is_refused(folder, tmp_path):
 def test_measured_costs_hold_the_whole_ladder(folder, tmp_path, monkeypatch):
     config, asked = Recipe(**RECIPE).encoder_config(), []
 
-    def measured(_, compressions, device):
+    def measured(_, compressions, device, dtype):
         asked.extend(compressions)
         return CostTable({c: forward_cost(config, c) ** 0.9 for c in compressions}, "cpu")
 

@@ -1,6 +1,7 @@
 """The probe: gradients of the whole batch for any draw and strategy, which leave no trace."""
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from hf_accel.assemble import build_objective, images_of
 from hf_accel.compression import Compression, Strategy
 from hf_accel.compression.gradient_error import estimate_gradient_errors
-from hf_accel.data import AUGMENTATIONS, TrainSampler, make_views, train_loader
+from hf_accel.data import AUGMENTATIONS, ImageSource, TrainSampler, ViewConfig, make_views, train_loader
 from hf_accel.objectives import OBJECTIVES, Draw
 from hf_accel.probe import GradientProbe, adam_scale, probed_parameters
 from hf_accel.recipe import Recipe, load_recipe
@@ -81,7 +82,8 @@ def test_the_gradient_is_that_of_the_batch_loss():
     found = probe(strategy, draw)
     objective.train()
     configs = objective.view_configs(AUGMENTATIONS[recipe.augmentation])
-    sampler = TrainSampler(len(source), 16, 1, 0, 2, probe.seed, first_step=draw, last_step=draw + 1)
+    first = draw * (len(source) // 32)  # a permutation of the images for each draw
+    sampler = TrainSampler(len(source), 16, 1, 0, 2, probe.seed, first_step=first, last_step=first + 1)
     total: Any = 0.0
     for batch in train_loader(source, sampler, configs, lambda step: 28, 0, probe.seed):
         where = (batch["step"], batch["micro_step"], batch["rows"], batch["global_batch"])
@@ -138,3 +140,34 @@ def test_adam_scale_is_what_adamw_multiplies_a_gradient_by():
     torch.testing.assert_close(0.1 * gradient * adam_scale(parameters, optimizer), moved)
     with pytest.raises(ValueError, match="search_metric=plain"):
         adam_scale([torch.nn.Parameter(torch.zeros(1))], optimizer)
+
+
+class MeanPixel(torch.nn.Module):
+    """An objective whose gradient is the mean pixel of its batch, and zero under any compression."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def view_configs(self, augmentation):
+        return [ViewConfig((1.0, 1.0), (1.0, 1.0), jitter=0, grayscale=0, blur=0, flip=0)]
+
+    def frozen_parameters(self, progress):
+        return []
+
+    def forward(self, views, strategy, draw, progress):
+        return SimpleNamespace(loss=self.weight * views[0].mean() * (strategy == Strategy(Compression(4))))
+
+
+def test_draws_of_a_small_set_are_independent_so_that_the_bias_is_unbiased():
+    """Of eight images, half black and half white: draws that shared an epoch would make up for each other."""
+    recipe = small("moco", "image_size=8", "batch_size=4", "schedule=null")
+    pixels = torch.tensor([0, 255], dtype=torch.uint8).repeat(4)[:, None, None, None].expand(-1, 3, 8, 8).contiguous()
+    source = ImageSource("set", pixels=pixels, mean=(0.5,) * 3, std=(0.5,) * 3)
+    probe = GradientProbe(cast(Any, MeanPixel()), recipe, source)
+    in_a_batch = (8 - 4) / (8 - 1) / 4  # variance of the mean of four of the eight, without replacement
+    cheap = Strategy(Compression(4, 0.5))
+    biases = [
+        estimate_gradient_errors(probe, {cheap: 0.5}, range(4 * i, 4 * i + 4))[cheap].bias2 for i in range(40)
+    ]  # its truth is 0: the mean pixel of the set
+    assert abs(sum(biases) / len(biases)) < in_a_batch / 6  # three standard errors

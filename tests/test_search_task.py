@@ -1,5 +1,6 @@
 """`task=search` as a whole, on a pilot of eight steps: what it writes, that a killed one continues, how it refuses."""
 
+import shutil
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import hf_accel.pilot
 from hf_accel.assemble import build_objective, images_of
@@ -17,7 +18,7 @@ from hf_accel.compression import Compression, Schedule, Strategy, forward_cost
 from hf_accel.compression.gradient_error import estimate_gradient_errors
 from hf_accel.objectives import OBJECTIVES
 from hf_accel.probe import GradientProbe
-from hf_accel.recipe import load_recipe
+from hf_accel.recipe import RecipeError, load_recipe
 from tests.tiny_runs import STEPS, WEIGHTS, image_folder, launch, read
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads")
@@ -128,7 +129,7 @@ def test_a_killed_search_continues_and_finds_the_same(found, pilot, folder, tmp_
     with pytest.raises(KeyboardInterrupt):
         launch(folder, tmp_path / "run", *SEARCH, f"pilot={pilot}")
     assert len(rows_of(tmp_path / "run")) == len(GRID) and not (tmp_path / "run" / "schedule.yaml").exists()
-    output = launch(folder, tmp_path / "run", *SEARCH, f"pilot={pilot}")
+    output = launch(folder, tmp_path / "run", *SEARCH, f"pilot={pilot}", "search_memory=1.0")  # as after running out
     assert seen == [0.0, 0.5, 0.5, 1.0] and rows_of(output) == rows_of(found)
     one, other = (yaml.safe_load((path / "schedule.yaml").read_text()) for path in (found, output))
     assert one["stages"] == other["stages"]
@@ -138,13 +139,67 @@ def test_a_killed_search_continues_and_finds_the_same(found, pilot, folder, tmp_
         launch(folder, output, *SEARCH, f"pilot={pilot}", "search_draws=5")
 
 
+def test_only_rows_of_the_pilots_present_weights_are_taken_over(found, pilot, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hf_accel.pilot, "write_search_report", lambda *_: None)
+    changed, run = tmp_path / "pilot", tmp_path / "run"
+    shutil.copytree(pilot, changed)
+    launch(folder, run, *SEARCH, f"pilot={changed}")
+    assert rows_of(run) == rows_of(found)
+    shutil.rmtree(changed / "kept" / f"checkpoint-{STEPS}")  # as after training it anew
+    path = changed / "kept" / f"checkpoint-{STEPS // 2}" / WEIGHTS
+    save_file({name: 1.1 * value for name, value in load_file(path).items()}, path)
+    capsys.readouterr()
+    launch(folder, run, *SEARCH, f"pilot={changed}")
+    said = capsys.readouterr().out
+    assert "progress 0%: found in" in said and "progress 50%: found in" not in said
+    before, after = ({row["progress"]: row for row in rows_of(path)} for path in (found, run))
+    assert set(after) == {0.0, 0.5} and after[0.0]["variance"] == before[0.0]["variance"]
+    assert after[0.5]["variance"] != pytest.approx(before[0.5]["variance"])
+
+
+def test_a_table_that_cannot_be_read_is_named(found, pilot, folder, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    table = (found / "gradient_error.parquet").read_bytes()
+    (run / "gradient_error.parquet").write_bytes(table[: len(table) // 2])
+    message = refused(folder, run, f"pilot={pilot}")
+    assert "gradient_error.parquet cannot be read; remove it to measure anew" in message
+
+
+def test_a_pilot_of_other_settings_is_told_of(found, pilot, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hf_accel.pilot, "errors_at", lambda *_: (_ for _ in ()).throw(RecipeError("enough")))
+    refused(folder, tmp_path / "run", f"pilot={pilot}", "objective_config.temperature=0.5", "augmentation=digits")
+    said = capsys.readouterr().out
+    assert "trained with augmentation='moco', and is searched with 'digits'" in said
+    assert "trained with objective_config={" in said and "'temperature': 0.5" in said
+    assert "trained with data" not in said and "seed" not in said
+
+
 def test_divided_by_the_second_moments(found, pilot, folder, tmp_path, monkeypatch):
+    """Of the checkpoint's own optimizer, each parameter by its own: found by name and shape."""
     monkeypatch.setattr(hf_accel.pilot, "write_search_report", lambda *_: None)
     output = launch(folder, tmp_path / "run", *SEARCH, f"pilot={pilot}", "search_metric=adam")
-    for plain, adam in zip(rows_of(found), rows_of(output), strict=True):
-        assert plain["progress"] == adam["progress"]
-        same = adam["variance"] == pytest.approx(plain["variance"])
-        assert same == (plain["progress"] == 0)  # where there are no moments yet
+    plain, adam = (rows_of(path) for path in (found, output))
+    assert [row["variance"] for row in adam[: len(GRID)]] == [row["variance"] for row in plain[: len(GRID)]]
+    recipe = load_recipe(found / "recipe.yaml")
+    objective, (source, _) = build_objective(recipe), images_of(recipe)
+    checkpoint = pilot / "kept" / f"checkpoint-{STEPS // 2}"
+    objective.load_state_dict(load_file(checkpoint / WEIGHTS))
+    stored = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    trained = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
+    matrices, vectors = ([name for name, p in trained if (p.ndim > 1) == decayed] for decayed in (True, False))
+    assert [len(group["params"]) for group in stored["param_groups"]] == [len(matrices), len(vectors)]
+    order = [*matrices, *vectors]
+    moments = {name: stored["state"][number]["exp_avg_sq"] for number, name in enumerate(order)}
+    steps, beta2 = STEPS // 2, stored["param_groups"][0]["betas"][1]
+    scale = torch.cat([1 / ((moments[name] / (1 - beta2**steps)).sqrt() + 1e-8).flatten() for name, _ in trained])
+    probe = GradientProbe(objective, recipe, source, 0.5)
+    stage = {hf_accel.pilot.strategy_of(row): row for row in adam if row["progress"] == 0.5}
+    cost = {strategy: row["relative_cost"] for strategy, row in stage.items()}
+    errors = estimate_gradient_errors(lambda strategy, draw: scale * probe(strategy, draw), cost, range(DRAWS))
+    for strategy, error in errors.items():
+        assert stage[strategy]["variance"] == pytest.approx(error.variance, rel=1e-4)
+        assert stage[strategy]["bias2"] == pytest.approx(error.bias2, rel=1e-3, abs=1e-6 * error.variance)
 
 
 @pytest.mark.slow

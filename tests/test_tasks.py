@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,9 @@ from torch._dynamo.utils import counters
 import hf_accel.objectives.moco as moco
 import hf_accel.run as entry
 import hf_accel.trainer
+from hf_accel.assemble import cost_function
 from hf_accel.compression import Compression, CostTable
+from hf_accel.recipe import Recipe
 from tests.tiny_runs import RECIPE, SIZE, STEPS, WEIGHTS, assert_same_weights, image_folder, launch, losses, read
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads")
@@ -76,6 +79,37 @@ def test_cost(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 23
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("no", None), ("bf16", torch.bfloat16)])
+def test_costs_are_measured_in_the_runs_own_precision(precision, dtype, tmp_path, monkeypatch):
+    recipe = Recipe(**RECIPE, output_dir=str(tmp_path), cost="measured", mixed_precision=precision)
+    asked = []
+
+    def measured(config, compressions, device, **options):
+        asked.append(options)
+        return CostTable({Compression(4): 1.0}, "cpu")
+
+    monkeypatch.setattr("hf_accel.assemble.measure_costs", measured)
+    monkeypatch.setattr(entry, "measure_costs", lambda *_, **options: asked.append(options) or sys.exit("enough"))
+    cost_function(recipe, torch.device("cpu"))
+    with pytest.raises(SystemExit, match="enough"):
+        entry.cost_report(recipe)
+    assert asked == [{"dtype": dtype}] * 2
+
+
+def test_a_schedule_file_that_changed_is_not_continued_with(folder, tmp_path, monkeypatch):
+    path = tmp_path / "schedule.yaml"
+    path.write_text("[{until: 0.5, patch_size: 8}, {until: 1.0}]")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        output = launch(folder, tmp_path / "run", f"schedule={path}", "eval_points=[]")
+    path.write_text("[{until: 0.75, patch_size: 8}, {until: 1.0}]")
+    with pytest.raises(SystemExit, match=r"RecipeError: schedule='.*schedule\.yaml': .*checkpoint-3 was trained along"):
+        launch(folder, output, f"schedule={path}", "eval_points=[]")
+    path.write_text("[{until: 0.5, patch_size: 8}, {until: 1.0, patch_size: 4}]  # the same")
+    launch(folder, output, f"schedule={path}", "eval_points=[]")
+    assert (output / "results.json").exists()
+
+
 @pytest.mark.slow
 def test_measured_costs_are_kept_and_used_again(folder, tmp_path, monkeypatch):
     schedule = "schedule=[{until: 0.5, patch_size: 8}, {until: 1.0, token_dropout: 0.5}]"
@@ -90,7 +124,7 @@ def test_measured_costs_are_kept_and_used_again(folder, tmp_path, monkeypatch):
     def again(*_, **__):
         raise AssertionError("measured twice")
 
-    monkeypatch.setattr(entry, "measure_costs", again)
+    monkeypatch.setattr("hf_accel.assemble.measure_costs", again)
     launch(folder, output, "cost=measured", schedule)
     assert CostTable.load(output / "cost_table.json") == table
     logs = [log for log in read(output / "log_history.json")["log_history"] if "loss" in log]

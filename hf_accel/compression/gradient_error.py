@@ -38,6 +38,10 @@ MAX_BLOCKS = 256
 Name = TypeVar("Name", bound=Hashable)
 
 
+class GradientNotFinite(ValueError):
+    """A gradient holds NaN or infinity: nothing can be estimated from it."""
+
+
 @dataclass(frozen=True)
 class GradientError:
     """Errors of one strategy's gradient, in squared units of the gradient; intervals are of 95%.
@@ -84,7 +88,8 @@ class GradientErrorAccumulator(Generic[Name]):
         """Take one paired draw: flat gradients (D,), uncompressed and under every strategy.
 
         Raises:
-            ValueError: a strategy is missing or unknown, a shape differs, or a gradient is not finite.
+            ValueError: a strategy is missing or unknown, or a shape differs.
+            GradientNotFinite: a gradient is not finite.
         """
         if compressed.keys() != self.relative_cost.keys():
             raise ValueError(f"expected gradients of {list(self.relative_cost)}, got {list(compressed)}")
@@ -92,7 +97,7 @@ class GradientErrorAccumulator(Generic[Name]):
             if gradient.ndim != 1 or gradient.shape != reference.shape:
                 raise ValueError(f"expected flat gradients of one size, got {tuple(gradient.shape)} from {name}")
             if not bool(torch.isfinite(gradient).all()):
-                raise ValueError(f"the gradient of {name} is not finite")
+                raise GradientNotFinite(f"the gradient of {name} is not finite")
         self._reference.add(reference)
         for name, gradient in compressed.items():
             self._differences[name].add(gradient - reference)

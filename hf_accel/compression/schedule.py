@@ -93,8 +93,13 @@ class Schedule:
                 raise ValueError(f"schedule: no file {value!r}; give a list of stages or the path of a YAML file")
             value = yaml.safe_load(path.read_text())
         if isinstance(value, Mapping):
-            meant_for = value.get("patch_size", base_patch_size)
-            return cls.parse(value.get("stages"), meant_for).transferred(meant_for, base_patch_size)
+            meant_for, stages = value.get("patch_size", base_patch_size), value.get("stages")
+            if type(meant_for) is not int or meant_for < 1 or not isinstance(stages, list):
+                raise ValueError(
+                    "schedule: a file holds a list of stages, or `stages`, such a list, and `patch_size`, the base "
+                    f"patch in pixels that they are meant for; got stages={stages!r} and patch_size={meant_for!r}"
+                )
+            return cls.parse(stages, meant_for).transferred(meant_for, base_patch_size)
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise ValueError(f"schedule: expected a list of stages or a path, got {value!r}")
         return cls(tuple(_parse_stage(stage, number, base_patch_size) for number, stage in enumerate(value, 1)))
@@ -214,6 +219,8 @@ class Plan:
             if steps:
                 self.segments.append(_Segment(first, stage.strategy, spent, cost))
                 first, spent = first + steps, spent + steps * cost
+            if affordable < to_stage_end:  # a later, cheaper stage is for a progress that is never reached
+                break
         self.num_steps, self.total_cost = first, spent
         if not self.num_steps:
             cost = batch_size * units_per_image(schedule(0.0))

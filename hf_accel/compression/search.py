@@ -81,8 +81,8 @@ def choose_strategies(
 
 
 def _log_ca_mse(stage: Mapping[Strategy, GradientError]) -> dict[Strategy, float]:
-    floor = min(error.ca_mse for error in stage.values() if error.ca_mse > 0)
-    least = min(stage.values(), key=lambda error: max(error.ca_mse, floor))
+    floor = min((error.ca_mse for error in stage.values() if error.ca_mse > 0), default=1.0)
+    least = min(stage.values(), key=lambda error: error.ca_mse)
     tied_to = max(least.ca_mse, least.ca_mse_interval[1])
     return {
         strategy: math.log(max(least.ca_mse if error.ca_mse <= tied_to else error.ca_mse, floor))

@@ -26,6 +26,7 @@ class ErrorTable:
         strategies: from the cheapest to the dearest.
         symmetries: {name: the strategies that have it}, as few as hold all strategies of `search_grid`. One without
             dropout, or with the base patch, can be in more than one.
+        uncompressed: the base patch on both branches, without dropout; by measured costs it need not be the dearest.
         relative: whether `values` are relative to || G ||^2, gains to the uncompressed one; not if the estimate of
             || G ||^2 is not above 0 at some stage.
 
@@ -41,6 +42,7 @@ class ErrorTable:
         cost = {strategy: row["relative_cost"] for (_, strategy), row in self.rows.items()}
         self.strategies = sorted(cost, key=lambda strategy: (cost[strategy], strategy))
         self.cost = {strategy: cost[strategy] for strategy in self.strategies}
+        self.uncompressed = Strategy(Compression(min(strategy.online.patch_size for strategy in cost)))
         self.image_size = _image_size(rows)
         self.symmetries = self._symmetries()
         self.relative = all(row["reference_norm2"] > 0 for row in rows)
@@ -59,7 +61,7 @@ class ErrorTable:
             return 1.0
         if not name.startswith("gain"):
             return row["reference_norm2"]
-        uncompressed = self.row(row["progress"], self.strategies[-1])
+        uncompressed = self.row(row["progress"], self.uncompressed)
         return uncompressed["gain"] if uncompressed else math.nan
 
     def chosen(self, progress: float) -> list[Strategy]:

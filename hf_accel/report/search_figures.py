@@ -15,7 +15,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from ..compression import Compression, Schedule, Strategy
 from ..progress import learning_rate_factor
@@ -111,7 +111,7 @@ def _log_axis(axes: Axes, low: float, high: float) -> None:
     axes.set_xscale("log")
     axes.set_xlim(low / 1.15, max(1.15 * high, 5 * low))
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 50 * low else (1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e4 else compact(value))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", labelsize=8)
 
@@ -130,8 +130,8 @@ def _floor(values: np.ndarray) -> float:
 def plot_ca_mse_heatmap(table: ErrorTable, path: Path, title: str = "") -> None:
     """CA-MSE over token dropout x patch size, a panel a stage, each symmetry on lines of its own.
 
-    Each panel has its own colours, from its least to its largest value: a schedule chooses within a stage, and the
-    levels of stages differ by far more than what the choice is about. The numbers can be compared between panels.
+    Each stage has its own colours, from its least to its largest value: a schedule chooses within a stage, and the
+    levels of stages differ by far more than what the choice is about. The numbers can be compared between stages.
     """
     strategies = table.strategies
     columns = sorted({strategy.online.token_dropout for strategy in strategies})
@@ -157,7 +157,7 @@ def plot_ca_mse_heatmap(table: ErrorTable, path: Path, title: str = "") -> None:
                 if number + across >= len(table.points):
                     axes.set_xlabel("token dropout")
         unit = r"CA-MSE / $\|G\|^2$" if table.relative else "CA-MSE"
-        figure.supxlabel(f"{unit}; colours from each panel's least (dark) to its largest; framed: chosen", fontsize=8)
+        figure.supxlabel(f"{unit}; colours from each stage's least (dark) to its largest; framed: chosen", fontsize=8)
         _save(figure, path, title)
 
 
@@ -174,8 +174,8 @@ def _heatmap(
     places = {s: (rows.index(s.online.patch_size), columns.index(s.online.token_dropout)) for s in members}
     for strategy, place in places.items():
         cells[place] = values[strategy]
-    positive = cells[cells > 0]
-    low, high = (positive.min(), positive.max()) if len(positive) else (1.0, 1.0)
+    positive = [value for value in values.values() if value > 0]
+    low, high = (min(positive), max(positive)) if positive else (1.0, 1.0)
     norm = LogNorm(low, high if high > low else 2 * low)
     image = axes.imshow(np.maximum(cells, low), cmap="viridis", norm=norm, aspect="auto")
     for (row, column), value in np.ndenumerate(cells):

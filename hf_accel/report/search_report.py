@@ -21,13 +21,21 @@ RULES = {
     "gain": "of the largest gain (the chosen one need not have it: the lower end of the interval counts)",
 }
 
+UNITS = {
+    True: "bias², variance and CA-MSE relative to the squared norm of the uncompressed gradient at that stage, gains "
+    "to the uncompressed strategy's",
+    False: "bias², variance and CA-MSE in squared units of the gradient, gains in its units, as at some stage its norm "
+    "is lost in the noise",
+}
+"""By whether the table's values are relative."""
+
 CAPTIONS = {
     "gradient_error": "Squared bias, cost-adjusted variance and CA-MSE (their sum) of the gradient under every "
     "strategy, and the gain: the first-order decrease of the uncompressed loss that a unit buys when the learning rate "
     "sets the length of a step. 95% intervals, but for the variance. An estimate of the squared bias can be negative "
     "where the bias is small; such points stand at the end of the axis as open triangles.",
-    "ca_mse_heatmap": "CA-MSE over token dropout and patch size. Each panel has its own colours, from its least to its "
-    "largest value, as strategies are chosen within a stage; the numbers can be compared between panels.",
+    "ca_mse_heatmap": "CA-MSE over token dropout and patch size. Each stage has its own colours, from its least to its "
+    "largest value, as strategies are chosen within a stage; the numbers can be compared between stages.",
     "schedule": "The schedule found: patch tokens per image, compressions (p: patch size in pixels, d: token dropout) "
     "and cost per training image.",
     "learning_rate": "Learning rates that training can follow, over the same progress; dotted: changes of compression.",
@@ -84,9 +92,7 @@ def _page(table: ErrorTable, schedule: Schedule, output: Path, title: str, crite
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items() if version)
     commit = f"{origin['commit'] or 'unknown'}{' with changes' if origin['dirty'] else ''}"
     draws = ", ".join(map(str, sorted({row["draws"] for row in table.rows.values()})))
-    norm = "relative to the squared norm of the uncompressed gradient at that stage"
-    rule = RULES[criterion]
-    unit = norm if table.relative else "in squared units of the gradient (at some stage its norm is lost in the noise)"
+    rule, unit = RULES[criterion], UNITS[table.relative]
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -106,8 +112,8 @@ def _page(table: ErrorTable, schedule: Schedule, output: Path, title: str, crite
 <p>Over a whole budget it trains on {_images(table, schedule):.2f} times as many images as without compression.</p>
 {_figure(output, "schedule")}
 <h2>Best strategies of each stage</h2>
-<p class="note">The chosen strategy (bold) and those {rule}, with 95% intervals; bias², variance and CA-MSE
-{unit}, gains to the uncompressed strategy's. Paired draws: {draws}. Cost never falls as training goes on.</p>
+<p class="note">The chosen strategy (bold) and those {rule}, with 95% intervals;
+{unit}. Paired draws: {draws}. Cost never falls as training goes on.</p>
 {_best_table(table, criterion)}
 <h2>Gradient error</h2>
 {_figure(output, "gradient_error")}

@@ -48,6 +48,19 @@ def test_a_budget_of_exactly_n_steps_buys_n():
         Plan(4 * 32 - 1, schedule, 32, units)
 
 
+@pytest.mark.parametrize("budget", [10, 200])
+def test_what_the_budget_leaves_of_a_dear_stage_is_not_for_the_cheaper_one_after_it(budget):
+    dear, cheap = Strategy(Compression(8)), Strategy(Compression(16, 0.75))
+    schedule = Schedule((Stage(0.99, dear), Stage(1.0, cheap)))
+    if budget < 4 * 16:  # not even one step at progress 0, and units enough for a cheap one
+        assert 16 * units(cheap) < budget
+        with pytest.raises(ValueError, match="does not pay for one step of 16 images, which costs 64 units"):
+            Plan(budget, schedule, 16, units)
+    else:
+        plan = Plan(budget, schedule, 16, units)
+        assert [step.strategy for step in plan] == [dear] * 3 and plan.total_cost == pytest.approx(192)
+
+
 def test_first_step_at_is_the_first_to_reach_the_progress():
     plan = Plan(3000, Schedule.parse([{"until": 0.5, "patch_size": 16}, {"until": 1.0}], 8), 16, units)
     for progress in (0.1, 0.5, 0.9, 1.0):

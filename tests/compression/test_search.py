@@ -44,6 +44,48 @@ def test_the_choice_against_trying_every_monotone_sequence(seed):
     assert choose_strategies(stages, cost, "gain") == best  # the gain of these is 1 / ca_mse
 
 
+def rule_of_one_stage(stage, cost, criterion: str) -> list[float]:
+    """What each strategy adds to the sum of logarithms, transcribed from the words of `choose_strategies`."""
+    if criterion == "gain":
+        sure = [error.gain_interval[0] for error in stage.values()]
+        if max(sure) <= 0:
+            dearest = max(stage, key=cost.__getitem__)
+            sure = [float(strategy == dearest) for strategy in stage]
+        return [-np.log(max(gain, max(sure) / 1000)) for gain in sure]
+    (_, best) = min((error.ca_mse, i) for i, error in enumerate(stage.values()))
+    best = list(stage.values())[best]
+    tied = [best.ca_mse if error.ca_mse <= best.ca_mse_interval[1] else error.ca_mse for error in stage.values()]
+    positive = [error.ca_mse for error in stage.values() if error.ca_mse > 0]
+    return [np.log(max(value, min(positive))) if positive else 0.0 for value in tied]
+
+
+@pytest.mark.parametrize("criterion", ["ca_mse", "gain"])
+@pytest.mark.parametrize("seed", range(60))
+def test_the_choice_of_noisy_estimates_against_trying_every_monotone_sequence(seed, criterion):
+    """Intervals, ties, estimates below zero, and strategies in any order."""
+    rng = np.random.default_rng(seed)
+    strategies = [Strategy(Compression(4, r)) for r in rng.permutation([0.75, 0.6, 0.5, 0.25, 0.0])]
+    cost = dict(zip(strategies, rng.permutation([0.1, 0.2, 0.35, 0.7, 1.0]), strict=True))
+    shift = rng.choice([0.0, 1.0, 9.0])
+
+    def estimate() -> GradientError:
+        value, width, gain, unsure = *rng.lognormal(size=3), rng.lognormal() * rng.choice([0.1, 1.0])
+        noisy = replace(error(1.0), ca_mse=value - shift, gain=gain, gain_interval=(gain - unsure - shift, gain))
+        return replace(noisy, ca_mse_interval=(value - shift - width, value - shift + width))
+
+    stages = [{strategy: estimate() for strategy in strategies} for _ in range(4)]
+    losses = [rule_of_one_stage(stage, cost, criterion) for stage in stages]
+
+    def value(way: tuple[int, ...]) -> tuple[float, float]:
+        units = [cost[strategies[k]] for k in way]
+        total = sum(stage[k] for stage, k in zip(losses, way, strict=True))
+        return (round(total, 9), sum(units)) if units == sorted(units) else (np.inf, 0.0)
+
+    ways = list(product(range(5), repeat=4))
+    chosen = tuple(strategies.index(s) for s in choose_strategies(stages, cost, criterion))
+    assert value(chosen) == pytest.approx(min(map(value, ways)))
+
+
 def test_of_tied_strategies_the_cheaper_wins():
     cheap, middle, full = (Strategy(Compression(4, r)) for r in (0.75, 0.5, 0.0))
     cost = {cheap: 0.4, middle: 0.6, full: 1.0}
@@ -108,3 +150,10 @@ def test_a_schedule_file_is_read_at_its_own_base_patch_and_at_another(tmp_path):
         assert tokens[0] == tokens[1]
     with pytest.raises(ValueError, match=r"patches of 24 pixels at base patch 16 would be 10.5 pixels"):
         Schedule.parse(str(path), 7)
+
+
+@pytest.mark.parametrize("text", ["patch_size: 4", "stage: []", "{patch_size: '4', stages: [{until: 1.0}]}", "{}"])
+def test_a_schedule_file_without_its_stages_is_not_taken_for_none(text, tmp_path):
+    (tmp_path / "schedule.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"a file holds a list of stages, or `stages`.*got stages="):
+        Schedule.parse(str(tmp_path / "schedule.yaml"), 4)

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_accel.assemble import build_objective
 from hf_accel.compression import Compression, Strategy
-from hf_accel.data import AUGMENTATIONS
+from hf_accel.data import AUGMENTATIONS, ImageSource
 from hf_accel.distributed import all_reduce, rank, world_size
 from hf_accel.evaluation import knn_accuracy
 from hf_accel.models import AccelViTConfig
@@ -26,6 +27,9 @@ from hf_accel.objectives.dino import DINOForPreTraining
 from hf_accel.objectives.heads import BatchNorm1d, mlp
 from hf_accel.objectives.moco import contrastive_loss
 from hf_accel.objectives.simclr import nt_xent_loss
+from hf_accel.probe import GradientProbe
+from hf_accel.recipe import Recipe
+from tests.tiny_runs import RECIPE
 from tests.two_processes import results_of
 
 ROWS, SIZE, STEPS = 12, 6, 2
@@ -123,6 +127,20 @@ def dino_steps() -> Results:
     return results
 
 
+def probe(name: str, **settings: Any) -> Results:
+    """A probe's gradient, of two micro-batches: images, views, kept tokens and negatives are those of one process."""
+    recipe = Recipe(**{**RECIPE, "objective": name, "objective_config": settings, "gradient_accumulation_steps": 2})
+    pixels = torch.randint(0, 256, (40, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    torch.manual_seed(0)
+    gradient_of = GradientProbe(build_objective(recipe), recipe, ImageSource("set", pixels=pixels))
+    results: Results = {}
+    for draw, strategy in enumerate((None, Strategy(Compression(4, 0.5), Compression(4, 0.25)))):
+        gradient = gradient_of(strategy, draw)
+        results[f"same direction {draw}"] = gradient / gradient.norm()
+        results[f"same norm {draw}"] = gradient.norm().log()
+    return results
+
+
 def nearest() -> Results:
     """kNN accuracy of seven queries, and of a single one, which leaves the second process without."""
     bank, queries = random(30, SIZE, seed=1), random(7, SIZE, seed=2)
@@ -148,6 +166,9 @@ CASES: dict[str, Callable[[], Results]] = {
     "DINO": lambda: objective("dino", **DINO_HEAD, num_local_crops=3, local_crop_size=8),
     "DINO's steps": dino_steps,
     "kNN": nearest,
+    "probe of MoCo": lambda: probe("moco", **HEADS),
+    "probe of SimCLR": lambda: probe("simclr", **HEADS),
+    "probe of DINO": lambda: probe("dino", **DINO_HEAD, num_local_crops=3, local_crop_size=8),
 }
 
 

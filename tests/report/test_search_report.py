@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from hf_accel.compression import Schedule, Stage, Strategy
 from hf_accel.compression.search import schedule_of, search_grid
 from hf_accel.progress import learning_rate_factor
-from hf_accel.report import write_search_report
+from hf_accel.report import search_report, write_search_report
 from hf_accel.report.error_table import ErrorTable, short, strategy_of
 from hf_accel.report.search_figures import (
     compact,
@@ -280,6 +280,12 @@ def test_heatmaps_hold_each_symmetry(drawn) -> None:
                 texts = {text.get_position(): text.get_text() for text in axes.texts}
                 assert texts[place] == compact(row["ca_mse"] / row["reference_norm2"])
                 assert (place in frames) == row["chosen"]
+    table = ErrorTable(rows)
+    for progress in table.points:  # a stage is one choice: its panels have the same colours for the same values
+        values = table.values("ca_mse", progress)
+        for symmetry in ("paper", "symmetric", "asymmetric"):
+            norm = panels[f"{symmetry}, progress {100 * progress:g}%"].images[0].norm
+            assert (norm.vmin, norm.vmax) == pytest.approx((values[values > 0].min(), values.max()))
 
 
 def test_schedule_steps(drawn) -> None:
@@ -316,6 +322,40 @@ def test_norm_lost_in_noise_leaves_values_as_they_are(drawn) -> None:
     x = np.asarray(figure.axes[1].lines[0].get_xdata())
     values = {strategy_of(row): row["ca_variance"] for row in rows[:9]}
     np.testing.assert_allclose(x, [values[strategy] for strategy in table.strategies])
+
+
+def test_without_a_norm_the_page_says_so_and_large_numbers_do_not_overlap(drawn, tmp_path) -> None:
+    rows, schedule = search_of()
+    for row, value in zip(rows, np.geomspace(3e3, 1.2e5, len(rows)), strict=True):
+        row |= {name: value for name in row if name.startswith(("bias2", "ca_variance", "ca_mse", "gain"))}
+        row["reference_norm2"] = -1e-9
+    for axes in drawn(plot_gradient_error, ErrorTable(rows)).axes:
+        texts = [label.get_text() for label in axes.get_xticklabels() if label.get_text()]
+        assert {"5000", "1e4", "2e4", "5e4", "1e5"} <= set(texts) and overlapping(axes.get_xticklabels()) == []
+    page = search_report._page(ErrorTable(rows), schedule, written_figures(tmp_path), "", "ca_mse")
+    assert "gains in its units" in page and "relative to the squared norm" not in page
+    rows, schedule = search_of()
+    page = search_report._page(ErrorTable(rows), schedule, tmp_path, "", "ca_mse")
+    assert "relative to the squared norm" in page and "gains in its units" not in page
+
+
+def written_figures(folder: Path) -> Path:
+    for name in search_report.CAPTIONS:
+        (folder / f"{name}.png").write_bytes(b"")
+    return folder
+
+
+def test_gains_are_relative_to_the_uncompressed_strategy_even_if_another_was_measured_dearer() -> None:
+    rows, _ = search_of()
+    dear = next(row for row in rows if row["token_dropout"] and row["patch_size"] == 4)
+    for row in rows:
+        if strategy_of(row) == strategy_of(dear):
+            row["relative_cost"] = 1.1
+    table = ErrorTable(rows)
+    assert table.strategies[-1] == strategy_of(dear) and table.uncompressed == strategy_of(rows[0])
+    for progress in table.points:
+        gains = dict(zip(table.strategies, table.values("gain", progress), strict=True))
+        assert gains[table.uncompressed] == 1 and gains[strategy_of(dear)] != 1
 
 
 @pytest.mark.parametrize(

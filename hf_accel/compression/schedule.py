@@ -93,6 +93,10 @@ class Schedule:
                 raise ValueError(f"schedule: no file {value!r}; give a list of stages or the path of a YAML file")
             value = yaml.safe_load(path.read_text())
         if isinstance(value, Mapping):
+            if value.get("stages") is None:
+                raise ValueError(
+                    f"schedule: expected a list of stages, or `stages:` with one, got {', '.join(map(str, value))}"
+                )
             meant_for = value.get("patch_size", base_patch_size)
             return cls.parse(value.get("stages"), meant_for).transferred(meant_for, base_patch_size)
         if isinstance(value, str) or not isinstance(value, Sequence):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 from transformers import TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 
 from .compression import CostTable, Plan, Schedule, Strategy, forward_cost, measure_costs
 from .compression.cost import TABLE_NAME, ForwardCost
@@ -36,16 +38,28 @@ FREE_KEYS = {
 CORRECTIONS = {"learning_rate", "warmup", "max_grad_norm", "mixed_precision"}
 
 
+def output_of(recipe: Recipe) -> Path:
+    """`output_dir`, made where it is missing. Raises RecipeError where nothing can be written."""
+    output = Path(recipe.output_dir)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise RecipeError(f"output_dir={recipe.output_dir!r}: nothing can be written there: {error}") from error
+    return output
+
+
 def start(recipe: Recipe, resuming: bool = False) -> TrainingArguments:
     """The Trainer's arguments, with processes, threads and random state as the run needs them.
 
     Raises:
-        RecipeError: the batch size does not divide among the processes, not all of them take part, or the engine cannot
-            do what is asked of it.
+        RecipeError: the batch size does not divide among the processes, not all of them take part, the engine cannot
+            do what is asked of it, or a tracker is not there.
     """
     check_launch(recipe)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     arguments = training_arguments(recipe, world_size, resuming)
+    check_trackers(arguments)
     _ = arguments.device  # starts the process group
     arguments._n_gpu = min(arguments._n_gpu, 1)  # several GPUs want several processes: accelerate launch
     if arguments.world_size != world_size:
@@ -89,6 +103,15 @@ def training_arguments(recipe: Recipe, world_size: int, resuming: bool) -> Train
     )
 
 
+def check_trackers(arguments: TrainingArguments) -> None:
+    """Before any work is done: that the Trainer knows them and finds their packages."""
+    try:
+        for tracker in get_reporting_integration_callbacks(arguments.report_to):
+            tracker()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise RecipeError(f"report_to={arguments.report_to!r}: {error}") from None
+
+
 def use_all_cores(world_size: int) -> None:
     """Share the cores among the processes, unless OMP_NUM_THREADS says otherwise.
 
@@ -103,6 +126,11 @@ def build_objective(recipe: Recipe) -> ObjectiveForPreTraining:
     config = recipe.encoder_config()
     if recipe.attn_implementation:
         config._attn_implementation = recipe.attn_implementation
+        try:
+            with torch.device("meta"):
+                AccelViTModel(config)
+        except (ValueError, ImportError) as error:
+            raise RecipeError(f"attn_implementation={recipe.attn_implementation!r}: {error}") from None
     objective: Any = OBJECTIVES[recipe.objective]
     try:
         model = objective(config, **recipe.objective_config)
@@ -203,13 +231,17 @@ def check_same_recipe(recipe: Recipe) -> None:
     if not path.exists():
         return
     started, now = yaml.safe_load(path.read_text()), asdict(recipe)
-    for key in now.keys() - FREE_KEYS:
-        if key in started and started[key] != now[key]:
-            unfinished = not run_is_complete(recipe.output_dir) and last_complete_checkpoint(recipe.output_dir)
-            if key in CORRECTIONS and unfinished:
-                say(f"Continuing with {key}={now[key]!r} (until here {started[key]!r})")
-                continue
-            raise RecipeError(
-                f"{key}={now[key]!r}: {recipe.output_dir} holds a run with {key}={started[key]!r}; "
-                "choose another output_dir, or restore the key to continue that run"
-            )
+    checkpoint, complete = last_complete_checkpoint(recipe.output_dir), run_is_complete(recipe.output_dir)
+    for key in now:  # in the recipe's order: every process and every launch names the same one
+        if key in FREE_KEYS or key not in started or started[key] == now[key]:
+            continue
+        if key in CORRECTIONS and checkpoint and not complete:
+            say(f"Continuing with {key}={now[key]!r} (until here {started[key]!r})")
+            continue
+        begun = checkpoint or complete
+        raise RecipeError(
+            f"{key}={now[key]!r}: {recipe.output_dir} holds a run with {key}={started[key]!r}"
+            + ("" if begun else ", of which no checkpoint was saved")
+            + "; choose another output_dir, "
+            + ("or restore the key to continue that run" if begun else "or remove this one")
+        )

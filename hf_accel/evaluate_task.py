@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
-from .assemble import build_objective, images_of, start
+from .assemble import build_objective, images_of, output_of, start
 from .data import ImageSource, image_processor
 from .distributed import barrier, broadcast_object, is_main, say, world_size
 from .engine import autocast_arguments, shards_weights
@@ -80,7 +80,7 @@ def evaluate(recipe: Recipe) -> None:
     where it was interrupted. The standard deviation over seeds is that of the probe's or the fine-tuning's own draws:
     the encoder stays. Every process computes the same; the main one writes.
     """
-    Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
+    output_of(recipe)
     if "finetune" in recipe.evaluations and shards_weights():
         raise RecipeError(
             f"evaluations={recipe.evaluations} under DeepSpeed or FSDP: fine-tuning holds whole weights in each "

@@ -24,7 +24,9 @@ from transformers import (
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.utils.hub import cached_file
 
+from .assemble import output_of
 from .distributed import say
+from .evaluation import refuse_run_folder
 from .models import AccelViTConfig, AccelViTForImageClassification, AccelViTModel
 from .models.conversion import State, from_dinov2, from_vit, to_dinov2, to_vit, with_learned_positions
 from .models.conversion_timm import from_timm, to_timm
@@ -78,7 +80,7 @@ def export(recipe: Recipe) -> None:
         raise RecipeError(f"export_format='onnx': {', '.join(missing)} not installed; pip install 'hf-accel[onnx]'")
     source = read_source(recipe)
     patch_size = exported_patch_size(recipe, source.config)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    output_of(recipe)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as scratch:
         folder = Path(scratch) / recipe.export_format
         folder.mkdir()
@@ -148,6 +150,7 @@ def read_source(recipe: Recipe) -> Source:
     try:
         if Path(checkpoint).is_file():
             return timm_source(recipe, Path(checkpoint), {})
+        refuse_run_folder(checkpoint)
         found = cached_file(checkpoint, "config.json")
         config = json.loads(Path(cast(str, found)).read_text())
         if "architecture" in config:
@@ -157,7 +160,8 @@ def read_source(recipe: Recipe) -> Source:
     except (OSError, ValueError) as error:
         if isinstance(error, RecipeError):
             raise
-        raise RecipeError(f"checkpoint={checkpoint!r}: {error}") from error
+        missing = "" if Path(checkpoint).exists() else "there is no such folder, and as a Hub id it cannot be opened: "
+        raise RecipeError(f"checkpoint={checkpoint!r}: {missing}{error}") from error
 
 
 def transformers_source(checkpoint: str, config: dict[str, Any]) -> Source:

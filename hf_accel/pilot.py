@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from .assemble import build_objective, check_same_recipe, cost_function, grid_of, images_of, start
+from .assemble import build_objective, check_same_recipe, cost_function, grid_of, images_of, output_of, start
 from .compression import Plan, Schedule, Strategy
 from .compression.gradient_error import GradientError, chunks, estimate_gradient_errors
 from .compression.search import choose_strategies, schedule_file, schedule_of
@@ -44,10 +44,9 @@ def search(recipe: Recipe) -> None:
     The table is written after each checkpoint, so that a killed search continues with the next one. Rows of weights
     that the pilot no longer has at that progress, as after it was trained anew, are measured again.
     """
-    output = Path(recipe.output_dir)
     check_same_recipe(recipe)
     checkpoints = kept_checkpoints(Path(str(recipe.pilot)))
-    output.mkdir(parents=True, exist_ok=True)
+    output = output_of(recipe)
     arguments = start(recipe)
     if is_main():
         (output / "recipe.yaml").write_text(recipe.to_yaml())

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -142,6 +143,9 @@ class Recipe:
     search_memory: float = _key(4.0, "GB for sums of gradients; fewer cost passes more")
 
     def __post_init__(self):
+        for key in ("output_dir", "checkpoint", "pilot", "baseline"):  # no shell has seen what a file says
+            if str(getattr(self, key)).startswith("~"):
+                setattr(self, key, os.path.expanduser(getattr(self, key)))
         for check in (_check_choices, _check_objective, _check_evaluation, _check_numbers, _check_model):
             check(self)
 
@@ -205,6 +209,9 @@ def objective_settings(name: str) -> dict[str, inspect.Parameter]:
 
 def _check_objective(recipe: Recipe) -> None:
     check_settings("objective_config", recipe.objective_config, objective_settings(recipe.objective), recipe.objective)
+    least = OBJECTIVES[recipe.objective].least_batch
+    if 0 < recipe.batch_size < least * recipe.gradient_accumulation_steps:
+        fail("batch_size", recipe.batch_size, f"{recipe.objective} needs at least {least} images in each micro-batch")
     if recipe.cost == "measured" and recipe.local_crop_size():
         fail("cost", "measured", "local crops have analytic costs only")
 
@@ -223,7 +230,7 @@ def _check_evaluation(recipe: Recipe) -> None:
             hint = f"; did you mean {close[0]!r}?" if close else ""
             fail("evaluations", recipe.evaluations, f"must be a list of {', '.join(EVALUATIONS)}{hint}")
     for key, least in (("eval_patch_sizes", 1), ("eval_seeds", 0)):
-        if any(type(value) is not int or value < least for value in getattr(recipe, key)):
+        if any(type(value) is not int or not least <= value < 2**32 for value in getattr(recipe, key)):
             fail(key, getattr(recipe, key), f"must be a list of whole numbers from {least} on")
     if not recipe.evaluations or not recipe.eval_seeds:
         fail("evaluations", recipe.evaluations, "name at least one, and at least one seed in eval_seeds")
@@ -246,6 +253,8 @@ def _check_numbers(recipe: Recipe) -> None:
     for key in positive:
         if getattr(recipe, key) <= 0:
             fail(key, getattr(recipe, key), "must be above 0")
+    if not 0 <= recipe.seed < 2**32:
+        fail("seed", recipe.seed, "must be a whole number from 0 to 2^32 - 1")
     if not 0 <= recipe.warmup <= 1:
         fail("warmup", recipe.warmup, "must lie in [0, 1]")
     for key in ("weight_decay", "max_grad_norm", "num_workers", "budget"):
@@ -318,9 +327,16 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         if not separator:
             raise RecipeError(f"{override!r}: overrides are written key=value, e.g. seed=1")
         head, *rest = key.split(".")
-        value = yaml.safe_load(text)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            problem = " ".join(str(error).split())
+            raise RecipeError(f"{override!r}: the value is not valid YAML ({problem}); is it in quotes?") from None
         if rest:
-            values[head] = {**values.get(head, {}), ".".join(rest): value}
+            entries = values.get(head) or {}
+            if not isinstance(entries, Mapping):
+                fail(key, value, f"{head} is no mapping but {entries!r}: it has no such entry")
+            values[head] = {**entries, ".".join(rest): value}
         else:
             values[head] = value
     return Recipe(**{key: _typed(key, value) for key, value in values.items()})

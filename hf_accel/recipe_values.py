@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 import types
 import typing
 from typing import Any, Literal
@@ -41,6 +42,8 @@ def as_type(key: str, value: Any, hint: Any) -> Any:
             if value in typing.get_args(kind) and isinstance(value, str):
                 return value
         elif origin is float and isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                fail(key, value, "must be a finite number")
             return float(value)
         elif type(value) is origin:
             return value

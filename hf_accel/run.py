@@ -21,6 +21,7 @@ from hf_accel.assemble import (  # noqa: E402
     controller_of,
     cost_function,
     images_of,
+    output_of,
     plan_of,
     start,
 )
@@ -70,6 +71,8 @@ def main(argv: list[str] | None = None) -> None:
         tasks[recipe.task](recipe)
     except (RecipeError, TrainingDiverged, CorruptDataError, PushFailed) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. The same command goes on from what is saved in output_dir")
 
 
 def pretrain(recipe: Recipe) -> None:
@@ -80,7 +83,7 @@ def pretrain(recipe: Recipe) -> None:
         if recipe.push_to_hub:
             publish(recipe)
         return
-    output.mkdir(parents=True, exist_ok=True)
+    output = output_of(recipe)
     checkpoint = last_complete_checkpoint(output)
     arguments = start(recipe, resuming=checkpoint is not None)
     hub = start_hub(recipe)
@@ -143,12 +146,13 @@ def finish(trainer: PretrainTrainer, recipe: Recipe, source: ImageSource, valida
         start = results["knn_top1_random_init"]
         start = "" if start is None else f" (random initialisation {start:.2%})"
         say(f"kNN accuracy {results['knn_top1']:.2%}{start}; results in {output}")
+    else:
+        say(f"Results in {output}; no accuracy, for lack of labels or of images kept for it")
 
 
 def cost_report(recipe: Recipe) -> None:
     """Print and save the cost of every compression, analytic beside measured."""
-    output = Path(recipe.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    output = output_of(recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = recipe.encoder_config()
     table = measure_costs(config, cost_grid(config), device, dtype=recipe.precision())

@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from hf_accel.assemble import build_objective, training_arguments, use_all_cores
+from hf_accel.assemble import build_objective, check_trackers, output_of, training_arguments, use_all_cores
 from hf_accel.recipe import RecipeError, load_recipe
 from hf_accel.trainer import PretrainTrainer
 
@@ -46,3 +46,46 @@ def test_weight_decay_is_for_matrices():
     for name, parameter in model.named_parameters():
         assert (name in decayed) == (parameter.ndim > 1), name
     assert "projector.0.weight" in decayed and "projector.1.weight" not in decayed  # a BatchNorm's
+
+
+DINO = ["objective=dino", "objective_config={num_prototypes: 8, head_hidden_size: 8, bottleneck_size: 8}"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["objective_config.temperature=0"], "temperature=0.0 must be at least 1e-06"),
+        (["objective_config.momentum=2"], "momentum=2.0 must be at least 0 and at most 1"),
+        (["objective_config.projection_size=-1"], "projection_size=-1 must be at least 1"),
+        ([*DINO, "objective_config.center_momentum=-1"], "center_momentum=-1.0"),
+        (
+            [*DINO, "objective_config.local_crop_scale=[0.4, 0.05]"],
+            r"local_crop_scale=\[0.4, 0.05\] .*smaller one first",
+        ),
+        (["attn_implementation=flash"], "attn_implementation='flash': .*sdpa"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_what_an_objective_cannot_be_made_of_is_named(overrides, words):
+    with pytest.raises(RecipeError, match=words):
+        build_objective(load_recipe("recipes/moco.yaml", overrides))
+
+
+def test_trackers_that_are_not_there_are_named():
+    def arguments(names: str):
+        return training_arguments(load_recipe("recipes/moco.yaml", [f"report_to={names}"]), 1, resuming=False)
+
+    check_trackers(arguments("[tensorboard]"))
+    check_trackers(arguments("[none]"))
+    with pytest.raises(RecipeError, match=r"report_to=\['tensorbord'\]: .*only .*tensorboard"):
+        check_trackers(arguments("[tensorbord]"))
+    with pytest.raises(RecipeError, match=r"report_to=\['swanlab'\]: .*swanlab"):
+        check_trackers(arguments("[swanlab]"))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match=r"output_dir='.*file/run': nothing can be written there"):
+        output_of(load_recipe("recipes/moco.yaml", [f"output_dir={tmp_path / 'file' / 'run'}"]))
+    output = output_of(load_recipe("recipes/moco.yaml", [f"output_dir={tmp_path / 'a' / 'b'}"]))
+    assert output.is_dir() and not list(output.iterdir())

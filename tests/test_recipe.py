@@ -54,6 +54,15 @@ def test_every_recipe_reads_and_comes_back_from_its_resolved_form(path, tmp_path
         ("finetune_config.epochs=ten", ["finetune_config.epochs", "ten", "int"]),
         ("finetune_config.layer_decay=2", ["finetune_config", "layer_decay=2.0", "at most 1"]),
         ("seed", ["key=value"]),
+        ("seed=[1", ["seed=[1", "not valid YAML", "quotes"]),
+        ("seed=-1", ["seed=-1", "from 0"]),
+        ("eval_seeds=[4294967296]", ["eval_seeds=[4294967296]", "whole numbers"]),
+        ("budget=.inf", ["budget=inf", "finite"]),
+        ("learning_rate=.nan", ["learning_rate=nan", "finite"]),
+        ("objective.temperature=3", ["objective.temperature=3", "'moco'", "no mapping"]),
+        ("batch_size=1", ["batch_size=1", "moco", "at least 2"]),
+        ("model_config.num_hidden_layers=0", ["num_hidden_layers", "at least 1"]),
+        ("schedule=recipes/simclr.yaml", ["schedule='recipes/simclr.yaml'", "stages", "output_dir"]),
         ("eval_points=[2]", ["eval_points"]),
     ],
 )
@@ -78,6 +87,11 @@ def test_overrides_win_and_whole_numbers_become_floats():
     written = yaml.safe_load(Path("recipes/moco.yaml").read_text())["model_config"]
     assert recipe.encoder_config().num_hidden_layers == written["num_hidden_layers"]
     assert recipe.mixed_precision == "no"
+
+
+def test_the_home_folder_in_a_file_is_meant():
+    recipe = Recipe(budget=1.0, output_dir="~/runs/a", checkpoint="~/b")
+    assert recipe.output_dir == str(Path.home() / "runs/a") and recipe.checkpoint == str(Path.home() / "b")
 
 
 def test_help_lists_every_key():

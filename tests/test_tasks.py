@@ -175,13 +175,14 @@ def test_compiled_once_for_each_branch_and_stage(backend, folder, tmp_path, monk
     assert losses(output) == pytest.approx(losses(plain), rel=1e-3) and len(losses(output)) > STEPS
 
 
-def test_images_without_labels_are_trained_on(tmp_path):
+def test_images_without_labels_are_trained_on(tmp_path, capsys):
     images = image_folder(tmp_path / "flat", labels=False)
     output = launch(images, tmp_path / "run", "eval_points=[0.0, 0.5, 1.0]")
     results = read(output / "results.json")
     assert results["steps"] == STEPS and (output / "final" / "model.safetensors").exists()
     assert [results[key] for key in ("knn_top1", "knn_top1_random_init", "knn_top1_raw_pixels")] == [None] * 3
     assert (output / "curves.png").exists()
+    assert f"Results in {output}; no accuracy" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sizes", ["one size, in memory", "several sizes, from disk"])
@@ -290,6 +291,18 @@ def test_the_advice_after_a_divergence_can_be_followed_in_the_same_folder(folder
         with pytest.raises(SystemExit, match="TrainingDiverged"):
             launch(folder, tmp_path / "run")
     launch(folder, tmp_path / "run", "learning_rate=1.0e-5", "max_grad_norm=1.0")
+
+
+def test_interrupted_by_hand_it_says_so_and_what_was_never_begun_can_be_changed(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_loss(patch, 1, lambda loss: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(SystemExit, match=r"Interrupted\. The same command goes on"):
+            launch(folder, tmp_path / "run")
+    for _ in range(2):
+        with pytest.raises(
+            SystemExit, match=r"seed=1: .* holds a run with seed=0, of which no checkpoint .* remove this"
+        ):
+            launch(folder, tmp_path / "run", "budget=4096", "seed=1")
 
 
 def test_fp16_on_a_cpu_is_refused(folder, tmp_path):

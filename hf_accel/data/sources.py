@@ -109,13 +109,12 @@ class ImageSource:
 
         A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, much more cheaply, but never smaller than 1/`shrink`.
         """
-        name = image.info.get("name", "")
         try:
             if shrink >= 2:
                 image.draft("RGB", (int(image.width / shrink), int(image.height / shrink)))
             return _upright_rgb(image)
         except Exception as error:
-            raise CorruptImage(index, name, error) from error
+            raise CorruptImage(index, image.info.get("name", ""), error) from error
 
     def read(self, index: int) -> Image:
         """Image number `index`, upright RGB. Raises CorruptImage."""
@@ -155,13 +154,10 @@ class ImageSource:
 
     def sample_sizes(self) -> list[tuple[int, int]]:
         """(width, height) of up to HEADER_SAMPLE images spread over the set, from their headers."""
-        count = min(len(self), HEADER_SAMPLE)
         sizes = []
-        for index in torch.linspace(0, len(self) - 1, count).long().tolist():
-            try:
+        for index in torch.linspace(0, len(self) - 1, min(len(self), HEADER_SAMPLE)).long().tolist():
+            with contextlib.suppress(CorruptImage):
                 sizes.append(upright_size(self.open(index)))
-            except CorruptImage:
-                continue
         return sizes
 
     def hold_in_memory(self) -> None:
@@ -229,9 +225,6 @@ def _upright_rgb(image: Image) -> Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-# Loading
-
-
 def load_sources(
     data: str,
     train_split: str | None = None,
@@ -280,10 +273,9 @@ def load_sources(
 
 def _bundled(seed: int) -> tuple[ImageSource, ImageSource]:
     pixels, labels = digits()
-    sources = []
+    sources, names = [], [str(digit) for digit in range(10)]
     for rows, part in zip(hold_out(labels, seed, one_in=5), ("train", "validation"), strict=True):
         colour = pixels[rows][:, None].expand(-1, 3, -1, -1)
-        names = [str(digit) for digit in range(10)]
         sources.append(ImageSource(f"bundled/{part}", None, colour, labels[rows], names, MNIST_MEAN, MNIST_STD))
     return sources[0], sources[1]
 
@@ -315,7 +307,12 @@ def _load_tables(data: str, config: str | None) -> "dict[str, Dataset]":
     elif not path.is_dir() and (data.startswith((".", "/", "~")) or data.count("/") > 1):
         raise FileNotFoundError(f"data={data}: no such file or folder")
     else:
-        loaded = datasets.load_dataset(str(path) if path.is_dir() else data, config)
+        try:
+            loaded = datasets.load_dataset(str(path) if path.is_dir() else data, config)
+        except OSError as error:
+            if path.is_dir():
+                raise
+            raise FileNotFoundError(f"no such folder, and as a Hub id it cannot be opened: {error}") from error
     return {"train": loaded} if isinstance(loaded, datasets.Dataset) else {str(name): loaded[name] for name in loaded}
 
 
@@ -366,36 +363,42 @@ def _choose_columns(
     label_column = choose("label_column", label_column, datasets.ClassLabel)
     if image_column is None:
         raise ValueError(f"{data} has no column of type Image: set image_column to one of its columns: {columns}")
-    if label_column is None:
+    if label_column == image_column:
+        raise ValueError(f"label_column={label_column}: this is the column of images; {data} has the columns {columns}")
+    if label_column is None and len(table.column_names) > 1:
         logger.warning("%s has no column of type ClassLabel; set label_column to use one of: %s", data, columns)
     return image_column, label_column
 
 
 def _labels(table: "Dataset", column: str, names: list[str] | None = None) -> tuple[Tensor | None, list[str] | None]:
-    """int64 (N,) and what each value means, or (None, None) where nothing is labelled (-1, as in test splits).
+    """int64 (N,) and what each value means, or None first where nothing is labelled (-1 or null, as in test splits).
 
     `names` are those of the training split, which text and plain integers have to follow.
     """
     import datasets
 
     values: list[Any] = table[column][:]
+    kinds = {type(value) for value in values}
+    if kinds <= {type(None)}:
+        return None, names
+    if kinds not in ({int}, {str}, {bool}):
+        got = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise ValueError(f"label_column={column}: labels must be integers or text, one per image, and are {got}")
     feature = table.features[column]
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names)
-    elif values and isinstance(values[0], str):
+    elif kinds == {str}:
         names = names or sorted(set(values))
         number = {name: label for label, name in enumerate(names)}
         unknown = sorted(set(values) - set(names))
         if unknown:
             raise ValueError(f"label_column={column}: the training split lacks the classes {', '.join(unknown[:5])}")
         values = [number[value] for value in values]
-    elif not all(isinstance(value, int) for value in values):
-        raise ValueError(f"label_column={column}: labels must be integers or text, one per image")
     labels = torch.tensor(values, dtype=torch.int64)
-    if len(labels) and bool((labels < 0).all()):
+    low, high = int(labels.min()), int(labels.max())
+    if high < 0:
         return None, names
-    names = names or [str(label) for label in range(int(labels.max()) + 1)]
-    if int(labels.min()) < 0 or int(labels.max()) >= len(names):
-        low, high = int(labels.min()), int(labels.max())
+    names = names or [str(label) for label in range(high + 1)]
+    if low < 0 or high >= len(names):
         raise ValueError(f"label_column={column}: labels run from {low} to {high}, expected 0 to {len(names) - 1}")
     return labels, names

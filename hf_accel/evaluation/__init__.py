@@ -1,6 +1,14 @@
 """How good an encoder is: features, weighted kNN, linear probe, logistic regression, fine-tuning; top-1 and top-5."""
 
-from .encoders import input_of, load_encoder, load_processor, processed_loader, takes_patch_size, weights_digest
+from .encoders import (
+    input_of,
+    load_encoder,
+    load_processor,
+    processed_loader,
+    refuse_run_folder,
+    takes_patch_size,
+    weights_digest,
+)
 from .features import extract_features, raw_pixel_features
 from .finetune import FineTuneConfig, finetune
 from .knn import knn_accuracy, knn_predict
@@ -22,6 +30,7 @@ __all__ = [
     "logistic_regression",
     "processed_loader",
     "raw_pixel_features",
+    "refuse_run_folder",
     "takes_patch_size",
     "topk_accuracy",
     "weights_digest",

@@ -19,6 +19,15 @@ from ..data.loader import ReportingLoader
 from ..data.sources import Bad
 
 
+def refuse_run_folder(checkpoint: str) -> None:
+    """Raises ValueError for a folder that is no checkpoint, but has one in it, or none at all."""
+    folder = Path(checkpoint)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        final = folder / "final"
+        fix = f"the encoder of this run is {final}" if final.is_dir() else "name the folder of an encoder"
+        raise ValueError(f"it cannot be opened: there is no config.json in it; {fix}")
+
+
 def load_encoder(checkpoint: str) -> PreTrainedModel:
     """The encoder of a folder or Hub id, in fp32 and with every weight from there.
 
@@ -28,6 +37,7 @@ def load_encoder(checkpoint: str) -> PreTrainedModel:
     Raises:
         ValueError: nothing there that can be opened, a model that takes no images, or weights of another model.
     """
+    refuse_run_folder(checkpoint)
     try:
         model, info = AutoModel.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:  # what from_pretrained raises, by kind of damage

@@ -94,7 +94,8 @@ class AccelViTConfig(BackboneConfigMixin, PreTrainedConfig):  # pyright: ignore[
         stages = {name: kwargs.pop(name, None) for name in ("out_features", "out_indices")}
         self.set_output_features_output_indices(**stages)
         super().__post_init__(**kwargs)
-        for name in ("hidden_size", "num_attention_heads", "intermediate_size", "patch_size", "num_channels"):
+        at_least_one = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        for name in (*at_least_one, "patch_size", "num_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads:

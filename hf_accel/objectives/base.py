@@ -44,6 +44,8 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
     encoder: AccelViTModel
     encoder_defaults: ClassVar[dict[str, Any]] = {}
     """AccelViTConfig fields over the preset's, unless a recipe's `model_config` says otherwise."""
+    least_batch: ClassVar[int] = 1
+    """Images that a micro-batch of all processes must have; 2 where they are contrasted with each other."""
 
     def view_configs(self, augmentation: Sequence[ViewConfig]) -> list[ViewConfig]:
         """The views to be made of an image; `augmentation` holds how the first and the second one are drawn."""
@@ -116,6 +118,14 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
         rows = torch.stack(list(views), dim=1).flatten(0, 1)
         features = self.encode(encoder, rows, compression, draw, branch, image_size)
         return features.unflatten(0, (-1, len(views))).unbind(1)
+
+
+def check_range(low: float, high: float | None = None, **settings: float) -> None:
+    """Raises ValueError for a setting, given by its name, that is not from `low` to `high`, both included."""
+    for name, value in settings.items():
+        if not (value >= low and (high is None or value <= high)):
+            upper = "" if high is None else f" and at most {high}"
+            raise ValueError(f"{name}={value} must be at least {low}{upper}")
 
 
 def keep_default_init(*modules: nn.Module) -> None:

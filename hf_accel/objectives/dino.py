@@ -15,7 +15,7 @@ from ..distributed import all_reduce
 from ..models import AccelViTConfig, AccelViTModel
 from ..progress import cosine, linear
 from ..sharding import clip_each, drop_gradients
-from .base import Draw, ObjectiveForPreTraining, ObjectiveOutput, embedding_std, keep_default_init
+from .base import Draw, ObjectiveForPreTraining, ObjectiveOutput, check_range, embedding_std, keep_default_init
 from .heads import PrototypeHead
 from .momentum import copy_to_target, update_momentum
 
@@ -102,6 +102,16 @@ class DINOForPreTraining(ObjectiveForPreTraining):
         global_crop_scale: tuple[float, float] = (0.4, 1.0),
     ):
         super().__init__(config)
+        widths = {"head_hidden_size": head_hidden_size, "bottleneck_size": bottleneck_size}
+        check_range(1, num_prototypes=num_prototypes, **widths, local_crop_size=local_crop_size)
+        check_range(1e-6, student_temperature=student_temperature, teacher_temperature=teacher_temperature)
+        check_range(1e-6, teacher_temperature_start=teacher_temperature_start)
+        check_range(0, 1, teacher_temperature_warmup=teacher_temperature_warmup, freeze_last_layer=freeze_last_layer)
+        check_range(0, 1, center_momentum=center_momentum, momentum=momentum, momentum_end=momentum_end)
+        check_range(0, clip_grad=clip_grad, num_local_crops=num_local_crops)
+        for name, (low, high) in {"local_crop_scale": local_crop_scale, "global_crop_scale": global_crop_scale}.items():
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"{name}={[low, high]} must be two areas in (0, 1], the smaller one first")
         if num_local_crops and local_crop_size % config.patch_size:
             raise ValueError(f"local_crop_size={local_crop_size} is no multiple of the patch size {config.patch_size}")
         self.student_temperature, self.center_momentum = student_temperature, center_momentum

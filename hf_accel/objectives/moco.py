@@ -8,7 +8,7 @@ from ..compression.strategy import Strategy
 from ..distributed import all_gather, rank
 from ..models import AccelViTConfig, AccelViTModel
 from ..progress import cosine
-from .base import Draw, ObjectiveForPreTraining, ObjectiveOutput, embedding_std, keep_default_init
+from .base import Draw, ObjectiveForPreTraining, ObjectiveOutput, check_range, embedding_std, keep_default_init
 from .heads import mlp
 from .momentum import copy_to_target, update_momentum
 
@@ -48,6 +48,7 @@ class MoCoForPreTraining(ObjectiveForPreTraining):
     """
 
     encoder_defaults = {"freeze_patch_projection": True}  # the stability trick of section 4.2
+    least_batch = 2
 
     def __init__(
         self,
@@ -60,6 +61,9 @@ class MoCoForPreTraining(ObjectiveForPreTraining):
         momentum_end: float = 1.0,
     ):
         super().__init__(config)
+        check_range(1, projector_hidden_size=projector_hidden_size, projection_size=projection_size)
+        check_range(1e-6, temperature=temperature)
+        check_range(0, 1, momentum=momentum, momentum_end=momentum_end)
         self.temperature, self.symmetric = temperature, symmetric
         self.momentum, self.momentum_end = momentum, momentum_end
         self.encoder = AccelViTModel(config)

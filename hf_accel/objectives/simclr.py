@@ -9,7 +9,7 @@ from ..compression.cost import ForwardCost
 from ..compression.strategy import Strategy
 from ..distributed import all_gather_with_grad, rank
 from ..models import AccelViTConfig, AccelViTModel
-from .base import Draw, ObjectiveForPreTraining, ObjectiveOutput, embedding_std, keep_default_init
+from .base import Draw, ObjectiveForPreTraining, ObjectiveOutput, check_range, embedding_std, keep_default_init
 from .heads import mlp
 
 
@@ -51,6 +51,8 @@ class SimCLRForPreTraining(ObjectiveForPreTraining):
         temperature: T of the loss.
     """
 
+    least_batch = 2
+
     def __init__(
         self,
         config: AccelViTConfig,
@@ -59,6 +61,8 @@ class SimCLRForPreTraining(ObjectiveForPreTraining):
         temperature: float = 0.1,
     ):
         super().__init__(config)
+        check_range(1, projector_hidden_size=projector_hidden_size, projection_size=projection_size)
+        check_range(1e-6, temperature=temperature)
         self.temperature = temperature
         self.encoder = AccelViTModel(config)
         self.projector = mlp(3, config.hidden_size, projector_hidden_size, projection_size, last_norm=False)

@@ -221,6 +221,23 @@ def test_columns_are_named_in_errors(tmp_path):
         load_sources(str(tmp_path / "none"))
 
 
+def test_columns_and_labels_that_cannot_be_are_named(tmp_path, caplog):
+    def words(values):
+        return table(len(values), {"fruit": (values, datasets.Value("string"))}, labels=False)
+
+    words(["a", None, "b"]).save_to_disk(tmp_path / "gaps")
+    with pytest.raises(ValueError, match=r"label_column=fruit: labels must be .* NoneType, str"):
+        load_sources(str(tmp_path / "gaps"), label_column="fruit")
+    with pytest.raises(ValueError, match="label_column=picture: this is the column of images"):
+        load_sources(str(tmp_path / "gaps"), label_column="picture")
+    words([None] * 3).save_to_disk(tmp_path / "none")
+    assert load_sources(str(tmp_path / "none"), label_column="fruit")[0].labels is None
+    caplog.clear()
+    table(3, labels=False).save_to_disk(tmp_path / "images")
+    load_sources(str(tmp_path / "images"))
+    assert "label_column" not in caplog.text  # there is no other column to name
+
+
 def test_plain_bytes_and_integers_when_named(tmp_path):
     columns = {"data": [png(picture(number)) for number in range(10)], "y": [number % 2 for number in range(10)]}
     datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "train.parquet")
@@ -253,6 +270,8 @@ def test_unlabelled_test_split(tmp_path):
 def test_missing_path(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_sources(str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"no such folder, and as a Hub id .*nowhere"):
+        load_sources("nowhere")
     (tmp_path / "set.csv").write_text("a,b")
     with pytest.raises(ValueError, match=r"must be \.parquet or \.arrow"):
         load_sources(str(tmp_path / "set.csv"))

@@ -69,6 +69,9 @@ def test_what_is_no_vision_encoder_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="cannot be opened"):
         load_encoder(str(tmp_path / "empty"))
+    (tmp_path / "empty" / "final").mkdir()
+    with pytest.raises(ValueError, match=r"no config.json in it; the encoder of this run is .*empty.final"):
+        load_encoder(str(tmp_path / "empty"))
     sizes: dict[str, Any] = {
         "hidden_size": 16,
         "num_hidden_layers": 1,

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
+import hf_accel.checkpoints
 import hf_accel.objectives.moco as moco
 import hf_accel.run as entry
-import hf_accel.trainer
 from hf_accel.compression import Compression, CostTable
 from tests.tiny_runs import RECIPE, SIZE, STEPS, WEIGHTS, assert_same_weights, image_folder, launch, losses, read
 
@@ -218,8 +218,11 @@ def test_a_full_disk_reaches_the_user_and_the_run_resumes(part, whole, folder, t
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", failing(torch.save, 1))
         patch.setattr("transformers.modeling_utils.safe_save_file", failing(save_file, 1))
-        patch.setattr(hf_accel.trainer, "write_json", failing(hf_accel.trainer.write_json, 0))
-        with pytest.raises(OSError, match="No space left on device"):
+        patch.setattr(hf_accel.checkpoints, "write_json", failing(hf_accel.checkpoints.write_json, 0))
+        message = (
+            r"WriteFailed: .*checkpoint-4 cannot be written .*No space left on device.*Last good checkpoint: .*-2\."
+        )
+        with pytest.raises(SystemExit, match=message):
             launch(folder, output, "eval_points=[0.0, 1.0]")
     assert (output / "checkpoint-2" / "run_state.json").exists()
     launch(folder, output, "eval_points=[0.0, 1.0]")

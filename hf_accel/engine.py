@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 from .recipe import Recipe, RecipeError
@@ -123,10 +124,10 @@ def set_deepspeed(arguments: TrainingArguments, recipe: Recipe) -> None:
 
 def engine_of(accelerator: Any) -> str:
     """In words, what the optimizer's state in a checkpoint depends on: another engine finds none in it."""
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None:
-        return f"{accelerator.num_processes} processes of DeepSpeed ZeRO-{plugin.zero_stage}"
-    return "FSDP" if accelerator.state.fsdp_plugin is not None else "a single process or data parallel"
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        return f"{accelerator.num_processes} processes of DeepSpeed ZeRO-{stage}"
+    return "FSDP" if accelerator.distributed_type == DistributedType.FSDP else "a single process or data parallel"
 
 
 def _is_on(variable: str) -> bool:

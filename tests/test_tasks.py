@@ -219,9 +219,7 @@ def test_a_full_disk_reaches_the_user_and_the_run_resumes(part, whole, folder, t
         patch.setattr(torch, "save", failing(torch.save, 1))
         patch.setattr("transformers.modeling_utils.safe_save_file", failing(save_file, 1))
         patch.setattr(hf_accel.checkpoints, "write_json", failing(hf_accel.checkpoints.write_json, 0))
-        message = (
-            r"WriteFailed: .*checkpoint-4 cannot be written .*No space left on device.*Last good .*-2\."
-        )
+        message = r"WriteFailed: .*checkpoint-4 cannot be written .*No space left on device.*Last good .*-2\."
         with pytest.raises(SystemExit, match=message):
             launch(folder, output, "eval_points=[0.0, 1.0]")
     assert (output / "checkpoint-2" / "run_state.json").exists()

@@ -227,6 +227,15 @@ def test_a_full_disk_reaches_the_user_and_the_run_resumes(part, whole, folder, t
     assert_same_weights(whole, output)
 
 
+def test_a_run_of_another_engine_is_not_resumed_without_its_optimizer(whole, folder, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(whole, output, ignore=shutil.ignore_patterns("results.json", "final", "recipe.yaml"))
+    state = max(output.glob("checkpoint-*/run_state.json"))
+    state.write_text(state.read_text().replace("a single process or data parallel", "2 processes of DeepSpeed ZeRO-3"))
+    with pytest.raises(SystemExit, match=r"RecipeError: .*checkpoint-8 was saved by 2 .* ZeRO-3, and this is a single"):
+        launch(folder, output, "eval_points=[0.0, 1.0]")
+
+
 class NaNGradient(torch.autograd.Function):
     """The value as it is, with a gradient that is not."""
 

@@ -14,6 +14,7 @@ import yaml
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
+from .checkpoints import last_complete_checkpoint
 from .compression import CostTable, Plan, Schedule, Strategy, forward_cost, measure_costs
 from .compression.cost import TABLE_NAME, ForwardCost
 from .compression.online import LADDER_DROPOUTS, OnlineController, ladder_of
@@ -25,7 +26,6 @@ from .models import AccelViTModel
 from .objectives import OBJECTIVES, ObjectiveForPreTraining
 from .recipe import Recipe, RecipeError
 from .report import run_is_complete
-from .trainer import last_complete_checkpoint
 
 # Keys that may change between an interrupted run and its continuation: none has a part in the result.
 FREE_KEYS = {
@@ -49,7 +49,7 @@ def output_of(recipe: Recipe) -> Path:
     return output
 
 
-def start(recipe: Recipe, resuming: bool = False) -> TrainingArguments:
+def start(recipe: Recipe) -> TrainingArguments:
     """The Trainer's arguments, with processes, threads and random state as the run needs them.
 
     Raises:
@@ -58,7 +58,7 @@ def start(recipe: Recipe, resuming: bool = False) -> TrainingArguments:
     """
     check_launch(recipe)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    arguments = training_arguments(recipe, world_size, resuming)
+    arguments = training_arguments(recipe, world_size)
     check_trackers(arguments)
     _ = arguments.device  # starts the process group
     arguments._n_gpu = min(arguments._n_gpu, 1)  # several GPUs want several processes: accelerate launch
@@ -71,7 +71,7 @@ def start(recipe: Recipe, resuming: bool = False) -> TrainingArguments:
     return arguments
 
 
-def training_arguments(recipe: Recipe, world_size: int, resuming: bool) -> TrainingArguments:
+def training_arguments(recipe: Recipe, world_size: int) -> TrainingArguments:
     share = recipe.gradient_accumulation_steps * world_size
     if recipe.batch_size % share:
         raise RecipeError(
@@ -90,11 +90,10 @@ def training_arguments(recipe: Recipe, world_size: int, resuming: bool) -> Train
         activation_checkpointing=recipe.gradient_checkpointing,
         use_cpu=on_cpu(),
         seed=recipe.seed,
-        eval_on_start=0.0 in recipe.eval_points and not resuming,
+        eval_on_start=0.0 in recipe.eval_points,
         logging_steps=recipe.logging_steps,
         logging_nan_inf_filter=False,
         save_steps=int(recipe.save_steps) if recipe.save_steps >= 1 else recipe.save_steps,
-        save_total_limit=recipe.save_total_limit,
         report_to=recipe.report_to,
         remove_unused_columns=False,
         ignore_data_skip=True,

@@ -5,9 +5,13 @@ Weights, optimizer states, momentum branches and centres stay in fp32 under ever
 
 import importlib.util
 import os
+import signal
+import threading
+import time
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 from .recipe import Recipe, RecipeError
@@ -44,6 +48,25 @@ def check_launch(recipe: Recipe) -> None:
     if "ACCELERATE_MIXED_PRECISION" in environment:
         deepspeed = _is_on("ACCELERATE_USE_DEEPSPEED")
         environment["ACCELERATE_MIXED_PRECISION"] = "no" if deepspeed else recipe.mixed_precision
+
+
+def end_with_launcher() -> None:
+    """Where a launcher started this process, see to it that it does not go on alone once the launcher is gone.
+
+    torch's, which several processes have, hands SIGTERM and SIGINT on and waits: it is gone only if it was killed, and
+    so are its processes then, before the run is launched again. That of one process just dies of SIGTERM; the
+    process gets one of its own, and stops at a checkpoint.
+    """
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent, number = os.getppid(), signal.SIGKILL if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIGTERM
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def on_cpu() -> bool:
@@ -97,6 +120,14 @@ def set_deepspeed(arguments: TrainingArguments, recipe: Recipe) -> None:
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     zero["stage3_gather_16bit_weights_on_model_save"] = True  # else checkpoints hold no weights that others can open
     config["zero_force_ds_cpu_optimizer"] = False  # offloaded states, too, are torch's AdamW
+
+
+def engine_of(accelerator: Any) -> str:
+    """In words, what the optimizer's state in a checkpoint depends on: another engine finds none in it."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        return f"{accelerator.num_processes} processes of DeepSpeed ZeRO-{stage}"
+    return "FSDP" if accelerator.distributed_type == DistributedType.FSDP else "a single process or data parallel"
 
 
 def _is_on(variable: str) -> bool:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from .assemble import build_objective, check_same_recipe, cost_function, grid_of, images_of, output_of, start
+from .checkpoints import RUN_STATE_NAME
 from .compression import Plan, Schedule, Strategy
 from .compression.gradient_error import GradientError, chunks, estimate_gradient_errors
 from .compression.search import choose_strategies, schedule_file, schedule_of
@@ -26,7 +27,7 @@ from .probe import GradientProbe, adam_scale
 from .recipe import Recipe, RecipeError
 from .report import environment, write_search_report
 from .report.error_table import strategy_of
-from .trainer import KEPT_NAME, RUN_STATE_NAME, PretrainTrainer
+from .trainer import KEPT_NAME, PretrainTrainer
 
 ERRORS_NAME = "gradient_error.parquet"
 SCHEDULE_NAME = "schedule.yaml"

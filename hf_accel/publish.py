@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, constants, get_token
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .checkpoints import last_complete_checkpoint
 from .data import ImageSource
 from .distributed import broadcast_object, is_main, say
 from .hub import (
@@ -38,7 +39,7 @@ from .hub import (
 from .models import AccelViTConfig
 from .recipe import Recipe, RecipeError
 from .report import StrategyCosts, environment, plot_schedule, run_is_complete, write_json
-from .trainer import PretrainTrainer, last_complete_checkpoint
+from .trainer import PretrainTrainer
 
 logger = logging.getLogger(__name__)
 

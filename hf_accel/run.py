@@ -25,9 +25,11 @@ from hf_accel.assemble import (  # noqa: E402
     plan_of,
     start,
 )
+from hf_accel.checkpoints import WriteFailed, checkpoints, damage, writing  # noqa: E402
 from hf_accel.compression import cost_grid, cost_rows, measure_costs  # noqa: E402
 from hf_accel.data import CorruptDataError, ImageSource, image_processor  # noqa: E402
-from hf_accel.distributed import is_main, say  # noqa: E402
+from hf_accel.distributed import broadcast_object, is_main, say  # noqa: E402
+from hf_accel.engine import end_with_launcher  # noqa: E402
 from hf_accel.evaluate_task import evaluate  # noqa: E402
 from hf_accel.evaluation import raw_pixel_features, weights_digest  # noqa: E402
 from hf_accel.export_task import export  # noqa: E402
@@ -43,8 +45,11 @@ from hf_accel.report import (  # noqa: E402
     read_results,
     run_is_complete,
     write_json,
+    write_text,
 )
-from hf_accel.trainer import PretrainTrainer, TrainingDiverged, knn_of, last_complete_checkpoint  # noqa: E402
+from hf_accel.trainer import PretrainTrainer, TrainingDiverged, knn_of  # noqa: E402
+
+AGAIN = "Make room, and launch the same command again"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("recipe", help="a YAML file, e.g. recipes/moco.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the recipe")
     arguments = parser.parse_args(argv)
+    end_with_launcher()
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         tasks = {
@@ -69,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
             "cost": cost_report,
         }
         tasks[recipe.task](recipe)
-    except (RecipeError, TrainingDiverged, CorruptDataError, PushFailed) as error:
+    except (RecipeError, TrainingDiverged, CorruptDataError, PushFailed, WriteFailed) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted. The same command goes on from what is saved in output_dir")
@@ -84,8 +90,9 @@ def pretrain(recipe: Recipe) -> None:
             publish(recipe)
         return
     output = output_of(recipe)
-    checkpoint = last_complete_checkpoint(output)
-    arguments = start(recipe, resuming=checkpoint is not None)
+    arguments = start(recipe)
+    checkpoint = checkpoint_to_resume(output)
+    arguments.eval_on_start &= checkpoint is None
     hub = start_hub(recipe)
     model = build_objective(recipe)
     units = partial(model.units_per_image, forward_cost=cost_function(recipe, arguments.device))
@@ -94,7 +101,8 @@ def pretrain(recipe: Recipe) -> None:
     arguments.max_steps = plan.num_steps
     source, validation = images_of(recipe)
     if is_main():
-        (output / "recipe.yaml").write_text(recipe.to_yaml())
+        with writing(output / "recipe.yaml", AGAIN):
+            write_text(output / "recipe.yaml", recipe.to_yaml())
     say(
         f"{recipe.objective} on {source.name}: {len(source)} images, {plan.num_steps} steps of {recipe.batch_size}, "
         f"{plan.total_cost:,.0f} of {plan.budget:,.0f} units"
@@ -108,10 +116,23 @@ def pretrain(recipe: Recipe) -> None:
     if trainer.state.global_step < plan.num_steps:
         say(f"Stopped at step {trainer.state.global_step} of {plan.num_steps}; the same command resumes.")
     else:
-        finish(trainer, recipe, source, validation)
+        with writing(output, AGAIN):
+            finish(trainer, recipe, source, validation)
     trainer.end()
     if recipe.push_to_hub and run_is_complete(output):
         publish(recipe, hub)
+
+
+def checkpoint_to_resume(output: Path) -> Path | None:
+    """The newest complete checkpoint, the same on all processes; tells of newer ones why they are none."""
+    found = None
+    for path in checkpoints(output) if is_main() else []:
+        wrong = damage(path)
+        if wrong is None:
+            found = path
+            break
+        say(f"Not resumed from {path}: {wrong}")
+    return broadcast_object(found)
 
 
 def finish(trainer: PretrainTrainer, recipe: Recipe, source: ImageSource, validation: ImageSource | None) -> None:

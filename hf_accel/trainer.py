@@ -1,6 +1,5 @@
 """`PretrainTrainer`: the transformers Trainer, driven by a plan that spends a budget along a schedule."""
 
-import json
 import math
 import shutil
 import signal
@@ -15,34 +14,26 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import distributed
 from .auto_schedule import AutoScheduleCallback
+from .checkpoints import last_complete_checkpoint, read_state, remove_interrupted, remove_old, seal, writing
 from .compression import Compression, Plan, Strategy
 from .compression.cost import TABLE_NAME
 from .compression.online import OnlineController
 from .data import AUGMENTATIONS, ImageSource, TrainSampler, eval_loader, image_processor, make_views, train_loader
 from .draws import generator
+from .engine import engine_of
 from .evaluation import extract_features, knn_accuracy
 from .monitoring import CollapseMonitor
 from .objectives import Draw, ObjectiveForPreTraining
 from .progress_callback import ProgressCallback
 from .recipe import Recipe, RecipeError
-from .report import write_json
 from .sharding import is_sharded, separate_group, shards, whole_state
 
 KEPT_NAME = "kept"
 """Folder in `output_dir` of the checkpoints at `keep_points`, which are not removed."""
 
-RUN_STATE_NAME = "run_state.json"
-"""Written last into a checkpoint: what has none was interrupted while it was saved and is not resumed from."""
-
 
 class TrainingDiverged(RuntimeError):
     """The loss is NaN or infinite."""
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint whose saving was not interrupted."""
-    found = [path.parent for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{RUN_STATE_NAME}")]
-    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
 
 
 class PretrainTrainer(Trainer):
@@ -136,7 +127,13 @@ class PretrainTrainer(Trainer):
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any):
         self._first_step = 0
         if resume_from_checkpoint:
-            state = json.loads((Path(resume_from_checkpoint) / RUN_STATE_NAME).read_text())
+            state = read_state(Path(resume_from_checkpoint))
+            now = engine_of(self.accelerator)
+            if state.get("engine", now) != now:
+                raise RecipeError(
+                    f"{resume_from_checkpoint} was saved by {state['engine']}, and this is {now}, which would lose the "
+                    "optimizer's state. Launch the run as it was started, or anew in another output_dir"
+                )
             self._first_step, self.seconds = state["step"], state["seconds"]
             if self.controller:
                 self.plan.restore(state["plan"], self.recipe.patch_size)
@@ -285,28 +282,38 @@ class PretrainTrainer(Trainer):
         return metrics
 
     def _save_checkpoint(self, model, trial) -> None:
+        output = Path(self.recipe.output_dir)
+        if self.args.should_save:  # here, as what follows makes the others wait for it
+            remove_interrupted(output, self.state.global_step)
         if not self._is_finite():
             self.diverged()
-        super()._save_checkpoint(model, trial)
-        distributed.barrier()
-        if self.args.should_save:
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            folder = Path(self.recipe.output_dir) / name
-            if self.recipe.cost == "measured":
-                shutil.copy(Path(self.recipe.output_dir) / TABLE_NAME, folder)
-            state = self.run_state()
-            if self.keep_now:  # first: after a kill in between, the checkpoint is not resumed from and both are redone
-                kept = Path(self.recipe.output_dir) / KEPT_NAME / name
-                shutil.copytree(folder, kept, dirs_exist_ok=True)
-                write_json(kept / RUN_STATE_NAME, state)
-            write_json(folder / RUN_STATE_NAME, state)
+        folder = output / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        # A process that fails ends, and its launcher the others: they may wait for it within an engine's own saving
+        good = last_complete_checkpoint(output)
+        with writing(folder, f"Last good checkpoint: {good or 'none yet'}. Make room, and the same command resumes"):
+            super()._save_checkpoint(model, trial)
+            distributed.barrier()
+            if self.args.should_save:
+                self._complete_checkpoint(folder)
+                remove_old(output, self.recipe.save_total_limit)
+
+    def _complete_checkpoint(self, folder: Path) -> None:
+        if self.recipe.cost == "measured":
+            shutil.copy(Path(self.recipe.output_dir) / TABLE_NAME, folder)
+        state = self.run_state()
+        if self.keep_now:  # first: after a kill in between, the checkpoint is not resumed from and both are redone
+            kept = Path(self.recipe.output_dir) / KEPT_NAME / folder.name
+            shutil.copytree(folder, kept, dirs_exist_ok=True)
+            seal(kept, state)
+        seal(folder, state)
 
     def keep_start(self) -> None:
         """Keep the model as it was initialised: there is no optimizer state yet."""
         folder = Path(self.recipe.output_dir) / KEPT_NAME / f"{PREFIX_CHECKPOINT_DIR}-0"
-        self.save_model(str(folder))
-        if self.args.should_save:
-            write_json(folder / RUN_STATE_NAME, self.run_state())
+        with writing(folder, "Make room, and launch the same command again"):
+            self.save_model(str(folder))
+            if self.args.should_save:
+                seal(folder, self.run_state())
 
     def run_state(self) -> dict[str, Any]:
         """Counters that a resumed run continues from."""
@@ -315,7 +322,7 @@ class PretrainTrainer(Trainer):
         units = self.plan.spent_after(steps)
         progress = min(1.0, units / self.plan.budget)
         state: dict[str, Any] = {"step": steps, "units": units, "progress": progress, "seconds": self.seconds}
-        state["plan"] = self.plan.state()
+        state |= {"plan": self.plan.state(), "engine": engine_of(self.accelerator)}
         if self.controller:
             state["controller"] = self.controller.state()
         return state

@@ -35,9 +35,9 @@ def test_a_bare_launch_uses_all_cores_and_a_choice_is_kept(monkeypatch, threads,
 
 def test_a_batch_that_does_not_divide_is_named():
     recipe = load_recipe("recipes/moco.yaml", ["batch_size=36", "gradient_accumulation_steps=4"])
-    assert training_arguments(recipe, 3, resuming=False).per_device_train_batch_size == 3
+    assert training_arguments(recipe, 3).per_device_train_batch_size == 3
     with pytest.raises(RecipeError, match=r"batch_size=36.*multiple.* = 8"):
-        training_arguments(recipe, 2, resuming=False)
+        training_arguments(recipe, 2)
 
 
 def test_weight_decay_is_for_matrices():

@@ -1,6 +1,9 @@
 """What an engine cannot do right is refused before anything starts, with the reason and what to take instead."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -118,6 +121,29 @@ def configured(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
 def test_a_deepspeed_configuration_that_would_not_train_right_is_refused(config, settings, reason):
     with pytest.raises(RecipeError, match=reason):
         configured(config, **settings)
+
+
+LEFT_ALONE = """
+import signal, sys, time
+from hf_accel.engine import end_with_launcher
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("stopped", flush=True)))
+end_with_launcher()
+print("started", flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("several", [False, True])  # whole runs of several: test_engines.py
+def test_a_process_stops_or_ends_when_its_launcher_is_gone(several):
+    launcher = ["sh", "-c", '"$@"; true', "sh", sys.executable, "-c", LEFT_ALONE]
+    given = {"ACCELERATE_MIXED_PRECISION": "no", **({"TORCHELASTIC_RUN_ID": "none"} if several else {})}
+    environment = {name: value for name, value in os.environ.items() if name not in given} | given
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen(launcher, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "started\n"
+    process.kill()
+    assert process.communicate(timeout=300)[0] == ("" if several else "stopped\n")
 
 
 def test_without_deepspeed_there_is_nothing_to_set():

@@ -1,12 +1,17 @@
-"""Every engine trains as one process does: same losses, same weights of both branches, exact resume, same artefacts."""
+"""Every engine trains as one process does: same losses, same weights of both branches, exact resume, same artefacts.
+
+And survives what one process survives: a kill, a torn checkpoint, a full disk.
+"""
 
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -14,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 import hf_accel.run as entry
+from hf_accel.checkpoints import damage
 from tests.tiny_runs import RECIPE, WEIGHTS, assert_same_weights, image_folder, losses, read
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache_and_threads")]
@@ -78,7 +84,8 @@ def alone(recipes) -> dict[str, Path]:
     return runs
 
 
-def launch_with(engine: str, recipe: Path, output: Path, *overrides: str) -> subprocess.CompletedProcess:
+def start_with(engine: str, recipe: Path, output: Path, *overrides: str, largest: int = 0) -> subprocess.Popen:
+    """`largest`: blocks, of 512 or 1024 bytes, that a file may have at most."""
     if engine != "ddp":
         pytest.importorskip("deepspeed")
         if shutil.which("g++") is None:
@@ -87,10 +94,19 @@ def launch_with(engine: str, recipe: Path, output: Path, *overrides: str) -> sub
     # the command itself, as users have it: an import of its own can break it where the module works
     command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", config]
     command += ["hf_accel/run.py", str(recipe), f"output_dir={output}", *overrides]
+    if largest:
+        command = ["sh", "-c", f'ulimit -f {largest} && exec "$@"', "sh", *command]
     # The folder of the interpreter holds ninja, which DeepSpeed calls by name
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+
+
+def launch_with(engine: str, recipe: Path, output: Path, *overrides: str, **limits: int) -> subprocess.CompletedProcess:
+    process = start_with(engine, recipe, output, *overrides, **limits)
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def last_checkpoint(run: Path) -> Path:
@@ -120,17 +136,53 @@ def test_two_processes_train_as_one(engine, objective, recipes, alone, tmp_path)
     assert encoder.state_dict().keys() == final.keys()
     assert all(torch.equal(tensor, final[name]) for name, tensor in encoder.state_dict().items())
     if objective == "dino":  # the one with most state
-        resume(engine, recipes / "dino.yaml", run)
+        again, recipe = tmp_path / "again", recipes / "dino.yaml"
+        if engine in ("ddp", "zero3"):
+            survive(engine, recipe, again)
+        else:
+            shutil.copytree(run, again, ignore=shutil.ignore_patterns("results.json", "final"))
+            (again / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace(str(run), str(again)))
+            tear(last_checkpoint(again))
+        resume(engine, recipe, run, again)
 
 
-def resume(engine: str, recipe: Path, run: Path) -> None:
-    """Once more from the checkpoint before the last: the same end, bit for bit."""
-    again = run.with_name("again")
-    shutil.copytree(run, again, ignore=shutil.ignore_patterns("results.json", "final", last_checkpoint(run).name))
-    (again / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace(str(run), str(again)))
+def tear(checkpoint: Path) -> Path:
+    """Cut the last process's part of the optimizer's state in half."""
+    part = max(checkpoint.rglob("*optim*.pt"))
+    os.truncate(part, part.stat().st_size // 2)
+    return part
+
+
+def survive(engine: str, recipe: Path, run: Path) -> None:
+    """Kill the launcher alone; tear a checkpoint, and leave no room for another: what is complete stays."""
+    often = ["save_steps=2", "save_total_limit=9"]
+    process = start_with(engine, recipe, run, *often)
+    good, torn = run / "checkpoint-2", run / "checkpoint-4"
+    while not (torn / "run_state.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    assert len(ranks) >= 2 and not psutil.wait_procs(ranks, timeout=20)[1]
+    assert not (run / "results.json").exists()
+    for later in set(run.glob("checkpoint-*")) - {good, torn}:  # which the ranks wrote before they were gone
+        shutil.rmtree(later)
+
+    part = tear(torn)
+    done = launch_with(engine, recipe, run, *often, largest=40)
+    said = done.stdout + done.stderr
+    assert done.returncode != 0 and f"Not resumed from {torn}: {part} has" in said and f"from {good}" in said, said
+    assert f"WriteFailed: {torn} cannot be written" in said and f"Last good checkpoint: {good}." in said, said
+    assert damage(good) is None
+
+
+def resume(engine: str, recipe: Path, run: Path, again: Path) -> None:
+    """From the checkpoint before the last, which is torn: the same end as that of `run`, bit for bit."""
+    good, torn = sorted(again.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
     done = launch_with(engine, recipe, again)
     assert (again / "results.json").exists(), done.stdout + done.stderr
-    assert "Resuming from" in done.stdout
+    assert f"Not resumed from {torn}: " in done.stdout and f"Resuming from {good}" in done.stdout
     assert_same_weights(run, again)
     assert_same_weights(last_checkpoint(run), last_checkpoint(again), WEIGHTS)
     assert losses(again) == losses(run)

@@ -21,7 +21,7 @@ LEVELS = [
     {"recipe_values"},
     {"recipe"},
     {"probe", "engine"},
-    {"auto_schedule", "monitoring", "progress_callback"},
+    {"auto_schedule", "checkpoints", "monitoring", "progress_callback"},
     {"trainer"},
     {"assemble"},
     {"pilot", "evaluate_task", "export_task", "publish"},

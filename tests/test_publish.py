@@ -188,6 +188,27 @@ def test_steps_do_not_wait_for_an_upload(images, tmp_path):
         assert of(hub).commits == ["Step 2, 25% of the budget", LAST]
 
 
+@pytest.mark.slow
+def test_of_two_processes_one_pushes_and_neither_waits(images, tmp_path):
+    with Hub() as hub:
+        hub.hold.clear()
+        process = start(hub.url, images, tmp_path / "run", two=True)
+        assert hub.uploading.wait(200)  # the first checkpoint's, which hangs until training is over, and then breaks
+        while not (tmp_path / "run" / "results.json").exists():
+            assert process.poll() is None, process.stdout and process.stdout.read()
+            hub.hold.wait(0.05)
+        assert of(hub).commits == [] and hub.uploads == []
+        hub.drop = 1
+        hub.hold.set()
+        text, _ = process.communicate(timeout=300)  # its status says little: gloo may abort at exit
+        assert text.count(f"Pushed to {hub.url}/ann/run") == 1, text
+        assert hub.uploads[0] == "dropped" and of(hub).commits == ["Step 2, 25% of the budget", LAST]
+        assert hub.creations == 2  # at the start and at the end, by the one
+        assert only_model_files(of(hub)) == WHOLE
+    assert read(tmp_path / "run" / "results.json")["processes"] == 2
+    assert not list((tmp_path / "run" / ".hub").glob("checkpoint-*"))
+
+
 REFUSED = """
 import os, sys
 from hf_accel.publish import start_hub

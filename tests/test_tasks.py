@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
+import hf_accel.checkpoints
 import hf_accel.objectives.moco as moco
 import hf_accel.run as entry
-import hf_accel.trainer
 from hf_accel.assemble import cost_function
 from hf_accel.compression import Compression, CostTable
 from hf_accel.recipe import Recipe
@@ -253,12 +253,22 @@ def test_a_full_disk_reaches_the_user_and_the_run_resumes(part, whole, folder, t
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", failing(torch.save, 1))
         patch.setattr("transformers.modeling_utils.safe_save_file", failing(save_file, 1))
-        patch.setattr(hf_accel.trainer, "write_json", failing(hf_accel.trainer.write_json, 0))
-        with pytest.raises(OSError, match="No space left on device"):
+        patch.setattr(hf_accel.checkpoints, "write_json", failing(hf_accel.checkpoints.write_json, 0))
+        message = r"WriteFailed: .*checkpoint-4 cannot be written .*No space left on device.*Last good .*-2\."
+        with pytest.raises(SystemExit, match=message):
             launch(folder, output, "eval_points=[0.0, 1.0]")
     assert (output / "checkpoint-2" / "run_state.json").exists()
     launch(folder, output, "eval_points=[0.0, 1.0]")
     assert_same_weights(whole, output)
+
+
+def test_a_run_of_another_engine_is_not_resumed_without_its_optimizer(whole, folder, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(whole, output, ignore=shutil.ignore_patterns("results.json", "final", "recipe.yaml"))
+    state = max(output.glob("checkpoint-*/run_state.json"))
+    state.write_text(state.read_text().replace("a single process or data parallel", "2 processes of DeepSpeed ZeRO-3"))
+    with pytest.raises(SystemExit, match=r"RecipeError: .*checkpoint-8 was saved by 2 .* ZeRO-3, and this is a single"):
+        launch(folder, output, "eval_points=[0.0, 1.0]")
 
 
 class NaNGradient(torch.autograd.Function):

@@ -10,7 +10,6 @@ from hf_accel.compression import Compression, Plan, Schedule, Strategy
 from hf_accel.progress import cosine, learning_rate_factor
 from hf_accel.progress_callback import ProgressCallback
 from hf_accel.recipe import load_recipe
-from hf_accel.trainer import last_complete_checkpoint
 
 
 def test_learning_rate_against_a_transcription():
@@ -27,16 +26,6 @@ def test_cosine_ends_where_it_should():
     assert cosine(0.99, 1.0, 0.0) == pytest.approx(0.99)
     assert cosine(0.99, 1.0, 1.0) == pytest.approx(1.0)
     assert cosine(0.0, 1.0, 0.5) == pytest.approx(0.5)
-
-
-def test_a_checkpoint_torn_by_a_kill_is_not_resumed_from(tmp_path):
-    assert last_complete_checkpoint(tmp_path) is None
-    for step in (5, 10, 100):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    for step in (5, 10):
-        (tmp_path / f"checkpoint-{step}" / "run_state.json").write_text("{}")
-    found = last_complete_checkpoint(tmp_path)
-    assert found is not None and found.name == "checkpoint-10"
 
 
 def test_matched_views_have_base_patches():

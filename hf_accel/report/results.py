@@ -44,8 +44,16 @@ def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
         TypeError: a value that is no JSON, path, NumPy or torch scalar; the file is as it was before.
         OSError: the disk is full or the like; the file is as it was before.
     """
+    write_text(path, json.dumps(_plain(values), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text`, all or nothing.
+
+    Raises:
+        OSError: as `write_json`.
+    """
     path = Path(path)
-    text = json.dumps(_plain(values), indent=2, allow_nan=False) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w") as file:

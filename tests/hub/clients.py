@@ -30,13 +30,17 @@ def environment(url: str, home: Path, **changes: str) -> dict[str, str]:
     return {**kept, **hub, **quiet, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **changes}
 
 
-def start(url: str, data: Path, output: Path, *overrides: str, **changes: str) -> subprocess.Popen:
-    """One launch of the command with push_to_hub; `changes` are of the environment."""
+def start(url: str, data: Path, output: Path, *overrides: str, two: bool = False, **changes: str) -> subprocess.Popen:
+    """One launch of the command with push_to_hub; `two`: in two processes; `changes` are of the environment."""
     recipe = output.with_name(output.name + ".yaml")
     values: dict[str, Any] = {**RECIPE, "data": str(data), "output_dir": str(output), "push_to_hub": True}
     recipe.write_text(yaml.safe_dump(values))
+    script = output.with_name(output.name + ".py")
+    script.write_text(LAUNCH)
+    config = ROOT / "accelerate_configs" / "cpu_2proc.yaml"
+    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(config)]
     return subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, str(recipe), *overrides],
+        [*(launcher if two else [sys.executable]), str(script), str(recipe), *overrides],
         cwd=output.parent,
         env=environment(url, output.parent / "home", **changes),
         stdout=subprocess.PIPE,

@@ -49,6 +49,7 @@ class Hub:
         drop: as many of the next uploads lose their connection in the middle.
         hold: while it is not set, uploads hang.
         uploading: set by the first upload that comes.
+        creations: how often somebody asked for a repository to be made.
         refuse: every answer is this status, if not 0.
         port: to start again at the same place.
     """
@@ -57,7 +58,7 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[tuple[str, str], bytes] = {}
         self.uploads: list[str] = []
-        self.drop, self.refuse = 0, 0
+        self.drop, self.refuse, self.creations = 0, 0, 0
         self.hold, self.uploading = threading.Event(), threading.Event()
         self.hold.set()
         handler = type("Bound", (_Handler,), {"hub": self})
@@ -171,6 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
 
     def create(self, asked: dict[str, Any]) -> None:
+        self.hub.creations += 1
         owner = asked.get("organization") or USER
         repo_id = f"{owner}/{asked['name']}"
         if owner != USER:

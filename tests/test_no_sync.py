@@ -1,0 +1,144 @@
+"""A training step on an accelerator waits for nothing on the host and mixes no devices: shown on a CPU.
+
+As a script this is the process that trains on a pretended device (tests/pretended_device.py) and prints what it found.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+
+from hf_accel.assemble import build_objective, plan_of, start
+from hf_accel.compression import forward_cost
+from hf_accel.data import ImageSource, load_sources
+from hf_accel.recipe import Recipe
+from hf_accel.trainer import PretrainTrainer
+from tests import pretended_device
+from tests.tiny_runs import RECIPE, image_folder
+
+ROOT = Path(__file__).parents[1]
+DINO: dict[str, Any] = {"num_prototypes": 24, "head_hidden_size": 32, "bottleneck_size": 8, "clip_grad": 0.05}
+DINO |= {"num_local_crops": 2, "local_crop_size": 8, "norm_last_layer": False, "freeze_last_layer": 0.3}
+SYMMETRIC = {**RECIPE["objective_config"], "symmetric": True}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "moco": {"max_grad_norm": 1.0, "model_config": {"drop_path_rate": 0.1}},
+    "simclr, bf16": {"objective": "simclr", "mixed_precision": "bf16", "augmentation": "digits"},
+    "dino": {"objective": "dino", "objective_config": DINO},
+}
+MORE: dict[str, dict[str, Any]] = {
+    "moco, bf16": {"mixed_precision": "bf16", "objective_config": SYMMETRIC, "gradient_accumulation_steps": 2},
+    "moco, learned positions": {"model_config": {"position_embedding_type": "learned"}, "gradient_checkpointing": True},
+    "moco, digits": {"augmentation": "digits", "view_resolution": "matched"},
+    "simclr": {"objective": "simclr"},
+    "dino, bf16": {"objective": "dino", "objective_config": DINO, "mixed_precision": "bf16"},
+    "dino, crops of a loader": {"objective": "dino", "objective_config": DINO},
+}
+STAGES = [{"until": 0.3, "patch_size": 8, "token_dropout": 0.25}, {"until": 1.0, "patch_size": 4}]
+COPIES = 8
+"""Of a micro-batch at most: images or crops, their indices, draws of the views, kept tokens of each branch."""
+
+
+class WatchedTrainer(PretrainTrainer):
+    """Watches every step under a strategy that an earlier one has had, but not what logs and saves."""
+
+    watch: Any = None
+    seen: Any = ()
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        strategy, accumulates = self.plan[inputs["step"]].strategy, inputs["micro_step"] > 0
+        self.watch.on = strategy in self.seen
+        if not accumulates:
+            self.seen = {*self.seen, strategy}
+        self.watch.steps += self.watch.on
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """A pretended tensor has no storage to be saved."""
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        if self.control.should_log or self.control.should_save:
+            self.watch.on = False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+
+def train(name: str, device: torch.device | None, folder: str) -> dict[str, Any]:
+    """Train on the device, or on the CPU; what the run logged, and what its steps waited for."""
+    settings = {**SETTINGS, **MORE}[name]
+    model_config = {**RECIPE["model_config"], "num_hidden_layers": 1, **settings.get("model_config", {})}
+    budget = 8 * 3 * {"dino": 11, "simclr": 6}.get(settings.get("objective", "moco"), 4)
+    shared = {**RECIPE, "batch_size": 8, "schedule": STAGES, "budget": budget, "eval_points": [], "logging_steps": 1}
+    recipe = Recipe(**{**shared, **settings, "model_config": model_config, "output_dir": folder})
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # there is no launcher for the pretended device: the arguments are told
+    arguments = start(recipe)
+    if device is not None:
+        os.environ["ACCELERATE_USE_CPU"] = "false"
+        PartialState._shared_state |= {"device": device, "_cpu": False}
+        arguments.__dict__["_setup_devices"] = device
+    arguments.disable_tqdm = True
+    model = build_objective(recipe)
+    plan = plan_of(recipe, lambda strategy: model.units_per_image(strategy, partial(forward_cost, model.config)))
+    arguments.max_steps = plan.num_steps
+    with pretended_device.watching() if device else nullcontext(pretended_device.Watch()) as watch:
+        trainer = WatchedTrainer(model, arguments, recipe, plan, source_of(recipe, "loader" in name, Path(folder)))
+        trainer.watch = watch
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"losses": losses, "waits": watch.waits, "watched": watch.steps, "copies": watch.copies}
+
+
+def source_of(recipe: Recipe, decoded: bool, folder: Path) -> ImageSource:
+    """Images of noise, in memory (gray ones for the digits' augmentation), or in files of two sizes."""
+    if decoded:
+        return load_sources(str(image_folder(folder / "images", False, 24, lambda index: 20 + index % 2)), seed=0)[0]
+    pixels = torch.randint(256, (24, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    gray = recipe.augmentation == "digits"
+    return ImageSource("noise", pixels=pixels[:, :1].expand(-1, 3, -1, -1) if gray else pixels)
+
+
+def main(names: list[str]) -> None:
+    torch.set_num_threads(1)
+    device = pretended_device.register()
+    with tempfile.TemporaryDirectory() as folder:
+        found = {
+            name: {who: train(name, where, f"{folder}/{name}-{who}") for who, where in (("cpu", None), ("it", device))}
+            for name in names
+        }
+    print(json.dumps(found))
+
+
+def check(names: Iterable[str]) -> None:
+    """Each of these runs, in one process: no waits, few copies, the CPU's losses."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, *names]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, found in json.loads(done.stdout.splitlines()[-1]).items():
+        expected, got = found["cpu"]["losses"], found["it"]["losses"]
+        assert got == pytest.approx(expected, rel=0.05 if "bf16" in name else 1e-4) and len(got) > 3, name
+        assert found["it"]["watched"] >= 2, name
+        assert 0 < found["it"]["copies"] <= COPIES * found["it"]["watched"], name
+        assert found["it"]["waits"] == [], name
+
+
+def test_a_step_waits_for_nothing_and_mixes_no_devices():
+    check(SETTINGS)
+
+
+@pytest.mark.slow
+def test_nor_do_other_precisions_positions_and_sources():
+    check(MORE)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -52,13 +52,13 @@ class WatchedTrainer(PretrainTrainer):
     """Watches every step under a strategy that an earlier one has had, but not what logs and saves."""
 
     watch: Any = None
-    seen: Any = ()
+    seen: frozenset = frozenset()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        strategy, accumulates = self.plan[inputs["step"]].strategy, inputs["micro_step"] > 0
+        strategy = self.plan[inputs["step"]].strategy
         self.watch.on = strategy in self.seen
-        if not accumulates:
-            self.seen = {*self.seen, strategy}
+        if inputs["micro_step"] == 0:
+            self.seen |= {strategy}
         self.watch.steps += self.watch.on
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -66,22 +66,40 @@ class WatchedTrainer(PretrainTrainer):
         """A pretended tensor has no storage to be saved."""
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
-        if self.control.should_log or self.control.should_save:
-            self.watch.on = False
+        watched, self.watch.on = self.watch.on, False
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.watch.on = watched  # the loader and callbacks, until the next step begins
+
+
+class SyncDebug:
+    """A GPU's own watch: while it is `on`, an operation that waits raises."""
+
+    def __init__(self):
+        self.steps, self.copies, self.waits = 0, 1, []
+
+    @property
+    def on(self) -> bool:
+        return torch.cuda.get_sync_debug_mode() > 0
+
+    @on.setter
+    def on(self, value: bool) -> None:
+        torch.cuda.set_sync_debug_mode("error" if value else "default")
 
 
 def train(name: str, device: torch.device | None, folder: str) -> dict[str, Any]:
-    """Train on the device, or on the CPU; what the run logged, and what its steps waited for."""
+    """Train on the pretended device, a GPU or, for None, the CPU; the losses, and what the steps waited for."""
     settings = {**SETTINGS, **MORE}[name]
     model_config = {**RECIPE["model_config"], "num_hidden_layers": 1, **settings.get("model_config", {})}
     budget = 8 * 3 * {"dino": 11, "simclr": 6}.get(settings.get("objective", "moco"), 4)
     shared = {**RECIPE, "batch_size": 8, "schedule": STAGES, "budget": budget, "eval_points": [], "logging_steps": 1}
     recipe = Recipe(**{**shared, **settings, "model_config": model_config, "output_dir": folder})
     AcceleratorState._reset_state(reset_partial_state=True)
-    os.environ["ACCELERATE_USE_CPU"] = "true"  # there is no launcher for the pretended device: the arguments are told
+    pretended, on_gpu = device is not None and device.type == "pretend", device is not None and device.type == "cuda"
+    # There is no launcher for the pretended device: the arguments are told.
+    os.environ["ACCELERATE_USE_CPU"] = str(not on_gpu).lower()
     arguments = start(recipe)
-    if device is not None:
+    assert (arguments.device.type == "cuda") == on_gpu
+    if pretended:
         os.environ["ACCELERATE_USE_CPU"] = "false"
         PartialState._shared_state |= {"device": device, "_cpu": False}
         arguments.__dict__["_setup_devices"] = device
@@ -89,10 +107,13 @@ def train(name: str, device: torch.device | None, folder: str) -> dict[str, Any]
     model = build_objective(recipe)
     plan = plan_of(recipe, lambda strategy: model.units_per_image(strategy, partial(forward_cost, model.config)))
     arguments.max_steps = plan.num_steps
-    with pretended_device.watching() if device else nullcontext(pretended_device.Watch()) as watch:
+    unwatched = SyncDebug() if on_gpu else pretended_device.Watch()
+    with pretended_device.watching() if pretended else nullcontext(unwatched) as watch:
         trainer = WatchedTrainer(model, arguments, recipe, plan, source_of(recipe, "loader" in name, Path(folder)))
         trainer.watch = watch
         trainer.train()
+        watch.on = False
+    assert all(group["fused"] for group in trainer.optimizer.param_groups)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"losses": losses, "waits": watch.waits, "watched": watch.steps, "copies": watch.copies}
 
@@ -124,11 +145,15 @@ def check(names: Iterable[str]) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name, found in json.loads(done.stdout.splitlines()[-1]).items():
-        expected, got = found["cpu"]["losses"], found["it"]["losses"]
-        assert got == pytest.approx(expected, rel=0.05 if "bf16" in name else 1e-4) and len(got) > 3, name
-        assert found["it"]["watched"] >= 2, name
-        assert 0 < found["it"]["copies"] <= COPIES * found["it"]["watched"], name
-        assert found["it"]["waits"] == [], name
+        compare(name, found["cpu"], found["it"], 1e-4)
+
+
+def compare(name: str, on_cpu: dict[str, Any], found: dict[str, Any], tolerance: float) -> None:
+    got = found["losses"]
+    assert got == pytest.approx(on_cpu["losses"], rel=0.05 if "bf16" in name else tolerance) and len(got) > 3, name
+    assert found["watched"] >= 2, name
+    assert 0 < found["copies"] <= COPIES * found["watched"], name
+    assert found["waits"] == [], name
 
 
 def test_a_step_waits_for_nothing_and_mixes_no_devices():
@@ -138,6 +163,19 @@ def test_a_step_waits_for_nothing_and_mixes_no_devices():
 @pytest.mark.slow
 def test_nor_do_other_precisions_positions_and_sources():
     check(MORE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*SETTINGS, *MORE])
+def test_nor_does_a_gpu(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    on_cpu = train(name, None, str(tmp_path / "cpu"))
+    try:
+        compare(name, on_cpu, train(name, torch.device("cuda"), str(tmp_path / "gpu")), 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 if __name__ == "__main__":

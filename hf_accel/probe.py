@@ -14,6 +14,8 @@ from .objectives import Draw, ObjectiveForPreTraining
 from .recipe import Recipe
 
 PARAMETERS = ("all", "encoder")
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""By a recipe's `mixed_precision`."""
 
 
 class GradientProbe:
@@ -46,7 +48,7 @@ class GradientProbe:
         self.parameters = [p for p in probed_parameters(objective, parameters) if p not in frozen]
         self.scale = scale
         self.device = next(objective.parameters()).device
-        self.precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.mixed_precision)
+        self.precision = AUTOCAST_DTYPES.get(recipe.mixed_precision)
         self.loss_scale = 2.0**12 if self.precision == torch.float16 else 1.0  # fp16 loses small gradients
         self.base = Strategy(Compression(recipe.patch_size))
         self.seed = generator(recipe.seed, "probe").initial_seed()

@@ -3,7 +3,8 @@ import os
 import pytest
 import torch
 
-from hf_accel.assemble import build_objective, training_arguments, use_all_cores
+from hf_accel.assemble import build_objective, cost_function, training_arguments, use_all_cores
+from hf_accel.compression import Compression, CostTable
 from hf_accel.recipe import RecipeError, load_recipe
 from hf_accel.trainer import PretrainTrainer
 
@@ -46,3 +47,20 @@ def test_weight_decay_is_for_matrices():
     for name, parameter in model.named_parameters():
         assert (name in decayed) == (parameter.ndim > 1), name
     assert "projector.0.weight" in decayed and "projector.1.weight" not in decayed  # a BatchNorm's
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "expected"), [("cpu", "bf16", (64, torch.bfloat16)), ("cuda", "no", (128, None))]
+)
+def test_costs_are_measured_as_the_run_will_compute(device, precision, expected, tmp_path, monkeypatch):
+    asked = []
+
+    def measured(config, compressions, device, batch_size, dtype):
+        asked.append((batch_size, dtype))
+        return CostTable({compression: 1.0 for compression in compressions}, "test")
+
+    monkeypatch.setattr("hf_accel.assemble.measure_costs", measured)
+    settings = ["cost=measured", f"output_dir={tmp_path}", f"mixed_precision={precision}"]
+    settings += ["batch_size=256", "gradient_accumulation_steps=2"]
+    costs = cost_function(load_recipe("recipes/moco.yaml", settings), torch.device(device))
+    assert asked == [expected] and costs(Compression(7)) == 1.0

@@ -105,10 +105,6 @@ class Watch(TorchDispatchMode):
         if packet is aten.copy_:
             return args[0]
         if not to_device or packet is aten._local_scalar_dense:
-            if packet is aten._to_copy and all(
-                a is b for a, b in zip(tree_leaves(out), tree_leaves(plain), strict=False)
-            ):
-                out = out.clone()
             return out
         out = tree_map(lambda leaf: PretendTensor(leaf) if isinstance(leaf, torch.Tensor) else leaf, out)
         return return_and_correct_aliasing(func, args, kwargs, out) if there else out

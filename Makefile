@@ -11,7 +11,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test test-slow lint clean
+.PHONY: help quickstart test test-slow test-gpu lint clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -29,6 +29,9 @@ test: $(INSTALLED) ## the fast tests
 
 test-slow: $(INSTALLED) ## the slow tests: whole runs, several processes
 	$(BIN)/pytest -m slow -n 2 --dist loadfile
+
+test-gpu: $(INSTALLED) ## the tests that need a GPU; `python -m benchmarks.gpu FOLDER` also measures
+	$(BIN)/pytest -m gpu
 
 lint: $(INSTALLED) ## ruff and pyright
 	$(BIN)/ruff check .

@@ -130,6 +130,8 @@ class Step:
         self.view_configs = self.model.view_configs(AUGMENTATIONS["moco"])
         side = round(args.image_size / 0.875)
         self.images = torch.randint(256, (args.batch_size, 3, side, side), dtype=torch.uint8)
+        if args.device.type == "cuda":
+            self.images = self.images.pin_memory()  # as a run's loader does
         self.count = 0
         self.watch = Stopwatch(args)
         self.model.projector.register_forward_pre_hook(self._at_projector)
@@ -146,7 +148,7 @@ class Step:
         args, progress = self.args, 0.5
         watch = self.watch = Stopwatch(args)
         watch.mark()
-        batch = {"images": self.images.to(args.device)}
+        batch = {"images": self.images.to(args.device, non_blocking=True)}
         views = make_views(batch, self.view_configs, case.view_size, SEED, self.count)
         watch.mark()
         with self.autocast():

@@ -20,7 +20,7 @@ from .compression.cost import TABLE_NAME, ForwardCost
 from .compression.online import LADDER_DROPOUTS, OnlineController, ladder_of
 from .compression.search import search_grid
 from .data import CorruptDataError, ImageSource, load_sources
-from .distributed import barrier, is_main, say
+from .distributed import barrier, is_main, say, world_size
 from .engine import autocast_arguments, check_launch, on_cpu, set_deepspeed
 from .models import AccelViTModel
 from .objectives import OBJECTIVES, ObjectiveForPreTraining
@@ -158,7 +158,9 @@ def cost_function(recipe: Recipe, device: torch.device) -> ForwardCost:
         if recipe.schedule == "auto":
             strategies = [*strategies, *search_grid(recipe.image_size, recipe.patch_size, LADDER_DROPOUTS)]
         wanted = [c for strategy in strategies for c in (strategy.online, strategy.target_branch)]
-        measure_costs(config, wanted, device, dtype=recipe.precision()).save(path)
+        share = recipe.batch_size // (recipe.gradient_accumulation_steps * world_size())
+        batch_size = 64 if device.type == "cpu" else share  # of a small batch a GPU shows how fast it is given work
+        measure_costs(config, wanted, device, batch_size, dtype=recipe.precision()).save(path)
     barrier()
     return CostTable.load(path)
 

@@ -180,9 +180,8 @@ def errors_at(
             optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
             probe.scale = adam_scale(probe.parameters, optimizer)
         with tqdm(total=total, desc=f"progress {progress:.0%}", disable=not is_main(), file=sys.stderr) as bar:
-            return estimate_gradient_errors(
-                probe, cost, range(recipe.search_draws), recipe.search_horizon, memory, lambda count: bar.update(count)
-            )
+            draws = range(recipe.search_draws)
+            return estimate_gradient_errors(probe, cost, draws, recipe.search_horizon, memory, bar.update, probe.base)
     except (ValueError, OSError) as error:
         raise RecipeError(f"the search at {folder}: {error}") from error
 

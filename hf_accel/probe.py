@@ -110,11 +110,13 @@ class GradientProbe:
         )
         configs: Sequence[ViewConfig] = self.objective.view_configs(AUGMENTATIONS[recipe.augmentation])
         made = []
-        for batch in train_loader(source, sampler, configs, lambda step: size, 0, self.seed):
+        pinned = self.device.type != "cpu"
+        for batch in train_loader(source, sampler, configs, lambda step: size, 0, self.seed, pinned):
             for name in ("images", "crops"):
                 if name in batch:
-                    parts = batch[name]
-                    batch[name] = [p.to(self.device) for p in parts] if name == "crops" else parts.to(self.device)
+                    parts = batch[name] if name == "crops" else [batch[name]]
+                    there = [part.to(self.device, non_blocking=True) for part in parts]
+                    batch[name] = there if name == "crops" else there[0]
             where = (batch["step"], batch["micro_step"], batch["rows"], batch["global_batch"])
             made.append(make_views(batch, configs, size, self.seed, *where, source.mean, source.std))
         return made

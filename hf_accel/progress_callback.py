@@ -45,8 +45,7 @@ class ProgressCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self.trainer.is_deepspeed_enabled:  # its engine has stepped together with the backward
             return
-        if args.max_grad_norm == 0:  # else clipping has done it
-            self.trainer.accelerator.unscale_gradients()
+        # fp16's gradients are true to scale: the Trainer, which has just taken their norm, has unscaled them for that
         self.before_step(state)
 
     def before_step(self, state) -> None:

@@ -1,5 +1,6 @@
 """`PretrainTrainer`: the transformers Trainer, driven by a plan that spends a budget along a schedule."""
 
+import json
 import math
 import shutil
 import signal
@@ -120,7 +121,7 @@ class PretrainTrainer(Trainer):
             self.view_size,
             self.recipe.num_workers,
             self.recipe.seed,
-            pin_memory=self.args.device.type == "cuda",
+            pin_memory=self.args.device.type != "cpu",
         )
         return WholeRun(loader, self.most_steps * self.args.gradient_accumulation_steps)
 
@@ -157,6 +158,12 @@ class PretrainTrainer(Trainer):
         batches = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.seconds["data"] += time.perf_counter() - start
         return batches
+
+    def _prepare_input(self, data):
+        """What lies in pinned memory is on its way to the device while the host goes on."""
+        if isinstance(data, torch.Tensor):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     # One step
 

@@ -3,7 +3,15 @@ import os
 import pytest
 import torch
 
-from hf_accel.assemble import build_objective, check_trackers, output_of, training_arguments, use_all_cores
+from hf_accel.assemble import (
+    build_objective,
+    check_trackers,
+    cost_function,
+    output_of,
+    training_arguments,
+    use_all_cores,
+)
+from hf_accel.compression import Compression, CostTable
 from hf_accel.recipe import RecipeError, load_recipe
 from hf_accel.trainer import PretrainTrainer
 
@@ -73,7 +81,7 @@ def test_what_an_objective_cannot_be_made_of_is_named(overrides, words):
 
 def test_trackers_that_are_not_there_are_named():
     def arguments(names: str):
-        return training_arguments(load_recipe("recipes/moco.yaml", [f"report_to={names}"]), 1, resuming=False)
+        return training_arguments(load_recipe("recipes/moco.yaml", [f"report_to={names}"]), 1)
 
     check_trackers(arguments("[tensorboard]"))
     check_trackers(arguments("[none]"))
@@ -89,3 +97,20 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         output_of(load_recipe("recipes/moco.yaml", [f"output_dir={tmp_path / 'file' / 'run'}"]))
     output = output_of(load_recipe("recipes/moco.yaml", [f"output_dir={tmp_path / 'a' / 'b'}"]))
     assert output.is_dir() and not list(output.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "expected"), [("cpu", "bf16", (64, torch.bfloat16)), ("cuda", "no", (128, None))]
+)
+def test_costs_are_measured_as_the_run_will_compute(device, precision, expected, tmp_path, monkeypatch):
+    asked = []
+
+    def measured(config, compressions, device, batch_size, dtype):
+        asked.append((batch_size, dtype))
+        return CostTable({compression: 1.0 for compression in compressions}, "test")
+
+    monkeypatch.setattr("hf_accel.assemble.measure_costs", measured)
+    settings = ["cost=measured", f"output_dir={tmp_path}", f"mixed_precision={precision}"]
+    settings += ["batch_size=256", "gradient_accumulation_steps=2"]
+    costs = cost_function(load_recipe("recipes/moco.yaml", settings), torch.device(device))
+    assert asked == [expected] and costs(Compression(7)) == 1.0

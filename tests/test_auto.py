@@ -215,7 +215,7 @@ def test_a_budget_that_does_not_pay_for_probes_is_refused(folder, tmp_path):
 def test_measured_costs_hold_the_whole_ladder(folder, tmp_path, monkeypatch):
     config, asked = Recipe(**RECIPE).encoder_config(), []
 
-    def measured(_, compressions, device, dtype):
+    def measured(_, compressions, *args, **kwargs):
         asked.extend(compressions)
         return CostTable({c: forward_cost(config, c) ** 0.9 for c in compressions}, "cpu")
 

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_accel"
 
 LEVELS = [
-    {"draws", "distributed", "progress"},
+    {"draws", "distributed", "progress", "transfer"},
     {"sharding"},
     {"models"},
     {"compression"},

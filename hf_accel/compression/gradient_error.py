@@ -96,12 +96,25 @@ class GradientErrorAccumulator(Generic[Name]):
         for name, gradient in [("the reference", reference), *compressed.items()]:
             if gradient.ndim != 1 or gradient.shape != reference.shape:
                 raise ValueError(f"expected flat gradients of one size, got {tuple(gradient.shape)} from {name}")
-            if not bool(torch.isfinite(gradient).all()):
+        # The device is asked twice for all gradients, and not several times for each.
+        names = list(compressed)
+        reference_norm, *norms = torch.stack([_norm(vector) for vector in (reference, *compressed.values())]).tolist()
+        for name, norm in zip(["the reference", *names], [reference_norm, *norms], strict=True):
+            if not math.isfinite(norm):
                 raise GradientNotFinite(f"the gradient of {name} is not finite")
-        self._reference.add(reference)
-        for name, gradient in compressed.items():
-            self._differences[name].add(gradient - reference)
-            self._compressed_norm2[name].add(_norm2(gradient))
+        self._reference.take(reference)
+        sketches, difference_norms = [_sketch(reference)], []
+        for name in names:
+            difference = compressed[name] - reference
+            self._differences[name].take(difference)
+            sketches.append(_sketch(difference))
+            difference_norms.append(_norm(difference))
+        reference_sketch, *of_differences = torch.stack(sketches).cpu()
+        self._reference.note(reference_norm**2, reference_sketch)
+        of_difference = zip(torch.stack(difference_norms).tolist(), of_differences, strict=True)
+        for name, norm, (difference_norm, sketch) in zip(names, norms, of_difference, strict=True):
+            self._differences[name].note(difference_norm**2, sketch)
+            self._compressed_norm2[name].add(norm**2)
         self.num_draws += 1
 
     def result(self) -> dict[Name, GradientError]:
@@ -198,12 +211,14 @@ class _Sums:
         self.blocks, self.block_norm2 = _Blocks(), _Blocks()
         self.num_draws = 0
 
-    def add(self, vector: Tensor) -> None:
+    def take(self, vector: Tensor) -> None:
+        """The device's part of taking a vector; `note` is the host's."""
         if self.num_draws == 0:
             self.total = torch.zeros_like(vector, dtype=torch.promote_types(vector.dtype, torch.float32))
         self.total += vector
-        self.norm2 += _norm2(vector)
-        sketch = _sketch(vector)
+
+    def note(self, norm2: float, sketch: Tensor) -> None:
+        self.norm2 += norm2
         self.blocks.add(sketch)
         self.block_norm2.add(_norm2(sketch))
         self.num_draws += 1
@@ -226,8 +241,13 @@ class _Sums:
         return left / (rest * (rest - 1))
 
 
+def _norm(vector: Tensor) -> Tensor:
+    """float64 scalar."""
+    return torch.linalg.vector_norm(vector, dtype=torch.float64)
+
+
 def _norm2(vector: Tensor) -> float:
-    return float(torch.linalg.vector_norm(vector, dtype=torch.float64)) ** 2
+    return float(_norm(vector)) ** 2
 
 
 def _root(norm2):
@@ -236,17 +256,17 @@ def _root(norm2):
 
 
 def _sketch(vector: Tensor) -> Tensor:
-    """float64 (min(D, SKETCH_SIZE),) on the CPU, whose inner products are those of the vectors, up to noise.
+    """float64 (min(D, SKETCH_SIZE),), whose inner products are those of the vectors, up to noise.
 
     A count sketch (Charikar et al., ICALP 2002): every number gets a random sign and is added to one of the places,
     here in turn, which needs no table of them.
     """
     if vector.numel() <= SKETCH_SIZE:
-        return vector.double().cpu()
+        return vector.double()
     rows = math.ceil(vector.numel() / SKETCH_SIZE)
     folded = torch.nn.functional.pad(vector, (0, rows * SKETCH_SIZE - vector.numel())).view(rows, SKETCH_SIZE)
     signs = _signs(rows, vector.device)
-    return (folded * signs).sum(0, dtype=torch.float64).cpu()
+    return (folded * signs).sum(0, dtype=torch.float64)
 
 
 _SIGNS: dict[tuple[int, torch.device], Tensor] = {}
@@ -276,6 +296,7 @@ def estimate_gradient_errors(
     horizon: float = 1.0,
     max_bytes: float = 4e9,
     progress: Callable[[int], object] = lambda computed: None,
+    uncompressed: Name | None = None,
 ) -> dict[Name, GradientError]:
     """Errors of every strategy from paired draws, in chunks of strategies that fit into memory.
 
@@ -287,6 +308,7 @@ def estimate_gradient_errors(
         horizon: see `GradientErrorAccumulator`.
         max_bytes: memory for the sums of the strategies of one chunk, two gradients a strategy while a draw is added.
         progress: called with 1 for each gradient that has been computed.
+        uncompressed: the strategy, if any, whose gradient `gradient(None, draw)` is: it is not computed twice.
 
     Raises:
         ValueError: not even one strategy fits into `max_bytes`; fewer than three draws; a gradient is not finite.
@@ -306,7 +328,7 @@ def estimate_gradient_errors(
             progress(1)
             compressed = {}
             for name in chunk:
-                compressed[name] = gradient(name, draw)
+                compressed[name] = reference if name == uncompressed else gradient(name, draw)
                 progress(1)
             accumulator.add(reference, compressed)
         errors |= accumulator.result()

@@ -6,7 +6,8 @@ jitter, grayscale, blur, solarize, flip, normalise.
 
 Draws are made on the CPU for the whole global batch, each from its own `generator(seed, purpose, step, micro_step,
 view)`, and every process takes its rows. Which images an operation touches is thus known without asking the device, and
-rows are selected instead of computing every operation for every image.
+rows are selected instead of computing every operation for every image. What the device has to be told of all views
+goes there at once.
 
 Images are float (B, 3, S, S) in [0, 1] between the operations; `rows` are positions in the batch.
 """
@@ -15,12 +16,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..draws import generator
+from ..transfer import send
 
 CROP_ATTEMPTS = 10
 """Boxes drawn per image before falling back to a centre crop, as in torchvision's RandomResizedCrop."""
@@ -124,7 +127,7 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     is separable, so each image takes two matrix products. A box whose left exceeds its right gives the mirror image.
     """
     batch, channels, height, width = images.shape
-    left, top, right, bottom = boxes.to(images.device).unbind(1)
+    left, top, right, bottom = boxes.unbind(1)
     across = _triangle_filter(left, right, width, size).div_(255)
     down = _triangle_filter(top, bottom, height, size)
     lines = images.reshape(batch, channels * height, width).to(across.dtype) @ across.transpose(1, 2)
@@ -213,56 +216,65 @@ def rotate_and_shear(images: Tensor, angle: Tensor, shear: Tensor) -> Tensor:
     cos, sin, slant = angle.cos(), angle.sin(), shear.tan()
     zero = torch.zeros_like(cos)
     matrix = torch.stack([cos, sin + cos * slant, zero, -sin, cos - sin * slant, zero], 1).view(-1, 2, 3)
-    grid = F.affine_grid(matrix.to(images.device, images.dtype), list(images.shape), align_corners=False)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 # Views
 
 
-def _change(images: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
-    """`images`, with `operation(images, *parameters)` where `chosen` (B, on the CPU). May write into `images`."""
+class _Change(NamedTuple):
+    """An operation on some rows, or on all where `rows` is None; its parameters hold an entry for each of them."""
+
+    operation: Callable[..., Tensor]
+    rows: Tensor | None
+    parameters: tuple[Tensor, ...]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """May write into `images`."""
+        if self.rows is None:
+            return self.operation(images, *self.parameters)
+        return images.index_copy_(0, self.rows, self.operation(images.index_select(0, self.rows), *self.parameters))
+
+
+def _change(chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> list[_Change]:
+    """`operation` where `chosen` (B,); none if it is nowhere. `parameters` are (B, ...)."""
     rows = chosen.nonzero()[:, 0]
-    if len(rows) == 0:
-        return images
-    if len(rows) < len(images):
-        parameters = tuple(parameter[rows] for parameter in parameters)
-    parameters = tuple(parameter.to(images.device, images.dtype) for parameter in parameters)
-    if len(rows) == len(images):
-        return operation(images, *parameters)
-    rows = rows.to(images.device)
-    return images.index_copy_(0, rows, operation(images.index_select(0, rows), *parameters))
+    if len(rows) == len(chosen):
+        return [_Change(operation, None, parameters)]
+    return [_Change(operation, rows, tuple(parameter[rows] for parameter in parameters))] if len(rows) else []
 
 
-def _jitter(images: Tensor, config: ViewConfig, draws: Tensor) -> Tensor:
+def _jitter(config: ViewConfig, draws: Tensor, gray: bool) -> list[_Change]:
     """The colour operations in an order drawn per image; `draws` (B, 9) uniform. Gray images have no colour to turn."""
     chosen, order, factors = draws[:, 0] < config.jitter, draws[:, 1:5].argsort(1), 2 * draws[:, 5:] - 1
     operations = (brightness, contrast, saturation, hue)
     strengths = (config.brightness, config.contrast, config.saturation, config.hue)
-    gray = images.shape[1] == 1
+    changes: list[_Change] = []
     for position in range(4):
         for number, (operation, strength) in enumerate(zip(operations, strengths, strict=True)):
             if strength == 0 or (gray and operation in (saturation, hue)):
                 continue
             amount = factors[:, number] * strength + (0 if operation is hue else 1)
             rows = chosen & (order[:, position] == number)
-            images = _change(images, rows, operation, amount[:, None, None, None])
-    return images
+            changes += _change(rows, operation, amount[:, None, None, None])
+    return changes
 
 
-def _augment(images: Tensor, config: ViewConfig, draws: dict[str, Tensor]) -> Tensor:
-    """Everything between the crop and the normalisation. `draws` hold the rows of these images."""
+def _changes(config: ViewConfig, draws: dict[str, Tensor], channels: int, size: int) -> list[_Change]:
+    """Everything between the crop and the normalisation, in order. `draws` hold the rows of these images."""
+    changes: list[_Change] = []
     if config.rotation or config.shear:
         limits = torch.tensor([math.radians(config.rotation), math.radians(config.shear)])
         angle, shear = ((2 * draws["rotate"] - 1) * limits).unbind(1)
-        images = _change(images, torch.ones(len(images), dtype=torch.bool), rotate_and_shear, angle, shear)
-    images = _jitter(images, config, draws["jitter"])
-    if images.shape[1] == 3:
-        images = _change(images, draws["grayscale"][:, 0] < config.grayscale, grayscale)
-    low, high = (sigma * images.shape[-1] / 224 for sigma in config.blur_sigma)
+        changes += _change(torch.ones(len(angle), dtype=torch.bool), rotate_and_shear, angle, shear)
+    changes += _jitter(config, draws["jitter"], gray=channels == 1)
+    if channels == 3:
+        changes += _change(draws["grayscale"][:, 0] < config.grayscale, grayscale)
+    low, high = (sigma * size / 224 for sigma in config.blur_sigma)
     sigma, radius = low + (high - low) * draws["blur"][:, 1], math.ceil(3 * high)
-    images = _change(images, draws["blur"][:, 0] < config.blur, partial(gaussian_blur, radius=radius), sigma)
-    return _change(images, draws["solarize"][:, 0] < config.solarize, solarize)
+    changes += _change(draws["blur"][:, 0] < config.blur, partial(gaussian_blur, radius=radius), sigma)
+    return changes + _change(draws["solarize"][:, 0] < config.solarize, solarize)
 
 
 def view_boxes(
@@ -307,7 +319,7 @@ def make_views(
     """
     count = len(batch["images"]) if "images" in batch else len(batch["crops"][0])
     rows, global_batch = rows or slice(0, count), global_batch or count
-    views = []
+    runs: list[_Run] = []
     for view, config in enumerate(configs):
         draws = {
             name: torch.rand(global_batch, width, generator=generator(seed, name, step, micro_step, view))[rows]
@@ -319,20 +331,50 @@ def make_views(
             draws["boxes"] = view_boxes(config, heights, widths, seed, step, micro_step, view, rows, global_batch)
         else:
             source = batch["crops"][view]
-        views.append(_make_view(source, config, config.size or size, draws, mean, std))
-    return views
+        runs += _runs(source, config, config.size or size, draws)
+    return _made(runs, mean, std)
 
 
-def _make_view(
-    source: Tensor, config: ViewConfig, size: int, draws: dict[str, Tensor], mean: Sequence[float], std: Sequence[float]
-) -> Tensor:
-    """One view of `source`, uint8 (B, C, H, W), or (B, C, size, size) where `draws` hold no boxes."""
-    mean_tensor, std_tensor = (torch.tensor(value, device=source.device).view(3, 1, 1) for value in (mean, std))
-    output = torch.empty(len(source), 3, size, size, device=source.device)
-    run = len(source) if source.is_cuda else max(16, CACHE_BYTES // (4 * source.shape[1] * size**2))
-    for start in range(0, len(source), run):
-        part = slice(start, start + run)
+class _Run(NamedTuple):
+    """Consecutive images of a view: cut `boxes` out of uint8 `source` (B, C, H, W), if given, change, normalise."""
+
+    source: Tensor
+    boxes: Tensor | None
+    changes: list[_Change]
+    output: Tensor  # (B, 3, S, S), a part of `view`
+    view: Tensor
+
+
+def _runs(source: Tensor, config: ViewConfig, size: int, draws: dict[str, Tensor]) -> list[_Run]:
+    """A view of `source` in runs, all at once on a device that has no cache to fill. `draws` without boxes: no crop."""
+    count, channels = source.shape[:2]
+    view = torch.empty(count, 3, size, size, device=source.device)
+    length = max(16, CACHE_BYTES // (4 * channels * size**2)) if source.device.type == "cpu" else count
+    runs = []
+    for part in (slice(start, start + length) for start in range(0, count, length)):
         mine = {name: values[part] for name, values in draws.items()}
-        images = crop_and_resize(source[part], mine["boxes"], size) if "boxes" in mine else source[part] / 255
-        torch.sub(_augment(images, config, mine), mean_tensor, out=output[part]).div_(std_tensor)
-    return output
+        changes = _changes(config, mine, channels, size)
+        runs.append(_Run(source[part], mine.get("boxes"), changes, view[part], view))
+    return runs
+
+
+def _made(runs: list[_Run], mean: Sequence[float], std: Sequence[float]) -> list[Tensor]:
+    """The views, on the device of their source."""
+    device = runs[0].source.device
+    told: list[Tensor] = [torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)]
+    for run in runs:
+        told += [tensor for tensor in (run.boxes, *_tensors(run.changes)) if tensor is not None]
+    arrived = iter(send(told, device))
+    mean_there, std_there = next(arrived), next(arrived)
+    for run in runs:
+        size = run.output.shape[-1]
+        images = run.source / 255 if run.boxes is None else crop_and_resize(run.source, next(arrived), size)
+        for operation, rows, parameters in run.changes:
+            there = None if rows is None else next(arrived)
+            images = _Change(operation, there, tuple(next(arrived) for _ in parameters))(images)
+        torch.sub(images, mean_there, out=run.output).div_(std_there)
+    return list({id(run.view): run.view for run in runs}.values())
+
+
+def _tensors(changes: list[_Change]) -> list[Tensor | None]:
+    return [tensor for change in changes for tensor in (change.rows, *change.parameters)]

@@ -148,9 +148,12 @@ def num_kept_tokens(num_patches: int, token_dropout: float) -> int:
 
 
 @torch.compiler.disable()
-def draw(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    """Uniform (rows, columns) on the generator's device. `torch.compile` cannot trace a generator."""
-    return torch.rand(rows, columns, generator=generator, device=generator.device)
+def draw(rows: int, columns: int, generator: torch.Generator, device: torch.device | str | None = None) -> torch.Tensor:
+    """Uniform (rows, columns), drawn where the generator is, on `device`. `torch.compile` cannot trace a generator."""
+    noise = torch.rand(rows, columns, generator=generator, device=generator.device)
+    if noise.device.type == "cpu" and torch.device(device or "cpu").type != "cpu":
+        return noise.pin_memory().to(device, non_blocking=True)  # the host need not wait for the device
+    return noise.to(device)
 
 
 def sample_kept_tokens(
@@ -172,7 +175,7 @@ def sample_kept_tokens(
     if generator is None:
         noise = torch.rand(batch_size, num_patches, device=device)
     else:
-        noise = draw(batch_size, num_patches, generator).to(device)
+        noise = draw(batch_size, num_patches, generator, device)
     order = noise.argsort(dim=1, stable=True)
     return order[:, :num_kept].sort(dim=1).values
 

@@ -303,6 +303,7 @@ class PretrainTrainer(Trainer):
             if self.args.should_save:
                 self._complete_checkpoint(folder)
                 remove_old(output, self.recipe.save_total_limit)
+        distributed.barrier()  # a process that ended first could have its launcher end the others while they save
 
     def _complete_checkpoint(self, folder: Path) -> None:
         if self.recipe.cost == "measured":

@@ -14,6 +14,7 @@ from functools import partial  # noqa: E402
 from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
+from transformers import TrainingArguments  # noqa: E402
 
 from hf_accel.assemble import (  # noqa: E402
     build_objective,
@@ -23,6 +24,7 @@ from hf_accel.assemble import (  # noqa: E402
     images_of,
     output_of,
     plan_of,
+    sole_launch,
     start,
 )
 from hf_accel.compression import cost_grid, cost_rows, measure_costs  # noqa: E402
@@ -86,7 +88,13 @@ def pretrain(recipe: Recipe) -> None:
     output = output_of(recipe)
     checkpoint = last_complete_checkpoint(output)
     arguments = start(recipe, resuming=checkpoint is not None)
-    hub = start_hub(recipe)
+    with sole_launch(output):
+        train(recipe, arguments, checkpoint)
+
+
+def train(recipe: Recipe, arguments: TrainingArguments, checkpoint: Path | None) -> None:
+    """Train from `checkpoint`, or from the start, and finish the run, unless it is stopped before."""
+    output, hub = Path(recipe.output_dir), start_hub(recipe)
     model = build_objective(recipe)
     units = partial(model.units_per_image, forward_cost=cost_function(recipe, arguments.device))
     controller = controller_of(recipe, units)

@@ -1,9 +1,11 @@
 """What a recipe names, built: images, objective, costs, and the arguments of the Trainer."""
 
+import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,12 +22,19 @@ from .compression.cost import TABLE_NAME, ForwardCost
 from .compression.online import LADDER_DROPOUTS, OnlineController, ladder_of
 from .compression.search import search_grid
 from .data import CorruptDataError, ImageSource, load_sources
-from .distributed import barrier, is_main, say, world_size
+from .distributed import barrier, broadcast_object, is_main, say, world_size
 from .engine import autocast_arguments, check_launch, on_cpu, set_deepspeed
 from .models import AccelViTModel
 from .objectives import OBJECTIVES, ObjectiveForPreTraining
 from .recipe import Recipe, RecipeError
 from .report import run_is_complete
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK_NAME = ".lock"
 
 # Keys that may change between an interrupted run and its continuation: none has a part in the result.
 FREE_KEYS = {
@@ -47,6 +56,27 @@ def output_of(recipe: Recipe) -> Path:
     except OSError as error:
         raise RecipeError(f"output_dir={recipe.output_dir!r}: nothing can be written there: {error}") from error
     return output
+
+
+@contextmanager
+def sole_launch(output: Path) -> Iterator[None]:
+    """Keep other launches out of `output`. The lock is the system's: it ends with the process, however that ends.
+
+    Every process must enter. Raises RecipeError if another launch is at work there.
+    """
+    with (output / LOCK_NAME).open("w") if is_main() else nullcontext() as file:
+        taken = False
+        if file and fcntl:
+            os.register_at_fork(after_in_child=file.close)  # else workers would hold it after the death of this process
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:  # others than this one: a file system without locks
+                taken = error.errno == errno.EWOULDBLOCK
+        if broadcast_object(taken):
+            raise RecipeError(
+                f"output_dir={str(output)!r}: another launch is at work there; wait for its end, or stop it"
+            )
+        yield
 
 
 def start(recipe: Recipe) -> TrainingArguments:

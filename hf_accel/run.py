@@ -14,6 +14,7 @@ from functools import partial  # noqa: E402
 from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
+from transformers import TrainingArguments  # noqa: E402
 
 from hf_accel.assemble import (  # noqa: E402
     build_objective,
@@ -23,6 +24,7 @@ from hf_accel.assemble import (  # noqa: E402
     images_of,
     output_of,
     plan_of,
+    sole_launch,
     start,
 )
 from hf_accel.checkpoints import WriteFailed, checkpoints, damage, writing  # noqa: E402
@@ -91,9 +93,14 @@ def pretrain(recipe: Recipe) -> None:
         return
     output = output_of(recipe)
     arguments = start(recipe)
-    checkpoint = checkpoint_to_resume(output)
+    with sole_launch(output):
+        train(recipe, arguments, checkpoint_to_resume(output))
+
+
+def train(recipe: Recipe, arguments: TrainingArguments, checkpoint: Path | None) -> None:
+    """Train from `checkpoint`, or from the start, and finish the run, unless it is stopped before."""
+    output, hub = Path(recipe.output_dir), start_hub(recipe)
     arguments.eval_on_start &= checkpoint is None
-    hub = start_hub(recipe)
     model = build_objective(recipe)
     units = partial(model.units_per_image, forward_cost=cost_function(recipe, arguments.device))
     controller = controller_of(recipe, units)

@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 import hf_accel.checkpoints
 import hf_accel.objectives.moco as moco
 import hf_accel.run as entry
-from hf_accel.assemble import cost_function
+from hf_accel.assemble import cost_function, sole_launch
 from hf_accel.compression import Compression, CostTable
 from hf_accel.recipe import Recipe
 from tests.tiny_runs import RECIPE, SIZE, STEPS, WEIGHTS, assert_same_weights, image_folder, launch, losses, read
@@ -326,6 +326,20 @@ def test_interrupted_by_hand_it_says_so_and_what_was_never_begun_can_be_changed(
             SystemExit, match=r"seed=1: .* holds a run with seed=0, of which no checkpoint .* remove this"
         ):
             launch(folder, tmp_path / "run", "budget=4096", "seed=1")
+
+
+def test_a_second_launch_in_the_same_folder_is_refused_while_the_first_is_at_work(folder, tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    with (
+        sole_launch(output),
+        pytest.raises(SystemExit, match=r"output_dir='.*run': another launch is at work there; wait for its end"),
+    ):
+        launch(folder, output)
+    assert not (output / "recipe.yaml").exists()
+    for _ in range(2):  # whatever became of the one before
+        with pytest.raises(SystemExit, match="only 120 images"):
+            launch(folder, output, "batch_size=128", "budget=4096")
 
 
 def test_fp16_on_a_cpu_is_refused(folder, tmp_path):

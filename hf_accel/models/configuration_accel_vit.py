@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig, strict  # pyright: ignore[reportPrivateImportUsage]
 
@@ -95,6 +96,8 @@ class AccelViTConfig(BackboneConfigMixin, PreTrainedConfig):  # pyright: ignore[
         self.set_output_features_output_indices(**stages)
         super().__post_init__(**kwargs)
         at_least_one = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}")
         for name in (*at_least_one, "patch_size", "num_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -144,12 +147,13 @@ class AccelViTConfig(BackboneConfigMixin, PreTrainedConfig):  # pyright: ignore[
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Every checkpoint passes here: it gets the model's code, by which it opens where this package is missing."""
-        code = Path(__file__).parent
-        # of a checkpoint's own code transformers copies as much as it needs: that of the configuration, at least
-        self.auto_map = {auto: name for auto, name in AUTO_MAP.items() if (code / f"{name.split('.')[0]}.py").is_file()}
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        for path in code.glob("*_accel_vit.py"):
-            shutil.copyfile(path, Path(save_directory) / path.name)
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in Path(__file__).parent.glob("*_accel_vit.py"):
+            shutil.copyfile(path, folder / path.name)
+        # of a checkpoint's own code, the configuration's may be all that is here; a model has copied its own by now
+        there = {path.stem for path in folder.glob("*_accel_vit.py")}
+        self.auto_map = {auto: name for auto, name in AUTO_MAP.items() if name.split(".")[0] in there}
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
 

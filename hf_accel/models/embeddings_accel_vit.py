@@ -100,7 +100,7 @@ class AccelViTEmbeddings(nn.Module):
         """(B, C, H, W) -> (B, num_prefix_tokens + L, hidden_size), or K for L if `kept_tokens` (B, K) are given."""
         patch_size = checked_patch_size(patch_size)
         weight = self.patch_embeddings.projection.weight
-        batch_size, _, height, width = pixel_values.shape
+        batch_size, (height, width) = pixel_values.shape[0], pixel_values.shape[-2:]
         positions = self.patch_positions(height // patch_size, width // patch_size, like=weight)
         if kept_tokens is not None:
             positions = positions[kept_tokens]

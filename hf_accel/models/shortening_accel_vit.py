@@ -4,6 +4,7 @@ Plain functions of shapes. Beyer et al., "FlexiViT" (arXiv 2212.08013), for kern
 "Accelerating Augmentation Invariance Pretraining" (arXiv 2410.22364), for token dropout.
 """
 
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from operator import index
@@ -32,9 +33,10 @@ def cached_table(shape: Callable[..., tuple[int, ...]]) -> Callable[[Callable[..
             with torch.inference_mode(False), torch.no_grad():
                 return compute(*numbers).to(device, dtype).contiguous()
 
-        # The Hub's copy of this file may be loaded beside the package's: each has operators of its own.
+        # The Hub's copy of this file may be loaded beside the package's: each has operators of its own. Its module is
+        # called after the folder, which may hold blanks and umlauts.
         operator = torch.library.custom_op(
-            f"{__name__.replace('.', '_')}::{compute.__name__}",
+            f"{re.sub(r'[^0-9A-Za-z_]', '_', __name__)}::{compute.__name__}",
             lambda numbers, device, dtype: cached(*numbers, device, dtype).clone(),
             mutates_args=(),
             schema="(SymInt[] numbers, Device device, ScalarType dtype) -> Tensor",

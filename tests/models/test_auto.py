@@ -1,6 +1,8 @@
 """Saving, loading, the Auto classes, and the files as the Hub's remote code."""
 
+import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -200,11 +202,25 @@ def test_remote_code_beside_the_package(tmp_path: Path, monkeypatch: pytest.Monk
 
     loaded = remote("AccelViTModel", tmp_path / "repo")
     assert torch.equal(features(loaded), features(model))
-    loaded.save_pretrained(tmp_path / "again")
-    files = [{path.name for path in (tmp_path / name).iterdir()} for name in ("repo", "again")]
+    loaded.save_pretrained(tmp_path / "saved again, ä")
+    files = [{path.name for path in (tmp_path / name).iterdir()} for name in ("repo", "saved again, ä")]
     assert files[0] == files[1]
-    assert torch.equal(features(remote("AccelViTModel", tmp_path / "again")), features(model))
-    assert torch.equal(features(AutoModel.from_pretrained(tmp_path / "again")), features(model))
+    assert torch.equal(features(remote("AccelViTModel", tmp_path / "saved again, ä")), features(model))
+    assert torch.equal(features(AutoModel.from_pretrained(tmp_path / "saved again, ä")), features(model))
+
+
+def test_what_a_configuration_of_a_checkpoints_own_saves_opens_again(tmp_path: Path) -> None:
+    """Beside a model's code it names the models, too, though its own copy lies in a folder by itself."""
+    source = Path(hf_accel.__file__).parent / "models" / "configuration_accel_vit.py"
+    (tmp_path / "cache").mkdir()
+    spec = importlib.util.spec_from_file_location("alone", shutil.copy(source, tmp_path / "cache"))
+    assert spec is not None and spec.loader is not None
+    alone = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(alone)
+    AccelViTModel(config()).save_pretrained(tmp_path / "model")
+    for name, expected in (("model", alone.AUTO_MAP.keys()), ("configuration", {"AutoConfig"})):
+        alone.AccelViTConfig().save_pretrained(tmp_path / name)
+        assert json.loads((tmp_path / name / "config.json").read_text())["auto_map"].keys() == expected
 
 
 def test_import_is_silent_and_registers() -> None:

@@ -16,6 +16,7 @@ from hf_accel import PRESETS, AccelViTConfig, AccelViTModel
         ({"hidden_size": 20, "num_attention_heads": 3}, "hidden_size 20 must be a multiple of num_attention_heads 3"),
         ({"image_size": 100, "patch_size": 16}, "image_size 100 must be a multiple of patch_size 16"),
         ({"patch_size": 0}, "patch_size must be at least 1, got 0"),
+        ({"hidden_act": "gelo"}, "hidden_act must be one of .*gelu.*, got 'gelo'"),
         ({"use_cls_token": False}, "pooling='cls' needs use_cls_token=True.*pooling='mean'"),
         ({"num_register_tokens": -1}, "num_register_tokens must be 0 or more, got -1"),
         (

@@ -242,6 +242,8 @@ def test_wrong_pixel_values_are_named() -> None:
         ValueError, match=r"pixel_values must be \(batch_size, 3, height, width\), got \(2, 1, 32, 32\)"
     ):
         model(torch.randn(2, 1, 32, 32))
+    with pytest.raises(ValueError, match=r"pixel_values must be .*, got \(3, 32, 32\)"):
+        model(torch.randn(3, 32, 32))
     for patch_size in (0, -8, 8.0, True):
         with pytest.raises(ValueError, match=f"patch_size must be .*got {patch_size}"):
             model(torch.randn(2, 3, 32, 32), patch_size=patch_size)

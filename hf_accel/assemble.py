@@ -32,7 +32,7 @@ from .trainer import last_complete_checkpoint
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # pyright: ignore[reportAssignmentType]
 
 LOCK_NAME = ".lock"
 

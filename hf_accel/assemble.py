@@ -32,7 +32,7 @@ from .report import run_is_complete
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # pyright: ignore[reportAssignmentType]
 
 LOCK_NAME = ".lock"
 

@@ -53,8 +53,8 @@ with torch.no_grad():
     results["encoder, loaded at patch 16"] = model(**pixels).pooler_output[0].tolist()
     classifier = AutoModelForImageClassification.from_pretrained(f"{folder}/classifier", **trust)
     results["classifier"] = classifier(**pixels).logits[0].tolist()
-    classifier.save_pretrained(f"{folder}/again in {sys.argv[2]}")
-    again = AutoModelForImageClassification.from_pretrained(f"{folder}/again in {sys.argv[2]}", **trust)
+    classifier.save_pretrained(f"{folder}/again_{sys.argv[2]}")
+    again = AutoModelForImageClassification.from_pretrained(f"{folder}/again_{sys.argv[2]}", **trust)
     results["classifier, saved again"] = again(**pixels).logits[0].tolist()
     classify = pipeline("image-classification", f"{folder}/classifier", **trust)
     scores = {entry["label"]: entry["score"] for entry in classify(image)}

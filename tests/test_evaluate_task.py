@@ -115,7 +115,7 @@ def test_the_same_command_goes_on_where_it_stopped(whole, folder, tmp_path, monk
         return probe(*args)
 
     monkeypatch.setattr(evaluate_task, "linear_probe", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="Interrupted"):
         launch(folder, output, *overrides)
     assert [entry["seeds"] for entry in entries(output)] == [[None], [0]]
     launch(folder, output, *overrides)

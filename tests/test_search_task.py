@@ -126,7 +126,7 @@ def test_a_killed_search_continues_and_finds_the_same(found, pilot, folder, tmp_
 
     monkeypatch.setattr(hf_accel.pilot, "errors_at", errors_at)
     monkeypatch.setattr(hf_accel.pilot, "write_search_report", lambda *_: None)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="Interrupted"):
         launch(folder, tmp_path / "run", *SEARCH, f"pilot={pilot}")
     assert len(rows_of(tmp_path / "run")) == len(GRID) and not (tmp_path / "run" / "schedule.yaml").exists()
     output = launch(folder, tmp_path / "run", *SEARCH, f"pilot={pilot}", "search_memory=1.0")  # as after running out

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..draws import generator
-from .sources import Bad, CorruptImage, ImageSource, image_tensor, upright_size
+from .decoding import image_tensor, upright_size
+from .sources import Bad, CorruptImage, ImageSource
 from .views import ViewConfig, view_boxes
 
 if TYPE_CHECKING:

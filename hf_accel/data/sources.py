@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ..draws import generator
 from .bundled import MNIST_MEAN, MNIST_STD, digits
+from .decoding import image_tensor, upright_rgb, upright_size
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -112,7 +112,7 @@ class ImageSource:
         try:
             if shrink >= 2:
                 image.draft("RGB", (int(image.width / shrink), int(image.height / shrink)))
-            return _upright_rgb(image)
+            return upright_rgb(image)
         except Exception as error:
             raise CorruptImage(index, image.info.get("name", ""), error) from error
 
@@ -199,30 +199,6 @@ class ImageSource:
             pixels = pixels[kept]
             self.labels = self.labels[kept] if self.labels is not None else None
         self.pixels, self._table = pixels, None
-
-
-def image_tensor(image: Image) -> Tensor:
-    """uint8 (3, H, W) of an RGB image."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a copy: what Pillow gives is read-only
-
-
-def upright_size(image: Image) -> tuple[int, int]:
-    """(width, height) after the EXIF orientation, from the header."""
-    turned = False
-    with contextlib.suppress(Exception):  # broken metadata beside a good image
-        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
-    return (image.height, image.width) if turned else (image.width, image.height)
-
-
-def _upright_rgb(image: Image) -> Image:
-    image.load()
-    with contextlib.suppress(Exception):  # broken metadata beside a good image
-        PIL.ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16 bits; Pillow would clip them at 255
-        image = PIL.Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if "transparency" in image.info:  # Pillow asks for this step
-        image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def load_sources(

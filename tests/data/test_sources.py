@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hf_accel.data import sources
+from hf_accel.data.decoding import upright_size
 from hf_accel.data.sources import CorruptDataError, CorruptImage
 
 load_sources: Any = sources.load_sources  # tests know which of its values are None
@@ -330,7 +331,9 @@ def test_modes_and_orientation(tmp_path):
     np.testing.assert_array_equal(np.asarray(images[4]), gray)
     turned = np.rot90(np.asarray(base).astype(int), k=-1)
     assert np.abs(np.asarray(images[6]) - turned).mean() < 4
-    assert sources.upright_size(train.open(6)) == (16, 24)
+    assert upright_size(train.open(6)) == (16, 24)
+    with pytest.raises(CorruptImage, match="floating-point"):
+        train.decode(0, PIL.Image.fromarray(np.zeros((4, 4), np.float32)))
 
 
 def test_few_corrupt_images_are_skipped_and_named_once(tmp_path, caplog):

@@ -1,7 +1,8 @@
 #!/bin/bash
-# A run on several machines under Slurm that survives preemption: Slurm sends SIGTERM some minutes before the end, the run
-# writes a checkpoint and stops, the job queues itself again, and the same command resumes.
+# A run on several machines under Slurm. Warned (SIGTERM) of its time limit or of preemption, it writes a checkpoint and
+# stops, the job queues itself again, and the same command resumes. In the repository's root, `accelerate` on the PATH:
 #   sbatch --nodes 4 accelerate_configs/slurm.sh recipes/imagenet1k/moco_vit_b16.yaml [key=value ...]
+# `scancel --batch --signal=TERM JOB` warns it by hand; `scancel JOB` ends it for good.
 #SBATCH --job-name=hf_accel
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=1
@@ -11,24 +12,40 @@
 #SBATCH --signal=B:TERM@300
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
+# shellcheck disable=SC2016,SC2317 # variables in single quotes are the tasks'; functions are called by `trap`
 set -u
 gpus_per_node=${SLURM_GPUS_ON_NODE:-8}
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((10000 + SLURM_JOB_ID % 20000)) # jobs may share machines
+# Seconds in which the run must have saved, within those of --signal: torch's launcher would kill it after 30
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
 
-srun --kill-on-bad-exit=1 bash -c '
-    exec accelerate launch --config_file accelerate_configs/multi_node_ddp.yaml \
-        --num_machines "$SLURM_NNODES" --num_processes "$1" --machine_rank "$SLURM_NODEID" --main_process_ip "$2" \
-        hf_accel/run.py "${@:3}"
-' run $((SLURM_NNODES * gpus_per_node)) "$head_node" "$@" &
-steps=$!
-
-requeue() {
-    echo "preempted or out of time: saving, then queueing again"
-    scancel --signal=TERM "$SLURM_JOB_ID" # to the steps; the batch script itself has had its own
-    wait "$steps"
-    scontrol requeue "$SLURM_JOB_ID"
-    exit 0
+still_runs() { # and `scontrol show job` has what matches $1
+    [[ $(scontrol show job "$SLURM_JOB_ID") =~ JobState=(RUNNING|SIGNALING).*$1 ]]
 }
-trap requeue TERM
 
+again='PreemptTime=[0-9]' # preempted with a grace time: Slurm tells the steps, but not this script
+warned() {
+    trap '' TERM
+    still_runs '' || return # no warning, then: Slurm is ending the job and has told the steps itself
+    echo "warned: saving, then queueing again"
+    again=''
+    scancel --signal=TERM "$SLURM_JOB_ID" # the steps only
+}
+trap warned TERM
+
+# From Slurm 22.05 on, srun does not take the number of CPUs from sbatch
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
+    exec accelerate launch --config_file accelerate_configs/multi_node_ddp.yaml \
+        --num_machines "$SLURM_NNODES" --num_processes "$1" --machine_rank "$SLURM_NODEID" \
+        --main_process_ip "$2" --main_process_port "$3" hf_accel/run.py "${@:4}"
+' run $((SLURM_NNODES * gpus_per_node)) "$head_node" "$port" "$@" &
+steps=$!
+wait "$steps" # until the steps end, or a warning comes
 wait "$steps"
+code=$?
+
+if ((code)) && still_runs "$again"; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

@@ -294,6 +294,7 @@ class PretrainTrainer(Trainer):
                 shutil.copytree(folder, kept, dirs_exist_ok=True)
                 write_json(kept / RUN_STATE_NAME, state)
             write_json(folder / RUN_STATE_NAME, state)
+        distributed.barrier()  # a process that ended first could have its launcher end the others while they save
 
     def keep_start(self) -> None:
         """Keep the model as it was initialised: there is no optimizer state yet."""

@@ -66,6 +66,19 @@ def test_pretrain(whole):
         assert {path.parent.name for path in whole.rglob(name)} == {"checkpoint-6", "checkpoint-8", "final"}
 
 
+def test_no_process_goes_on_before_a_checkpoint_is_complete(folder, tmp_path, monkeypatch):
+    events, write_json = [], hf_accel.trainer.write_json
+
+    def noted(path, state):
+        events.append(path.name)
+        write_json(path, state)
+
+    monkeypatch.setattr(hf_accel.trainer, "write_json", noted)
+    monkeypatch.setattr(hf_accel.trainer.distributed, "barrier", lambda: events.append("barrier"))
+    launch(folder, tmp_path / "run", "eval_points=[]")
+    assert events == ["barrier", "run_state.json", "barrier"] * (STEPS // 2)
+
+
 def test_cost(tmp_path, capsys):
     output = launch("bundled", tmp_path / "cost", "task=cost")
     rows = read(output / "cost.json")["rows"]

@@ -4,6 +4,9 @@ Training order and draws are pure functions of (seed, epoch) and (seed, step, mi
 any step without replaying the ones before, and the number of workers changes nothing.
 """
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -222,6 +225,7 @@ class ReportingLoader(DataLoader):
             dataset,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            worker_init_fn=_outlive_sigterm,
             collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
             generator=generator(seed, "workers"),  # else iterating advances the global generator
             **options,
@@ -232,6 +236,21 @@ class ReportingLoader(DataLoader):
         for batch in super().__iter__():
             self.source.report(batch["bad"])
             yield batch
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """Heed no SIGTERM but the parent's: queues and launchers send it to all processes of a run, whose last step before
+    the checkpoint needs the workers. Where there is no `sigwaitinfo`, they end as they would without this."""
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def heed_parent():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=heed_parent, daemon=True).start()
 
 
 def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
 import logging
+import multiprocessing
+import signal
+import subprocess
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -199,6 +202,22 @@ def test_workers_change_nothing(tmp_path):
     assert len(alone) == len(helped) == 12 and any(batch["bad"] for batch in alone)
     for one, other in zip(alone, helped, strict=True):
         assert_same(one, other)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system has no sigwaitinfo")
+def test_workers_end_by_their_parents_sigterm_only(tmp_path):
+    source, before = folder(tmp_path / "set", 40), set(multiprocessing.active_children())
+    batches = train_loader(source, TrainSampler(40, 2, last_step=20), MOCO, view_size, num_workers=2)
+    rest = iter(batches)
+    seen = [next(rest), next(rest)]  # one by each worker: both have begun
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)], check=True)
+    assert len([*seen, *rest]) == 20 and all(worker.is_alive() for worker in workers)
+    for worker in workers:
+        worker.terminate()
+        worker.join(60)
+        assert worker.exitcode == 0
 
 
 def test_two_processes_see_what_one_sees(tmp_path):

@@ -1,6 +1,6 @@
 #!/bin/bash
 # A run on several machines under Slurm. Warned (SIGTERM) of its time limit or of preemption, it writes a checkpoint and
-# stops, the job queues itself again, and the same command resumes. From the repository's root, `accelerate` on the PATH:
+# stops, the job queues itself again, and the same command resumes. In the repository's root, `accelerate` on the PATH:
 #   sbatch --nodes 4 accelerate_configs/slurm.sh recipes/imagenet1k/moco_vit_b16.yaml [key=value ...]
 # `scancel --batch --signal=TERM JOB` warns it by hand; `scancel JOB` ends it for good.
 #SBATCH --job-name=hf_accel
@@ -20,20 +20,21 @@ port=$((10000 + SLURM_JOB_ID % 20000)) # jobs may share machines
 # Seconds in which the run must have saved, within those of --signal: torch's launcher would kill it after 30
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
 
-runs() { # whether Slurm does not end the job already, and shows $1 of it
+still_runs() { # and `scontrol show job` has what matches $1
     [[ $(scontrol show job "$SLURM_JOB_ID") =~ JobState=(RUNNING|SIGNALING).*$1 ]]
 }
 
-again='PreemptTime=[0-9]' # shown where preemption leaves a grace time: it tells the steps, but not this script
+again='PreemptTime=[0-9]' # preempted with a grace time: Slurm tells the steps, but not this script
 warned() {
     trap '' TERM
-    runs '' || return # it was no warning: Slurm ends the job and has told the steps itself
+    still_runs '' || return # no warning, then: Slurm is ending the job and has told the steps itself
     echo "warned: saving, then queueing again"
     again=''
-    scancel --signal=TERM "$SLURM_JOB_ID" # only to the steps
+    scancel --signal=TERM "$SLURM_JOB_ID" # the steps only
 }
 trap warned TERM
 
+# From Slurm 22.05 on, srun does not take the number of CPUs from sbatch
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
     exec accelerate launch --config_file accelerate_configs/multi_node_ddp.yaml \
         --num_machines "$SLURM_NNODES" --num_processes "$1" --machine_rank "$SLURM_NODEID" \
@@ -44,7 +45,7 @@ wait "$steps" # until the steps end, or a warning comes
 wait "$steps"
 code=$?
 
-if ((code)) && runs "$again"; then
+if ((code)) && still_runs "$again"; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -35,6 +36,8 @@ except ImportError:  # Windows
     fcntl = None  # pyright: ignore[reportAssignmentType]
 
 LOCK_NAME = ".lock"
+LOCK_PATIENCE = 15.0
+"""Seconds in which the processes of a launcher that was killed should have ended."""
 
 # Keys that may change between an interrupted run and its continuation: none has a part in the result.
 FREE_KEYS = {
@@ -62,21 +65,30 @@ def output_of(recipe: Recipe) -> Path:
 def sole_launch(output: Path) -> Iterator[None]:
     """Keep other launches out of `output`. The lock is the system's: it ends with the process, however that ends.
 
-    Every process must enter. Raises RecipeError if another launch is at work there.
+    Every process must enter. Raises RecipeError if another launch is still at work there after LOCK_PATIENCE seconds.
     """
     with (output / LOCK_NAME).open("w") if is_main() else nullcontext() as file:
-        taken = False
-        if file and fcntl:
-            os.register_at_fork(after_in_child=file.close)  # else workers would hold it after the death of this process
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:  # others than this one: a file system without locks
-                taken = error.errno == errno.EWOULDBLOCK
+        taken = bool(file and fcntl) and not _locked(file, time.monotonic() + LOCK_PATIENCE)
         if broadcast_object(taken):
             raise RecipeError(
                 f"output_dir={str(output)!r}: another launch is at work there; wait for its end, or stop it"
             )
         yield
+
+
+def _locked(file: Any, until: float) -> bool:
+    """Whether the lock is ours. False if it is another's until then."""
+    os.register_at_fork(after_in_child=file.close)  # else workers would hold it after the death of this process
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno != errno.EWOULDBLOCK:  # a file system without locks
+                return True
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.2)
 
 
 def start(recipe: Recipe) -> TrainingArguments:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch._dynamo.utils import counters
 import hf_accel.checkpoints
 import hf_accel.objectives.moco as moco
 import hf_accel.run as entry
-from hf_accel.assemble import cost_function, sole_launch
+from hf_accel.assemble import sole_launch
 from hf_accel.compression import Compression, CostTable
 from hf_accel.recipe import Recipe
 from tests.tiny_runs import RECIPE, SIZE, STEPS, WEIGHTS, assert_same_weights, image_folder, launch, losses, read
@@ -70,14 +71,14 @@ def test_pretrain(whole):
 
 
 def test_no_process_goes_on_before_a_checkpoint_is_complete(folder, tmp_path, monkeypatch):
-    events, write_json = [], hf_accel.trainer.write_json
+    events, write_json = [], hf_accel.checkpoints.write_json
 
     def noted(path, state):
         events.append(path.name)
         write_json(path, state)
 
-    monkeypatch.setattr(hf_accel.trainer, "write_json", noted)
-    monkeypatch.setattr(hf_accel.trainer.distributed, "barrier", lambda: events.append("barrier"))
+    monkeypatch.setattr(hf_accel.checkpoints, "write_json", noted)
+    monkeypatch.setattr("hf_accel.distributed.barrier", lambda: events.append("barrier"))
     launch(folder, tmp_path / "run", "eval_points=[]")
     assert events == ["barrier", "run_state.json", "barrier"] * (STEPS // 2)
 
@@ -93,20 +94,12 @@ def test_cost(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("no", None), ("bf16", torch.bfloat16)])
-def test_costs_are_measured_in_the_runs_own_precision(precision, dtype, tmp_path, monkeypatch):
-    recipe = Recipe(**RECIPE, output_dir=str(tmp_path), cost="measured", mixed_precision=precision)
+def test_costs_are_reported_in_the_runs_own_precision(precision, dtype, tmp_path, monkeypatch):
     asked = []
-
-    def measured(config, compressions, device, **options):
-        asked.append(options)
-        return CostTable({Compression(4): 1.0}, "cpu")
-
-    monkeypatch.setattr("hf_accel.assemble.measure_costs", measured)
     monkeypatch.setattr(entry, "measure_costs", lambda *_, **options: asked.append(options) or sys.exit("enough"))
-    cost_function(recipe, torch.device("cpu"))
     with pytest.raises(SystemExit, match="enough"):
-        entry.cost_report(recipe)
-    assert asked == [{"dtype": dtype}] * 2
+        entry.cost_report(Recipe(**RECIPE, output_dir=str(tmp_path), mixed_precision=precision))
+    assert asked == [{"dtype": dtype}]
 
 
 def test_a_schedule_file_that_changed_is_not_continued_with(folder, tmp_path, monkeypatch):
@@ -328,9 +321,16 @@ def test_interrupted_by_hand_it_says_so_and_what_was_never_begun_can_be_changed(
             launch(folder, tmp_path / "run", "budget=4096", "seed=1")
 
 
-def test_a_second_launch_in_the_same_folder_is_refused_while_the_first_is_at_work(folder, tmp_path):
+def test_a_second_launch_in_the_same_folder_is_refused_while_the_first_is_at_work(folder, tmp_path, monkeypatch):
     output = tmp_path / "run"
     output.mkdir()
+    holder = ExitStack()
+    holder.enter_context(sole_launch(output))
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_accel.assemble.time.sleep", lambda seconds: holder.close())
+        with pytest.raises(SystemExit, match="only 120 images"):  # the one before was about to end
+            launch(folder, output, "batch_size=128", "budget=4096")
+    monkeypatch.setattr("hf_accel.assemble.LOCK_PATIENCE", 0.1)
     with (
         sole_launch(output),
         pytest.raises(SystemExit, match=r"output_dir='.*run': another launch is at work there; wait for its end"),

@@ -123,8 +123,7 @@ def train(recipe: Recipe, arguments: TrainingArguments, checkpoint: Path | None)
     if trainer.state.global_step < plan.num_steps:
         say(f"Stopped at step {trainer.state.global_step} of {plan.num_steps}; the same command resumes.")
     else:
-        with writing(output, AGAIN):
-            finish(trainer, recipe, source, validation)
+        finish(trainer, recipe, source, validation)
     trainer.end()
     if recipe.push_to_hub and run_is_complete(output):
         publish(recipe, hub)
@@ -151,8 +150,6 @@ def finish(trainer: PretrainTrainer, recipe: Recipe, source: ImageSource, valida
     if not is_main():
         return
     output = Path(recipe.output_dir)
-    encoder.save_pretrained(output / "final")
-    image_processor(source, recipe.image_size).save_pretrained(output / "final")
     results: dict[str, Any] = {
         **so_far,
         "knn_top1_raw_pixels": raw and raw["top1"],
@@ -160,7 +157,22 @@ def finish(trainer: PretrainTrainer, recipe: Recipe, source: ImageSource, valida
         "data": describe_data(recipe, source, validation),
         "environment": environment(),
     }
-    baselines = {"raw pixels": raw["top1"]} if raw else {}
+    with writing(output, AGAIN):
+        encoder.save_pretrained(output / "final")
+        image_processor(source, recipe.image_size).save_pretrained(output / "final")
+        write_results(recipe, results, history)
+    if results["knn_top1"] is not None:
+        start = results["knn_top1_random_init"]
+        start = "" if start is None else f" (random initialisation {start:.2%})"
+        say(f"kNN accuracy {results['knn_top1']:.2%}{start}; results in {output}")
+    else:
+        say(f"Results in {output}; no accuracy, for lack of labels or of images kept for it")
+
+
+def write_results(recipe: Recipe, results: dict[str, Any], history: list[dict[str, Any]]) -> None:
+    """Beside the encoder in `final/`, which is written: figures, card, log and, last, `results.json`."""
+    output, raw = Path(recipe.output_dir), results["knn_top1_raw_pixels"]
+    baselines = {} if raw is None else {"raw pixels": raw}
     if results["knn_top1_random_init"] is not None:
         baselines["random init"] = results["knn_top1_random_init"]
     title = f"{recipe.objective} on {results['data']['name']}"
@@ -170,12 +182,6 @@ def finish(trainer: PretrainTrainer, recipe: Recipe, source: ImageSource, valida
     results |= {"evaluations": earlier} if earlier else {}
     complete_final(recipe, results)
     write_json(output / "results.json", results)
-    if results["knn_top1"] is not None:
-        start = results["knn_top1_random_init"]
-        start = "" if start is None else f" (random initialisation {start:.2%})"
-        say(f"kNN accuracy {results['knn_top1']:.2%}{start}; results in {output}")
-    else:
-        say(f"Results in {output}; no accuracy, for lack of labels or of images kept for it")
 
 
 def cost_report(recipe: Recipe) -> None:

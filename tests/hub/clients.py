@@ -56,7 +56,7 @@ def ended(process: subprocess.Popen, status: int = 0) -> str:
     return text
 
 
-def launch(url: str, data: Path, output: Path, *overrides: str, status: int = 0, **changes: str) -> str:
+def launch(url: str, data: Path, output: Path, *overrides: str, status: int = 0, **changes: Any) -> str:
     return ended(start(url, data, output, *overrides, **changes), status)
 
 

@@ -68,7 +68,8 @@ class WatchedTrainer(PretrainTrainer):
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         watched, self.watch.on = self.watch.on, False
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        self.watch.on = watched  # the loader and callbacks, until the next step begins
+        # the loader and callbacks, until the next step begins
+        self.watch.on = watched and self.state.global_step < self.state.max_steps
 
 
 class SyncDebug:

@@ -192,8 +192,10 @@ def autocast(operator: Any, dtype: Callable[[], torch.dtype]) -> Callable[..., A
         wrong = isinstance(leaf, PretendTensor) and leaf.is_floating_point() and leaf.dtype != dtype()
         return leaf.to(dtype()) if wrong else leaf
 
+    keys: Any = torch._C.DispatchKey
+
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(keys.AutocastPrivateUse1)):
             return operator(*tree_map(cast, args), **tree_map(cast, kwargs))
 
     return run

@@ -114,7 +114,8 @@ def train(name: str, device: torch.device | None, folder: str) -> dict[str, Any]
         trainer.watch = watch
         trainer.train()
         watch.on = False
-    assert all(group["fused"] for group in trainer.optimizer.param_groups)
+    optimizer: Any = trainer.optimizer
+    assert all(group["fused"] for group in optimizer.param_groups)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"losses": losses, "waits": watch.waits, "watched": watch.steps, "copies": watch.copies}
 

@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # argparse itself takes no choices for a list that may be empty
     parser.add_argument("parts", nargs="*", help=f"of {' '.join(PARTS)} (default all, in this order)")
     parser.add_argument("--toy", action="store_true", help="tiny sizes on a CPU, to try the commands themselves")
-    args: argparse.Namespace = parser.parse_args(arguments)
+    args: argparse.Namespace = parser.parse_intermixed_args(arguments)
     unknown = [name for name in args.parts if name not in PARTS]
     if unknown:
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")

@@ -106,8 +106,8 @@ def assert_trained_alike(run: Path, expected: Path, loss: float = 1e-4, weights:
     assert got.keys() == wanted.keys()
     for name, value in wanted.items():
         if not name.endswith(NO_GRADIENT):
-            close = {"rtol": weights, "atol": weights / 20}
-            torch.testing.assert_close(got[name], value, **close, msg=lambda text, n=name: f"{n}: {text}")
+            told: Any = {"msg": lambda text, n=name: f"{n}: {text}"}
+            torch.testing.assert_close(got[name], value, rtol=weights, atol=weights / 20, **told)
 
 
 def assert_opens(run: Path) -> None:

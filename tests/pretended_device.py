@@ -14,7 +14,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 aten: Any = torch.ops.aten
 
@@ -31,8 +30,26 @@ RAISED = ("layer_norm", "softmax.int", "log_softmax.int", "cross_entropy_loss", 
 """What autocast computes in its own precision, and in fp32: of CUDA's lists what a training step here calls."""
 
 
-class PretendModule(_DummyBackendModule):
+class PretendModule:
     """What `torch.pretend` is."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return 1
+
+    def current_device(self) -> int:
+        return 0
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        """The CPU's generator, which draws here, has been seeded with it."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
@@ -175,8 +192,10 @@ def autocast(operator: Any, dtype: Callable[[], torch.dtype]) -> Callable[..., A
         wrong = isinstance(leaf, PretendTensor) and leaf.is_floating_point() and leaf.dtype != dtype()
         return leaf.to(dtype()) if wrong else leaf
 
+    keys: Any = torch._C.DispatchKey
+
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(keys.AutocastPrivateUse1)):
             return operator(*tree_map(cast, args), **tree_map(cast, kwargs))
 
     return run
@@ -185,7 +204,9 @@ def autocast(operator: Any, dtype: Callable[[], torch.dtype]) -> Callable[..., A
 def register() -> torch.device:
     """Make "pretend:0" a device of this process, with autocast; for good."""
     global DEVICE
-    _setup_privateuseone_for_python_backend("pretend", backend_module=PretendModule())
+    from torch.utils import backend_registration  # here alone: what is taken of it is experimental
+
+    backend_registration._setup_privateuseone_for_python_backend("pretend", backend_module=PretendModule())
     DEVICE = torch.device("pretend:0")
     rest = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
     rest.fallback(torch.library.fallthrough_kernel)

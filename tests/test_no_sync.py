@@ -68,7 +68,8 @@ class WatchedTrainer(PretrainTrainer):
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         watched, self.watch.on = self.watch.on, False
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        self.watch.on = watched  # the loader and callbacks, until the next step begins
+        # the loader and callbacks, until the next step begins
+        self.watch.on = watched and self.state.global_step < self.state.max_steps
 
 
 class SyncDebug:
@@ -113,7 +114,8 @@ def train(name: str, device: torch.device | None, folder: str) -> dict[str, Any]
         trainer.watch = watch
         trainer.train()
         watch.on = False
-    assert all(group["fused"] for group in trainer.optimizer.param_groups)
+    optimizer: Any = trainer.optimizer
+    assert all(group["fused"] for group in optimizer.param_groups)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"losses": losses, "waits": watch.waits, "watched": watch.steps, "copies": watch.copies}
 

@@ -25,7 +25,7 @@ quickstart: $(INSTALLED) ## pretrain a small ViT on bundled images, in minutes o
 	echo "encoder      $$out/final    (AutoModel.from_pretrained opens it after import hf_accel)"
 
 test: $(INSTALLED) ## the fast tests
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: $(INSTALLED) ## the slow tests: whole runs, several processes
 	$(BIN)/pytest -m slow -n 2 --dist loadfile

@@ -102,6 +102,7 @@ def test_costs_are_reported_in_the_runs_own_precision(precision, dtype, tmp_path
     assert asked == [{"dtype": dtype}]
 
 
+@pytest.mark.slow
 def test_a_schedule_file_that_changed_is_not_continued_with(folder, tmp_path, monkeypatch):
     path = tmp_path / "schedule.yaml"
     path.write_text("[{until: 0.5, patch_size: 8}, {until: 1.0}]")
@@ -301,6 +302,7 @@ def test_weights_that_are_not_finite_are_never_the_last_good_checkpoint(whole, f
     assert_same_weights(whole, output)
 
 
+@pytest.mark.slow
 def test_the_advice_after_a_divergence_can_be_followed_in_the_same_folder(folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         at_loss(patch, 6, lambda loss: loss * math.nan)

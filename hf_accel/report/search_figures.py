@@ -22,7 +22,7 @@ from ..progress import learning_rate_factor
 from .curves import BLUE, GRAY, ORANGE, STYLE
 from .error_table import ErrorTable, percent, short
 
-STAGE_COLORS = [BLUE, ORANGE, "#009E73", "#CC79A7", GRAY, "#E69F00", "#56B4E9"]  # Okabe and Ito's
+STAGE_COLORS = [BLUE, ORANGE, "#009E73", "#CC79A7", GRAY, "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
 STAGE_MARKERS = "osDPX^pv"
 DECADES = 5
 """How far a logarithmic axis reaches below its largest value."""

@@ -42,12 +42,12 @@ CAPTIONS = {
 }
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #111; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.45 system-ui, sans-serif; color: #111; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; break-after: avoid; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; } figcaption, .note { color: #444; font-size: 0.9em; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.2rem 0.6rem; text-align: right; border-bottom: 1px solid #ccc; white-space: nowrap; }
+th, td { padding: 0.2rem 0.4rem; text-align: right; border-bottom: 1px solid #ccc; white-space: nowrap; }
 th { white-space: normal; vertical-align: bottom; border-bottom: 2px solid #555; }
 tr.chosen td { font-weight: bold; background: #e3eef6; }
 tr.first td { border-top: 2px solid #999; } code { overflow-wrap: anywhere; } summary { cursor: pointer; }

@@ -64,7 +64,7 @@ def end_with_launcher() -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
-        os.kill(os.getpid(), number)
+        signal.pthread_kill(threading.main_thread().ident or 0, number)  # wakes it, whatever it waits for
 
     threading.Thread(target=watch, daemon=True).start()
 

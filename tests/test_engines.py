@@ -61,7 +61,7 @@ def test_two_processes_train_as_one(engine, objective, recipes, alone, tmp_path)
     assert_opens(run)
     if objective == "dino":  # the one with most state
         again = tmp_path / "again"
-        if engine in ("ddp", "zero3"):
+        if engine == "zero3":  # the one with most to save
             survive(engine, recipe, again)
         else:
             shutil.copytree(run, again, ignore=shutil.ignore_patterns("results.json", "final"))

@@ -36,7 +36,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 MORE: dict[str, dict[str, Any]] = {
     "moco": {"max_grad_norm": 1.0, "model_config": {"drop_path_rate": 0.1}},
     "simclr, bf16": {"objective": "simclr", "mixed_precision": "bf16", "augmentation": "digits"},
-    "moco, bf16": {"mixed_precision": "bf16", "objective_config": SYMMETRIC, "gradient_accumulation_steps": 2},
+    "moco, bf16": {
+        "mixed_precision": "bf16",
+        "objective_config": SYMMETRIC,
+        "gradient_accumulation_steps": 2,
+        "budget": 8 * 3 * 8,
+    },
     "moco, learned positions": {"model_config": {"position_embedding_type": "learned"}, "gradient_checkpointing": True},
     "moco, digits": {"augmentation": "digits", "view_resolution": "matched"},
     "simclr": {"objective": "simclr"},
@@ -152,7 +157,7 @@ def check(names: Iterable[str]) -> None:
 
 def compare(name: str, on_cpu: dict[str, Any], found: dict[str, Any], tolerance: float) -> None:
     got = found["losses"]
-    assert got == pytest.approx(on_cpu["losses"], rel=0.05 if "bf16" in name else tolerance) and len(got) > 3, name
+    assert got == pytest.approx(on_cpu["losses"], rel=0.15 if "bf16" in name else tolerance) and len(got) > 3, name
     assert found["watched"] >= 2, name
     assert 0 < found["copies"] <= COPIES * found["watched"], name
     assert found["waits"] == [], name

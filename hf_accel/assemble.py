@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 from transformers import TrainingArguments, set_seed
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from .checkpoints import last_complete_checkpoint
 from .compression import CostTable, Plan, Schedule, Strategy, forward_cost, measure_costs
@@ -68,7 +68,7 @@ def sole_launch(output: Path) -> Iterator[None]:
     Every process must enter. Raises RecipeError if another launch is still at work there after LOCK_PATIENCE seconds.
     """
     with (output / LOCK_NAME).open("w") if is_main() else nullcontext() as file:
-        taken = bool(file and fcntl) and not _locked(file, time.monotonic() + LOCK_PATIENCE)
+        taken = file is not None and not _locked(file, time.monotonic() + LOCK_PATIENCE)
         if broadcast_object(taken):
             raise RecipeError(
                 f"output_dir={str(output)!r}: another launch is at work there; wait for its end, or stop it"
@@ -77,7 +77,9 @@ def sole_launch(output: Path) -> Iterator[None]:
 
 
 def _locked(file: Any, until: float) -> bool:
-    """Whether the lock is ours. False if it is another's until then."""
+    """Whether the lock is ours, or the system has none. False if it is another's until then."""
+    if fcntl is None:
+        return True
     os.register_at_fork(after_in_child=file.close)  # else workers would hold it after the death of this process
     while True:
         try:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import pytest
@@ -34,7 +35,7 @@ def folder(tmp_path_factory) -> Path:
     return image_folder(tmp_path_factory.mktemp("images"))
 
 
-def at_loss(monkeypatch, number: int, act: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def at_loss(monkeypatch, number: int, act: Callable[[torch.Tensor], Any]) -> None:
     """From now on the loss of step `number`, counted from 1, and of those after it goes through `act`."""
     calls, true_loss = [0], moco.contrastive_loss
 

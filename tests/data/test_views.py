@@ -1,5 +1,6 @@
 import colorsys
 import math
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -311,7 +312,7 @@ def test_every_view_of_every_step_has_its_own_boxes():
 @pytest.mark.parametrize("augmentation", list(AUGMENTATIONS))
 def test_the_device_changes_nothing(augmentation, kind):
     images = random_images(32, 64, 64)
-    here = {"images": images[:, :1] if kind == "gray" else images}
+    here: dict[str, Any] = {"images": images[:, :1] if kind == "gray" else images}
     if kind == "crops":
         here = {"crops": [images[..., :48, :48], images[..., 16:, 16:]]}
     there = {key: [part.cuda() for part in value] if key == "crops" else value.cuda() for key, value in here.items()}

@@ -313,8 +313,11 @@ def test_the_advice_after_a_divergence_can_be_followed_in_the_same_folder(folder
 
 
 def test_interrupted_by_hand_it_says_so_and_what_was_never_begun_can_be_changed(folder, tmp_path, monkeypatch):
+    def interrupt(loss):  # not by a signal, which a shell may have its background jobs ignore
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        at_loss(patch, 1, lambda loss: signal.raise_signal(signal.SIGINT))
+        at_loss(patch, 1, interrupt)
         with pytest.raises(SystemExit, match=r"Interrupted\. The same command goes on"):
             launch(folder, tmp_path / "run")
     for _ in range(2):

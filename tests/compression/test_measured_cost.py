@@ -38,11 +38,20 @@ def test_a_compression_that_was_not_measured_is_named_with_the_way_out():
         table(Compression(8, 0.5))
 
 
-def test_costs_are_relative_to_the_base_and_fall_with_the_tokens():
-    table = measure_costs(CONFIG, [Compression(16), Compression(4, 0.9), Compression(16)], batch_size=16, repeats=5)
-    assert list(table.costs) == [BASE, Compression(16), Compression(4, 0.9)]
-    assert table(BASE) == 1 and table.device == "cpu"
-    assert 0 < table(Compression(16)) < 1 and 0 < table(Compression(4, 0.9)) < 1
+def test_costs_are_relative_to_the_base_and_those_of_the_tokens_that_a_forward_has(monkeypatch):
+    now, true_forward = [0.0], AccelViTModel.forward
+
+    def forward(self, *args):
+        output = true_forward(self, *args)
+        now[0] += output.last_hidden_state.shape[1]  # a second a token
+        return output
+
+    monkeypatch.setattr(AccelViTModel, "forward", forward)
+    monkeypatch.setattr(cost_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    table = measure_costs(CONFIG, [Compression(16), Compression(4, 0.9), Compression(16)], batch_size=2, repeats=2)
+    assert list(table.costs) == [BASE, Compression(16), Compression(4, 0.9)] and table.device == "cpu"
+    assert table(BASE) == 1
+    assert table(Compression(16)) == pytest.approx(5 / 65) and table(Compression(4, 0.9)) == pytest.approx(7 / 65)
 
 
 def test_the_median_of_the_rounds_after_the_warm_up_is_taken(monkeypatch):

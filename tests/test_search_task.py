@@ -95,6 +95,7 @@ def test_the_errors_are_those_at_the_checkpoint(found, pilot, folder):
             assert stage[strategy][name] == pytest.approx(getattr(error, name)), (strategy, name)
 
 
+@pytest.mark.slow
 def test_the_schedule_file_is_taken_by_a_recipe_in_one_line(found, folder, tmp_path):
     path = found / "schedule.yaml"
     written = yaml.safe_load(path.read_text())
@@ -139,6 +140,7 @@ def test_a_killed_search_continues_and_finds_the_same(found, pilot, folder, tmp_
         launch(folder, output, *SEARCH, f"pilot={pilot}", "search_draws=5")
 
 
+@pytest.mark.slow
 def test_only_rows_of_the_pilots_present_weights_are_taken_over(found, pilot, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hf_accel.pilot, "write_search_report", lambda *_: None)
     changed, run = tmp_path / "pilot", tmp_path / "run"

@@ -193,7 +193,9 @@ def test_images_without_labels_are_trained_on(tmp_path, capsys):
     assert f"Results in {output}; no accuracy" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("sizes", ["one size, in memory", "several sizes, from disk"])
+@pytest.mark.parametrize(
+    "sizes", [pytest.param("one size, in memory", marks=pytest.mark.slow), "several sizes, from disk"]
+)
 def test_one_corrupt_file_is_named_once_and_skipped(sizes, tmp_path, caplog):
     several = "several" in sizes
     images = image_folder(tmp_path / "images", side=lambda index: SIZE + several * (index % 3))

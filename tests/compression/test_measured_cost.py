@@ -1,6 +1,7 @@
 import itertools
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ def test_a_compression_that_was_not_measured_is_named_with_the_way_out():
 
 
 def test_costs_are_relative_to_the_base_and_those_of_the_tokens_that_a_forward_has(monkeypatch):
-    now, true_forward = [0.0], AccelViTModel.forward
+    now: list[float] = [0.0]
+    true_forward: Any = AccelViTModel.forward
 
     def forward(self, *args):
         output = true_forward(self, *args)

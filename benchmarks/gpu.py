@@ -18,12 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.options import parser_of
+from benchmarks.options import UNITS, parser_of
 
 RECIPE = "recipes/imagenet1k/moco_vit_b16.yaml"
-UNITS = 4
-"""Of an uncompressed MoCo-v3 step, an image."""
-
 STEP = ("benchmarks.step", "--precision", "bf16", "--fill", "--model")
 COST = ("benchmarks.cost", "--precision", "bf16", "--batch-size", "128", "--repeats", "10", "--model")
 SEARCH = ("benchmarks.search", "--precision", "bf16", "--batch-size", "256", "--draws", "16", "--dropouts", "10")

@@ -10,6 +10,9 @@ import torch
 from hf_accel.models import PRESETS
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+UNITS = 4
+"""Of an uncompressed MoCo-v3 step, an image."""
+
 SHARED = ("model", "image_size", "patch_size", "batch_size", "repeats", "precision", "threads", "clock")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import cost
-from benchmarks.options import add_shared_options, parse, parser_of, settings_of
+from benchmarks.options import UNITS, add_shared_options, parse, parser_of, settings_of
 from hf_accel.assemble import build_objective
 from hf_accel.compression import Compression, Strategy, forward_cost
 from hf_accel.compression.gradient_error import chunks, estimate_gradient_errors
@@ -28,9 +28,6 @@ from hf_accel.data import ImageSource
 from hf_accel.probe import GradientProbe
 from hf_accel.recipe import Recipe
 from hf_accel.report import environment, write_json
-
-UNITS = 4
-"""Of an uncompressed MoCo-v3 step, an image."""
 
 
 def seconds_per_unit(args: argparse.Namespace) -> float:

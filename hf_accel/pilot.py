@@ -25,7 +25,7 @@ from .evaluation import weights_digest
 from .objectives import ObjectiveForPreTraining
 from .probe import GradientProbe, adam_scale
 from .recipe import Recipe, RecipeError
-from .report import environment, write_search_report
+from .report import environment, write_search_report, write_text
 from .report.error_table import strategy_of
 from .trainer import KEPT_NAME, PretrainTrainer
 
@@ -50,7 +50,7 @@ def search(recipe: Recipe) -> None:
     output = output_of(recipe)
     arguments = start(recipe)
     if is_main():
-        (output / "recipe.yaml").write_text(recipe.to_yaml())
+        write_text(output / "recipe.yaml", recipe.to_yaml())
     objective = build_objective(recipe)
     forward_cost = cost_function(recipe, arguments.device)
     strategies = grid_of(recipe)

@@ -41,6 +41,7 @@ MORE: dict[str, dict[str, Any]] = {
         "objective_config": SYMMETRIC,
         "gradient_accumulation_steps": 2,
         "budget": 8 * 3 * 8,
+        "learning_rate": 1e-5,  # of micro-batches of four images, whose rounding longer steps would enlarge
     },
     "moco, learned positions": {"model_config": {"position_embedding_type": "learned"}, "gradient_checkpointing": True},
     "moco, digits": {"augmentation": "digits", "view_resolution": "matched"},
@@ -156,11 +157,8 @@ def check(names: Iterable[str]) -> None:
 
 
 def compare(name: str, on_cpu: dict[str, Any], found: dict[str, Any], tolerance: float) -> None:
-    got, wanted = found["losses"], on_cpu["losses"]
-    if "bf16" in name:  # whose rounding the steps enlarge
-        assert got[0] == pytest.approx(wanted[0], rel=0.05) and len(got) == len(wanted) > 3, name
-    else:
-        assert got == pytest.approx(wanted, rel=tolerance) and len(got) > 3, name
+    got = found["losses"]
+    assert got == pytest.approx(on_cpu["losses"], rel=0.05 if "bf16" in name else tolerance) and len(got) > 3, name
     assert found["watched"] >= 2, name
     assert 0 < found["copies"] <= COPIES * found["watched"], name
     assert found["waits"] == [], name

@@ -95,9 +95,9 @@ class AccelViTConfig(BackboneConfigMixin, PreTrainedConfig):  # pyright: ignore[
         stages = {name: kwargs.pop(name, None) for name in ("out_features", "out_indices")}
         self.set_output_features_output_indices(**stages)
         super().__post_init__(**kwargs)
-        at_least_one = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}")
+        at_least_one = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         for name in (*at_least_one, "patch_size", "num_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

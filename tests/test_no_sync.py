@@ -38,10 +38,10 @@ MORE: dict[str, dict[str, Any]] = {
     "simclr, bf16": {"objective": "simclr", "mixed_precision": "bf16", "augmentation": "digits"},
     "moco, bf16": {
         "mixed_precision": "bf16",
-        "objective_config": SYMMETRIC,
+        "objective_config": {**SYMMETRIC, "temperature": 1.0},  # a low one enlarges the rounding
         "gradient_accumulation_steps": 2,
         "budget": 8 * 3 * 8,
-        "learning_rate": 1e-5,  # of micro-batches of four images, whose rounding longer steps would enlarge
+        "learning_rate": 1e-5,  # as do long steps
     },
     "moco, learned positions": {"model_config": {"position_embedding_type": "learned"}, "gradient_checkpointing": True},
     "moco, digits": {"augmentation": "digits", "view_resolution": "matched"},

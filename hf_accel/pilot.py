@@ -83,7 +83,7 @@ def search(recipe: Recipe) -> None:
             "date": str(date.today()),
         }
         text = yaml.safe_dump(schedule_file(schedule, recipe.patch_size, **origin), sort_keys=False)
-        (output / SCHEDULE_NAME).write_text(text)
+        write_text(output / SCHEDULE_NAME, text)
         for row in rows:
             row["chosen"] = chosen[points.index(row["progress"])] == strategy_of(row)
         write_rows(rows, output / ERRORS_NAME)

@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
             "card": card,
             "cost": cost_report,
         }
-        tasks[recipe.task](recipe)
+        with writing(Path(recipe.output_dir), AGAIN, reads_too=True):
+            tasks[recipe.task](recipe)
     except (RecipeError, TrainingDiverged, CorruptDataError, PushFailed, WriteFailed) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:

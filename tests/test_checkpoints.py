@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from hf_accel.checkpoints import (
@@ -117,3 +118,26 @@ def test_an_error_without_a_path_gets_one_and_others_pass(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(RuntimeError, match=r"^Connection closed"), writing(path, "Do this"):
         raise RuntimeError("Connection closed by peer")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        OSError("Error writing bytes to file. Detail: [errno 28] No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+    ],
+)
+def test_who_reads_too_is_told_of_a_full_disk(error, tmp_path):
+    with pytest.raises(WriteFailed, match=r"run .*\. Do this"), writing(tmp_path / "run", "Do this", reads_too=True):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(errno.ENOENT, "No such file", "x"), SafetensorError("Error while deserializing header")]
+)
+def test_who_reads_too_hears_of_what_cannot_be_read_as_it_is(error, tmp_path):
+    with pytest.raises(type(error)) as caught, writing(tmp_path, "Do this", reads_too=True):
+        raise error
+    assert caught.value is error

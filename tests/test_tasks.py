@@ -272,6 +272,24 @@ def test_a_full_disk_reaches_the_user_and_the_run_resumes(part, whole, folder, t
     assert_same_weights(whole, output)
 
 
+@pytest.mark.parametrize("task", ["search", "evaluate", "export", "card", "cost_report"])
+def test_a_full_disk_ends_any_task_in_a_line(task, tmp_path, monkeypatch):
+    def full(recipe: Recipe) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run" / "part"))
+
+    def absent(recipe: Recipe) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file", "elsewhere")
+
+    name = task.removesuffix("_report")
+    settings = [f"task={name}", f"checkpoint={tmp_path}", f"pilot={tmp_path}"]
+    monkeypatch.setattr(entry, task, full)
+    with pytest.raises(SystemExit, match=r"WriteFailed: .*run cannot be written .*run/part.* Make room, and launch"):
+        launch(tmp_path, tmp_path / "run", *settings)
+    monkeypatch.setattr(entry, task, absent)
+    with pytest.raises(FileNotFoundError):
+        launch(tmp_path, tmp_path / "run", *settings)
+
+
 def test_a_run_of_another_engine_is_not_resumed_without_its_optimizer(whole, folder, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(whole, output, ignore=shutil.ignore_patterns("results.json", "final", "recipe.yaml"))

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult
 
 from ..compression import Compression, forward_cost
 from ..models import AccelViTConfig
+from ..report import telling_settings
 
 METHODS = {
     "knn": "kNN",
@@ -42,46 +43,54 @@ class Accuracy:
     cost: float | None = None
     is_reference: bool = False
     """To compare with, and not of the model."""
+    settings: str = ""
+    """In which it differs from other rows of its method."""
 
     @property
     def name(self) -> str:
-        method = METHODS.get(self.method, self.method)
+        method = METHODS.get(self.method, self.method) + f" ({self.settings})" * bool(self.settings)
         return f"{method}, random initialisation" if self.is_reference and self.method != "pixels" else method
 
 
-def accuracies(results: Mapping[str, Any], config: AccelViTConfig, data: Mapping[str, str]) -> list[Accuracy]:
+def accuracies(
+    results: Mapping[str, Any], config: AccelViTConfig, data: Mapping[str, str], knn: Mapping[str, Any]
+) -> list[Accuracy]:
     """What the run measured of itself, and what to compare with, in the order of a table.
 
     Of `results["evaluations"]` those of the run's own weights, and those of the encoder at random initialisation.
 
     Args:
         data: what the run was trained on, as an evaluation may call it -> its name.
+        knn: the settings of the run's own kNN, as an evaluation has them.
     """
     about = results.get("data", {})
-    base = {"evaluation": "knn", "patch_size": config.patch_size, "data": next(iter(data.values()))}
+    base = {"evaluation": "knn", "settings": knn, "patch_size": config.patch_size, "data": next(iter(data.values()))}
     base |= {"validation": about.get("validation_split") or "", "train_images": about.get("images")}
     random, pixels = results.get("knn_top1_random_init"), results.get("knn_top1_raw_pixels")
-    rows = []
+    entries = []
     if results.get("knn_top1") is not None:
-        rows.append(_accuracy({**base, "top1": results["knn_top1"], "top5": results.get("knn_top5")}, config))
+        entries.append({**base, "top1": results["knn_top1"], "top5": results.get("knn_top5")})
     if random is not None:
-        rows.append(_accuracy({**base, "top1": random}, config, is_reference=True))
+        entries.append({**base, "checkpoint": RANDOM, "top1": random})
     for entry in results.get("evaluations", []):
         if entry["weights"] == results.get("weights") or entry["checkpoint"] == RANDOM:
-            named = {**entry, "data": data.get(entry["data"], entry["data"])}
-            rows.append(_accuracy(named, config, is_reference=entry["checkpoint"] == RANDOM))
+            entries.append({**entry, "data": data.get(entry["data"], entry["data"])})
     if pixels is not None:
-        rows.append(_accuracy({**base, "evaluation": "pixels", "patch_size": None, "top1": pixels}, config, True))
+        entries.append({**base, "evaluation": "pixels", "patch_size": None, "top1": pixels})
+    rows = [_accuracy(entry, config, telling_settings(entry, entries)) for entry in entries]
     # An evaluation at the end of training and one after it are the same one
-    found = {(row.method, row.data, row.split, row.patch_size, row.labels, row.is_reference): row for row in rows}
+    found = {(row.name, row.data, row.split, row.patch_size, row.labels): row for row in rows}
     order = {method: number for number, method in enumerate(METHODS)}
     return sorted(
         found.values(),
-        key=lambda row: (order.get(row.method, 0), row.data, row.labels or 0, row.is_reference, row.patch_size or 0),
+        key=lambda row: (
+            *(order.get(row.method, 0), row.data, row.labels or 0, row.is_reference, row.patch_size or 0),
+            row.settings,
+        ),
     )
 
 
-def _accuracy(entry: Mapping[str, Any], config: AccelViTConfig, is_reference: bool = False) -> Accuracy:
+def _accuracy(entry: Mapping[str, Any], config: AccelViTConfig, settings: str) -> Accuracy:
     """A row of an entry of `evaluations`, as `report.add_run` writes them."""
     patch_size, seeds = entry["patch_size"], entry.get("seeds", [None])
     return Accuracy(
@@ -96,7 +105,8 @@ def _accuracy(entry: Mapping[str, Any], config: AccelViTConfig, is_reference: bo
         labels=entry["train_images"],
         patch_size=patch_size,
         cost=None if patch_size is None else forward_cost(config, Compression(patch_size)),
-        is_reference=is_reference,
+        is_reference=entry["evaluation"] == "pixels" or entry.get("checkpoint") == RANDOM,
+        settings=settings,
     )
 
 

@@ -62,7 +62,8 @@ class Run:
         return self.recipe["data"] if self.results.get("data", {}).get("is_on_hub") else None
 
     def accuracies(self) -> list[Accuracy]:
-        return accuracies(self.results, self.config, {self.recipe["data"]: self.data})
+        knn = {"k": self.recipe.get("knn_k"), "temperature": self.recipe.get("knn_temperature")}
+        return accuracies(self.results, self.config, {self.recipe["data"]: self.data}, knn)
 
 
 def read_run(output: Path, results: Mapping[str, Any], config: AccelViTConfig) -> Run:

@@ -59,18 +59,29 @@ def _same(entry: Mapping[str, Any], question: Mapping[str, Any]) -> bool:
     return all(name in entry and entry[name] == value for name, value in asked.items())
 
 
+def telling_settings(entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
+    """The settings of one of `entries` in which others of the same evaluation differ, as text."""
+    alike = [other["settings"] for other in entries if other["evaluation"] == entry["evaluation"]]
+    named = entry["settings"].items()
+    return ", ".join(f"{name}={value}" for name, value in named if any(o.get(name) != value for o in alike))
+
+
 def evaluation_table(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Lines of text: encoder, evaluation, patch size, training images, top-1 mean and std over seeds, 95% interval."""
+    """Lines of text: encoder, evaluation, patch size, training images, top-1 mean and std over seeds, 95% interval.
+
+    The evaluation's settings follow its name as far as entries differ in them.
+    """
     rows = [("encoder", "evaluation", "patch", "labels", "seeds", "top-1, %", "95% interval")]
     for entry in sorted(
         entries, key=lambda entry: (entry["evaluation"], entry["train_images"], entry["patch_size"] or 0)
     ):
         std = "" if entry["top1_std"] is None else f" ± {100 * entry['top1_std']:.1f}"
         low, high = entry["top1_ci95"]
+        settings = telling_settings(entry, entries)
         rows.append(
             (
                 entry["checkpoint"],
-                entry["evaluation"],
+                entry["evaluation"] + f" ({settings})" * bool(settings),
                 str(entry["patch_size"] or ""),
                 str(entry["train_images"]),
                 str(len(entry["seeds"])),

@@ -66,6 +66,7 @@ def evaluation(name: str, patch_size: int, *top1: float, weights: str = WEIGHTS,
         "validation": "ann/pets/validation",
         "validation_images": 30,
         "patch_size": patch_size,
+        "settings": {"k": 20, "temperature": 0.07} if name == "knn" else {},
         **changes,
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -153,6 +154,18 @@ def test_the_accuracy_table_holds_every_evaluation_and_what_to_compare_with(run)
         ["linear probe, random initialisation", pets, "120", "4", "1.00", "20.0", interval(0.2), "100.0"],
         ["fine-tuning", "cats, `test`", "9", "4", "1.00", "77.7", interval(0.777), "100.0"],
         ["kNN on raw pixels", pets, "120", "", "", "50.0", "", ""],
+    ]
+
+
+def test_evaluations_with_other_settings_are_rows_of_their_own(run):
+    other = evaluation("knn", 4, 0.8, settings={"k": 5, "temperature": 0.07})
+    text = section(card_text(changed(run, evaluations=[*EVALUATIONS, other]), "ann/run"), "Accuracy")
+    named = [(row[0], row[3], row[5]) for row in rows(text) if row[0].startswith("kNN (")]
+    assert named == [
+        ("kNN (k=20)", "4", "82.0"),
+        ("kNN (k=5)", "4", "80.0"),
+        ("kNN (k=20)", "8", "60.0"),
+        ("kNN (k=20), random initialisation", "4", "40.0"),
     ]
 
 

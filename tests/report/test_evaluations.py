@@ -62,6 +62,14 @@ def test_table(tmp_path):
     assert rows[2][:6] == ["random", "linear", "4", "500", "1", "50.0"]
 
 
+def test_settings_in_which_entries_differ_follow_the_evaluation(tmp_path):
+    for k, name in ((20, "knn"), (5, "knn"), (20, "linear")):
+        settings = {"k": k, "temperature": 0.07}
+        add_run(tmp_path, {**QUESTION, "evaluation": name, "settings": settings}, run(None, 0.5))
+    table = evaluation_table(read_results(tmp_path)["evaluations"])
+    assert "knn (k=20) " in table and "knn (k=5) " in table and "linear  " in table and "temperature" not in table
+
+
 @pytest.mark.parametrize(
     ("hits", "number", "low", "high"),
     # Newcombe, Statistics in Medicine 1998, table I, method 3

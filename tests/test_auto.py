@@ -45,12 +45,12 @@ def folder(tmp_path_factory) -> Path:
 def eager():
     """Runs climb on the estimate alone: so few draws of so few images would never make them sure."""
 
-    def difference(self, criterion, one, other):
+    def evidence(self, criterion, one, other):
         errors = self.result()
-        return (getattr(errors[one], criterion) - getattr(errors[other], criterion),) * 2
+        return 10.0 * (getattr(errors[one], criterion) > getattr(errors[other], criterion))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GradientErrorAccumulator, "difference", difference)
+        patch.setattr(GradientErrorAccumulator, "evidence", evidence)
         yield
 
 
@@ -92,12 +92,13 @@ def test_probes_stand_in_the_log(whole):
     assert len(probes) >= 3 and any(probe["probe_moved"] for probe in probes[1:]) and probes[0]["step"] == 0
     points = [probe["progress"] - probe["probe_units"] / BUDGET for probe in probes]  # the charge is in it
     assert points == sorted(points) and len(set(points)) == len(points)
+    assert all((probe["probe_evidence"] > 1.96) == probe["probe_moved"] for probe in probes[1:])
     assert all(probe["probe_moved"] in (0, 1) and probe["probe_tokens"] >= 4 for probe in probes)
     tokens = [probe["probe_tokens"] for probe in probes]
     assert tokens == sorted(tokens)  # it never climbs down
     for probe in probes:
         assert math.isfinite(probe["probe_bias2"]) and math.isfinite(probe["probe_ca_mse"])
-        assert ("probe_ca_mse_next" in probe) == (probe is not probes[0])
+        assert ("probe_ca_mse_next" in probe) == ("probe_evidence" in probe) == (probe is not probes[0])
 
 
 def test_the_results_hold_the_schedule_that_was_followed(whole):

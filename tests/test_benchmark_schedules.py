@@ -10,6 +10,8 @@ import hf_accel.run as entry
 from benchmarks import schedules
 from tests.tiny_runs import RECIPE, image_folder, read
 
+pytestmark = pytest.mark.usefixtures("own_cache_and_threads")
+
 PLAN = {
     "seeds": [3, 4],
     "common": {"eval_points": [0.0, 0.5, 1.0]},

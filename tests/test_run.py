@@ -136,7 +136,8 @@ def test_interrupted_and_resumed_equals_left_alone(whole_run, tmp_path, objectiv
         assert expected.keys() == got.keys()
         assert all(torch.equal(expected[key], got[key]) for key in expected), name
     assert last_logs(whole) == last_logs(tmp_path)
-    assert "complete" in run(tmp_path, objective=objective)
+    if signum == signal.SIGTERM:
+        assert "complete" in run(tmp_path, objective=objective)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtr, stdtrit
 from torch import Tensor
 
 from ..draws import generator
@@ -34,6 +34,9 @@ SKETCH_SIZE = 8192
 
 MAX_BLOCKS = 256
 """Draws are left out one by one up to this many, then in blocks, so that memory does not grow with them."""
+
+CLEAR, MAX_SCORE = float(ndtri(0.975)), 10.0
+"""Evidence from which on it is clear, and no probe's is more: not even that of draws without noise."""
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -127,15 +130,22 @@ class GradientErrorAccumulator(Generic[Name]):
             raise ValueError(f"an estimate with an interval needs at least 3 draws, got {self.num_draws}")
         return {name: self._of(name) for name in self.relative_cost}
 
-    def difference(self, criterion: str, one: Name, other: Name) -> tuple[float, float]:
-        """95% interval of "ca_mse" or "gain" of one strategy minus the other's: their noise is largely the same.
+    def evidence(self, criterion: str, one: Name, other: Name) -> float:
+        """How surely "ca_mse" or "gain" of one strategy is above the other's, as a standard normal score.
+
+        Of the difference, as their noise is largely the same: estimate over deviation is Student's t, and the score is
+        as improbable as that. Above CLEAR the difference's 95% interval lies above 0. Scores of independent probes add
+        up to one of theirs, over the root of their number (Stouffer 1949), whatever scale each of them had.
 
         Raises:
             ValueError: fewer than three draws.
         """
         errors = self.result()
         estimate = getattr(errors[one], criterion) - getattr(errors[other], criterion)
-        return _jackknife(estimate, self._left_out(one)[criterion] - self._left_out(other)[criterion])
+        left_out = self._left_out(one)[criterion] - self._left_out(other)[criterion]
+        quotient = abs(estimate) / (_deviation(left_out) + 1e-300)
+        score = -float(ndtri(stdtr(len(left_out) - 1, -quotient)))
+        return math.copysign(min(score, MAX_SCORE), estimate)
 
     def _of(self, name: Name) -> GradientError:
         cost, draws = self.relative_cost[name], self.num_draws
@@ -282,11 +292,15 @@ def _signs(rows: int, device: torch.device) -> Tensor:
 
 
 def _jackknife(estimate: float, left_out: Tensor) -> tuple[float, float]:
-    """95% interval of `estimate` from what it is without each block (blocks,) (Tukey 1958), by Student's t."""
-    blocks = len(left_out)
-    deviation = float((left_out - left_out.mean()).square().sum() * (blocks - 1) / blocks) ** 0.5
-    margin = float(stdtrit(blocks - 1, 0.975)) * deviation
+    """95% interval of `estimate` from what it is without each block (blocks,), by Student's t."""
+    margin = float(stdtrit(len(left_out) - 1, 0.975)) * _deviation(left_out)
     return estimate - margin, estimate + margin
+
+
+def _deviation(left_out: Tensor) -> float:
+    """Standard deviation of an estimate from what it is without each block (blocks,): the jackknife (Tukey 1958)."""
+    blocks = len(left_out)
+    return float((left_out - left_out.mean()).square().sum() * (blocks - 1) / blocks) ** 0.5
 
 
 def estimate_gradient_errors(

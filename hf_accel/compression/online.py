@@ -3,15 +3,16 @@
 The rule. Strategies stand on a ladder, from the cheapest to the uncompressed one, each a good deal dearer than the
 one below. Before the first step all of them are probed, and the run starts on the one with the least ca_mse (of tied
 ones, on the cheaper). At evenly spaced points of progress it then probes the rung it stands on and the next one, with
-the same images under both, and climbs when the 95% interval of ca_mse(this) - ca_mse(next) lies above 0. By the
-criterion "gain" it starts on the cheapest that is not clearly worse than the largest gain, and climbs when the
-interval of gain(next) - gain(this) lies above 0. It never climbs down, as compression never increases. There are as
-many points as the share of the budget pays for, and at most 20; where it pays for more than that, each probe takes
-more draws, and at most 64.
+the same images under both, and climbs when it is clear that ca_mse(this) is above ca_mse(next): by the evidence of the
+last four probes of this rung together, at the 2.5% level. By the criterion "gain" it starts on the cheapest that is not
+clearly worse than the largest gain, and climbs when gain(next) is clearly above gain(this). It never climbs down, as
+compression never increases. There are as many points as the share of the budget pays for, and at most 20; where it
+pays for more than that, each probe takes more draws, and at most 64.
 
 Where it fails: on a budget so small that a probe is a sizeable part of it (an error says so); when the noise of few
-draws hides the difference, it climbs late; a rung that is worse than both its neighbours stops it for good; and, as all
-of ca_mse, it judges a single step, and not what an optimizer's averages or a longer stay on a rung make of it.
+draws hides the difference, it climbs late, and late by up to three probes, too, as it looks back on those; a rung that
+is worse than both its neighbours stops it for good; and, as all of ca_mse, it judges a single step, and not what an
+optimizer's averages or a longer stay on a rung make of it.
 """
 
 import math
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
-from .gradient_error import GradientErrorAccumulator
+from .gradient_error import CLEAR, GradientErrorAccumulator
 from .search import choose_strategies, search_grid
 from .strategy import Strategy
 
@@ -29,6 +30,9 @@ RUNG_RATIO = 0.7
 LADDER_DROPOUTS = (0.0, 0.5)
 
 MAX_POINTS, MAX_DRAWS = 20, 64
+
+POOLED = 4
+"""Probes of a rung whose evidence is taken together: more would see less noise, and more of what has passed."""
 
 
 def ladder_of(image_size: int, base_patch_size: int, units: Callable[[Strategy], float]) -> list[Strategy]:
@@ -68,6 +72,8 @@ class OnlineController:
     ):
         self.criterion = criterion
         self.ladder, self.budget, self.draws, self.rung, self.probed = ladder, budget, draws, 0, 0
+        self.evidence: list[float] = []
+        self.score = 0.0
         self.units = {strategy: units_per_batch(strategy) for strategy in ladder}
         self.relative_cost = {strategy: units / self.units[ladder[-1]] for strategy, units in self.units.items()}
         start = self.cost_of(ladder)
@@ -111,8 +117,10 @@ class OnlineController:
         else:
             this, above = self.ladder[self.rung : self.rung + 2]
             larger, smaller = (above, this) if self.criterion == "gain" else (this, above)
-            low, _ = accumulator.difference(self.criterion, larger, smaller)
-            self.rung += low > 0
+            self.evidence = [*self.evidence, accumulator.evidence(self.criterion, larger, smaller)][-POOLED:]
+            self.score = sum(self.evidence) / math.sqrt(len(self.evidence))
+            if self.score > CLEAR:
+                self.rung, self.evidence = self.rung + 1, []
         while self.probed < len(self.points) and self.points[self.probed] <= progress:
             self.probed += 1
         return self.strategy
@@ -122,13 +130,13 @@ class OnlineController:
         errors = accumulator.result()
         if self.criterion == "gain":
             best = max(self.ladder, key=lambda strategy: errors[strategy].gain)
-            return next(s for s in self.ladder if s == best or accumulator.difference("gain", best, s)[0] <= 0)
+            return next(s for s in self.ladder if s == best or accumulator.evidence("gain", best, s) <= CLEAR)
         (chosen,) = choose_strategies([errors], self.relative_cost)
         return chosen
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {"rung": self.rung, "probed": self.probed}
+        return {"rung": self.rung, "probed": self.probed, "evidence": self.evidence}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.rung, self.probed = state["rung"], state["probed"]
+        self.rung, self.probed, self.evidence = state["rung"], state["probed"], list(state.get("evidence", []))

@@ -1,4 +1,4 @@
-"""The ladder and the controller of `schedule: auto`, against loops, and the interval by which it climbs."""
+"""The ladder and the controller of `schedule: auto`, against loops, and the evidence by which it climbs."""
 
 import math
 from functools import partial
@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from hf_accel.compression import Compression, Plan, Schedule, Strategy, forward_cost
+from hf_accel.compression import Compression, Plan, Schedule, Strategy, forward_cost, gradient_error
 from hf_accel.compression.gradient_error import GradientErrorAccumulator
 from hf_accel.compression.online import OnlineController, ladder_of
 from hf_accel.compression.search import search_grid
@@ -120,8 +120,8 @@ class Verdict(GradientErrorAccumulator):
             accumulator.add(torch.zeros(2), gradients)
         return accumulator.result()
 
-    def difference(self, criterion, one, other):
-        return (1.0, 2.0) if self.climb else (-1.0, 2.0)
+    def evidence(self, criterion, one, other):
+        return 10.0 * self.climb
 
 
 def follow(
@@ -216,38 +216,64 @@ def brute_interval(value: float, left: list[float]) -> tuple[float, float]:
     return value - margin, value + margin
 
 
-def brute_difference(reference, one, other, costs, horizon: float = 1.0) -> tuple[float, float]:
+def brute_score(value: float, left: list[float]) -> float:
+    """By Student's t of the leave-one-out, as a normal one of the same probability."""
+    n = len(left)
+    t = value / math.sqrt((n - 1) / n * sum((x - sum(left) / n) ** 2 for x in left))
+    return float(stats.norm.isf(stats.t.sf(t, n - 1)))
+
+
+def brute_evidence(reference, one, other, costs, horizon: float = 1.0) -> float:
     def difference(rows):
         errors = [ca_mse(reference[rows], g[rows], c / horizon) for g, c in zip((one, other), costs, strict=True)]
         return errors[0] - errors[1]
 
     rows = list(range(len(reference)))
-    return brute_interval(difference(rows), [difference([i for i in rows if i != out]) for out in rows])
+    return brute_score(difference(rows), [difference([i for i in rows if i != out]) for out in rows])
 
 
 @pytest.mark.parametrize(("draws", "horizon"), [(4, 1.0), (9, 1.0), (9, 5.0)])
-def test_the_interval_of_a_difference_against_leaving_out_each_draw(draws, horizon):
+def test_evidence_against_leaving_out_each_draw(draws, horizon):
     rng = np.random.default_rng(draws)
     reference, (one, other) = gradients(rng, [1.0, 0.5], draws)
     accumulator = accumulated("ab", (0.3, 0.6), reference, (one, other), horizon)
-    expected = brute_difference(reference, one, other, (0.3, 0.6), horizon)
-    assert accumulator.difference("ca_mse", "a", "b") == pytest.approx(expected)
-    low, high = accumulator.difference("ca_mse", "b", "a")
-    assert (-high, -low) == pytest.approx(expected)
-    errors = accumulator.result()
-    assert (low + high) / 2 == pytest.approx(errors["b"].ca_mse - errors["a"].ca_mse)
+    expected = brute_evidence(reference, one, other, (0.3, 0.6), horizon)
+    assert accumulator.evidence("ca_mse", "a", "b") == pytest.approx(expected)
+    assert accumulator.evidence("ca_mse", "b", "a") == pytest.approx(-expected)
+    assert accumulator.evidence("ca_mse", "a", "a") == 0
 
 
-def test_the_interval_of_a_difference_is_narrower_than_its_parts_when_the_noise_is_common():
+def test_evidence_is_clear_where_the_interval_lies_above_zero():
+    assert pytest.approx(1.959964) == gradient_error.CLEAR
+    outcomes = {True: 0, False: 0}
+    for seed in range(40):
+        reference, (one, other) = gradients(np.random.default_rng(seed), [1.2, 0.8], 5)
+        costs = (0.5, 0.5)
+
+        def difference(rows, reference=reference, one=one, other=other):
+            return ca_mse(reference[rows], one[rows], 0.5) - ca_mse(reference[rows], other[rows], 0.5)
+
+        rows = list(range(5))
+        low, _ = brute_interval(difference(rows), [difference([i for i in rows if i != out]) for out in rows])
+        clear = accumulated("ab", costs, reference, (one, other)).evidence("ca_mse", "a", "b") > gradient_error.CLEAR
+        assert clear == (low > 0)
+        outcomes[clear] += 1
+    assert min(outcomes.values()) >= 5, outcomes
+
+
+def test_common_noise_hides_no_difference_and_none_at_all_is_not_more_than_the_most():
     rng = np.random.default_rng(0)
     reference = rng.normal(size=(8, 30))
-    accumulator = accumulated("ab", (0.5, 0.5), reference, (reference * 1.5, reference * 1.5 + 0.01))
-    low, high = accumulator.difference("ca_mse", "a", "b")
-    widths = [end - start for start, end in (error.ca_mse_interval for error in accumulator.result().values())]
-    assert high - low < 0.1 * min(widths)
+    accumulator = accumulated("ab", (0.5, 0.5), reference, (reference * 1.51, reference * 1.5))
+    intervals = [error.ca_mse_interval for error in accumulator.result().values()]
+    assert intervals[0][0] < intervals[1][1] and intervals[1][0] < intervals[0][1]
+    assert abs(accumulator.evidence("ca_mse", "a", "b")) > 3
+    same = np.ones((4, 30))
+    accumulator = accumulated("ab", (0.5, 0.5), same, (2 * same, same))
+    assert accumulator.evidence("ca_mse", "a", "b") == -accumulator.evidence("ca_mse", "b", "a") == 10
     short = accumulated("ab", (0.5, 0.5), reference[:2], (reference[:2], reference[:2]))
     with pytest.raises(ValueError, match="at least 3 draws"):
-        short.difference("ca_mse", "a", "b")
+        short.evidence("ca_mse", "a", "b")
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -269,29 +295,85 @@ def test_the_run_starts_on_the_least_error_and_of_tied_ones_on_the_cheapest(seed
     assert chosen == expected == controller.strategy and controller.probed == 1
 
 
-def test_it_climbs_only_when_the_interval_of_the_difference_lies_above_zero():
+def at_rung(rung: int, probed: int, evidence: list[float] | None = None) -> OnlineController:
+    controller = controller_with(1e7)
+    controller.restore({"rung": rung, "probed": probed, "evidence": evidence or []})
+    return controller
+
+
+def test_it_climbs_only_when_the_evidence_is_clear():
     costs = [units(strategy) / units(LADDER[-1]) for strategy in LADDER[1:3]]
     outcomes = {"climbed": 0, "better, but not clearly": 0, "worse": 0}
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        controller = controller_with(1e7)
-        controller.restore({"rung": 1, "probed": 3})
+        controller = at_rung(1, 3)
         reference, compressed = gradients(rng, list(rng.uniform(0, 2.5, 2)), 5)
-        low, high = brute_difference(reference, compressed[0], compressed[1], costs)
+        score = brute_evidence(reference, compressed[0], compressed[1], costs)
         chosen = controller.decide(accumulated(LADDER[1:3], costs, reference, compressed), controller.points[3])
-        assert chosen == LADDER[2 if low > 0 else 1] == controller.strategy and controller.probed == 4
-        outcomes["climbed" if low > 0 else "better, but not clearly" if low + high > 0 else "worse"] += 1
+        assert chosen == LADDER[2 if score > stats.norm.isf(0.025) else 1] == controller.strategy
+        assert controller.probed == 4
+        outcomes["climbed" if score > 1.96 else "better, but not clearly" if score > 0 else "worse"] += 1
     assert min(outcomes.values()) >= 5, outcomes
 
 
-def test_a_restored_controller_goes_on_as_the_one_that_was_left_alone():
+def test_the_evidence_of_the_last_four_probes_of_a_rung_is_taken_together(monkeypatch):
+    rng, scores = np.random.default_rng(3), []
+    monkeypatch.setattr(GradientErrorAccumulator, "evidence", lambda *_: scores[-1])
+    controller, since, climbs, alone = at_rung(0, 1), [], 0, 0
+    while controller.due(1.0) or controller.probed < len(controller.points):
+        scores.append(float(rng.normal(0.7)))
+        since, rung = [*since, scores[-1]][-4:], controller.rung
+        controller.decide(GradientErrorAccumulator({}), controller.points[controller.probed])
+        if sum(since) / math.sqrt(len(since)) > 1.959964:
+            assert controller.rung == rung + 1 and controller.evidence == []
+            since, climbs, alone = [], climbs + 1, alone + (scores[-1] > 1.959964)
+        else:
+            assert controller.rung == rung and controller.evidence == since
+        if controller.rung == len(LADDER) - 1:
+            break
+    assert climbs > alone  # some climbed which by the last probe alone would not have
+
+
+def looks(shift: float, repetitions: int = 60) -> tuple[float, float]:
+    """How often a controller climbs that looks four times, with four draws each: pooled, and by single looks."""
+    rng, costs = np.random.default_rng(0), [0.5, 0.5]
+    pooled = single = 0
+    for _ in range(repetitions):
+        controller, scores = at_rung(0, 1), []
+        for look in range(4):
+            reference = rng.normal(size=20) + rng.normal(size=(4, 20))
+            this, above = (reference + 0.5 * rng.normal(size=(4, 20)) for _ in range(2))
+            this[:, look] += shift
+            above[:, look + 4] += 0.4  # both are biased, or the least difference would be clear
+            this[:, look + 8] += 0.4
+            accumulator = accumulated(LADDER[:2], costs, reference, (this, above))
+            scores.append(accumulator.evidence("ca_mse", *LADDER[:2]))
+            if controller.rung == 0:
+                controller.decide(accumulator, controller.points[controller.probed])
+        pooled, single = pooled + controller.rung, single + (max(scores) > 1.96)
+    return pooled / repetitions, single / repetitions
+
+
+def test_pooled_evidence_finds_what_single_probes_miss_and_errs_no_more_often():
+    pooled, single = looks(0.0)
+    assert pooled <= 0.15 and single <= 0.15  # four looks of one in forty each, 10% if they were independent
+    pooled, single = looks(2.0)
+    assert pooled > single + 0.2
+
+
+def test_a_restored_controller_goes_on_as_the_one_that_was_left_alone(monkeypatch):
     one = controller_with(1e7)
     one.decide(Verdict(one, 1, False), 0.0)
     one.decide(Verdict(one, 1, True), one.points[1])
+    monkeypatch.setattr(Verdict, "evidence", lambda *_: 1.5)  # clear only with the one before
+    one.decide(Verdict(one, 1, False), one.points[2])
     other = controller_with(1e7)
     other.restore(one.state())
-    assert other.state() == one.state() == {"rung": 2, "probed": 2}
-    assert other.strategy == one.strategy and other.due(one.points[2]) == one.due(one.points[2]) == LADDER[2:4]
+    assert other.state() == one.state() == {"rung": 2, "probed": 3, "evidence": [1.5]}
+    assert other.strategy == one.strategy and other.due(one.points[3]) == one.due(one.points[3]) == LADDER[2:4]
+    for controller in (one, other):
+        controller.decide(Verdict(controller, 1, False), controller.points[3])
+        assert controller.rung == 3
 
 
 def gain(reference: np.ndarray, compressed: np.ndarray, cost: float) -> float:

@@ -18,7 +18,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from .checkpoints import last_complete_checkpoint
-from .compression import CostTable, Plan, Schedule, Strategy, forward_cost, measure_costs
+from .compression import CostTable, Plan, Strategy, forward_cost, measure_costs
 from .compression.cost import TABLE_NAME, ForwardCost
 from .compression.online import LADDER_DROPOUTS, OnlineController, ladder_of
 from .compression.search import search_grid
@@ -212,8 +212,8 @@ def cost_function(recipe: Recipe, device: torch.device) -> ForwardCost:
 def plan_of(
     recipe: Recipe, units_per_image: Callable[[Strategy], float], controller: OnlineController | None = None
 ) -> Plan:
-    """The plan of the recipe's schedule, or, before anything is probed, of the cheapest strategy and so the longest."""
-    schedule = Schedule.constant(controller.strategy) if controller else recipe.compression_schedule()
+    """The plan of the recipe's schedule, or, before anything is probed, of a controller's longest."""
+    schedule = controller.schedule() if controller else recipe.compression_schedule()
     try:
         return Plan(recipe.budget, schedule, recipe.batch_size, units_per_image)
     except ValueError as error:

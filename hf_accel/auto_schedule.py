@@ -29,7 +29,7 @@ class AutoScheduleCallback(TrainerCallback):
         accumulator = self._probe(due, step, progress)
         before, strategy = controller.strategy, controller.decide(accumulator, progress)
         charge = controller.cost_of(due)
-        trainer.plan.revise(step, strategy, charge)
+        trainer.plan.revise(step, controller.schedule(), charge)
         args.max_steps = state.max_steps = trainer.plan.num_steps
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressBar) and callback.training_bar is not None:

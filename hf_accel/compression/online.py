@@ -5,14 +5,17 @@ one below. Before the first step all of them are probed, and the run starts on t
 ones, on the cheaper). At evenly spaced points of progress it then probes the rung it stands on and the next one, with
 the same images under both, and climbs when it is clear that ca_mse(this) is above ca_mse(next): by the evidence of the
 last four probes of this rung together, at the 2.5% level. By the criterion "gain" it starts on the cheapest that is not
-clearly worse than the largest gain, and climbs when gain(next) is clearly above gain(this). It never climbs down, as
-compression never increases. There are as many points as the share of the budget pays for, and at most 20; where it
-pays for more than that, each probe takes more draws, and at most 64.
+clearly worse than the largest gain, and climbs when gain(next) is clearly above gain(this). Without clear evidence it
+climbs, too, but at the rung's deadline: these divide the first 80% of the budget evenly among the rungs, and the last
+20% are uncompressed. It never climbs down, as compression never increases. There are as many points as the share of the
+budget pays for, and at most 20; where it pays for more than that, each probe takes more draws, and at most 64.
+
+Why deadlines: an error of single steps does not tell what a run is for. Training on a rung makes gradients there small
+and true, so that the next rung looks no better, while the encoder that is used at full length never gets used to it.
 
 Where it fails: on a budget so small that a probe is a sizeable part of it (an error says so); when the noise of few
-draws hides the difference, it climbs late, and late by up to three probes, too, as it looks back on those; a rung that
-is worse than both its neighbours stops it for good; and, as all of ca_mse, it judges a single step, and not what an
-optimizer's averages or a longer stay on a rung make of it.
+draws hides the difference, it climbs at its deadlines only, and by up to three probes late, as it looks back on those;
+and where staying on a cheap rung beyond its deadline would have been best.
 """
 
 import math
@@ -21,6 +24,7 @@ from itertools import pairwise
 from typing import Any
 
 from .gradient_error import CLEAR, GradientErrorAccumulator
+from .schedule import Schedule, Stage
 from .search import choose_strategies, search_grid
 from .strategy import Strategy
 
@@ -30,6 +34,9 @@ RUNG_RATIO = 0.7
 LADDER_DROPOUTS = (0.0, 0.5)
 
 MAX_POINTS, MAX_DRAWS = 20, 64
+
+UNCOMPRESSED_FROM = 0.8
+"""Progress from which on the run is uncompressed, whatever is found: as by hand, where this did best."""
 
 POOLED = 4
 """Probes of a rung whose evidence is taken together: more would see less noise, and more of what has passed."""
@@ -91,11 +98,17 @@ class OnlineController:
         if count == MAX_POINTS:
             of_all = (start + MAX_POINTS * one) / draws
             self.draws = max(draws, min(MAX_DRAWS, math.floor(share * budget / of_all)))
-        self.points = [0.0, *((point + 1) / (count + 1) for point in range(count))]
+        self.points = [0.0, *(UNCOMPRESSED_FROM * (point + 1) / (count + 1) for point in range(count))]
+        self.deadlines = [UNCOMPRESSED_FROM * (rung + 1) / (len(ladder) - 1) for rung in range(len(ladder) - 1)]
 
     @property
     def strategy(self) -> Strategy:
         return self.ladder[self.rung]
+
+    def schedule(self) -> Schedule:
+        """From where it stands up the ladder, each rung until its deadline."""
+        ends = [*self.deadlines, 1.0]
+        return Schedule(tuple(map(Stage, ends[self.rung :], self.ladder[self.rung :])))
 
     def cost_of(self, strategies) -> float:
         """Units of a probe of these strategies; the uncompressed gradient that they are compared with is also one."""
@@ -103,7 +116,13 @@ class OnlineController:
         return self.draws * (self.units[base] + sum(self.units[s] for s in strategies if s != base))
 
     def due(self, progress: float) -> list[Strategy]:
-        """The strategies to probe now; none if it is too early, nothing is left to climb, or too little to spend."""
+        """The strategies to probe now; none if it is too early, nothing is left to climb, or too little to spend.
+
+        Past its deadline a rung has been left, as `schedule` says.
+        """
+        passed = sum(progress >= deadline - 1e-9 for deadline in self.deadlines)
+        if passed > self.rung:
+            self.rung, self.evidence = passed, []
         if self.probed == len(self.points) or progress < self.points[self.probed] or self.rung == len(self.ladder) - 1:
             return []
         strategies = self.ladder if self.probed == 0 else self.ladder[self.rung : self.rung + 2]

@@ -208,20 +208,7 @@ class Plan:
     ):
         self.budget, self.schedule, self.batch_size = float(budget), schedule, batch_size
         self.units_per_image = units_per_image
-        self.segments: list[_Segment] = []
-        spent, first = 0.0, 0
-        for stage in schedule.stages:
-            cost = batch_size * units_per_image(stage.strategy)
-            # The tolerance (in steps) keeps a budget of exactly n steps from losing one to rounding.
-            to_stage_end = math.ceil((stage.until * self.budget - spent) / cost - 1e-9)
-            affordable = math.floor((self.budget - spent) / cost + 1e-9)
-            steps = max(0, min(to_stage_end, affordable))
-            if steps:
-                self.segments.append(_Segment(first, stage.strategy, spent, cost))
-                first, spent = first + steps, spent + steps * cost
-            if affordable < to_stage_end:  # a later, cheaper stage is for a progress that is never reached
-                break
-        self.num_steps, self.total_cost = first, spent
+        self.segments, self.num_steps, self.total_cost = self._following(schedule, 0, 0.0)
         if not self.num_steps:
             cost = batch_size * units_per_image(schedule(0.0))
             raise ValueError(
@@ -229,19 +216,43 @@ class Plan:
                 f"{cost:g} units; raise the budget or lower the batch size"
             )
 
-    def revise(self, step: int, strategy: Strategy, charge: float = 0.0) -> None:
-        """From `step` on follow `strategy` to the end of the budget; before it, `charge` units are spent on a probe.
+    def _following(self, schedule: Schedule, first: int, spent: float) -> tuple[list[_Segment], int, float]:
+        """The segments of `schedule` from step `first` on, before which `spent` units are; steps and units then."""
+        segments = []
+        for stage in schedule.stages:
+            cost = self.batch_size * self.units_per_image(stage.strategy)
+            # The tolerance (in steps) keeps a budget of exactly n steps from losing one to rounding.
+            to_stage_end = math.ceil((stage.until * self.budget - spent) / cost - 1e-9)
+            affordable = math.floor((self.budget - spent) / cost + 1e-9)
+            steps = max(0, min(to_stage_end, affordable))
+            if steps:
+                segments.append(_Segment(first, stage.strategy, spent, cost))
+                first, spent = first + steps, spent + steps * cost
+            if affordable < to_stage_end:  # a later, cheaper stage is for a progress that is never reached
+                break
+        return segments, first, spent
+
+    def revise(self, step: int, schedule: Schedule, charge: float = 0.0) -> None:
+        """From `step` on follow `schedule` to the end of the budget; before it, `charge` units are spent on a probe.
+
+        A stage of which not one step can be paid is left out, and the one before it goes on.
 
         Raises:
             ValueError: the budget does not pay for the charge and one more step.
         """
-        spent, cost = self.spent_after(step) + charge, self.batch_size * self.units_per_image(strategy)
-        steps = math.floor((self.budget - spent) / cost + 1e-9)
-        if steps < 1:
+        spent = self.spent_after(step) + charge
+        segments, _, _ = self._following(schedule, step, spent)
+        if not segments:
+            cost = self.batch_size * self.units_per_image(schedule(min(1.0, spent / self.budget)))
             raise ValueError(f"{self.budget - spent:g} units are left at step {step}, and one more costs {cost:g}")
-        self.segments = [segment for segment in self.segments if segment.first < step]
-        self.segments.append(_Segment(step, strategy, spent, cost))
-        self.num_steps, self.total_cost = step + steps, spent + steps * cost
+        self.segments = [*(segment for segment in self.segments if segment.first < step), *segments]
+        self._run_to_the_end()
+
+    def _run_to_the_end(self) -> None:
+        """Of the budget, with the last segment."""
+        last = self.segments[-1]
+        steps = math.floor((self.budget - last.spent) / last.cost + 1e-9)
+        self.num_steps, self.total_cost = last.first + steps, last.spent + steps * last.cost
 
     def followed(self) -> Schedule:
         """The schedule that the segments amount to: what was planned, or what revisions made of it."""
@@ -262,9 +273,7 @@ class Plan:
             strategy = Schedule.parse([stage], base_patch_size).stages[0].strategy
             cost = self.batch_size * self.units_per_image(strategy)
             self.segments = [*self.segments[:number], _Segment(first, strategy, spent, cost)]
-        last = self.segments[-1]
-        steps = math.floor((self.budget - last.spent) / last.cost + 1e-9)
-        self.num_steps, self.total_cost = last.first + steps, last.spent + steps * last.cost
+        self._run_to_the_end()
 
     def __len__(self) -> int:
         return self.num_steps

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from hf_accel.compression import Compression, Plan, Schedule, Strategy, forward_cost, gradient_error
+from hf_accel.compression import Compression, Plan, Strategy, forward_cost, gradient_error
 from hf_accel.compression.gradient_error import GradientErrorAccumulator
 from hf_accel.compression.online import OnlineController, ladder_of
 from hf_accel.compression.search import search_grid
@@ -92,7 +92,7 @@ def test_as_many_points_and_then_draws_as_the_share_pays_for(seed):
     while count == 20 and most < 64 and (start + 20 * dearest) * (most + 1) / draws <= share * budget:
         most += 1
     controller = OnlineController(ladder, lambda strategy: BATCH * cost(strategy), budget, share, draws)
-    assert controller.points == pytest.approx([i / (count + 1) for i in range(count + 1)])
+    assert controller.points == pytest.approx([0.8 * i / (count + 1) for i in range(count + 1)])
     assert controller.draws == most and controller.cost_of(ladder) == pytest.approx(start * most / draws)
     one_unit_less = (start + dearest) / share * (1 - 1e-6)
     with pytest.raises(ValueError, match=r"raise auto_share or the budget, lower auto_draws"):
@@ -129,15 +129,16 @@ def follow(
 ) -> tuple[list[float], Plan, OnlineController]:
     """A whole run: charges of its probes, the plan in the end, the controller. `climb(n)` is the n-th verdict."""
     controller = controller_with(budget, share, 3, ladder)
-    plan = Plan(budget, Schedule.constant(controller.strategy), BATCH, units)
-    charges, step = [], 0
+    plan = Plan(budget, controller.schedule(), BATCH, units)
+    charges, step, most = [], 0, len(plan)
     while step < len(plan):
         progress = plan[step].progress
         if due := controller.due(progress):
             assert controller.rung < len(ladder) - 1
-            strategy = controller.decide(Verdict(controller, first, climb(len(charges))), progress)
+            controller.decide(Verdict(controller, first, climb(len(charges))), progress)
             charges.append(controller.cost_of(due))
-            plan.revise(step, strategy, charges[-1])
+            plan.revise(step, controller.schedule(), charges[-1])
+            assert len(plan) <= most  # no more steps than the run began with
         step += 1
     return charges, plan, controller
 
@@ -156,17 +157,19 @@ def test_all_probes_of_a_run_stay_within_the_share_and_the_run_within_the_budget
         assert plan.total_cost <= budget * (1 + 1e-9)
         assert budget - plan.total_cost < plan[len(plan) - 1].cost
         assert plan.total_cost == pytest.approx(sum(charges) + sum(step.cost for step in plan))
-        if share <= 0.5:  # above, the last ones may find too little left of the budget
-            climbs = {"always": len(charges) - 1, "never": 0}.get(climbing, controller.rung - first)
-            assert controller.rung == first + climbs
-            if controller.rung < len(ladder) - 1:
-                assert len(charges) == len(controller.points)
+        rungs = [ladder.index(step.strategy) for step in plan]
+        assert rungs == sorted(rungs) and (rungs[0] == first or plan[0].progress >= controller.deadlines[first])
+        for step, rung in zip(plan, rungs, strict=True):
+            passed = sum(step.progress >= 0.8 * (k + 1) / (len(ladder) - 1) for k in range(len(ladder) - 1))
+            left = budget - step.spent >= BATCH * units(ladder[-1])
+            assert rung >= max(first, passed) or not left  # too little for a dearer step
+            assert climbing != "never" or rung <= max(first, passed)
 
 
 def test_probes_are_due_at_the_points_only_and_never_on_the_top_rung():
     controller = controller_with(1e7)
     points = controller.points
-    assert len(points) == 21 and controller.due(0.0) == LADDER
+    assert len(points) == 21 and points[-1] < 0.8 and controller.due(0.0) == LADDER
     controller.decide(Verdict(controller, 1, False), 0.0)
     assert controller.due(0.0) == controller.due(points[1] - 1e-9) == []
     assert controller.due(points[1]) == LADDER[1:3] == controller.due(points[4] + 1e-9)
@@ -175,10 +178,23 @@ def test_probes_are_due_at_the_points_only_and_never_on_the_top_rung():
     for _ in range(len(LADDER) - 2):
         controller.decide(Verdict(controller, 1, True), controller.points[controller.probed])
     assert controller.strategy == LADDER[-1] and controller.due(1.0) == []
-    controller = controller_with(1e7)
-    for _ in points:
-        controller.decide(Verdict(controller, 0, False), controller.points[controller.probed])
-    assert controller.strategy == LADDER[0] and controller.due(1.0) == []
+
+
+def test_without_clear_evidence_a_rung_is_left_at_its_deadline():
+    controller, last = controller_with(1e7), len(LADDER) - 1
+    deadlines = [0.8 * (rung + 1) / last for rung in range(last)]
+    for point in controller.points:
+        passed = sum(point >= deadline for deadline in deadlines)
+        assert controller.due(point) == (LADDER if point == 0 else LADDER[passed : passed + 2])
+        controller.evidence = [-1.0]
+        controller.decide(Verdict(controller, 0, False), point)
+        assert controller.rung == passed
+        ends = [stage.until for stage in controller.schedule().stages]
+        assert ends == [*deadlines[passed:], 1.0]
+        assert [stage.strategy for stage in controller.schedule().stages] == LADDER[passed:]
+    assert len(LADDER) > 3 and len({sum(p >= d for d in deadlines) for p in controller.points}) == last
+    controller.evidence = [1.0]
+    assert controller.due(0.8) == [] and controller.strategy == LADDER[-1] and controller.evidence == []
 
 
 # What it decides
@@ -320,10 +336,12 @@ def test_the_evidence_of_the_last_four_probes_of_a_rung_is_taken_together(monkey
     rng, scores = np.random.default_rng(3), []
     monkeypatch.setattr(GradientErrorAccumulator, "evidence", lambda *_: scores[-1])
     controller, since, climbs, alone = at_rung(0, 1), [], 0, 0
-    while controller.due(1.0) or controller.probed < len(controller.points):
+    controller.deadlines = []
+    for point in controller.points[1:]:
+        assert controller.due(point) == LADDER[controller.rung : controller.rung + 2]
         scores.append(float(rng.normal(0.7)))
         since, rung = [*since, scores[-1]][-4:], controller.rung
-        controller.decide(GradientErrorAccumulator({}), controller.points[controller.probed])
+        controller.decide(GradientErrorAccumulator({}), point)
         if sum(since) / math.sqrt(len(since)) > 1.959964:
             assert controller.rung == rung + 1 and controller.evidence == []
             since, climbs, alone = [], climbs + 1, alone + (scores[-1] > 1.959964)

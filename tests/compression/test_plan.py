@@ -72,7 +72,14 @@ def test_first_step_at_is_the_first_to_reach_the_progress():
 STRATEGIES = [Strategy(Compression(p, r)) for p, r in ((16, 0.5), (16, 0.0), (12, 0.0), (8, 0.5), (8, 0.0))]
 
 
-def revised(seed: int) -> tuple[Plan, list[tuple[int, Strategy, float]], float, int]:
+def rising(rng) -> Schedule:
+    """One to three stages, each dearer than the one before."""
+    chosen = np.sort(rng.choice(5, rng.integers(1, 4), replace=False))
+    ends = [*np.sort(rng.uniform(0.05, 0.95, len(chosen) - 1)), 1.0]
+    return Schedule(tuple(Stage(float(end), STRATEGIES[index]) for end, index in zip(ends, chosen, strict=True)))
+
+
+def revised(seed: int) -> tuple[Plan, list[tuple[int, Schedule, float]], float, int]:
     """A plan of one strategy, revised at up to four steps; its revisions, budget and batch size."""
     rng = np.random.default_rng(seed)
     budget, batch = float(rng.uniform(2000, 9000)), int(rng.integers(5, 20))
@@ -80,8 +87,11 @@ def revised(seed: int) -> tuple[Plan, list[tuple[int, Strategy, float]], float, 
     revisions, step = [], 0
     for _ in range(rng.integers(1, 5)):
         step += int(rng.integers(1 + len(plan) // 4)) if revisions or seed % 2 else 0
-        change = (step, STRATEGIES[rng.integers(5)], float(rng.uniform(0, 0.1) * budget))
-        if step >= len(plan) or plan[step].spent + change[2] + batch * units(change[1]) > budget:
+        change = (step, rising(rng), float(rng.uniform(0, 0.1) * budget))
+        if step >= len(plan):
+            break
+        spent = plan[step].spent + change[2]
+        if spent > budget or spent + batch * units(change[1](spent / budget)) > budget:
             break
         plan.revise(*change)
         if revisions and revisions[-1][0] == step:  # again before the same step: both charges are spent
@@ -90,13 +100,16 @@ def revised(seed: int) -> tuple[Plan, list[tuple[int, Strategy, float]], float, 
     return plan, revisions, budget, batch
 
 
-def walked(plan: Plan, start: Strategy, revisions, budget: float, batch: int) -> list[tuple[Strategy, float, float]]:
-    """(strategy, units before, units after) of every step, one by one."""
-    spent, strategy, steps, changes = 0.0, start, [], {step: change for step, *change in revisions}
+def walked(plan: Plan, revisions, budget: float, batch: int) -> list[tuple[Strategy, float, float]]:
+    """(strategy, units before, units after) of every step, one by one; what the budget is too small for is left out."""
+    spent, schedule, steps, changes = 0.0, plan.schedule, [], {step: change for step, *change in revisions}
     while True:
         if len(steps) in changes:
-            strategy, charge = changes[len(steps)]
+            schedule, charge = changes[len(steps)]
             spent += charge
+        strategy = schedule(min(1.0, spent / budget))
+        if spent + batch * units(strategy) > budget * (1 + 1e-12) and steps and len(steps) not in changes:
+            strategy = steps[-1][0]
         cost = batch * units(strategy)
         if spent + cost > budget * (1 + 1e-12):
             return steps
@@ -107,7 +120,7 @@ def walked(plan: Plan, start: Strategy, revisions, budget: float, batch: int) ->
 @pytest.mark.parametrize("seed", range(20))
 def test_a_revised_plan_against_a_loop_that_spends_step_by_step(seed):
     plan, revisions, budget, batch = revised(seed)
-    steps = walked(plan, plan.schedule.stages[0].strategy, revisions, budget, batch)
+    steps = walked(plan, revisions, budget, batch)
     assert len(plan) == len(steps) and len(plan) == len(list(plan))
     for index, (strategy, before, _) in enumerate(steps):
         assert plan[index].strategy == strategy and plan[index].cost == pytest.approx(batch * units(strategy))
@@ -129,12 +142,14 @@ def test_the_revisions_of_the_loop_are_many_and_charged():
     counts = [len(revised(seed)[1]) for seed in range(20)]
     assert min(counts) >= 1 and max(counts) >= 3
     assert {revised(seed)[1][0][0] == 0 for seed in range(20)} == {True, False}
+    stages = [len(revised(seed)[0].followed().stages) for seed in range(20)]
+    assert max(stages) > max(counts) + 1  # revisions have stages of their own
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_schedule_that_a_revised_plan_amounts_to(seed):
     plan, revisions, budget, batch = revised(seed)
-    steps = walked(plan, plan.schedule.stages[0].strategy, revisions, budget, batch)
+    steps = walked(plan, revisions, budget, batch)
     expected: list[tuple[float, Strategy]] = []
     for (strategy, _, _), later in zip(steps, [*steps[1:], None], strict=True):
         if later is None or later[0] != strategy:
@@ -170,7 +185,7 @@ def test_a_plan_goes_on_from_its_state(seed):
     assert (other.num_steps, other.total_cost) == (plan.num_steps, plan.total_cost)
     step = len(plan) - 1
     for one in (plan, other):
-        one.revise(step, STRATEGIES[0], 0.0)
+        one.revise(step, Schedule.constant(STRATEGIES[0]), 0.0)
     assert list(other) == list(plan) and other.state() == plan.state()
 
 
@@ -178,10 +193,22 @@ def test_a_revision_that_leaves_no_step_is_refused_and_changes_nothing():
     plan = Plan(16 * 4 * 10, Schedule.constant(STRATEGIES[4]), 16, units)
     before = list(plan)
     with pytest.raises(ValueError, match=r"60 units are left at step 3, and one more costs 64"):
-        plan.revise(3, STRATEGIES[4], charge=16 * 4 * 7 - 60)
+        plan.revise(3, Schedule.constant(STRATEGIES[4]), charge=16 * 4 * 7 - 60)
     assert list(plan) == before
-    plan.revise(3, STRATEGIES[4], charge=16 * 4 * 6)
+    plan.revise(3, Schedule.constant(STRATEGIES[4]), charge=16 * 4 * 6)
     assert len(plan) == 4 and plan.total_cost == pytest.approx(plan.budget)
+
+
+def test_what_too_little_is_left_for_is_left_out_and_the_stage_before_goes_on():
+    cheap, dear = STRATEGIES[0], STRATEGIES[4]
+    plan = Plan(16 * units(dear) * 1.9, Schedule.constant(dear), 16, units)
+    schedule = Schedule((Stage(0.6, cheap), Stage(1.0, dear)))
+    plan.revise(0, schedule)
+    assert {step.strategy for step in plan} == {cheap}
+    assert 0 <= plan.budget - plan.total_cost < 16 * units(cheap)
+    other = Plan(plan.budget, Schedule.constant(dear), 16, units)
+    other.restore(json.loads(json.dumps(plan.state())), 8)
+    assert list(other) == list(plan)
 
 
 def test_local_crops_are_whole_unless_a_stage_says_otherwise():

@@ -22,15 +22,15 @@ class AutoScheduleCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         trainer, controller, step = self.trainer, self.controller, state.global_step
-        progress = trainer.plan[step].progress
-        due = controller.due(progress)
+        plan, progress = trainer.plan, trainer.plan[step].progress
+        due = controller.due(progress, plan.budget - plan[step].spent)
         if not due:
             return
         accumulator = self._probe(due, step, progress)
         before, strategy = controller.strategy, controller.decide(accumulator, progress)
         charge = controller.cost_of(due)
-        trainer.plan.revise(step, controller.schedule(), charge)
-        args.max_steps = state.max_steps = trainer.plan.num_steps
+        plan.revise(step, controller.schedule(), charge)
+        args.max_steps = state.max_steps = plan.num_steps
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressBar) and callback.training_bar is not None:
                 callback.training_bar.total = state.max_steps

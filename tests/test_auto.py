@@ -23,9 +23,10 @@ pytestmark = pytest.mark.usefixtures("own_cache_and_threads")
 
 ROOT = Path(__file__).parents[1]
 BUDGET, SHARE, DRAWS, BATCH = 2400, 0.64, 3, 16  # for four probes
-LADDER = [(Compression(8), Compression(8)), (Compression(4, 0.5), Compression(4)), (Compression(4), Compression(4))]
-"""(online, target) of the rungs."""
+LADDER = [Compression(16), Compression(8), Compression(4)]
+"""Of both branches."""
 AUTO = [
+    "image_size=32",
     "schedule=auto",
     f"budget={BUDGET}",
     f"auto_share={SHARE}",
@@ -105,16 +106,26 @@ def test_the_results_hold_the_schedule_that_was_followed(whole):
     results = read(whole / "results.json")
     followed = Schedule.parse(results["schedule"], 4)
     steps = [log for log in history(whole) if "loss" in log]
-    before = 0.0
-    for log in steps:  # `progress` is that after the step, and a probe is charged before it
+    start = before = probes_of(whole)[0]["probe_units"]
+    for log in steps:  # `units` are those after the step, and a probe is charged before it
         online = Compression(log["patch_size"], log["token_dropout"])
-        charged = sum(p["probe_units"] for p in probes_of(whole) if p["step"] == log["step"] - 1) / BUDGET
-        assert followed(min(1.0, before + charged + 1e-9)).online == online
-        before = log["progress"]
+        charged = sum(p["probe_units"] for p in probes_of(whole) if p["step"] == log["step"] - 1 > 0)
+        assert followed(min(1.0, (before + charged - start) / (BUDGET - start) + 1e-9)).online == online
+        before = log["units"]
     assert [s.online for s in followed.strategies] == list(
         dict.fromkeys(Compression(log["patch_size"], log["token_dropout"]) for log in steps)
     )
     assert followed.stages[-1].until == 1
+
+
+def test_the_first_probe_takes_nothing_from_the_warm_up(whole):
+    recipe, start = load_recipe(whole / "recipe.yaml"), probes_of(whole)[0]["probe_units"]
+    assert start / BUDGET > recipe.warmup  # counted as progress, it would skip it
+    first, second = [log for log in history(whole) if "loss" in log][:2]
+    progress = (first["units"] - start) / (BUDGET - start)
+    assert first["learning_rate"] == 0 and second["learning_rate"] == pytest.approx(
+        recipe.learning_rate * min(1.0, progress / recipe.warmup)
+    )
 
 
 def test_the_number_of_steps_is_true_wherever_it_stands(whole):
@@ -214,7 +225,7 @@ def test_a_budget_that_does_not_pay_for_probes_is_refused(folder, tmp_path):
 
 @pytest.mark.slow
 def test_measured_costs_hold_the_whole_ladder(folder, tmp_path, monkeypatch):
-    config, asked = Recipe(**RECIPE).encoder_config(), []
+    config, asked = Recipe(**{**RECIPE, "image_size": 32}).encoder_config(), []
 
     def measured(_, compressions, *args, **kwargs):
         asked.extend(compressions)
@@ -223,9 +234,9 @@ def test_measured_costs_hold_the_whole_ladder(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_accel.assemble.measure_costs", measured)
     output = launch(folder, tmp_path / "run", *AUTO, "cost=measured")
     table = CostTable.load(output / "cost_table.json")
-    batch = [16 * (3 * table(online) + table(target)) for online, target in LADDER]
+    batch = [16 * 4 * table(rung) for rung in LADDER]
     assert probes_of(output)[0]["probe_units"] == pytest.approx(DRAWS * sum(batch))
-    assert {compression for strategy in LADDER for compression in strategy} <= set(asked)
+    assert set(LADDER) <= set(asked)
     assert read(output / "results.json")["units"] <= BUDGET
 
 
@@ -262,7 +273,9 @@ def test_every_objective_finds_its_schedule(objective, folder, tmp_path):
     assert len(probes) >= 2 or probes[0]["probe_tokens"] == uncompressed  # at the top no more are due
     assert 0 < sum(probe["probe_units"] for probe in probes) <= 0.5 * results["budget"]
     assert results["units"] <= results["budget"] * (1 + 1e-9)
-    assert any(probe["probe_moved"] for probe in probes) or len(results["schedule"]) == 1
+    *earlier, last = Schedule.parse(results["schedule"], 4).stages
+    assert last.strategy.online == Compression(4)  # and not before it is due, but for clear evidence
+    assert not earlier or earlier[-1].until >= 0.8 or any(probe["probe_moved"] for probe in probes)
 
 
 @pytest.mark.slow

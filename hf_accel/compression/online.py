@@ -28,7 +28,7 @@ from .schedule import Schedule, Stage
 from .search import choose_strategies, search_grid
 from .strategy import Strategy
 
-RUNG_RATIO = 0.7
+RUNG_RATIO = 0.5
 """A rung costs at most this much of the next one."""
 
 LADDER_DROPOUTS = (0.0, 0.5)
@@ -115,10 +115,14 @@ class OnlineController:
         base = self.ladder[-1]
         return self.draws * (self.units[base] + sum(self.units[s] for s in strategies if s != base))
 
-    def due(self, progress: float) -> list[Strategy]:
+    def due(self, progress: float, left: float) -> list[Strategy]:
         """The strategies to probe now; none if it is too early, nothing is left to climb, or too little to spend.
 
         Past its deadline a rung has been left, as `schedule` says.
+
+        Args:
+            progress: of the plan's next step.
+            left: units of the budget that are not spent.
         """
         passed = sum(progress >= deadline - 1e-9 for deadline in self.deadlines)
         if passed > self.rung:
@@ -126,8 +130,12 @@ class OnlineController:
         if self.probed == len(self.points) or progress < self.points[self.probed] or self.rung == len(self.ladder) - 1:
             return []
         strategies = self.ladder if self.probed == 0 else self.ladder[self.rung : self.rung + 2]
-        needed = self.cost_of(strategies) + self.units[strategies[-1]]  # a step must be left to take
-        return strategies if progress * self.budget + needed <= self.budget else []
+        cost = self.cost_of(strategies)
+        if cost >= left:
+            return []
+        # A step must be left to take, where the plan then stands or one rung up. The first probe's cost is no progress
+        after = self.schedule()(min(1.0, progress + (1 - progress) * cost / left) if self.probed else 0.0)
+        return strategies if cost + max(self.units[after], self.units[strategies[-1]]) <= left else []
 
     def decide(self, accumulator: GradientErrorAccumulator[Strategy], progress: float) -> Strategy:
         """Take the errors of the strategies that were due, and give the one to follow from now on."""

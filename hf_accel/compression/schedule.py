@@ -170,7 +170,10 @@ def _parse_stage(stage: Any, number: int, base_patch_size: int) -> Stage:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step of a plan. `spent` are the units before it; `progress` is spent / budget."""
+    """One optimizer step of a plan. `spent` are the units before it; `progress` is the share of the budget that is.
+
+    What was spent before the first step, on a probe, counts for neither: or every warm-up would be half over by then.
+    """
 
     index: int
     strategy: Strategy
@@ -218,11 +221,12 @@ class Plan:
 
     def _following(self, schedule: Schedule, first: int, spent: float) -> tuple[list[_Segment], int, float]:
         """The segments of `schedule` from step `first` on, before which `spent` units are; steps and units then."""
-        segments = []
+        segments, start = [], spent if first == 0 else self.start
         for stage in schedule.stages:
             cost = self.batch_size * self.units_per_image(stage.strategy)
             # The tolerance (in steps) keeps a budget of exactly n steps from losing one to rounding.
-            to_stage_end = math.ceil((stage.until * self.budget - spent) / cost - 1e-9)
+            stage_end = start + stage.until * (self.budget - start)
+            to_stage_end = math.ceil((stage_end - spent) / cost - 1e-9)
             affordable = math.floor((self.budget - spent) / cost + 1e-9)
             steps = max(0, min(to_stage_end, affordable))
             if steps:
@@ -243,10 +247,19 @@ class Plan:
         spent = self.spent_after(step) + charge
         segments, _, _ = self._following(schedule, step, spent)
         if not segments:
-            cost = self.batch_size * self.units_per_image(schedule(min(1.0, spent / self.budget)))
+            cost = self.batch_size * self.units_per_image(schedule(self.progress(spent) if step else 0.0))
             raise ValueError(f"{self.budget - spent:g} units are left at step {step}, and one more costs {cost:g}")
         self.segments = [*(segment for segment in self.segments if segment.first < step), *segments]
         self._run_to_the_end()
+
+    @property
+    def start(self) -> float:
+        """Units spent before the first step."""
+        return self.segments[0].spent
+
+    def progress(self, spent: float) -> float:
+        """In [0, 1], once so many units are spent."""
+        return min(1.0, (spent - self.start) / (self.budget - self.start))
 
     def _run_to_the_end(self) -> None:
         """Of the budget, with the last segment."""
@@ -260,7 +273,7 @@ class Plan:
         for segment, later in zip(self.segments, [*self.segments[1:], None], strict=True):
             if stages and stages[-1].strategy == segment.strategy:
                 stages.pop()
-            stages.append(Stage(later.spent / self.budget if later else 1.0, segment.strategy))
+            stages.append(Stage(self.progress(later.spent) if later else 1.0, segment.strategy))
         return Schedule(tuple(stages))
 
     def state(self) -> list[list[Any]]:
@@ -283,7 +296,7 @@ class Plan:
             raise IndexError(f"the plan has steps 0 to {self.num_steps - 1}, asked for {index}")
         segment = self.segments[bisect_right(self.segments, index, key=lambda s: s.first) - 1]
         spent = segment.spent + (index - segment.first) * segment.cost
-        return Step(index, segment.strategy, spent, segment.cost, min(1.0, spent / self.budget))
+        return Step(index, segment.strategy, spent, segment.cost, self.progress(spent))
 
     def __iter__(self) -> Iterator[Step]:
         return (self[index] for index in range(self.num_steps))

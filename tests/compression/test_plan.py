@@ -91,7 +91,8 @@ def revised(seed: int) -> tuple[Plan, list[tuple[int, Schedule, float]], float, 
         if step >= len(plan):
             break
         spent = plan[step].spent + change[2]
-        if spent > budget or spent + batch * units(change[1](spent / budget)) > budget:
+        progress = (spent - plan.start) / (budget - plan.start) if step else 0.0
+        if spent > budget or spent + batch * units(change[1](min(1.0, progress))) > budget:
             break
         plan.revise(*change)
         if revisions and revisions[-1][0] == step:  # again before the same step: both charges are spent
@@ -100,14 +101,19 @@ def revised(seed: int) -> tuple[Plan, list[tuple[int, Schedule, float]], float, 
     return plan, revisions, budget, batch
 
 
+def charged_at_first(revisions) -> float:
+    return sum(charge for step, _, charge in revisions if step == 0)
+
+
 def walked(plan: Plan, revisions, budget: float, batch: int) -> list[tuple[Strategy, float, float]]:
     """(strategy, units before, units after) of every step, one by one; what the budget is too small for is left out."""
     spent, schedule, steps, changes = 0.0, plan.schedule, [], {step: change for step, *change in revisions}
+    start = charged_at_first(revisions)
     while True:
         if len(steps) in changes:
             schedule, charge = changes[len(steps)]
             spent += charge
-        strategy = schedule(min(1.0, spent / budget))
+        strategy = schedule(min(1.0, (spent - start) / (budget - start)))
         if spent + batch * units(strategy) > budget * (1 + 1e-12) and steps and len(steps) not in changes:
             strategy = steps[-1][0]
         cost = batch * units(strategy)
@@ -121,11 +127,12 @@ def walked(plan: Plan, revisions, budget: float, batch: int) -> list[tuple[Strat
 def test_a_revised_plan_against_a_loop_that_spends_step_by_step(seed):
     plan, revisions, budget, batch = revised(seed)
     steps = walked(plan, revisions, budget, batch)
-    assert len(plan) == len(steps) and len(plan) == len(list(plan))
+    start = charged_at_first(revisions)
+    assert len(plan) == len(steps) and len(plan) == len(list(plan)) and plan[0].progress == 0
     for index, (strategy, before, _) in enumerate(steps):
         assert plan[index].strategy == strategy and plan[index].cost == pytest.approx(batch * units(strategy))
         assert plan[index].spent == pytest.approx(before) == pytest.approx(plan.spent_after(index))
-        assert plan[index].progress == pytest.approx(before / budget)
+        assert plan[index].progress == pytest.approx((before - start) / (budget - start))
     assert plan.total_cost == plan.spent_after(len(plan)) == pytest.approx(steps[-1][2])
     charges = sum(charge for _, _, charge in revisions)
     assert plan.total_cost == pytest.approx(charges + sum(step.cost for step in plan))
@@ -151,9 +158,10 @@ def test_the_schedule_that_a_revised_plan_amounts_to(seed):
     plan, revisions, budget, batch = revised(seed)
     steps = walked(plan, revisions, budget, batch)
     expected: list[tuple[float, Strategy]] = []
+    start = charged_at_first(revisions)
     for (strategy, _, _), later in zip(steps, [*steps[1:], None], strict=True):
         if later is None or later[0] != strategy:
-            expected.append((later[1] / budget if later else 1.0, strategy))
+            expected.append(((later[1] - start) / (budget - start) if later else 1.0, strategy))
     followed = plan.followed()
     assert [stage.strategy for stage in followed.stages] == [strategy for _, strategy in expected]
     assert [stage.until for stage in followed.stages] == pytest.approx([until for until, _ in expected])

@@ -286,6 +286,7 @@ def test_two_processes_decide_as_one(objective, folder, tmp_path):
         settings = [
             *SMALL,
             *HEADS[objective],
+            "search_criterion=gain",  # which begins on the lower of the two rungs, so that there is more than one probe
             "gradient_accumulation_steps=1",
             f"data={folder}",
             f"output_dir={tmp_path / name}",

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_accel"
 
 LEVELS = [
-    {"draws", "distributed", "progress", "transfer"},
+    {"draws", "distributed", "progress", "telling", "transfer"},
     {"sharding"},
     {"models"},
     {"compression"},

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult
 
 from ..compression import Compression, forward_cost
 from ..models import AccelViTConfig
-from ..report import telling_settings
+from ..telling import telling_settings
 
 METHODS = {
     "knn": "kNN",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..telling import telling_settings
 from .results import write_json
 
 RESULTS_NAME = "results.json"
@@ -57,13 +58,6 @@ def add_run(folder: str | Path, question: Mapping[str, Any], run: Mapping[str, A
 def _same(entry: Mapping[str, Any], question: Mapping[str, Any]) -> bool:
     asked = json.loads(json.dumps(question))  # as it would come back from the file
     return all(name in entry and entry[name] == value for name, value in asked.items())
-
-
-def telling_settings(entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
-    """The settings of one of `entries` in which others of the same evaluation differ, as text."""
-    alike = [other["settings"] for other in entries if other["evaluation"] == entry["evaluation"]]
-    named = entry["settings"].items()
-    return ", ".join(f"{name}={value}" for name, value in named if any(o.get(name) != value for o in alike))
 
 
 def evaluation_table(entries: Sequence[Mapping[str, Any]]) -> str:

@@ -36,7 +36,7 @@ class AutoScheduleCallback(TrainerCallback):
                 callback.training_bar.total = state.max_steps
         errors = accumulator.result()
         logs = {"probe_units": charge, "probe_moved": float(strategy != before), "probe_tokens": 0.0}
-        if len(due) == 2:
+        if step:  # the first probe, of all rungs, compares no pair
             logs["probe_evidence"] = controller.score  # of this probe and those before it; clear above 1.96
         logs["probe_tokens"] = float(strategy.online.kept_tokens(trainer.recipe.image_size))
         for name, probed in (("", due[0]), ("_next", due[-1])) if len(due) == 2 else (("", strategy),):

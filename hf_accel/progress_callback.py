@@ -28,8 +28,8 @@ class ProgressCallback(TrainerCallback):
             self.trainer.keep_start()
 
     def share_done(self, state) -> float:
-        """Of what the plan spends; the tolerance is for points that rounding puts just above their step."""
-        return self.trainer.plan.spent_after(state.global_step) / self.trainer.plan.total_cost + 1e-12
+        """The tolerance is for points that rounding puts just above their step."""
+        return self.trainer.plan.share_done(state.global_step) + 1e-12
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         recipe, progress = self.trainer.recipe, self.trainer.plan[state.global_step].progress

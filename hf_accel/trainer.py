@@ -137,8 +137,11 @@ class PretrainTrainer(Trainer):
                 )
             self._first_step, self.seconds = state["step"], state["seconds"]
             if self.controller:
+                try:
+                    self.controller.restore(state["controller"])
+                except ValueError as error:
+                    raise RecipeError(f"schedule='auto': {resume_from_checkpoint}: {error}") from None
                 self.plan.restore(state["plan"], self.recipe.patch_size)
-                self.controller.restore(state["controller"])
                 self.args.max_steps = self.plan.num_steps
             elif "plan" in state and state["plan"] != json.loads(json.dumps(self.plan.state())):
                 raise RecipeError(
@@ -222,7 +225,7 @@ class PretrainTrainer(Trainer):
                 self.diverged()
             logs.update(self._step_logs(steps))
         logs["units"] = self.plan.spent_after(steps)
-        logs["progress"] = min(1.0, logs["units"] / self.plan.budget)
+        logs["progress"] = self.plan.progress(logs["units"])
         super().log(logs, start_time)
 
     def _step_logs(self, steps: int) -> dict[str, float]:
@@ -328,7 +331,7 @@ class PretrainTrainer(Trainer):
         self.seconds["total"] = self._seconds_before + time.perf_counter() - self._started
         steps = self.state.global_step
         units = self.plan.spent_after(steps)
-        progress = min(1.0, units / self.plan.budget)
+        progress = self.plan.progress(units)
         state: dict[str, Any] = {"step": steps, "units": units, "progress": progress, "seconds": self.seconds}
         state |= {"plan": self.plan.state(), "engine": engine_of(self.accelerator)}
         if self.controller:

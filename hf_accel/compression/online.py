@@ -1,14 +1,14 @@
 """`schedule: auto`: a run finds its schedule while it trains, and pays for the search out of its own budget.
 
 The rule. Strategies stand on a ladder, from the cheapest to the uncompressed one, each a good deal dearer than the
-one below. Before the first step all of them are probed, and the run starts on the one with the least ca_mse (of tied
-ones, on the cheaper). At evenly spaced points of progress it then probes the rung it stands on and the next one, with
-the same images under both, and climbs when it is clear that ca_mse(this) is above ca_mse(next): by the evidence of the
-last four probes of this rung together, at the 2.5% level. By the criterion "gain" it starts on the cheapest that is not
-clearly worse than the largest gain, and climbs when gain(next) is clearly above gain(this). Without clear evidence it
-climbs, too, but at the rung's deadline: these divide the first 80% of the budget evenly among the rungs, and the last
-20% are uncompressed. It never climbs down, as compression never increases. There are as many points as the share of the
-budget pays for, and at most 20; where it pays for more than that, each probe takes more draws, and at most 64.
+one below. Before the first step all of them are probed, and the run starts on the cheapest that is not clearly worse than
+the best: one whose ca_mse is not above the least, or, by the criterion "gain", whose gain is not below the largest, at
+the 2.5% level. At evenly spaced points of progress it then probes the rung it stands on and the next one, with the same
+images under both, and climbs when the rung is clearly worse than the next one, by the evidence of the last four probes
+of this rung together. Without clear evidence it climbs, too, but at the rung's deadline: these divide the first 80% of
+progress evenly among the rungs, and the last 20% are uncompressed. It never climbs down, as compression never
+increases. There are as many points as the share of the budget pays for, and at most 20; where it pays for more than
+that, each probe takes more draws, and at most 64.
 
 Why deadlines: an error of single steps does not tell what a run is for. Training on a rung makes gradients there small
 and true, so that the next rung looks no better, while the encoder that is used at full length never gets used to it.
@@ -25,7 +25,7 @@ from typing import Any
 
 from .gradient_error import CLEAR, GradientErrorAccumulator
 from .schedule import Schedule, Stage
-from .search import choose_strategies, search_grid
+from .search import search_grid
 from .strategy import Strategy
 
 RUNG_RATIO = 0.5
@@ -62,7 +62,7 @@ class OnlineController:
         budget: of the whole run, in units.
         share: of the budget that probes may spend.
         draws: paired gradients of a probe, at least.
-        criterion: "ca_mse" or "gain" (`choose_strategies`).
+        criterion: "ca_mse" or "gain" (of `GradientError`), by which strategies are compared.
 
     Raises:
         ValueError: the share does not pay for the first probe and one more.
@@ -107,8 +107,10 @@ class OnlineController:
 
     def schedule(self) -> Schedule:
         """From where it stands up the ladder, each rung until its deadline."""
-        ends = [*self.deadlines, 1.0]
-        return Schedule(tuple(map(Stage, ends[self.rung :], self.ladder[self.rung :])))
+        return Schedule(self._stages()[self.rung :])
+
+    def _stages(self) -> tuple[Stage, ...]:
+        return tuple(map(Stage, [*self.deadlines, 1.0], self.ladder))
 
     def cost_of(self, strategies) -> float:
         """Units of a probe of these strategies; the uncompressed gradient that they are compared with is also one."""
@@ -143,8 +145,7 @@ class OnlineController:
             self.rung = self.ladder.index(self._first(accumulator))
         else:
             this, above = self.ladder[self.rung : self.rung + 2]
-            larger, smaller = (above, this) if self.criterion == "gain" else (this, above)
-            self.evidence = [*self.evidence, accumulator.evidence(self.criterion, larger, smaller)][-POOLED:]
+            self.evidence = [*self.evidence, self._worse(accumulator, this, above)][-POOLED:]
             self.score = sum(self.evidence) / math.sqrt(len(self.evidence))
             if self.score > CLEAR:
                 self.rung, self.evidence = self.rung + 1, []
@@ -153,17 +154,32 @@ class OnlineController:
         return self.strategy
 
     def _first(self, accumulator: GradientErrorAccumulator[Strategy]) -> Strategy:
-        """The best, or of what is tied with it the cheapest: a run can climb later, but never down."""
+        """The cheapest that is not clearly worse than the best: a run can climb later, but never down."""
         errors = accumulator.result()
-        if self.criterion == "gain":
-            best = max(self.ladder, key=lambda strategy: errors[strategy].gain)
-            return next(s for s in self.ladder if s == best or accumulator.evidence("gain", best, s) <= CLEAR)
-        (chosen,) = choose_strategies([errors], self.relative_cost)
-        return chosen
+        better = max if self.criterion == "gain" else min
+        best = better(self.ladder, key=lambda strategy: getattr(errors[strategy], self.criterion))
+        return next(s for s in self.ladder if s == best or self._worse(accumulator, s, best) <= CLEAR)
+
+    def _worse(self, accumulator: GradientErrorAccumulator[Strategy], one: Strategy, other: Strategy) -> float:
+        """How surely one strategy is worse than the other, as a standard normal score."""
+        score = accumulator.evidence(self.criterion, one, other)
+        return -score if self.criterion == "gain" else score
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs."""
-        return {"rung": self.rung, "probed": self.probed, "evidence": self.evidence}
+        """What a resumed run needs, as JSON can hold it."""
+        ladder = Schedule(self._stages()).to_list()
+        return {"ladder": ladder, "rung": self.rung, "probed": self.probed, "evidence": self.evidence}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.rung, self.probed, self.evidence = state["rung"], state["probed"], list(state.get("evidence", []))
+        """Go on from a state.
+
+        Raises:
+            ValueError: it counts rungs of another ladder, as another version of this rule may have built it.
+        """
+        ladder = self.state()["ladder"]
+        if state.get("ladder") != ladder:
+            raise ValueError(
+                f"the checkpoint's run climbs another ladder, {state.get('ladder', 'unknown')}, than this version's, "
+                f"{ladder}. Resume with the version that it was started by, or start anew in another output_dir"
+            )
+        self.rung, self.probed, self.evidence = state["rung"], state["probed"], list(state["evidence"])

@@ -172,7 +172,7 @@ def _parse_stage(stage: Any, number: int, base_patch_size: int) -> Stage:
 class Step:
     """One optimizer step of a plan. `spent` are the units before it; `progress` is the share of the budget that is.
 
-    What was spent before the first step, on a probe, counts for neither: or every warm-up would be half over by then.
+    What was spent before the first step, on a probe, is no part of progress: or a warm-up would be half over by then.
     """
 
     index: int
@@ -305,11 +305,6 @@ class Plan:
         """Units spent once `steps` steps are done."""
         return self.total_cost if steps >= self.num_steps else self[steps].spent
 
-    def first_step_at(self, progress: float) -> int:
-        """The smallest number of steps after which at least `progress` of what the plan spends is spent."""
-        wanted = progress * self.total_cost * (1 - 1e-12)
-        low, high = 0, self.num_steps
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.spent_after(middle) >= wanted else (middle + 1, high)
-        return low
+    def share_done(self, steps: int) -> float:
+        """In [0, 1]: of what the plan spends from its first step on, which is all but a last step that was too dear."""
+        return (self.spent_after(steps) - self.start) / (self.total_cost - self.start)

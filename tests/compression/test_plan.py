@@ -61,14 +61,6 @@ def test_what_the_budget_leaves_of_a_dear_stage_is_not_for_the_cheaper_one_after
         assert [step.strategy for step in plan] == [dear] * 3 and plan.total_cost == pytest.approx(192)
 
 
-def test_first_step_at_is_the_first_to_reach_the_progress():
-    plan = Plan(3000, Schedule.parse([{"until": 0.5, "patch_size": 16}, {"until": 1.0}], 8), 16, units)
-    for progress in (0.1, 0.5, 0.9, 1.0):
-        first = plan.first_step_at(progress)
-        assert plan.spent_after(first) >= progress * plan.total_cost * (1 - 1e-9)
-        assert plan.spent_after(first - 1) < progress * plan.total_cost
-
-
 STRATEGIES = [Strategy(Compression(p, r)) for p, r in ((16, 0.5), (16, 0.0), (12, 0.0), (8, 0.5), (8, 0.0))]
 
 
@@ -138,11 +130,9 @@ def test_a_revised_plan_against_a_loop_that_spends_step_by_step(seed):
     assert plan.total_cost == pytest.approx(charges + sum(step.cost for step in plan))
     assert budget - plan.total_cost < batch * units(steps[-1][0])
     assert plan.total_cost <= budget * (1 + 1e-9)
-    spent = [before for _, before, _ in steps] + [steps[-1][2]]
-    for progress in np.random.default_rng(seed).random(20):
-        expected = next(i for i, units_spent in enumerate(spent) if units_spent >= progress * plan.total_cost)
-        assert plan.first_step_at(progress) == expected
-    assert plan.first_step_at(1.0) == len(plan)
+    done = [(before - start) / (steps[-1][2] - start) for _, before, _ in steps]
+    assert [plan.share_done(number) for number in range(len(plan) + 1)] == pytest.approx([*done, 1.0])
+    assert plan.share_done(len(plan)) == 1 and plan.share_done(0) == 0
 
 
 def test_the_revisions_of_the_loop_are_many_and_charged():

@@ -1,7 +1,7 @@
 """`schedule: auto`: a run finds its schedule while it trains, and pays for the search out of its own budget.
 
-The rule. Strategies stand on a ladder, from the cheapest to the uncompressed one, each a good deal dearer than the
-one below. Before the first step all of them are probed, and the run starts on the cheapest that is not clearly worse than
+The rule. Strategies stand on a ladder, from the cheapest to the uncompressed one, each a good deal dearer than the one
+below. Before the first step all of them are probed, and the run starts on the cheapest that is not clearly worse than
 the best: one whose ca_mse is not above the least, or, by the criterion "gain", whose gain is not below the largest, at
 the 2.5% level. At evenly spaced points of progress it then probes the rung it stands on and the next one, with the same
 images under both, and climbs when the rung is clearly worse than the next one, by the evidence of the last four probes

@@ -21,6 +21,23 @@ def own_cache_and_threads(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="module")
+def blank_figures():
+    """For whole runs inside a test: the two figures that each run draws are left empty, as they take longer than it."""
+
+    def plot_curves(log_history, path, **_):
+        path.touch()
+
+    def plot_schedule(table, schedule, path, **_):
+        for suffix in (".png", ".svg"):
+            path.with_suffix(suffix).touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_accel.run.plot_curves", plot_curves)
+        patch.setattr("hf_accel.publish.plot_schedule", plot_schedule)
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

@@ -19,7 +19,7 @@ from hf_accel.recipe import Recipe, RecipeError, load_recipe
 from hf_accel.trainer import PretrainTrainer
 from tests.tiny_runs import RECIPE, WEIGHTS, assert_same_weights, image_folder, launch, read
 
-pytestmark = pytest.mark.usefixtures("own_cache_and_threads")
+pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
 
 ROOT = Path(__file__).parents[1]
 BUDGET, SHARE, DRAWS, BATCH = 2400, 0.64, 3, 16  # for four probes

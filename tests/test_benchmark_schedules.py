@@ -10,7 +10,7 @@ import hf_accel.run as entry
 from benchmarks import schedules
 from tests.tiny_runs import RECIPE, image_folder, read
 
-pytestmark = pytest.mark.usefixtures("own_cache_and_threads")
+pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
 
 PLAN = {
     "seeds": [3, 4],

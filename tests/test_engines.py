@@ -27,7 +27,7 @@ from tests.engine_runs import (
 )
 from tests.tiny_runs import WEIGHTS, read
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache_and_threads")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")]
 
 ENGINES = {
     "ddp": "cpu_2proc",

@@ -18,7 +18,7 @@ from hf_accel.evaluation import load_encoder, weights_digest
 from tests.test_tasks import stop_at
 from tests.tiny_runs import RECIPE, SIZE, STEPS, WEIGHTS, image_folder, launch, read
 
-pytestmark = pytest.mark.usefixtures("own_cache_and_threads")
+pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
 
 ROOT = Path(__file__).parents[1]
 SIZES: dict[str, Any] = {

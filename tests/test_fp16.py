@@ -7,7 +7,7 @@ from hf_accel.trainer import PretrainTrainer
 from tests.engine_runs import HEADS, OBJECTIVES
 from tests.tiny_runs import image_folder, launch, losses
 
-pytestmark = pytest.mark.usefixtures("own_cache_and_threads")
+pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from hf_accel.probe import GradientProbe
 from hf_accel.recipe import RecipeError, load_recipe
 from tests.tiny_runs import STEPS, WEIGHTS, image_folder, launch, read
 
-pytestmark = pytest.mark.usefixtures("own_cache_and_threads")
+pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
 
 DRAWS = 3
 SEARCH = ["task=search", f"search_draws={DRAWS}", "search_token_dropout=[0.0, 0.5]", "budget=0"]

@@ -27,7 +27,7 @@ from hf_accel.compression import Compression, CostTable
 from hf_accel.recipe import Recipe
 from tests.tiny_runs import RECIPE, SIZE, STEPS, WEIGHTS, assert_same_weights, image_folder, launch, losses, read
 
-pytestmark = pytest.mark.usefixtures("own_cache_and_threads")
+pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
 
 
 @pytest.fixture(scope="module")

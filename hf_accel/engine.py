@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 from .recipe import Recipe, RecipeError
+
+LOCK_SECONDS = 1800
+"""A compilation, of a minute or two, does not take so long on the slowest machine."""
 
 
 def check_launch(recipe: Recipe) -> None:
@@ -44,10 +48,33 @@ def check_launch(recipe: Recipe) -> None:
             )
     if _is_on("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
         raise RecipeError("DeepSpeed is not installed: pip install 'hf-accel[deepspeed]', or launch with ddp.yaml")
+    if _is_on("ACCELERATE_USE_DEEPSPEED"):
+        _check_compilations()
     # The recipe decides, not the launcher's file: what it says would otherwise hold in silence where a recipe has "no".
     if "ACCELERATE_MIXED_PRECISION" in environment:
         deepspeed = _is_on("ACCELERATE_USE_DEEPSPEED")
         environment["ACCELERATE_MIXED_PRECISION"] = "no" if deepspeed else recipe.mixed_precision
+
+
+def _check_compilations() -> None:
+    """DeepSpeed compiles extensions when they are first wanted, behind locks that torch waits for without an end.
+
+    Raises:
+        RecipeError: a lock so old that whoever held it must have been killed.
+    """
+    from torch.utils.cpp_extension import get_default_build_root  # an import of a second
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in root.glob("**/deepspeed_*/lock"):
+        try:
+            age = time.time() - lock.stat().st_mtime
+        except FileNotFoundError:  # it was just released
+            continue
+        if age > LOCK_SECONDS:
+            raise RecipeError(
+                f"{lock} is {age / 60:.0f} minutes old: a run that was killed while it compiled for DeepSpeed left it, "
+                "and this one would wait for it for ever. If no other is compiling, remove it and launch again"
+            )
 
 
 def end_with_launcher() -> None:

@@ -131,8 +131,12 @@ def test_stages_reach_halfway_to_their_neighbours_and_equal_ones_merge():
     schedule = schedule_of([0.0, 0.25, 0.5, 0.75, 1.0], [a, a, b, c, c])
     assert [(stage.until, stage.strategy) for stage in schedule.stages] == [(0.375, a), (0.625, b), (1.0, c)]
     assert schedule_of([0.4], [b]) == Schedule.constant(b)
+    for points in ([0.5, 0.25], [0.5, 0.5], [-0.1, 0.5], [0.5, 1.1]):
+        with pytest.raises(ValueError, match="increase"):
+            schedule_of(points, [a, b])
     with pytest.raises(ValueError, match="increase"):
-        schedule_of([0.5, 0.25], [a, b])
+        schedule_of([], [])
+    assert Schedule(list(schedule.stages)) == schedule  # pyright: ignore[reportArgumentType]
 
 
 def test_a_schedule_file_is_read_at_its_own_base_patch_and_at_another(tmp_path):

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from hf_accel.models import AccelViTConfig
+from hf_accel.objectives import MoCoForPreTraining, SimCLRForPreTraining
 from hf_accel.objectives.heads import BatchNorm1d, mlp
+
+CONFIG = AccelViTConfig(
+    hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=4
+)
 
 
 def kinds(head: nn.Sequential) -> list[tuple]:
@@ -29,19 +35,28 @@ def test_projector_and_predictor_are_those_of_the_original():
         ("linear", 64, 16), ("norm", 16, False),
     ]  # fmt: skip
     predictor = [("linear", 16, 64), ("norm", 64, True), ("ReLU",), ("linear", 64, 16), ("norm", 16, False)]
-    assert kinds(mlp(3, 24, 64, 16)) == projector
-    assert kinds(mlp(2, 16, 64, 16)) == predictor
+    moco = MoCoForPreTraining(CONFIG, projector_hidden_size=64, projection_size=16)
+    assert kinds(moco.projector) == kinds(moco.momentum_projector) == projector
+    assert kinds(moco.predictor) == predictor
     assert kinds(mlp(1, 24, 64, 16)) == [("linear", 24, 16), ("norm", 16, False)]
 
 
-def test_without_a_last_norm_it_ends_in_a_plain_linear_layer():
+def test_simclrs_ends_in_a_plain_linear_layer():
     # SLIP's models.py: SIMCLR._build_mlp; the biases that it has before BatchNorms have no effect
     slip = [
         ("linear", 24, 64), ("norm", 64, True), ("ReLU",),
         ("linear", 64, 64), ("norm", 64, True), ("ReLU",),
         ("linear", 64, 16, "bias"),
     ]  # fmt: skip
-    assert kinds(mlp(3, 24, 64, 16, last_norm=False)) == slip
+    assert kinds(SimCLRForPreTraining(CONFIG, projector_hidden_size=64, projection_size=16).projector) == slip
+
+
+@pytest.mark.parametrize("objective", [MoCoForPreTraining, SimCLRForPreTraining])
+def test_sizes_and_temperatures_start_above_zero(objective):
+    objective(CONFIG, projector_hidden_size=1, projection_size=1, temperature=1e-6)
+    for name, value in {"projector_hidden_size": 0, "projection_size": 0, "temperature": 0.0}.items():
+        with pytest.raises(ValueError, match=f"{name}={value} must be at least"):
+            objective(CONFIG, **{name: value})
 
 
 def test_output_of_the_last_norm_is_standardised():

@@ -1,5 +1,6 @@
 import colorsys
 import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -198,12 +199,23 @@ def image_by_image(images, config, size, seed, step, view):
     return torch.cat(results)
 
 
+def test_the_default_is_moco_v3s():
+    # main_moco.py: augmentation1 and augmentation2, crop_min of vit_small and vit_base
+    both = {"crop_scale": (0.08, 1.0), "crop_ratio": (3 / 4, 4 / 3), "jitter": 0.8, "grayscale": 0.2, "flip": 0.5}
+    both |= {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "blur_sigma": (0.1, 2.0)}
+    both |= {"rotation": 0, "shear": 0, "size": None}
+    first, second = AUGMENTATIONS["moco"]
+    assert asdict(first) == both | {"blur": 1.0, "solarize": 0.0}
+    assert asdict(second) == both | {"blur": 0.1, "solarize": 0.2}
+
+
+@pytest.mark.parametrize("size", [24, 96])  # the larger one has a blur to be seen
 @pytest.mark.parametrize("view", [0, 1])
-def test_views_image_by_image(view):
+def test_views_image_by_image(view, size):
     images = random_images(24, 40, 31)
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
-    made = make_views({"images": images}, AUGMENTATIONS["moco"], 24, 3, 7, mean=mean, std=std)[view]
-    expected = image_by_image(images, AUGMENTATIONS["moco"][view], 24, 3, 7, view)
+    made = make_views({"images": images}, AUGMENTATIONS["moco"], size, 3, 7, mean=mean, std=std)[view]
+    expected = image_by_image(images, AUGMENTATIONS["moco"][view], size, 3, 7, view)
     expected = (expected - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-5)
 

@@ -113,6 +113,17 @@ def test_bad_input_is_refused(arguments, message) -> None:
         knn_predict(*arguments)
 
 
+def test_accuracies_are_shares_of_the_votes_first_and_first_five() -> None:
+    rng = np.random.default_rng(0)
+    labels = torch.from_numpy(rng.integers(0, 9, 300))
+    features = torch.from_numpy(np.eye(9)[labels] + 0.7 * rng.normal(size=(300, 9)))
+    votes = knn_predict(features[:200], labels[:200], features[200:], 20, 0.07, 9).numpy()
+    places = [int((row > row[label]).sum()) for row, label in zip(votes, labels[200:].tolist(), strict=True)]
+    assert len({n for n in range(9) if places.count(n)}) > 6  # some are fifth, and sixth
+    expected = {f"top{n}": sum(place < n for place in places) / 100 for n in (1, 5)}
+    assert knn_accuracy(features[:200], labels[:200], features[200:], labels[200:]) == pytest.approx(expected)
+
+
 def test_accuracy_of_clusters() -> None:
     rng = torch.Generator().manual_seed(0)
     centres = torch.randn(8, 16, generator=rng)

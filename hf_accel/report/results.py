@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("hf-accel", "torch", "transformers", "accelerate", "datasets", "evaluate", "huggingface_hub", "numpy")
+PACKAGES = ("hf-accel", "transformers", "accelerate", "datasets", "evaluate", "huggingface_hub", "numpy")
 
 
 def environment() -> dict[str, Any]:
@@ -24,7 +24,11 @@ def environment() -> dict[str, Any]:
     """
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),  # with its build, which the package's metadata may lack
+            **{name: _version(name) for name in PACKAGES},
+        },
         **_git(Path(__file__).parent),
         "hardware": {
             "platform": platform.platform(),

@@ -24,7 +24,9 @@ import hf_accel.objectives.moco as moco
 import hf_accel.run as entry
 from hf_accel.assemble import sole_launch
 from hf_accel.compression import Compression, CostTable
+from hf_accel.progress_callback import ProgressCallback
 from hf_accel.recipe import Recipe
+from hf_accel.trainer import PretrainTrainer
 from tests.tiny_runs import RECIPE, SIZE, STEPS, WEIGHTS, assert_same_weights, image_folder, launch, losses, read
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
@@ -69,6 +71,37 @@ def test_pretrain(whole):
     assert set(path.name for path in whole.glob("checkpoint-*")) == {"checkpoint-6", "checkpoint-8"}
     for name in ("modeling_accel_vit.py", "preprocessor_config.json"):  # so that each opens by itself
         assert {path.parent.name for path in whole.rglob(name)} == {"checkpoint-6", "checkpoint-8", "final"}
+
+
+def test_the_seconds_of_the_parts_are_those_of_the_run(whole):
+    seconds = read(whole / "results.json")["seconds"]
+    assert set(seconds) == {"total", "data", "forward_backward", "evaluation", "rest"}
+    assert all(value > 0 for value in seconds.values())
+    assert sum(seconds.values()) == pytest.approx(2 * seconds["total"])
+
+
+def test_a_step_goes_along_the_mean_gradient_of_its_micro_batches(folder, tmp_path, monkeypatch):
+    micro_batches, steps, true_loss = [], [], PretrainTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss: Any = true_loss(self, model, inputs, *args, **kwargs)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        micro_batches.append((loss.item(), torch.autograd.grad(loss, trained, retain_graph=True)))
+        return loss
+
+    def before_step(callback, _):
+        model = callback.trainer.objective
+        steps.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+
+    monkeypatch.setattr(PretrainTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(ProgressCallback, "before_step", before_step)
+    output = launch(folder, tmp_path / "run", "gradient_accumulation_steps=4", "eval_points=[]")
+    assert len(micro_batches) == 4 * STEPS and len(steps) == STEPS
+    for step, (gradients, loss) in enumerate(zip(steps, losses(output), strict=True)):
+        parts = micro_batches[4 * step : 4 * step + 4]
+        assert loss == pytest.approx(sum(value for value, _ in parts) / 4, rel=1e-5)
+        for number, gradient in enumerate(gradients):
+            torch.testing.assert_close(gradient, sum(part[number] for _, part in parts) / 4)
 
 
 def test_no_process_goes_on_before_a_checkpoint_is_complete(folder, tmp_path, monkeypatch):

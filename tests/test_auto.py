@@ -75,6 +75,7 @@ def probes_of(output: Path) -> list[dict[str, Any]]:
     return [log for log in history(output) if "probe_units" in log]
 
 
+@pytest.mark.slow
 def test_probes_are_charged_and_every_unit_is_accounted_for(whole):
     config = load_recipe(whole / "recipe.yaml").encoder_config()
     spent, probed, most, start = 0.0, 0.0, BATCH * 4, probes_of(whole)[0]["probe_units"]
@@ -92,6 +93,7 @@ def test_probes_are_charged_and_every_unit_is_accounted_for(whole):
     assert results["units"] == pytest.approx(spent) and BUDGET - most < spent <= BUDGET * (1 + 1e-9)
 
 
+@pytest.mark.slow
 def test_probes_stand_in_the_log(whole):
     probes = probes_of(whole)
     assert len(probes) >= 3 and any(probe["probe_moved"] for probe in probes[1:]) and probes[0]["step"] == 0
@@ -106,6 +108,7 @@ def test_probes_stand_in_the_log(whole):
         assert ("probe_ca_mse_next" in probe) == ("probe_evidence" in probe) == (probe is not probes[0])
 
 
+@pytest.mark.slow
 def test_the_results_hold_the_schedule_that_was_followed(whole):
     results = read(whole / "results.json")
     followed = Schedule.parse(results["schedule"], 4)
@@ -122,6 +125,7 @@ def test_the_results_hold_the_schedule_that_was_followed(whole):
     assert followed.stages[-1].until == 1
 
 
+@pytest.mark.slow
 def test_the_first_probe_takes_nothing_from_the_warm_up(whole):
     recipe, start = load_recipe(whole / "recipe.yaml"), probes_of(whole)[0]["probe_units"]
     assert start / BUDGET > recipe.warmup  # counted as progress, it would skip it
@@ -132,6 +136,7 @@ def test_the_first_probe_takes_nothing_from_the_warm_up(whole):
     )
 
 
+@pytest.mark.slow
 def test_the_number_of_steps_is_true_wherever_it_stands(whole):
     steps = read(whole / "results.json")["steps"]
     state = read(whole / f"checkpoint-{steps}" / "trainer_state.json")

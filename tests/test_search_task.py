@@ -116,6 +116,7 @@ def test_the_report_holds_every_figure(found):
             assert min(image.size) > 200
 
 
+@pytest.mark.slow
 def test_a_killed_search_continues_and_finds_the_same(found, pilot, folder, tmp_path, monkeypatch):
     true_errors, seen = hf_accel.pilot.errors_at, []
 
@@ -177,6 +178,7 @@ def test_a_pilot_of_other_settings_is_told_of(found, pilot, folder, tmp_path, mo
     assert "trained with data" not in said and "seed" not in said
 
 
+@pytest.mark.slow
 def test_divided_by_the_second_moments(found, pilot, folder, tmp_path, monkeypatch):
     """Of the checkpoint's own optimizer, each parameter by its own: found by name and shape."""
     monkeypatch.setattr(hf_accel.pilot, "write_search_report", lambda *_: None)

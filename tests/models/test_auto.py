@@ -223,6 +223,7 @@ def test_what_a_configuration_of_a_checkpoints_own_saves_opens_again(tmp_path: P
         assert json.loads((tmp_path / name / "config.json").read_text())["auto_map"].keys() == expected
 
 
+@pytest.mark.slow
 def test_import_is_silent_and_registers() -> None:
     code = (
         "import sys, hf_accel; from transformers import AutoConfig; "

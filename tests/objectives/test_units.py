@@ -20,9 +20,7 @@ CONFIG = AccelViTConfig(
 BATCH = 2
 STRATEGIES = [
     Strategy(Compression(8)),
-    Strategy(Compression(8, 0.5)),
-    Strategy(Compression(12, 0.25)),
-    Strategy(Compression(16), Compression(8)),
+    Strategy(Compression(16, 0.25), Compression(8)),
     Strategy(Compression(8, 0.7), Compression(12, 0.3), Compression(12, 0.25)),
 ]
 HEADS = {"projector_hidden_size": 16, "projection_size": 8}

@@ -73,6 +73,7 @@ class ProgressCallback(TrainerCallback):
         control.should_evaluate = any(before < point <= self.seen for point in trainer.recipe.eval_points)
         trainer.keep_now = any(before < point <= self.seen for point in trainer.recipe.keep_points)
         control.should_save |= trainer.keep_now
+        control.should_log |= state.global_step == state.max_steps  # what came after the last full window, too
         # The signal reaches the processes at different steps, and all must stop at one
         self.terminated = distributed.on_any(self.terminated, self.hosts)
         if self.terminated:

@@ -73,6 +73,13 @@ def test_pretrain(whole):
         assert {path.parent.name for path in whole.rglob(name)} == {"checkpoint-6", "checkpoint-8", "final"}
 
 
+def test_the_last_steps_are_logged_also_where_they_fill_no_window(folder, tmp_path):
+    output = launch(folder, tmp_path / "run", "logging_steps=3", "eval_points=[]")
+    logs = [log for log in read(output / "log_history.json")["log_history"] if "loss" in log]
+    assert [log["step"] for log in logs] == [3, 6, STEPS]
+    assert logs[-1]["progress"] == pytest.approx(1) and logs[-1]["images_per_second"] > 0
+
+
 def test_the_seconds_of_the_parts_are_those_of_the_run(whole):
     seconds = read(whole / "results.json")["seconds"]
     assert set(seconds) == {"total", "data", "forward_backward", "evaluation", "rest"}

@@ -46,12 +46,13 @@ def test_a_point_that_rounding_puts_above_its_step_is_evaluated_once_and_not_aga
 
     def evaluated(first_step: int) -> list[int]:
         callback: Any = ProgressCallback(trainer)
-        state = SimpleNamespace(global_step=first_step)
+        state = SimpleNamespace(global_step=first_step, max_steps=8)
         callback.on_train_begin(None, state, None)
         steps = []
         while state.global_step < 8:
             state.global_step += 1
-            control = SimpleNamespace(should_evaluate=False, should_save=False, should_training_stop=False)
+            names = ("should_evaluate", "should_save", "should_log", "should_training_stop")
+            control = SimpleNamespace(**dict.fromkeys(names, False))
             callback.on_step_end(None, state, control)
             steps += [state.global_step] if control.should_evaluate else []
         return steps

@@ -46,9 +46,9 @@ def check_launch(recipe: Recipe) -> None:
                 "FSDP 1 flattens weights, and a momentum branch could not follow: set fsdp_version: 2, as in "
                 "accelerate_configs/fsdp2.yaml"
             )
-    if _is_on("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
-        raise RecipeError("DeepSpeed is not installed: pip install 'hf-accel[deepspeed]', or launch with ddp.yaml")
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
+        if importlib.util.find_spec("deepspeed") is None:
+            raise RecipeError("DeepSpeed is not installed: pip install 'hf-accel[deepspeed]', or launch with ddp.yaml")
         _check_compilations()
     # The recipe decides, not the launcher's file: what it says would otherwise hold in silence where a recipe has "no".
     if "ACCELERATE_MIXED_PRECISION" in environment:

@@ -167,7 +167,7 @@ class OnlineController:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON can hold it."""
-        ladder = Schedule(self._stages()).to_list()
+        ladder = [f"{stage.strategy} until {stage.until:g}" for stage in self._stages()]
         return {"ladder": ladder, "rung": self.rung, "probed": self.probed, "evidence": self.evidence}
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -20,7 +20,9 @@ CONFIG = AccelViTConfig(
 BATCH = 2
 STRATEGIES = [
     Strategy(Compression(8)),
-    Strategy(Compression(16, 0.25), Compression(8)),
+    pytest.param(Strategy(Compression(8, 0.5)), marks=pytest.mark.slow),
+    pytest.param(Strategy(Compression(12, 0.25)), marks=pytest.mark.slow),
+    Strategy(Compression(16), Compression(8)),
     Strategy(Compression(8, 0.7), Compression(12, 0.3), Compression(12, 0.25)),
 ]
 HEADS = {"projector_hidden_size": 16, "projection_size": 8}

@@ -46,6 +46,9 @@ FREE_KEYS = {
     *("push_to_hub", "hub_model_id", "hub_private", "hub_optimizer", "license", "baseline"),
 }
 
+# One more for a search, which chooses anew from the table that it has.
+FREE_OF_A_SEARCH = FREE_KEYS | {"search_criterion"}
+
 # Keys that may change beyond a checkpoint: what the advice after a divergence names. Everything before it is as it was.
 CORRECTIONS = {"learning_rate", "warmup", "max_grad_norm", "mixed_precision"}
 
@@ -277,8 +280,9 @@ def check_same_recipe(recipe: Recipe) -> None:
         return
     started, now = yaml.safe_load(path.read_text()), asdict(recipe)
     checkpoint, complete = last_complete_checkpoint(recipe.output_dir), run_is_complete(recipe.output_dir)
+    free = FREE_OF_A_SEARCH if recipe.task == "search" else FREE_KEYS
     for key in now:  # in the recipe's order: every process and every launch names the same one
-        if key in FREE_KEYS or key not in started or started[key] == now[key]:
+        if key in free or key not in started or started[key] == now[key]:
             continue
         if key in CORRECTIONS and checkpoint and not complete:
             say(f"Continuing with {key}={now[key]!r} (until here {started[key]!r})")

@@ -16,6 +16,7 @@ import hf_accel.pilot
 from hf_accel.assemble import build_objective, images_of
 from hf_accel.compression import Compression, Schedule, Strategy, forward_cost
 from hf_accel.compression.gradient_error import estimate_gradient_errors
+from hf_accel.compression.search import choose_strategies
 from hf_accel.objectives import OBJECTIVES
 from hf_accel.probe import GradientProbe
 from hf_accel.recipe import RecipeError, load_recipe
@@ -137,6 +138,12 @@ def test_a_killed_search_continues_and_finds_the_same(found, pilot, folder, tmp_
     assert one["stages"] == other["stages"]
     launch(folder, output, *SEARCH, f"pilot={pilot}")  # a finished one has nothing left to compute
     assert len(seen) == 4 and rows_of(output) == rows_of(found)
+    launch(folder, output, *SEARCH, f"pilot={pilot}", "search_criterion=gain")  # chosen anew from the same table
+    table = [hf_accel.pilot.errors_of(rows_of(found), progress, GRID) for progress in POINTS]
+    cost = {hf_accel.pilot.strategy_of(row): row["relative_cost"] for row in rows_of(found)}
+    chosen = [hf_accel.pilot.strategy_of(row) for row in rows_of(output) if row["chosen"]]
+    assert len(seen) == 4 and chosen == choose_strategies(table, cost, "gain")
+    assert yaml.safe_load((output / "schedule.yaml").read_text())["criterion"] == "gain"
     with pytest.raises(SystemExit, match=r"search_draws=5: .* holds a run with search_draws=3"):
         launch(folder, output, *SEARCH, f"pilot={pilot}", "search_draws=5")
 

@@ -349,7 +349,8 @@ def _choose_columns(
 def _labels(table: "Dataset", column: str, names: list[str] | None = None) -> tuple[Tensor | None, list[str] | None]:
     """int64 (N,) and what each value means, or None first where nothing is labelled (-1 or null, as in test splits).
 
-    `names` are those of the training split, which text and plain integers have to follow.
+    `names` are those of the training split, which text and plain integers have to follow: these may have gaps, as
+    identifiers do, and their classes are the values that occur.
     """
     import datasets
 
@@ -360,21 +361,21 @@ def _labels(table: "Dataset", column: str, names: list[str] | None = None) -> tu
     if kinds not in ({int}, {str}, {bool}):
         got = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise ValueError(f"label_column={column}: labels must be integers or text, one per image, and are {got}")
+    if kinds == {int} and min(values) < 0:
+        if max(values) < 0:
+            return None, names
+        missing = sum(value < 0 for value in values)
+        raise ValueError(f"label_column={column}: {missing} of {len(values)} labels are negative; leave them out")
     feature = table.features[column]
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names)
-    elif kinds == {str}:
-        names = names or sorted(set(values))
+        if max(values) >= len(names):
+            raise ValueError(f"label_column={column}: there is a label {max(values)}, and {len(names)} classes")
+    else:
+        names = names or [str(value) for value in sorted(set(values))]
         number = {name: label for label, name in enumerate(names)}
-        unknown = sorted(set(values) - set(names))
+        unknown = sorted({str(value) for value in values} - set(names))
         if unknown:
             raise ValueError(f"label_column={column}: the training split lacks the classes {', '.join(unknown[:5])}")
-        values = [number[value] for value in values]
-    labels = torch.tensor(values, dtype=torch.int64)
-    low, high = int(labels.min()), int(labels.max())
-    if high < 0:
-        return None, names
-    names = names or [str(label) for label in range(high + 1)]
-    if low < 0 or high >= len(names):
-        raise ValueError(f"label_column={column}: labels run from {low} to {high}, expected 0 to {len(names) - 1}")
-    return labels, names
+        values = [number[str(value)] for value in values]
+    return torch.tensor(values, dtype=torch.int64), names

@@ -248,9 +248,12 @@ def test_plain_bytes_and_integers_when_named(tmp_path):
     assert train.class_names == ["0", "1"] and train.pixels.shape == (9, 3, 16, 20)
 
 
-def test_text_labels_follow_the_training_split(tmp_path):
+def test_text_labels_and_plain_integers_follow_the_training_split(tmp_path):
     def words(values):
         return table(len(values), {"fruit": (values, datasets.Value("string"))}, labels=False)
+
+    def numbers(values):
+        return table(len(values), {"product": (values, datasets.Value("int64"))}, labels=False)
 
     DatasetDict(train=words(["b", "a", "c"]), test=words(["c", "b"])).save_to_disk(tmp_path / "good")
     train, validation = load_sources(str(tmp_path / "good"), label_column="fruit")
@@ -258,6 +261,17 @@ def test_text_labels_follow_the_training_split(tmp_path):
     DatasetDict(train=words(["b", "a"]), test=words(["c"])).save_to_disk(tmp_path / "bad")
     with pytest.raises(ValueError, match="the training split lacks the classes c"):
         load_sources(str(tmp_path / "bad"), label_column="fruit")
+    far = 10**12
+    DatasetDict(train=numbers([far, 7, 30, 7]), test=numbers([30, far])).save_to_disk(tmp_path / "far")
+    train, validation = load_sources(str(tmp_path / "far"), label_column="product")
+    assert train.class_names == validation.class_names == ["7", "30", str(far)]
+    assert train.labels.tolist() == [2, 0, 1, 0] and validation.labels.tolist() == [1, 2]
+    DatasetDict(train=numbers([7, 30]), test=numbers([8])).save_to_disk(tmp_path / "new")
+    with pytest.raises(ValueError, match="product: the training split lacks the classes 8"):
+        load_sources(str(tmp_path / "new"), label_column="product")
+    DatasetDict(train=numbers([7, -1, 30]), test=numbers([7])).save_to_disk(tmp_path / "some")
+    with pytest.raises(ValueError, match="product: 1 of 3 labels are negative; leave them out"):
+        load_sources(str(tmp_path / "some"), label_column="product")
 
 
 def test_unlabelled_test_split(tmp_path):

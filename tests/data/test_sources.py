@@ -248,6 +248,13 @@ def test_plain_bytes_and_integers_when_named(tmp_path):
     assert train.class_names == ["0", "1"] and train.pixels.shape == (9, 3, 16, 20)
 
 
+def test_normalisation_is_imagenets():
+    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    source = sources.ImageSource("x", pixels=torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
+    assert (source.mean, source.std) == (tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD))
+
+
 def test_text_labels_and_plain_integers_follow_the_training_split(tmp_path):
     def words(values):
         return table(len(values), {"fruit": (values, datasets.Value("string"))}, labels=False)

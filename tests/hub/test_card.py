@@ -157,6 +157,15 @@ def test_the_accuracy_table_holds_every_evaluation_and_what_to_compare_with(run)
     ]
 
 
+@pytest.mark.parametrize("path", ["/a/cats", "./cats", "~/cats", "../cats", "a/b/cats", "ann/cats"])
+def test_images_of_this_machine_are_named_by_their_folder_alone(run, path):
+    text = card_text(
+        changed(run, evaluations=[evaluation("knn", 4, 0.82, data=path, validation="cats/test")]), "ann/run"
+    )
+    expected = "cats" if path != "ann/cats" else path  # of two names: a data set of the Hub
+    assert {row[1] for row in rows(section(text, "Accuracy"))} == {"ann/pets, `validation`", f"{expected}, `test`"}
+
+
 def test_evaluations_with_other_settings_are_rows_of_their_own(run):
     other = evaluation("knn", 4, 0.8, settings={"k": 5, "temperature": 0.07})
     text = section(card_text(changed(run, evaluations=[*EVALUATIONS, other]), "ann/run"), "Accuracy")

@@ -241,6 +241,34 @@ def test_teacher_starts_as_the_student_and_has_neither_gradient_nor_stochastic_d
         assert (parameter.grad is None) == name.startswith(("encoder", "teacher")), name
 
 
+@pytest.mark.parametrize(
+    ("names", "least", "largest"),
+    [
+        ("num_prototypes head_hidden_size bottleneck_size", 1, None),
+        ("student_temperature teacher_temperature teacher_temperature_start", 1e-6, None),
+        ("teacher_temperature_warmup freeze_last_layer center_momentum momentum momentum_end", 0, 1),
+        ("clip_grad num_local_crops", 0, None),
+    ],
+)
+def test_settings_beyond_their_range_are_named(names, least, largest):
+    for name in names.split():
+        model(**{name: least})
+        with pytest.raises(ValueError, match=f"{name}=.* must be at least {least}"):
+            model(**{name: least - 1})
+        if largest is not None:
+            model(**{name: largest})
+            with pytest.raises(ValueError, match=f"{name}=.* and at most {largest}"):
+                model(**{name: largest + 1})
+
+
+@pytest.mark.parametrize("scale", [(0.0, 0.4), (0.5, 0.4), (0.4, 1.1)])
+@pytest.mark.parametrize("name", ["local_crop_scale", "global_crop_scale"])
+def test_areas_of_crops_are_fractions_in_order(name, scale):
+    model(**{name: (1.0, 1.0)})
+    with pytest.raises(ValueError, match=f"{name}=.* must be two areas"):
+        model(**{name: scale})
+
+
 def test_views_are_the_originals():
     first, second = model().view_configs(AUGMENTATIONS["moco"])
     assert (first, second) == AUGMENTATIONS["moco"]

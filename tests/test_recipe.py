@@ -72,6 +72,48 @@ def test_a_bad_value_is_an_error_that_names_it_and_the_fix(override, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+ABOVE_0 = (
+    "image_size patch_size batch_size gradient_accumulation_steps learning_rate knn_k search_horizon search_memory"
+)
+ABOVE_0 += " knn_temperature logging_steps save_steps"
+
+
+@pytest.mark.parametrize(
+    ("keys", "last", "beyond"),
+    [
+        (ABOVE_0, None, ["0", "-1"]),
+        ("weight_decay max_grad_norm num_workers", "0", ["-1"]),
+        ("seed", "0", ["-1"]),
+        ("seed", "4294967295", ["4294967296"]),
+        ("warmup", "0", ["-0.01"]),
+        ("warmup", "1", ["1.01"]),
+        ("search_draws auto_draws", "3", ["2"]),
+        ("auto_share", "0.999", ["1"]),
+        ("auto_share", "0.001", ["0"]),
+        ("save_total_limit", "2", ["1"]),
+        ("eval_points keep_points", "[0, 1]", ["[-0.01]", "[1.01]", "[a]"]),
+        ("eval_seeds", "[0, 4294967295]", ["[-1]", "[4294967296]", "[1.5]"]),
+        ("eval_patch_sizes", "[1]", ["[0]"]),
+    ],
+)
+def test_the_last_good_value_and_the_first_bad_one(keys, last, beyond):
+    for key in keys.split():
+        if last is not None:
+            load_recipe("recipes/moco.yaml", [f"{key}={last}"])
+        for value in beyond:
+            with pytest.raises(RecipeError, match=rf"^{key}="):
+                load_recipe("recipes/moco.yaml", [f"{key}={value}"])
+
+
+def test_what_auto_cannot_do_is_refused_where_it_is_followed():
+    auto = ["schedule=auto", "auto_share=0.5"]
+    with pytest.raises(RecipeError, match=r"search_metric='adam'.* compares plain gradients"):
+        load_recipe("recipes/moco.yaml", [*auto, "search_metric=adam"])
+    load_recipe("recipes/moco.yaml", [*auto, "search_metric=adam", "task=search", "pilot=runs/moco"])
+    with pytest.raises(RecipeError, match=r"view_resolution='matched'.* known beforehand"):
+        load_recipe("recipes/moco.yaml", [*auto, "view_resolution=matched"])
+
+
 def test_a_missing_or_broken_file_is_named(tmp_path):
     with pytest.raises(RecipeError, match="no recipe"):
         load_recipe(tmp_path / "none.yaml")

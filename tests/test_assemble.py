@@ -5,14 +5,18 @@ import torch
 
 from hf_accel.assemble import (
     build_objective,
+    check_same_recipe,
     check_trackers,
     cost_function,
+    images_of,
     output_of,
     training_arguments,
     use_all_cores,
 )
+from hf_accel.checkpoints import seal
 from hf_accel.compression import Compression, CostTable
 from hf_accel.recipe import RecipeError, load_recipe
+from hf_accel.report import write_json
 from hf_accel.trainer import PretrainTrainer
 
 
@@ -99,6 +103,29 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     assert output.is_dir() and not list(output.iterdir())
 
 
+@pytest.mark.parametrize("state", ["begun", "saved", "complete"])
+def test_what_may_change_of_a_run_and_when(state, tmp_path, capsys):
+    def launched(*overrides: str):
+        return load_recipe("recipes/moco.yaml", [f"output_dir={tmp_path}", *overrides])
+
+    check_same_recipe(launched("seed=5"))  # there is nothing yet
+    (tmp_path / "recipe.yaml").write_text(launched().to_yaml())
+    if state != "begun":
+        (tmp_path / "checkpoint-1").mkdir()
+        seal(tmp_path / "checkpoint-1", {"step": 1})
+    if state == "complete":
+        write_json(tmp_path / "results.json", {"units": 1.0})
+    check_same_recipe(launched("num_workers=3", "logging_steps=1"))
+    remedy = "remove this one" if state == "begun" else "restore the key"
+    for override in ("seed=1", "search_criterion=gain", "learning_rate=0.1", "mixed_precision=bf16"):
+        if state == "saved" and override.startswith(("learning_rate", "mixed_precision")):
+            check_same_recipe(launched(override))
+            assert f"Continuing with {override.partition('=')[0]}=" in capsys.readouterr().out
+            continue
+        with pytest.raises(RecipeError, match=rf"^{override.partition('=')[0]}=.*holds a run with.*{remedy}"):
+            check_same_recipe(launched(override))
+
+
 @pytest.mark.parametrize(
     ("device", "precision", "expected"), [("cpu", "bf16", (64, torch.bfloat16)), ("cuda", "no", (128, None))]
 )
@@ -114,3 +141,10 @@ def test_costs_are_measured_as_the_run_will_compute(device, precision, expected,
     settings += ["batch_size=256", "gradient_accumulation_steps=2"]
     costs = cost_function(load_recipe("recipes/moco.yaml", settings), torch.device(device))
     assert asked == [expected] and costs(Compression(7)) == 1.0
+
+
+def test_a_batch_may_be_all_images_and_no_more():
+    source, _ = images_of(load_recipe("recipes/moco.yaml", ["batch_size=4000"]))
+    assert len(source) == 4000
+    with pytest.raises(RecipeError, match=r"batch_size=4001: bundled/train has only 4000 images"):
+        images_of(load_recipe("recipes/moco.yaml", ["batch_size=4001"]))

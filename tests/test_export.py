@@ -80,6 +80,13 @@ def test_to_transformers(tmp_path: Path, kind: str, capsys: pytest.CaptureFixtur
     assert [path.name for path in (tmp_path / "out").iterdir()] == [kind]  # nothing of the work remains
 
 
+@pytest.mark.parametrize("default", [None, 16])
+def test_the_patch_is_the_one_that_the_encoder_takes_by_itself(tmp_path: Path, default: int | None) -> None:
+    config = AccelViTConfig(**SIZES, **MLP, default_patch_size=default)
+    folder = export(saved(AccelViTModel(config), tmp_path / "encoder"), tmp_path / "out", "vit")
+    assert ViTConfig.from_pretrained(folder).patch_size == (default or SIZES["patch_size"])
+
+
 @torch.no_grad()
 def test_to_timm(tmp_path: Path) -> None:
     timm = real_timm()

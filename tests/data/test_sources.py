@@ -249,7 +249,7 @@ def test_plain_bytes_and_integers_when_named(tmp_path):
 
 
 def test_normalisation_is_imagenets():
-    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     source = sources.ImageSource("x", pixels=torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
     assert (source.mean, source.std) == (tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD))

@@ -264,9 +264,10 @@ def test_settings_beyond_their_range_are_named(names, least, largest):
 @pytest.mark.parametrize("scale", [(0.0, 0.4), (0.5, 0.4), (0.4, 1.1)])
 @pytest.mark.parametrize("name", ["local_crop_scale", "global_crop_scale"])
 def test_areas_of_crops_are_fractions_in_order(name, scale):
-    model(**{name: (1.0, 1.0)})
+    whole: dict[str, Any] = {name: (1.0, 1.0)}
+    model(**whole)
     with pytest.raises(ValueError, match=f"{name}=.* must be two areas"):
-        model(**{name: scale})
+        model(**{**whole, name: scale})
 
 
 def test_views_are_the_originals():

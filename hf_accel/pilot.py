@@ -90,8 +90,9 @@ def search(recipe: Recipe) -> None:
         title = f"{recipe.objective} on {source.name}"
         write_search_report(rows, schedule, output, title, recipe.warmup, recipe.search_criterion)
     barrier()
-    for progress, strategy in zip(points, chosen, strict=True):
-        say(f"progress {progress:.0%}: {strategy} (cost {cost[strategy]:.2f} of uncompressed)")
+    for progress, strategy, errors in zip(points, chosen, table, strict=True):
+        doubt = doubt_of(errors[strategies[0]], recipe.search_draws)
+        say(f"progress {progress:.0%}: {strategy} (cost {cost[strategy]:.2f} of uncompressed){doubt}")
     say(f"schedule: {output / SCHEDULE_NAME} (use it as schedule={output / SCHEDULE_NAME}), report in {output}")
     trainer.end()
 
@@ -227,6 +228,13 @@ def errors_of(rows: list[dict[str, Any]], progress: float, strategies: list[Stra
         )
         for strategy in strategies
     }
+
+
+def doubt_of(uncompressed: GradientError, draws: int) -> str:
+    """What to say of a stage where the mean of all draws is more noise than gradient; of another one nothing."""
+    if draws * uncompressed.reference_norm2 >= uncompressed.variance:
+        return ""
+    return f"; here the mean of {draws} draws is more noise than gradient: with more search_draws it may be another one"
 
 
 def finished_rows(path: Path) -> list[dict[str, Any]]:

@@ -1,10 +1,12 @@
 """`task=search` as a whole, on a pilot of eight steps: what it writes, that a killed one continues, how it refuses."""
 
 import shutil
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import pyarrow.parquet
 import pytest
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import hf_accel.pilot
 from hf_accel.assemble import build_objective, images_of
 from hf_accel.compression import Compression, Schedule, Strategy, forward_cost
-from hf_accel.compression.gradient_error import estimate_gradient_errors
+from hf_accel.compression.gradient_error import GradientErrorAccumulator, estimate_gradient_errors
 from hf_accel.compression.search import choose_strategies
 from hf_accel.objectives import OBJECTIVES
 from hf_accel.probe import GradientProbe
@@ -118,7 +120,7 @@ def test_the_report_holds_every_figure(found):
 
 
 @pytest.mark.slow
-def test_a_killed_search_continues_and_finds_the_same(found, pilot, folder, tmp_path, monkeypatch):
+def test_a_killed_search_continues_and_finds_the_same(found, pilot, folder, tmp_path, monkeypatch, capsys):
     true_errors, seen = hf_accel.pilot.errors_at, []
 
     def errors_at(trainer, folder, progress, *rest):
@@ -138,7 +140,11 @@ def test_a_killed_search_continues_and_finds_the_same(found, pilot, folder, tmp_
     assert one["stages"] == other["stages"]
     launch(folder, output, *SEARCH, f"pilot={pilot}")  # a finished one has nothing left to compute
     assert len(seen) == 4 and rows_of(output) == rows_of(found)
+    capsys.readouterr()
     launch(folder, output, *SEARCH, f"pilot={pilot}", "search_criterion=gain")  # chosen anew from the same table
+    told = [line for line in capsys.readouterr().out.splitlines() if "of uncompressed)" in line]
+    bases = [row for row in rows_of(found) if hf_accel.pilot.strategy_of(row) == GRID[0]]
+    assert ["noise" in line for line in told] == [DRAWS * r["reference_norm2"] < r["variance"] for r in bases]
     table = [hf_accel.pilot.errors_of(rows_of(found), progress, GRID) for progress in POINTS]
     cost = {hf_accel.pilot.strategy_of(row): row["relative_cost"] for row in rows_of(found)}
     chosen = [hf_accel.pilot.strategy_of(row) for row in rows_of(output) if row["chosen"]]
@@ -165,6 +171,20 @@ def test_only_rows_of_the_pilots_present_weights_are_taken_over(found, pilot, fo
     before, after = ({row["progress"]: row for row in rows_of(path)} for path in (found, run))
     assert set(after) == {0.0, 0.5} and after[0.0]["variance"] == before[0.0]["variance"]
     assert after[0.5]["variance"] != pytest.approx(before[0.5]["variance"])
+
+
+@pytest.mark.parametrize(("draws", "doubtful"), [(3, True), (4, False), (64, False)])
+def test_a_stage_of_more_noise_than_gradient_is_told_of(draws, doubtful):
+    """The mean of n draws has the variance of one over n, here 2 / n beside a squared gradient of 0.5."""
+    rng = np.random.default_rng(0)
+    accumulator = GradientErrorAccumulator({"whole": 1.0})
+    for _ in range(20_000):
+        gradient = torch.from_numpy(np.array([0.5, 0.5]) + rng.normal(size=2))
+        accumulator.add(gradient, {"whole": gradient})
+    error = accumulator.result()["whole"]
+    assert (error.reference_norm2, error.variance) == (pytest.approx(0.5, rel=0.05), pytest.approx(2.0, rel=0.05))
+    error = replace(error, reference_norm2=0.5, variance=2.0)
+    assert (f"{draws} draws is more noise" in hf_accel.pilot.doubt_of(error, draws)) == doubtful
 
 
 def test_a_table_that_cannot_be_read_is_named(found, pilot, folder, tmp_path):

@@ -11,8 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_accel"
 
 LEVELS = [
-    {"draws", "distributed", "progress", "telling", "transfer"},
-    {"sharding"},
+    {"causes", "draws", "distributed", "progress", "telling", "transfer"},
+    {"sharding", "stopping"},
     {"models"},
     {"compression"},
     {"data"},

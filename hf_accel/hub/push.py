@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from ..causes import causes
+
 logger = logging.getLogger(__name__)
 
 Files = Mapping[str, Path | bytes]
@@ -196,9 +198,7 @@ def push_failure(error: Exception) -> PushFailed:
     """The error of an upload as one of ours, from the chain of causes that huggingface_hub wraps it in."""
     if isinstance(error, PushFailed):
         return error
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
-        chain.append(cause)
+    chain = causes(error)
     for link in chain:
         if isinstance(link, HfHubHTTPError) and 400 <= link.response.status_code < 500:
             status = link.response.status_code

@@ -24,6 +24,9 @@ TORCH_WRITER = ("PytorchStreamWriter", "unexpected pos", "iostream error")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Numbers of the errors that mean "no room": on the disk, in the quota."""
 
+AGAIN = "Make room, and launch the same command again"
+"""The remedy for a full disk where nothing else needs to be said."""
+
 
 class WriteFailed(RuntimeError):
     """The disk is full, or cannot be written to for another reason."""

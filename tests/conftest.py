@@ -33,7 +33,7 @@ def blank_figures():
             path.with_suffix(suffix).touch()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_accel.run.plot_curves", plot_curves)
+        patch.setattr("hf_accel.pretrain_task.plot_curves", plot_curves)
         patch.setattr("hf_accel.publish.plot_schedule", plot_schedule)
         yield
 

@@ -24,7 +24,8 @@ LEVELS = [
     {"auto_schedule", "checkpoints", "monitoring", "progress_callback"},
     {"trainer"},
     {"assemble"},
-    {"pilot", "evaluate_task", "export_task", "publish"},
+    {"cost_task", "pilot", "evaluate_task", "export_task", "publish"},
+    {"pretrain_task"},
     {"run"},
     {"__init__"},
 ]

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-import hf_accel.run as entry
+from hf_accel import pretrain_task
 from hf_accel.assemble import LOCK_NAME
 from hf_accel.report import add_run
 from tests.hub.clients import ended, launch, python, start
@@ -292,13 +292,13 @@ def test_from_the_optimizer_if_asked_for_others_resume(pushed, hub, images, tmp_
 @pytest.fixture
 def titles(monkeypatch) -> list[str]:
     """Of the training curves that are drawn."""
-    found, plot_curves = [], entry.plot_curves
+    found, plot_curves = [], pretrain_task.plot_curves
 
     def plot(*args, title, **kwargs):
         found.append(title)
         plot_curves(*args, title=title, **kwargs)
 
-    monkeypatch.setattr(entry, "plot_curves", plot)
+    monkeypatch.setattr(pretrain_task, "plot_curves", plot)
     return found
 
 

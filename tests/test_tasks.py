@@ -22,6 +22,7 @@ from torch._dynamo.utils import counters
 import hf_accel.checkpoints
 import hf_accel.objectives.moco as moco
 import hf_accel.run as entry
+from hf_accel import cost_task
 from hf_accel.assemble import sole_launch
 from hf_accel.compression import Compression, CostTable
 from hf_accel.progress_callback import ProgressCallback
@@ -137,9 +138,9 @@ def test_cost(tmp_path, capsys):
 @pytest.mark.parametrize(("precision", "dtype"), [("no", None), ("bf16", torch.bfloat16)])
 def test_costs_are_reported_in_the_runs_own_precision(precision, dtype, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(entry, "measure_costs", lambda *_, **options: asked.append(options) or sys.exit("enough"))
+    monkeypatch.setattr(cost_task, "measure_costs", lambda *_, **options: asked.append(options) or sys.exit("enough"))
     with pytest.raises(SystemExit, match="enough"):
-        entry.cost_report(Recipe(**RECIPE, output_dir=str(tmp_path), mixed_precision=precision))
+        cost_task.cost_report(Recipe(**RECIPE, output_dir=str(tmp_path), mixed_precision=precision))
     assert asked == [{"dtype": dtype}]
 
 
@@ -312,7 +313,7 @@ def test_a_full_disk_reaches_the_user_and_the_run_resumes(part, whole, folder, t
     assert_same_weights(whole, output)
 
 
-@pytest.mark.parametrize("task", ["search", "evaluate", "export", "card", "cost_report"])
+@pytest.mark.parametrize("task", ["search", "evaluate", "export", "card", "cost"])
 def test_a_full_disk_ends_any_task_in_a_line(task, tmp_path, monkeypatch):
     def full(recipe: Recipe) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run" / "part"))
@@ -320,12 +321,13 @@ def test_a_full_disk_ends_any_task_in_a_line(task, tmp_path, monkeypatch):
     def absent(recipe: Recipe) -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file", "elsewhere")
 
-    name = task.removesuffix("_report")
-    settings = [f"task={name}", f"checkpoint={tmp_path}", f"pilot={tmp_path}"]
-    monkeypatch.setattr(entry, task, full)
+    needed = {"search": [f"pilot={tmp_path}"], "cost": []}.get(task, [f"checkpoint={tmp_path}"])
+    settings = [f"task={task}", *needed]
+    function = "hf_accel.{}.{}".format(*entry.TASKS[task])
+    monkeypatch.setattr(function, full)
     with pytest.raises(SystemExit, match=r"WriteFailed: .*run cannot be written .*run/part.* Make room, and launch"):
         launch(tmp_path, tmp_path / "run", *settings)
-    monkeypatch.setattr(entry, task, absent)
+    monkeypatch.setattr(function, absent)
     with pytest.raises(FileNotFoundError):
         launch(tmp_path, tmp_path / "run", *settings)
 

@@ -1,0 +1,128 @@
+"""`task=pretrain`: train until the budget is spent, resume where a run was interrupted, and write `final/`."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .assemble import (
+    build_objective,
+    check_same_recipe,
+    controller_of,
+    cost_function,
+    images_of,
+    output_of,
+    plan_of,
+    sole_launch,
+    start,
+)
+from .checkpoints import AGAIN, checkpoints, damage, writing
+from .data import ImageSource, image_processor
+from .distributed import broadcast_object, is_main, say
+from .evaluation import raw_pixel_features, weights_digest
+from .publish import PushCallback, complete_final, describe_data, publish, start_hub
+from .recipe import Recipe
+from .report import environment, plot_curves, read_results, run_is_complete, write_json, write_text
+from .trainer import PretrainTrainer, knn_of
+
+
+def pretrain(recipe: Recipe) -> None:
+    output = Path(recipe.output_dir)
+    check_same_recipe(recipe)
+    if run_is_complete(output):
+        say(f"This run is complete: {output / 'results.json'}. Choose another output_dir for a new one.")
+        if recipe.push_to_hub:
+            publish(recipe)
+        return
+    output = output_of(recipe)
+    arguments = start(recipe)
+    with sole_launch(output):
+        train(recipe, arguments, checkpoint_to_resume(output))
+
+
+def train(recipe: Recipe, arguments: TrainingArguments, checkpoint: Path | None) -> None:
+    """Train from `checkpoint`, or from the start, and finish the run, unless it is stopped before."""
+    output, hub = Path(recipe.output_dir), start_hub(recipe)
+    arguments.eval_on_start &= checkpoint is None
+    model = build_objective(recipe)
+    units = partial(model.units_per_image, forward_cost=cost_function(recipe, arguments.device))
+    controller = controller_of(recipe, units)
+    plan = plan_of(recipe, units, controller)
+    arguments.max_steps = plan.num_steps
+    source, validation = images_of(recipe)
+    if is_main():
+        with writing(output / "recipe.yaml", AGAIN):
+            write_text(output / "recipe.yaml", recipe.to_yaml())
+    say(
+        f"{recipe.objective} on {source.name}: {len(source)} images, {plan.num_steps} steps of {recipe.batch_size}, "
+        f"{plan.total_cost:,.0f} of {plan.budget:,.0f} units"
+    )
+    trainer = PretrainTrainer(model, arguments, recipe, plan, source, validation, controller)
+    if hub:
+        trainer.add_callback(PushCallback(trainer, hub))
+    if checkpoint:
+        say(f"Resuming from {checkpoint}")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.state.global_step < plan.num_steps:
+        say(f"Stopped at step {trainer.state.global_step} of {plan.num_steps}; the same command resumes.")
+    else:
+        finish(trainer, recipe, source, validation)
+    trainer.end()
+    if recipe.push_to_hub and run_is_complete(output):
+        publish(recipe, hub)
+
+
+def checkpoint_to_resume(output: Path) -> Path | None:
+    """The newest complete checkpoint, the same on all processes; tells of newer ones why they are none."""
+    found = None
+    for path in checkpoints(output) if is_main() else []:
+        wrong = damage(path)
+        if wrong is None:
+            found = path
+            break
+        say(f"Not resumed from {path}: {wrong}")
+    return broadcast_object(found)
+
+
+def finish(trainer: PretrainTrainer, recipe: Recipe, source: ImageSource, validation: ImageSource | None) -> None:
+    """Write `final/` with its card, figures and, last, the run's part of `results.json`, which marks it as complete."""
+    so_far, history, raw = trainer.results(), trainer.state.log_history, None
+    if validation is not None and validation.labels is not None and source.labels is not None:
+        raw = knn_of(trainer.objective, source, validation, recipe, trainer.args.device, features=raw_pixel_features)
+    encoder = trainer.whole_objective().encoder
+    if not is_main():
+        return
+    output = Path(recipe.output_dir)
+    results: dict[str, Any] = {
+        **so_far,
+        "knn_top1_raw_pixels": raw and raw["top1"],
+        "weights": weights_digest(encoder),
+        "data": describe_data(recipe, source, validation),
+        "environment": environment(),
+    }
+    with writing(output, AGAIN):
+        encoder.save_pretrained(output / "final")
+        image_processor(source, recipe.image_size).save_pretrained(output / "final")
+        write_results(recipe, results, history)
+    if results["knn_top1"] is not None:
+        start = results["knn_top1_random_init"]
+        start = "" if start is None else f" (random initialisation {start:.2%})"
+        say(f"kNN accuracy {results['knn_top1']:.2%}{start}; results in {output}")
+    else:
+        say(f"Results in {output}; no accuracy, for lack of labels or of images kept for it")
+
+
+def write_results(recipe: Recipe, results: dict[str, Any], history: list[dict[str, Any]]) -> None:
+    """Beside the encoder in `final/`, which is written: figures, card, log and, last, `results.json`."""
+    output, raw = Path(recipe.output_dir), results["knn_top1_raw_pixels"]
+    baselines = {} if raw is None else {"raw pixels": raw}
+    if results["knn_top1_random_init"] is not None:
+        baselines["random init"] = results["knn_top1_random_init"]
+    title = f"{recipe.objective} on {results['data']['name']}"
+    plot_curves(history, output / "curves.png", title=title, baselines=baselines)
+    write_json(output / "log_history.json", {"log_history": history})
+    earlier = read_results(output).get("evaluations")  # of a checkpoint, while the run went on
+    results |= {"evaluations": earlier} if earlier else {}
+    complete_final(recipe, results)
+    write_json(output / "results.json", results)

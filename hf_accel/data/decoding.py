@@ -3,11 +3,16 @@
 import contextlib
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 import torch
 from PIL.Image import Image
 from torch import Tensor
+
+ORIENTATION = PIL.ExifTags.Base.Orientation
+TURNED = (5, 6, 7, 8)
+"""The values of the orientation tag that swap width and height."""
 
 
 def image_tensor(image: Image) -> Tensor:
@@ -16,10 +21,12 @@ def image_tensor(image: Image) -> Tensor:
 
 
 def upright_size(image: Image) -> tuple[int, int]:
-    """(width, height) after the EXIF orientation, from the header."""
+    """Return the (width, height) that `upright_rgb` gives, from the header alone."""
     turned = False
     with contextlib.suppress(Exception):  # broken metadata beside a good image
-        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+        # Of a TIFF, Pillow swaps the two sides itself when it reads this tag. It does not for the same value in XMP.
+        swapped = getattr(image, "tag_v2", {}).get(ORIENTATION) in TURNED
+        turned = image.getexif().get(ORIENTATION) in TURNED and not swapped
     return (image.height, image.width) if turned else (image.width, image.height)
 
 

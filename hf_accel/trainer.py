@@ -65,6 +65,7 @@ class PretrainTrainer(Trainer):
         self.controller, self.most_steps, self.keep_now = controller, plan.num_steps, False
         self.view_configs = model.view_configs(AUGMENTATIONS[recipe.augmentation])
         self.seconds = {"total": 0.0, "data": 0.0, "forward_backward": 0.0, "evaluation": 0.0}
+        self.cpu_seconds = 0.0
         self._metric_sums: dict[str, torch.Tensor] = {}
         self._metric_count = 0
         self._window = (time.perf_counter(), 0, 0.0)
@@ -136,6 +137,7 @@ class PretrainTrainer(Trainer):
                     "optimizer's state. Launch the run as it was started, or anew in another output_dir"
                 )
             self._first_step, self.seconds = state["step"], state["seconds"]
+            self.cpu_seconds = state.get("cpu_seconds", 0.0)
             if self.controller:
                 try:
                     self.controller.restore(state["controller"])
@@ -149,6 +151,7 @@ class PretrainTrainer(Trainer):
                     "restore the schedule's file (or the measured costs) to continue, or choose another output_dir"
                 )
         self._started, self._seconds_before = time.perf_counter(), self.seconds["total"]
+        self._cpu_before = self.cpu_seconds - time.process_time()
         self._window = (self._started, self._first_step, self.seconds["data"])
         handler = signal.getsignal(signal.SIGTERM)  # the run has its own, to stop cleanly
         try:
@@ -276,7 +279,7 @@ class PretrainTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """kNN accuracy of the exported encoder, as a fraction; nothing without labels."""
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         metrics: dict[str, float] = {}
         if self.validation is not None and self.validation.labels is not None and self.source.labels is not None:
             encoder = self.whole_objective().encoder
@@ -287,6 +290,7 @@ class PretrainTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         taken = time.perf_counter() - start
         self.seconds["evaluation"] += taken
+        self._cpu_before -= time.process_time() - cpu_start
         since, steps, data = self._window
         self._window = (since + taken, steps, data)
         return metrics
@@ -329,10 +333,12 @@ class PretrainTrainer(Trainer):
     def run_state(self) -> dict[str, Any]:
         """Counters that a resumed run continues from."""
         self.seconds["total"] = self._seconds_before + time.perf_counter() - self._started
+        self.cpu_seconds = self._cpu_before + time.process_time()
         steps = self.state.global_step
         units = self.plan.spent_after(steps)
         progress = self.plan.progress(units)
         state: dict[str, Any] = {"step": steps, "units": units, "progress": progress, "seconds": self.seconds}
+        state["cpu_seconds"] = self.cpu_seconds
         state |= {"plan": self.plan.state(), "engine": engine_of(self.accelerator)}
         if self.controller:
             state["controller"] = self.controller.state()
@@ -355,6 +361,8 @@ class PretrainTrainer(Trainer):
             "steps": state["step"],
             "images_seen": state["step"] * plan.batch_size,
             "seconds": {**seconds, "rest": seconds["total"] - in_parts},
+            # What the main process computed, its evaluations left out: a time that other work on the machine hardly changes.
+            "cpu_seconds": state["cpu_seconds"],
             "processes": self.args.world_size,
             "seed": self.recipe.seed,
             "objective": self.recipe.objective,

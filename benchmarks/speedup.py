@@ -1,0 +1,284 @@
+"""How much cheaper is a compressed run of equal accuracy? A plan's baselines and accelerated runs, to their end.
+
+    python -m benchmarks.speedup imagenette_cpu [--minutes M] [--jobs N] [--only WORD] [key=value ...]
+
+A plan is a YAML file in `benchmarks/plans/`. Each of its runs is one of the entry point's, with its own full decay, in
+RUNS/OBJECTIVE-NAME-BUDGET-SEED. A finished run is recorded at once in `docs/results/PLAN/`, in a JSON file of its own,
+and is not trained again while the plan's settings of it stay the same. A benchmark that is stopped, by `--minutes` or
+by a signal, saves the runs that are under way, and the same command goes on with them. The tables, the figure and
+`docs/results/PLAN.json` are made from the finished runs (`benchmarks.speedup_report`).
+
+`key=value` overrides keys of the recipe in every run, such as `data=FOLDER` for images that are on this machine.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.options import parser_of
+from benchmarks.speedup_report import write_report
+from hf_accel.report import read_results, write_json
+
+ROOT = Path(__file__).parents[1]
+PLANS, RESULTS = ROOT / "benchmarks" / "plans", ROOT / "docs" / "results"
+BASELINE, ACCELERATED, CHOICE, ABLATION = "baseline", "accelerated", "choice", "ablation"
+PLAN_KEYS = {"title", "clock", "common", "choice_split", "objectives"}
+OBJECTIVE_KEYS = {"recipe", "budget", "seeds", "common", "baseline", "accelerated", "choices", "ablations"}
+NEEDED = {"recipe", "budget", "seeds", "baseline", "accelerated"}
+DIVISORS = (1, 4, 2, 8)
+"""The budgets of a plan are X over these; baselines leave out the last."""
+CURVE_POINTS = [point / 8 for point in range(9)]
+"""Progress at which the runs of the whole budget X take their accuracy; the others do so half-way and at the end."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a plan. `keys` are those of the recipe that the plan sets, but for seed and budget."""
+
+    objective: str
+    kind: str
+    name: str
+    recipe: str
+    budget: float
+    divisor: float
+    seed: int
+    keys: Mapping[str, Any] = field(hash=False)
+
+    @property
+    def folder(self) -> str:
+        words = [self.objective, self.kind if self.kind == self.name else f"{self.kind}-{self.name}"]
+        return "-".join([*words, f"{self.budget:g}", str(self.seed)]).replace(" ", "_")
+
+    def settings(self) -> dict[str, Any]:
+        return {**self.keys, "seed": self.seed, "budget": self.budget}
+
+
+def load_plan(path: Path) -> dict[str, Any]:
+    """Read a plan.
+
+    Its keys are `title`; `clock`, "cpu" (seconds that the run's process computed) or "wall"; `common` overrides;
+    `choice_split`, the overrides that keep the test images out of sight; `objectives`, each with `recipe`, `budget`
+    (X, in units), `seeds`, overrides of the `baseline` and the `accelerated` runs, and, by name, `choices` (with their
+    `divisors` of X) and `ablations` (at X/4).
+
+    Raises:
+        ValueError: a key is missing or unknown.
+    """
+    plan = yaml.safe_load(path.read_text())
+    if not isinstance(plan, dict) or set(plan) != PLAN_KEYS or plan["clock"] not in ("cpu", "wall"):
+        raise ValueError(f"{path}: a plan has the keys {', '.join(sorted(PLAN_KEYS))}; clock is cpu or wall")
+    for name, objective in plan["objectives"].items():
+        unknown, missing = set(objective) - OBJECTIVE_KEYS, NEEDED - set(objective)
+        if unknown or missing:
+            raise ValueError(f"{path}: objective {name}: unknown {sorted(unknown)}, missing {sorted(missing)}")
+    return plan
+
+
+def runs_of(plan: Mapping[str, Any]) -> list[Run]:
+    """Every run, the most informative first.
+
+    First what settings are chosen by; then baseline and accelerated runs at X and X/4, all seeds of the plan's first
+    objective before one seed of the others and then the rest; then the other budgets; then ablations.
+    """
+    runs = [run for name in plan["objectives"] for run in _runs_of_objective(plan, name)]
+    first = next(iter(plan["objectives"]))
+
+    def rank(run: Run) -> tuple[int, ...]:
+        first_seed = plan["objectives"][run.objective]["seeds"][0]
+        if run.kind == CHOICE:
+            return 0, run.objective != first
+        if run.kind == ABLATION:
+            return 4, run.seed != first_seed
+        if run.divisor in (1, 4):
+            group = 1 if run.objective == first else 2
+            return group, run.seed != first_seed, run.seed, -run.divisor
+        return 3, run.objective != first, run.seed != first_seed, run.divisor
+
+    return sorted(runs, key=rank)
+
+
+def _runs_of_objective(plan: Mapping[str, Any], name: str) -> Iterator[Run]:
+    objective = plan["objectives"][name]
+    recipe, whole = objective["recipe"], float(objective["budget"])
+    common = {**plan["common"], **objective.get("common", {})}
+
+    def run(kind: str, label: str, divisor: float, seed: int, keys: Mapping[str, Any]) -> Run:
+        points = CURVE_POINTS if divisor == 1 and kind in (BASELINE, ACCELERATED) else [0.0, 0.5, 1.0]
+        keys = {"eval_points": points, **common, **keys}
+        return Run(name, kind, label, recipe, whole / divisor, divisor, seed, keys)
+
+    for label, keys in objective.get("choices", {}).items():
+        keys = dict(keys)
+        for divisor in keys.pop("divisors"):
+            yield run(CHOICE, label, divisor, objective["seeds"][0], {**plan["choice_split"], **keys})
+    for seed in objective["seeds"]:
+        for divisor in DIVISORS:
+            if divisor != DIVISORS[-1]:
+                yield run(BASELINE, BASELINE, divisor, seed, objective["baseline"])
+            yield run(ACCELERATED, ACCELERATED, divisor, seed, objective["accelerated"])
+        for label, keys in objective.get("ablations", {}).items():
+            yield run(ABLATION, label, 4, seed, keys)
+
+
+class Bench:
+    """Trains what is not yet known, several runs at once, until the time is over."""
+
+    def __init__(self, plan_name: str, runs_folder: Path, overrides: Sequence[str], clock: str, deadline: float):
+        self.records, self.runs_folder, self.overrides = RESULTS / plan_name, runs_folder, list(overrides)
+        self.clock, self.deadline = clock, deadline
+        self.processes: set[subprocess.Popen[bytes]] = set()
+        self.stopping = threading.Event()
+
+    def record_path(self, run: Run) -> Path:
+        return self.records / f"{run.folder}.json"
+
+    def is_known(self, run: Run) -> bool:
+        """Whether this run is recorded, with the settings that the plan now has."""
+        path = self.record_path(run)
+        if not path.exists():
+            return False
+        record = json.loads(path.read_text())
+        return record["settings"] == json.loads(json.dumps(run.settings())) and record["recipe"] == run.recipe
+
+    def stop(self) -> None:
+        """Have every run save itself and end."""
+        self.stopping.set()
+        for process in list(self.processes):
+            process.send_signal(signal.SIGTERM)
+
+    def take(self, run: Run) -> str | None:
+        """Train and evaluate one run and write its record. Returns what went wrong, None if nothing did."""
+        folder = self.runs_folder / run.folder
+        if self.stopping.is_set() or self.is_known(run):
+            return None
+        settings = {**run.settings(), "report_to": []}
+        print(f"{time.strftime('%H:%M:%S')} {run.folder}", flush=True)
+        command, code = self._launch(run, folder, settings)
+        if "units" not in read_results(folder):
+            return None if self.stopping.is_set() else f"{run.folder}: exit code {code}, see {folder}.log"
+        if run.kind != CHOICE and not self.stopping.is_set():
+            keys = {"task": "evaluate", "checkpoint": str(folder / "final"), "evaluations": ["linear"]}
+            _, code = self._launch(run, folder, {**keys, "seed": run.seed})
+            if code:
+                return None if self.stopping.is_set() else f"{run.folder}: linear probe: exit code {code}"
+        if not self.stopping.is_set():
+            self.records.mkdir(parents=True, exist_ok=True)
+            write_json(self.record_path(run), self.record_of(run, folder, command))
+        return None
+
+    def _launch(self, run: Run, folder: Path, settings: Mapping[str, Any]) -> tuple[list[str], int]:
+        keys = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        command = ["hf_accel/run.py", run.recipe, *keys, *self.overrides]
+        environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+        if self.clock == "cpu":
+            environment["OMP_NUM_THREADS"] = "1"  # seconds of a processor are comparable between runs of one thread
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with Path(f"{folder}.log").open("ab") as log:
+            whole = [sys.executable, *command, f"output_dir={folder.resolve()}"]
+            process = subprocess.Popen(whole, cwd=ROOT, env=environment, stdout=log, stderr=log)
+            self.processes.add(process)
+            if self.stopping.is_set():  # it was asked for while this one started
+                process.send_signal(signal.SIGTERM)
+            code = process.wait()
+            self.processes.discard(process)
+        return command, code
+
+    def record_of(self, run: Run, folder: Path, command: list[str]) -> dict[str, Any]:
+        """What the report needs of a finished run. Accuracies are in percent."""
+        results = read_results(folder)
+        history = json.loads((folder / "log_history.json").read_text())["log_history"]
+        seconds = results["seconds"]
+        linear = [entry for entry in results.get("evaluations", []) if entry["evaluation"] == "linear"]
+        curve = [(log["units"], 100 * log["eval_knn_top1"]) for log in history if "eval_knn_top1" in log]
+        raw, random = results["knn_top1_raw_pixels"], results["knn_top1_random_init"]
+        names = ("objective", "kind", "name", "recipe", "budget", "divisor", "seed")
+        where = results["environment"]
+        return {
+            **{name: asdict(run)[name] for name in names},
+            "settings": run.settings(),
+            "knn": 100 * results["knn_top1"],
+            "linear": 100 * linear[-1]["top1"] if linear else None,
+            "seconds": results["cpu_seconds"] if self.clock == "cpu" else seconds["total"] - seconds["evaluation"],
+            "clock": self.clock,
+            "units": results["units"],
+            "steps": results["steps"],
+            "schedule": results["schedule"],
+            "raw_pixels_knn": None if raw is None else 100 * raw,
+            "random_knn": None if random is None else 100 * random,
+            "curve": {"units": [u for u, _ in curve], "knn": [k for _, k in curve]},
+            "data": {key: results["data"][key] for key in ("name", "images", "train_split", "validation_split")},
+            "command": " ".join(["python", *command[: len(command) - len(self.overrides)]]),
+            "commit": where["commit"],
+            "dirty": where["dirty"],
+            "hardware": {**where["hardware"], "torch": where["versions"]["torch"]},
+        }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = parser_of("speedup", __doc__)
+    parser.add_argument("plan", help=f"a name of benchmarks/plans/ ({', '.join(sorted(plan_names()))}), or a file")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="save and stop before so many are over")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once (default: one a core)")
+    parser.add_argument("--only", default="", help="take only runs whose folder's name holds this word")
+    parser.add_argument("--runs", type=Path, help="folder of the runs (default runs/speedup/PLAN)")
+    parser.add_argument(
+        "--list", action="store_true", help="print the runs in their order, and which are known; run none"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the recipe in every run")
+    args: argparse.Namespace = parser.parse_intermixed_args(arguments)
+    path = PLANS / f"{args.plan}.yaml" if args.plan in plan_names() else Path(args.plan)
+    try:
+        plan = load_plan(path)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.error(str(error))
+    deadline = time.monotonic() + 60 * args.minutes
+    folder = args.runs or ROOT / "runs" / "speedup" / path.stem
+    bench = Bench(path.stem, folder, args.overrides, plan["clock"], deadline)
+    every = runs_of(plan)
+    if args.list:
+        print("\n".join(f"{'known' if bench.is_known(run) else '     '} {run.folder}" for run in every))
+        return 0
+    failures = train_all(bench, [run for run in every if args.only in run.folder], args.jobs)
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    known = [run for run in every if bench.is_known(run)]
+    print(write_report(path.stem, plan, [json.loads(bench.record_path(run).read_text()) for run in known], RESULTS))
+    print(f"{len(known)} of {len(every)} runs are known")
+    return 1 if failures else 0
+
+
+def plan_names() -> set[str]:
+    return {path.stem for path in PLANS.glob("*.yaml")}
+
+
+def train_all(bench: Bench, runs: Sequence[Run], jobs: int) -> list[str]:
+    """Train the runs in order, `jobs` at once, until all are known or the time is over. Returns what went wrong."""
+    signal.signal(signal.SIGTERM, lambda *_: bench.stop())
+    timer = threading.Timer(max(0.0, bench.deadline - time.monotonic()), bench.stop)
+    if bench.deadline < float("inf"):
+        timer.daemon = True
+        timer.start()
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            return [failure for failure in pool.map(bench.take, runs) if failure]
+    except KeyboardInterrupt:
+        bench.stop()
+        raise
+    finally:
+        timer.cancel()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

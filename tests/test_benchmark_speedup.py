@@ -1,0 +1,190 @@
+"""benchmarks/speedup.py and its report: the definition of a speedup, the order of runs, records, resumption."""
+
+import math
+import signal
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+import hf_accel.run as entry
+from benchmarks import speedup, speedup_report
+from tests.tiny_runs import RECIPE, image_folder, read
+
+pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
+
+
+def record(kind, budget, seed, knn, seconds, divisor=1, name=None, curve=((0, 10.0), (1, 20.0))):
+    units, accuracies = zip(*curve, strict=True)
+    same = {"objective": "moco", "recipe": "r.yaml", "settings": {}, "clock": "cpu", "steps": 10, "schedule": []}
+    same |= {"raw_pixels_knn": 12.0, "random_knn": 11.0, "commit": "c", "dirty": False, "data": {}, "hardware": {}}
+    run = {"kind": kind, "name": name or kind, "budget": budget, "units": budget, "divisor": divisor, "seed": seed}
+    measured = {"knn": knn, "linear": knn + 5, "seconds": seconds}
+    return {**same, **run, **measured, "curve": {"units": list(units), "knn": list(accuracies)}, "command": "python"}
+
+
+BASELINES = [record("baseline", 800, seed, knn, 80) for seed, knn in ((0, 50.0), (1, 52.0))]
+ACCELERATED = [
+    record("accelerated", budget, seed, knn, seconds, 800 / budget)
+    for budget, seconds, accuracies in ((100, 12, (40.0, 44.0)), (200, 24, (52.0, 54.0)), (800, 90, (60.0, 62.0)))
+    for seed, knn in enumerate(accuracies)
+]
+
+
+def test_crossing_interpolates_in_the_logarithm_of_amounts():
+    points = [(400.0, 60.0), (100.0, 40.0)]
+    assert speedup_report.crossing(points, 50) == pytest.approx(200)
+    assert speedup_report.crossing(points, 45) == pytest.approx(100 * 4**0.25)
+    assert speedup_report.crossing(points, 60) == pytest.approx(400)
+    assert speedup_report.crossing(points, 61) is None
+    assert speedup_report.crossing(points, 30) == 100  # below all runs it is not extrapolated
+    assert speedup_report.crossing([(0.0, 10.0), (5.0, 20.0)], 15) == 5  # units 0 have no logarithm
+
+
+def test_speedup_is_that_of_means_with_extremes_over_seeds():
+    found = speedup_report.speedup(BASELINES, ACCELERATED, "budget")
+    share = (51 - 42) / (53 - 42)  # of the way from 100 to 200 units, by the means of both seeds
+    assert found["value"] == pytest.approx(800 / (100 * 2**share))
+    single = [800 / (100 * 2 ** ((50 - 40) / 12)), 800 / (100 * 2 ** ((52 - 44) / 10))]
+    assert [found["low"], found["high"]] == pytest.approx([min(single), max(single)])
+    seconds = speedup_report.speedup(BASELINES, ACCELERATED, "seconds")
+    assert seconds["value"] == pytest.approx(80 / (12 * 2**share))
+
+
+def test_no_speedup_where_no_accelerated_run_is_as_good():
+    best = [record("baseline", 800, seed, 70.0, 80) for seed in (0, 1)]
+    assert set(speedup_report.speedup(best, ACCELERATED, "budget").values()) == {None}
+    one = [best[0], BASELINES[1]]  # the mean is 61 again, which the runs of 800 units reach
+    found = speedup_report.speedup(one, ACCELERATED, "budget")
+    assert found["value"] == pytest.approx(1.0) and found["low"] is None and found["high"] > 3
+
+
+def test_a_report_holds_what_it_prints(tmp_path):
+    curve = ((0, 11.0), (400, 49.0), (800, 61.0))
+    long = [{**r, "curve": {"units": [u for u, _ in curve], "knn": [k for _, k in curve]}} for r in ACCELERATED]
+    tried = [record("choice", 200, 0, 47.0, 24, 4, "patch 16"), record("ablation", 200, 0, 43.0, 24, 4, "batch 64")]
+    plan = {"title": "A title", "clock": "cpu", "objectives": {"moco": {}}}
+    text = speedup_report.write_report("toy", plan, [*BASELINES, *long, *tried], tmp_path)
+    report = read(tmp_path / "toy.json")
+    (found,) = report["objectives"]
+    measured = {"knn": [50.0, 52.0], "linear": [55.0, 57.0], "seconds": [80, 80], "steps": [10, 10], "seed": [0, 1]}
+    assert found["baseline"] == {"budget": 800, **measured}
+    assert [row["budget"] for row in found["accelerated"]] == [800, 200, 100] and found["seeds"] == [0, 1]
+    assert found["crossing_units"] == pytest.approx(math.exp(math.log(400) + (51 - 49) / 12 * math.log(2)))
+    assert (found["raw_pixels_knn"], found["random_knn"]) == (12.0, [11.0, 11.0])
+    assert found["choices"][0]["name"] == "patch 16" and found["ablations"][0]["name"] == "batch 64"
+    assert len(report["curves"]) == 8 and report["curves"][0]["seconds"][-1] > 0
+    assert f"Speedup at equal kNN accuracy: {found['speedup_units']['value']:.2f}x" in text
+    assert "| accelerated | 200 | 10 | 24 | 52.0 54.0 | 53.0 | 57.0 59.0 |" in text
+    assert (tmp_path / "toy.png").stat().st_size > 10_000 and (tmp_path / "toy.md").read_text() == text + "\n"
+
+
+PLAN = {
+    "title": "Noise",
+    "clock": "cpu",
+    "common": {"logging_steps": 4},
+    "choice_split": {"train_split": "train[:80%]", "validation_split": "train[80%:]"},
+    "objectives": {
+        "moco": {
+            "recipe": "r.yaml",
+            "budget": 16 * 4 * 16,
+            "seeds": [0, 1],
+            "baseline": {"schedule": None},
+            "accelerated": {"schedule": [{"until": 1.0, "patch_size": 8}]},
+            "choices": {"patch 8": {"divisors": [4], "schedule": [{"until": 1.0, "patch_size": 8}]}},
+            "ablations": {"batch 8": {"schedule": None, "batch_size": 8}},
+        }
+    },
+}
+
+
+def test_runs_come_in_the_order_of_what_they_tell():
+    other = {**PLAN["objectives"]["moco"], "choices": {}, "ablations": {}}
+    names = [run.folder for run in speedup.runs_of({**PLAN, "objectives": {**PLAN["objectives"], "dino": other}})]
+    assert names[:5] == [
+        "moco-choice-patch_8-256-0",
+        *("moco-baseline-256-0", "moco-accelerated-256-0", "moco-baseline-1024-0", "moco-accelerated-1024-0"),
+    ]
+    assert [name.split("-")[0] for name in names[5:9]] == ["moco"] * 4  # the second seed of the first objective
+    assert names[9:13] == [name.replace("moco", "dino") for name in names[1:5]]
+    assert names[-2:] == ["moco-ablation-batch_8-256-0", "moco-ablation-batch_8-256-1"]
+    assert len(names) == len(set(names)) == 1 + 2 * 2 * 7 + 2
+
+
+def test_a_plan_with_a_misspelt_key_is_refused(tmp_path):
+    path = tmp_path / "plan.yaml"
+    broken = [{**PLAN, "clocks": 1}, {**PLAN, "objectives": {"moco": {**PLAN["objectives"]["moco"], "sed": 1}}}]
+    for plan, named in zip(broken, ("clock", "sed"), strict=True):
+        path.write_text(yaml.safe_dump(plan))
+        with pytest.raises(ValueError, match=named):
+            speedup.load_plan(path)
+
+
+def test_the_plans_of_this_repository_can_be_read():
+    assert speedup.plan_names()
+    for name in speedup.plan_names():
+        runs = speedup.runs_of(speedup.load_plan(speedup.PLANS / f"{name}.yaml"))
+        assert all((speedup.ROOT / run.recipe).exists() for run in runs)
+        choices = [run for run in runs if run.kind == speedup.CHOICE]
+        assert all("[" in run.keys["validation_split"] for run in choices)  # never the test images
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """The command for a plan of tiny runs, which take place in this process. `plan` can be changed between commands."""
+    recipe, path = tmp_path / "recipe.yaml", tmp_path / "toy.yaml"
+    recipe.write_text(yaml.safe_dump({**RECIPE, "data": str(image_folder(tmp_path / "images"))}))
+    plan = {**PLAN, "objectives": {"moco": {**PLAN["objectives"]["moco"], "recipe": str(recipe), "seeds": [0]}}}
+    launched = []
+
+    class Process:
+        def __init__(self, command, **_):
+            self.command, self.code = command[2:], 0
+            launched.append(self)
+
+        def send_signal(self, number):
+            self.code = -number
+
+        def wait(self):
+            if self.code == 0:
+                entry.main(self.command)
+            return self.code
+
+    def command(*words):
+        path.write_text(yaml.safe_dump(plan))
+        launched.clear()
+        code = speedup.main([str(path), "--runs", str(tmp_path / "runs"), "--jobs", "1", *words])
+        return code, {file.stem: read(file) for file in (tmp_path / "results").glob("toy/*.json")}
+
+    monkeypatch.setattr(speedup.subprocess, "Popen", Process)
+    monkeypatch.setattr(speedup, "RESULTS", tmp_path / "results")
+    return SimpleNamespace(command=command, plan=plan["objectives"]["moco"], launched=launched, folder=tmp_path)
+
+
+@pytest.mark.slow
+def test_runs_are_recorded_and_not_trained_again(bench, capsys):
+    code, records = bench.command("--only", "256")
+    names = [
+        "moco-choice-patch_8-256-0",
+        "moco-baseline-256-0",
+        "moco-accelerated-256-0",
+        "moco-ablation-batch_8-256-0",
+    ]
+    assert code == 0 and set(records) == set(names)
+    chosen, baseline = records["moco-choice-patch_8-256-0"], records["moco-baseline-256-0"]
+    assert chosen["data"]["images"] == 96 and chosen["linear"] is None  # four fifths of the training images
+    assert baseline["data"]["images"] == 120 and 0 <= baseline["linear"] <= 100 and baseline["seconds"] > 0
+    assert baseline["curve"]["units"][-1] == baseline["units"] == 256
+    assert records["moco-ablation-batch_8-256-0"]["steps"] == 2 * baseline["steps"]
+
+    code, again = bench.command("--only", "256")
+    assert again == records and not bench.launched and "4 of 9 runs are known" in capsys.readouterr().out
+    bench.plan["accelerated"] = {"schedule": [{"until": 1.0, "patch_size": 4, "token_dropout": 0.5}]}
+    with pytest.raises(SystemExit, match="holds a run with schedule"):  # it is trained again, not in the same folder
+        bench.command("--only", "accelerated-256")
+
+
+def test_out_of_time_runs_are_stopped_and_not_recorded(bench):
+    code, records = bench.command("--only", "baseline", "--minutes", "0")
+    assert code == 0 and not records
+    assert all(process.code == -signal.SIGTERM for process in bench.launched)

@@ -86,16 +86,16 @@ def load_plan(path: Path) -> dict[str, Any]:
     return plan
 
 
-def runs_of(plan: Mapping[str, Any]) -> list[Run]:
-    """Every run, the most informative first.
+def runs_of(plan: Mapping[str, Any], scale: float = 1.0) -> list[Run]:
+    """Every run, with its budget times `scale`, the most informative first.
 
     First what settings are chosen by; then baseline and accelerated runs at X and X/4, all seeds of the plan's first
     objective before one seed of the others and then the rest; then the other budgets; then ablations.
     """
-    runs = [run for name in plan["objectives"] for run in _runs_of_objective(plan, name)]
+    runs = [run for name in plan["objectives"] for run in _runs_of_objective(plan, name, scale)]
     first = next(iter(plan["objectives"]))
 
-    def rank(run: Run) -> tuple[int, ...]:
+    def rank(run: Run) -> tuple[float, ...]:
         first_seed = plan["objectives"][run.objective]["seeds"][0]
         if run.kind == CHOICE:
             return 0, run.objective != first
@@ -109,9 +109,9 @@ def runs_of(plan: Mapping[str, Any]) -> list[Run]:
     return sorted(runs, key=rank)
 
 
-def _runs_of_objective(plan: Mapping[str, Any], name: str) -> Iterator[Run]:
+def _runs_of_objective(plan: Mapping[str, Any], name: str, scale: float) -> Iterator[Run]:
     objective = plan["objectives"][name]
-    recipe, whole = objective["recipe"], float(objective["budget"])
+    recipe, whole = objective["recipe"], scale * objective["budget"]
     common = {**plan["common"], **objective.get("common", {})}
 
     def run(kind: str, label: str, divisor: float, seed: int, keys: Mapping[str, Any]) -> Run:
@@ -135,9 +135,9 @@ def _runs_of_objective(plan: Mapping[str, Any], name: str) -> Iterator[Run]:
 class Bench:
     """Trains what is not yet known, several runs at once, until the time is over."""
 
-    def __init__(self, plan_name: str, runs_folder: Path, overrides: Sequence[str], clock: str, deadline: float):
-        self.records, self.runs_folder, self.overrides = RESULTS / plan_name, runs_folder, list(overrides)
-        self.clock, self.deadline = clock, deadline
+    def __init__(self, records: Path, runs_folder: Path, overrides: Sequence[str], clock: str, seconds: float):
+        self.records, self.runs_folder, self.overrides = records, runs_folder, list(overrides)
+        self.clock, self.seconds = clock, seconds
         self.processes: set[subprocess.Popen[bytes]] = set()
         self.stopping = threading.Event()
 
@@ -233,9 +233,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once (default: one a core)")
     parser.add_argument("--only", default="", help="take only runs whose folder's name holds this word")
     parser.add_argument("--runs", type=Path, help="folder of the runs (default runs/speedup/PLAN)")
-    parser.add_argument(
-        "--list", action="store_true", help="print the runs in their order, and which are known; run none"
-    )
+    parser.add_argument("--list", action="store_true", help="only print the runs, in order, and which are known")
+    parser.add_argument("--toy", action="store_true", help="a thousandth of each budget; records stay in RUNS")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the recipe in every run")
     args: argparse.Namespace = parser.parse_intermixed_args(arguments)
     path = PLANS / f"{args.plan}.yaml" if args.plan in plan_names() else Path(args.plan)
@@ -243,10 +242,10 @@ def main(arguments: list[str] | None = None) -> int:
         plan = load_plan(path)
     except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(str(error))
-    deadline = time.monotonic() + 60 * args.minutes
-    folder = args.runs or ROOT / "runs" / "speedup" / path.stem
-    bench = Bench(path.stem, folder, args.overrides, plan["clock"], deadline)
-    every = runs_of(plan)
+    folder = args.runs or ROOT / "runs" / "speedup" / (f"{path.stem}_toy" if args.toy else path.stem)
+    results = folder if args.toy else RESULTS
+    bench = Bench(results / path.stem, folder, args.overrides, plan["clock"], 60 * args.minutes)
+    every = runs_of(plan, 1e-3 if args.toy else 1.0)
     if args.list:
         print("\n".join(f"{'known' if bench.is_known(run) else '     '} {run.folder}" for run in every))
         return 0
@@ -254,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
     for failure in failures:
         print(failure, file=sys.stderr)
     known = [run for run in every if bench.is_known(run)]
-    print(write_report(path.stem, plan, [json.loads(bench.record_path(run).read_text()) for run in known], RESULTS))
+    print(write_report(path.stem, plan, [json.loads(bench.record_path(run).read_text()) for run in known], results))
     print(f"{len(known)} of {len(every)} runs are known")
     return 1 if failures else 0
 
@@ -266,9 +265,8 @@ def plan_names() -> set[str]:
 def train_all(bench: Bench, runs: Sequence[Run], jobs: int) -> list[str]:
     """Train the runs in order, `jobs` at once, until all are known or the time is over. Returns what went wrong."""
     signal.signal(signal.SIGTERM, lambda *_: bench.stop())
-    timer = threading.Timer(max(0.0, bench.deadline - time.monotonic()), bench.stop)
-    if bench.deadline < float("inf"):
-        timer.daemon = True
+    timer = threading.Timer(bench.seconds, bench.stop)
+    if bench.seconds < float("inf"):
         timer.start()
     try:
         with ThreadPoolExecutor(jobs) as pool:

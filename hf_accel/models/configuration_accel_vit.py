@@ -4,11 +4,17 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig, strict  # pyright: ignore[reportPrivateImportUsage]
+
+if TYPE_CHECKING:
+    # Needed at run time by name only. With `trust_remote_code=True`, transformers caches this file under a hash of it
+    # and of what its lines import by a relative path, and `AutoModel` keeps one model class for each configuration
+    # class. As this line reaches every model file, checkpoints share these classes only where all their code agrees.
+    from .modeling_accel_vit import AccelViTModel  # noqa: F401
 
 AUTO_MAP = {
     "AutoConfig": "configuration_accel_vit.AccelViTConfig",
@@ -146,14 +152,12 @@ class AccelViTConfig(BackboneConfigMixin, PreTrainedConfig):  # pyright: ignore[
         return super().from_dict(config_dict, **kwargs)  # pyright: ignore[reportReturnType]
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Every checkpoint passes here: it gets the model's code, by which it opens where this package is missing."""
+        """Save the configuration and the model's code, by which a checkpoint opens where this package is missing."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         for path in Path(__file__).parent.glob("*_accel_vit.py"):
             shutil.copyfile(path, folder / path.name)
-        # of a checkpoint's own code, the configuration's may be all that is here; a model has copied its own by now
-        there = {path.stem for path in folder.glob("*_accel_vit.py")}
-        self.auto_map = {auto: name for auto, name in AUTO_MAP.items() if name.split(".")[0] in there}
+        self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
 

@@ -1,6 +1,5 @@
 """Saving, loading, the Auto classes, and the files as the Hub's remote code."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -40,6 +39,18 @@ def config(**overrides: Any) -> AccelViTConfig:
 def features(model: AccelViTModel) -> torch.Tensor:
     images = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(9))
     return model.eval()(images, 16, 0.25, torch.Generator().manual_seed(9)).last_hidden_state
+
+
+@pytest.fixture
+def modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache of remote code, unknown to Python's imports so far."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "modules", {k: v for k, v in sys.modules.items() if "transformers_modules" not in k})
+
+
+def remote_class(reference: str, folder: Path) -> Any:
+    return dynamic_module_utils.get_class_from_dynamic_module(reference, str(folder), local_files_only=True)
 
 
 @pytest.mark.parametrize(
@@ -187,16 +198,14 @@ def test_every_checkpoint_carries_its_code(tmp_path: Path) -> None:
         assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)) is AccelViTModel
 
 
-def test_remote_code_beside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("modules_cache")
+def test_remote_code_beside_the_package(tmp_path: Path) -> None:
     """A checkpoint's own files in this process, which has the package: they agree, and what they save is whole."""
     model = AccelViTModel(config())
     model.save_pretrained(tmp_path / "repo")
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
 
     def remote(name: str, folder: Path) -> Any:
-        reference = f"modeling_accel_vit.{name}"
-        found = dynamic_module_utils.get_class_from_dynamic_module(reference, str(folder), local_files_only=True)
+        found = remote_class(f"modeling_accel_vit.{name}", folder)
         assert found is not getattr(hf_accel, name) and "hf_accel" not in found.__module__
         return found.from_pretrained(folder)
 
@@ -209,18 +218,35 @@ def test_remote_code_beside_the_package(tmp_path: Path, monkeypatch: pytest.Monk
     assert torch.equal(features(AutoModel.from_pretrained(tmp_path / "saved again, ä")), features(model))
 
 
-def test_what_a_configuration_of_a_checkpoints_own_saves_opens_again(tmp_path: Path) -> None:
-    """Beside a model's code it names the models, too, though its own copy lies in a folder by itself."""
-    source = Path(hf_accel.__file__).parent / "models" / "configuration_accel_vit.py"
-    (tmp_path / "cache").mkdir()
-    spec = importlib.util.spec_from_file_location("alone", shutil.copy(source, tmp_path / "cache"))
-    assert spec is not None and spec.loader is not None
-    alone = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(alone)
-    AccelViTModel(config()).save_pretrained(tmp_path / "model")
-    for name, expected in (("model", alone.AUTO_MAP.keys()), ("configuration", {"AutoConfig"})):
-        alone.AccelViTConfig().save_pretrained(tmp_path / name)
-        assert json.loads((tmp_path / name / "config.json").read_text())["auto_map"].keys() == expected
+@pytest.mark.usefixtures("modules_cache")
+def test_what_a_remote_configuration_saves_opens_as_a_model(tmp_path: Path) -> None:
+    """Its module's folder in transformers' cache holds the models' files, too."""
+    AccelViTModel(config()).save_pretrained(tmp_path / "repo")
+    remote = remote_class("configuration_accel_vit.AccelViTConfig", tmp_path / "repo")
+    remote.from_pretrained(tmp_path / "repo").save_pretrained(tmp_path / "again")
+    names = [{path.name for path in (tmp_path / name).glob("*.py")} for name in ("repo", "again")]
+    assert names[0] == names[1]
+    auto_map = json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"]
+    assert auto_map.keys() == {"AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoBackbone"}
+    model = remote_class(auto_map["AutoModel"], tmp_path / "again")(config())
+    assert model(torch.randn(1, 3, 32, 32)).pooler_output.shape == (1, 16)
+
+
+@pytest.mark.usefixtures("modules_cache")
+def test_every_model_file_decides_the_configuration_class(tmp_path: Path) -> None:
+    """`AutoModel` looks the model's class up by the configuration's: other code must have another one."""
+    reference = "configuration_accel_vit.AccelViTConfig"
+    config().save_pretrained(tmp_path / "original" / "final")
+    shutil.copytree(tmp_path / "original", tmp_path / "copy")
+    original = remote_class(reference, tmp_path / "original" / "final")
+    assert remote_class(reference, tmp_path / "copy" / "final") is original
+    files = sorted(path.name for path in (tmp_path / "original" / "final").glob("*.py"))
+    assert len(files) > 3
+    for name in files:
+        other = tmp_path / name / "final"
+        shutil.copytree(tmp_path / "original" / "final", other)
+        (other / name).write_text((other / name).read_text() + "\nANOTHER_VERSION = True\n")
+        assert remote_class(reference, other) is not original, name
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,57 @@ def test_without_the_package_and_without_trust_it_is_refused(checkpoints: tuple[
     options: dict[str, Any] = {"cwd": tmp_path, "env": environment, "stdin": subprocess.DEVNULL}
     result = subprocess.run(command, **options, capture_output=True, text=True, check=False)
     assert result.returncode != 0 and "trust_remote_code=True" in result.stderr
+
+
+OTHER_CODE = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_accel":
+            raise ModuleNotFoundError("hf_accel is hidden from this process")
+sys.meta_path.insert(0, Refuse())
+import torch
+from transformers import AutoModel, AutoModelForImageClassification
+
+pixels = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
+def show(auto, folder):
+    with torch.no_grad():
+        print("value", auto.from_pretrained(folder, trust_remote_code=True)(pixels)[-1][0, 0].item())
+for name in sys.argv[1:]:
+    show(AutoModel, f"{name}/encoder")
+    AutoModel.from_pretrained(f"{name}/encoder", trust_remote_code=True).save_pretrained(f"{name}/again")
+    show(AutoModelForImageClassification, f"{name}/classifier")
+for name in sys.argv[1:]:
+    show(AutoModel, f"{name}/again")
+sys.meta_path.pop(0)
+import hf_accel
+assert type(AutoModel.from_pretrained(f"{name}/again", trust_remote_code=True)) is hf_accel.AccelViTModel
+"""
+
+
+@pytest.mark.slow
+def test_each_checkpoint_of_a_process_runs_its_own_code(checkpoints: tuple[Path, dict], tmp_path: Path) -> None:
+    """Two versions of a helper's file, in either order: features, logits, and features of what is saved again."""
+    for version in ("a", "b"):
+        for name in ("encoder", "classifier"):
+            shutil.copytree(checkpoints[0] / name, tmp_path / version / name)
+            code = tmp_path / version / name / "shortening_accel_vit.py"
+            assert "10000.0 **" in code.read_text()
+            if version == "b":
+                code.write_text(code.read_text().replace("10000.0 **", "100.0 **"))
+    results = {}
+    for order in ("ab", "ba"):
+        cache = str(tmp_path / f"cache {order}")
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": cache, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", OTHER_CODE, *order]
+        options: dict[str, Any] = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+        result = subprocess.run(command, **options, check=False)
+        assert result.returncode == 0, result.stderr
+        values = [float(value) for value in re.findall("value (.*)", result.stdout)]
+        results[order] = {name: [*values[2 * i : 2 * i + 2], values[4 + i]] for i, name in enumerate(order)}
+    assert results["ab"] == results["ba"]
+    for a, b in zip(results["ab"]["a"], results["ab"]["b"], strict=True):
+        assert abs(a - b) > 1e-3
 
 
 @pytest.mark.slow

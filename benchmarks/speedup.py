@@ -14,6 +14,7 @@ by a signal, saves the runs that are under way, and the same command goes on wit
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,7 +60,7 @@ class Run:
     @property
     def folder(self) -> str:
         words = [self.objective, self.kind if self.kind == self.name else f"{self.kind}-{self.name}"]
-        return "-".join([*words, f"{self.budget:g}", str(self.seed)]).replace(" ", "_")
+        return "-".join([*(re.sub(r"[^\w.-]+", "_", word) for word in words), f"{self.budget:.0f}", str(self.seed)])
 
     def settings(self) -> dict[str, Any]:
         return {**self.keys, "seed": self.seed, "budget": self.budget}
@@ -98,7 +99,7 @@ def runs_of(plan: Mapping[str, Any], scale: float = 1.0) -> list[Run]:
     def rank(run: Run) -> tuple[float, ...]:
         first_seed = plan["objectives"][run.objective]["seeds"][0]
         if run.kind == CHOICE:
-            return 0, run.objective != first
+            return 0, run.objective != first, -run.divisor
         if run.kind == ABLATION:
             return 4, run.seed != first_seed
         if run.divisor in (1, 4):

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_task(recipe: Recipe) -> None:
     from hf_accel.checkpoints import AGAIN, WriteFailed, writing
-    from hf_accel.data import CorruptDataError
+    from hf_accel.data import CorruptDataError, WorkersFailed, explained_failures
     from hf_accel.engine import end_with_launcher
     from hf_accel.hub import PushFailed
     from hf_accel.trainer import TrainingDiverged
@@ -57,9 +57,9 @@ def run_task(recipe: Recipe) -> None:
     module, function = TASKS[recipe.task]
     task = getattr(import_module(f"hf_accel.{module}"), function)
     try:
-        with writing(Path(recipe.output_dir), AGAIN, reads_too=True):
+        with explained_failures(), writing(Path(recipe.output_dir), AGAIN, reads_too=True):
             task(recipe)
-    except (TrainingDiverged, CorruptDataError, PushFailed, WriteFailed) as error:
+    except (TrainingDiverged, CorruptDataError, PushFailed, WorkersFailed, WriteFailed) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 

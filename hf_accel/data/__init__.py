@@ -3,6 +3,7 @@
 from .loader import TrainSampler, eval_loader, image_processor, resize_edge, train_loader
 from .sources import CorruptDataError, CorruptImage, ImageSource, load_sources
 from .views import AUGMENTATIONS, ViewConfig, crop_and_resize, crop_boxes, make_views
+from .workers import WorkersFailed, explained_failures
 
 __all__ = [
     "AUGMENTATIONS",
@@ -11,9 +12,11 @@ __all__ = [
     "ImageSource",
     "TrainSampler",
     "ViewConfig",
+    "WorkersFailed",
     "crop_and_resize",
     "crop_boxes",
     "eval_loader",
+    "explained_failures",
     "image_processor",
     "load_sources",
     "make_views",

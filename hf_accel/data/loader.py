@@ -4,9 +4,6 @@ Training order and draws are pure functions of (seed, epoch) and (seed, step, mi
 any step without replaying the ones before, and the number of workers changes nothing.
 """
 
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +17,7 @@ from ..draws import generator
 from .decoding import image_tensor, upright_size
 from .sources import Bad, CorruptImage, ImageSource
 from .views import ViewConfig, view_boxes
+from .workers import BATCH_SECONDS, born_deaf_to_sigterm, explained_failures, outlive_sigterm, pass_on
 
 if TYPE_CHECKING:
     from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
@@ -83,24 +81,44 @@ class TrainSampler(Sampler[list[Item]]):
                 yield [Item(index, step, micro_step, row) for row, index in enumerate(mine, self.rows.start)]
 
 
-class TrainImages(Dataset):
-    """Micro-batches by their `Item`s, as dicts for `make_views`."""
+class SizedItem(NamedTuple):
+    """An `Item` with the size in pixels of its views, for those that have none of their own."""
 
-    def __init__(
-        self,
-        source: ImageSource,
-        configs: Sequence[ViewConfig],
-        view_size: Callable[[int], int],
-        seed: int,
-        global_batch: int,
-    ):
-        self.source, self.configs, self.view_size = source, configs, view_size
-        self.seed, self.global_batch = seed, global_batch
+    index: int
+    step: int
+    micro_step: int
+    row: int
+    view_size: int
+
+
+class SizedBatches(Sampler[list[SizedItem]]):
+    """The batches of a `TrainSampler`, with the size that `view_size` gives for their step.
+
+    It is called here, in the process of the run: what it depends on, as a Trainer, need not reach the workers.
+    """
+
+    def __init__(self, sampler: TrainSampler, view_size: Callable[[int], int]):
+        self.sampler, self.view_size = sampler, view_size
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[list[SizedItem]]:
+        for items in self.sampler:
+            size = self.view_size(items[0].step)
+            yield [SizedItem(*item, size) for item in items]
+
+
+class TrainImages(Dataset):
+    """Micro-batches by their `SizedItem`s, as dicts for `make_views`."""
+
+    def __init__(self, source: ImageSource, configs: Sequence[ViewConfig], seed: int, global_batch: int):
+        self.source, self.configs, self.seed, self.global_batch = source, configs, seed, global_batch
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, items: list[Item]) -> dict[str, Any]:
+    def __getitems__(self, items: list[SizedItem]) -> dict[str, Any]:
         first = items[0]
         bad: list[Bad] = []
         batch: dict[str, Any] = {
@@ -120,13 +138,12 @@ class TrainImages(Dataset):
             batch["images"] = pixels[batch["index"]]
         return batch
 
-    def _crops(self, items: list[Item], bad: list[Bad]) -> tuple[list[Tensor], Tensor]:
+    def _crops(self, items: list[SizedItem], bad: list[Bad]) -> tuple[list[Tensor], Tensor]:
         """One uint8 (B, 3, S, S) per view, and the indices (B,) of the images that they were cut from.
 
         Each image is read and decoded once, and no larger than its crops need.
         """
-        default = self.view_size(items[0].step)
-        sizes = [config.size or default for config in self.configs]
+        sizes = [config.size or items[0].view_size for config in self.configs]
         opened = [self._open(item, bad) for item in items]
         boxes = self._boxes(items, [image for _, image in opened])
         crops = [torch.empty(len(items), 3, size, size, dtype=torch.uint8) for size in sizes]
@@ -143,14 +160,14 @@ class TrainImages(Dataset):
                 crops[view][position] = _crop(image, full, box, sizes[view])
         return crops, torch.tensor(cut)
 
-    def _open(self, item: Item, bad: list[Bad]) -> tuple[int, Image]:
+    def _open(self, item: SizedItem, bad: list[Bad]) -> tuple[int, Image]:
         try:
             return item.index, self.source.open(item.index)
         except CorruptImage as error:
             bad.append(error.bad)
             return self.source.next_readable((item.index + 1) % len(self), bad)
 
-    def _boxes(self, items: list[Item], images: list[Image]) -> Tensor:
+    def _boxes(self, items: list[SizedItem], images: list[Image]) -> Tensor:
         """(views, B, 4) boxes of these rows, which follow each other."""
         widths, heights = torch.tensor([upright_size(image) for image in images]).unbind(1)
         first = items[0]
@@ -226,36 +243,24 @@ class ReportingLoader(DataLoader):
             dataset,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            worker_init_fn=_outlive_sigterm,
-            collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
+            timeout=BATCH_SECONDS if num_workers > 0 else 0,
+            worker_init_fn=outlive_sigterm,
+            collate_fn=pass_on,  # pyright: ignore[reportArgumentType]
             generator=generator(seed, "workers"),  # else iterating advances the global generator
             **options,
         )
         self.source = source
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        for batch in super().__iter__():
+        with born_deaf_to_sigterm(), explained_failures():
+            batches = super().__iter__()
+        while True:
+            with explained_failures():
+                batch = next(batches, None)
+            if batch is None:
+                return
             self.source.report(batch["bad"])
             yield batch
-
-
-def _outlive_sigterm(worker: int) -> None:
-    """Heed no SIGTERM but the parent's: queues and launchers send it to all processes of a run, whose last step before
-    the checkpoint needs the workers. Where there is no `sigwaitinfo`, they end as they would without this."""
-    if not hasattr(signal, "sigwaitinfo"):
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def heed_parent():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=heed_parent, daemon=True).start()
-
-
-def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
-    return batch
 
 
 def train_loader(
@@ -271,13 +276,14 @@ def train_loader(
 
     - either "images": uint8 (B, C, H, W), C = 1 for a gray set, of a source held in memory;
     - or "crops": one uint8 (B, 3, S, S) per view, S its config's size or `view_size(step)`, decoded and cropped by the
-      workers with the draws that `make_views` would make. Where workers are spawned, `view_size` must be a plain
-      function or method.
+      workers with the draws that `make_views` would make.
 
-    Iterating raises CorruptDataError when more than 1% of the set could not be read.
+    Iterating raises CorruptDataError when more than 1% of the set could not be read, and WorkersFailed when workers
+    end, or give no batch for BATCH_SECONDS.
     """
-    dataset = TrainImages(source, configs, view_size, seed, sampler.global_batch)
-    return ReportingLoader(source, dataset, seed, num_workers, batch_sampler=sampler, pin_memory=pin_memory)
+    dataset = TrainImages(source, configs, seed, sampler.global_batch)
+    batches = SizedBatches(sampler, view_size)
+    return ReportingLoader(source, dataset, seed, num_workers, batch_sampler=batches, pin_memory=pin_memory)
 
 
 def eval_loader(

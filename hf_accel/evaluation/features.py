@@ -131,6 +131,7 @@ def _own_batches(loader: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
             worker_init_fn=loader.worker_init_fn,
         )
     else:

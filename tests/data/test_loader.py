@@ -1,5 +1,7 @@
 import logging
-import multiprocessing
+import multiprocessing.forkserver
+import os
+import pickle
 import signal
 import subprocess
 from dataclasses import replace
@@ -236,6 +238,63 @@ def test_two_processes_see_what_one_sees(tmp_path):
         for view in range(2):
             assert torch.equal(batch["crops"][view], torch.cat([part[step]["crops"][view] for part in ranks]))
             torch.testing.assert_close(views[view], torch.cat([half[view] for half in halves]), atol=1e-6, rtol=0)
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the system does not list a process's open files")
+def test_a_batch_of_workers_takes_one_open_file(tmp_path):
+    source = folder(tmp_path / "set", 24)
+    views = (CROP_ONLY, *(replace(CROP_ONLY, size=10) for _ in range(9)))
+    batches = iter(train_loader(source, TrainSampler(24, 2, last_step=12), views, view_size, num_workers=1))
+    held = [next(batches), next(batches)]
+    before = open_files()
+    held += [next(batches) for _ in range(8)]
+    assert len(held[0]["crops"]) == 10 and open_files() - before <= 8 + 2  # two may have come ahead
+
+
+def test_workers_hold_nothing_that_names_view_sizes(tmp_path):
+    source = folder(tmp_path / "set", 12)
+
+    class Trainer:
+        """Cannot be pickled, as what is defined in a function."""
+
+        def view_size(self, step):
+            return 16 + 4 * step
+
+    sampler = TrainSampler(12, 4, last_step=3)
+    loader = train_loader(source, sampler, MOCO, Trainer().view_size, num_workers=1)
+    in_a_worker = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn, loader.worker_init_fn)))[0]
+    batches = [in_a_worker.__getitems__(items) for items in loader.batch_sampler or ()]
+    assert [batch["crops"][0].shape[-1] for batch in batches] == [16, 20, 24]
+    for one, other in zip(batches, train_loader(source, sampler, MOCO, view_size), strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_that_are_not_forked_change_nothing(tmp_path, method):
+    source, before = folder(tmp_path / "set", 60), set(multiprocessing.active_children())
+    sampler = TrainSampler(60, 4, last_step=12)
+    loader = train_loader(source, sampler, MOCO, view_size, num_workers=1)
+    loader.multiprocessing_context = method
+    batches = iter(loader)
+    found = [next(batches)]
+    (worker,) = set(multiprocessing.active_children()) - before
+    processes = [worker.pid]
+    if method == "forkserver":  # which gets a signal to all processes of a run, too, and must outlive it
+        server: Any = multiprocessing.forkserver._forkserver
+        processes.append(server._forkserver_pid)
+    subprocess.run(["kill", "-TERM", *map(str, processes)], check=True)
+    found += batches
+    assert worker.is_alive() and len(found) == 12
+    for one, other in zip(train_loader(source, sampler, MOCO, view_size), found, strict=True):
+        assert_same(one, other)
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 # Corrupt images

@@ -1,0 +1,169 @@
+"""The processes that load images: how their batches reach the run, and what they do on signals and failures."""
+
+import multiprocessing
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from .sources import CorruptDataError
+
+BATCH_SECONDS = 300
+"""Time for which a run waits for a batch. Workers that start on a busy machine, or a slow file system, take minutes."""
+
+REMEDY = (
+    "If shared memory is what they lack (Docker gives a container 64 MB in /dev/shm), start the container with "
+    "`docker run --shm-size=8g` or `--ipc=host`. Otherwise lower num_workers; num_workers: 0 loads without them"
+)
+
+ALIGNMENT = 64
+"""Bytes. A tensor in a batch's memory starts at a multiple of this, which is one of the size of any number."""
+
+TORCH_FAILURES = re.compile(
+    r"DataLoader worker \(pid|DataLoader timed out|Pin memory thread exited|Too many open files|received \d+ items of"
+)
+"""What the messages begin with by which torch says that workers failed."""
+
+
+class WorkersFailed(RuntimeError):
+    """The processes that load images ended, gave no batch for too long, or could not pass one on."""
+
+
+# Batches
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies in the memory of a batch, in bytes."""
+
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def pass_on(batch: dict[str, Any]) -> Any:
+    """The loaders' `collate_fn`: a batch as it is, or, in a worker, in a form that takes one piece of shared memory.
+
+    Torch shares each tensor by itself, and each takes an open file in the run for as long as it lives: ten views of
+    an image and a hundred batches are then beyond the usual limit of 1,024.
+    """
+    return batch if get_worker_info() is None else _SharedBatch(batch)
+
+
+class _SharedBatch:
+    """A batch on its way to the run, where it is unpickled as the dict that it was made of."""
+
+    def __init__(self, batch: dict[str, Any]):
+        tensors: list[Tensor] = []
+        self.end, self.template = 0, {}
+        for key, value in batch.items():
+            several = isinstance(value, list) and any(isinstance(one, Tensor) for one in value)
+            if several:
+                self.template[key] = [self._place(one, tensors) for one in value]
+            else:
+                self.template[key] = self._place(value, tensors) if isinstance(value, Tensor) else value
+        self.memory = self._shared(tensors)
+
+    def _place(self, tensor: Tensor, tensors: list[Tensor]) -> _Place:
+        place = _Place(self.end, tensor.dtype, tuple(tensor.shape))
+        self.end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        tensors.append(tensor)
+        return place
+
+    def _shared(self, tensors: list[Tensor]) -> Tensor:
+        try:
+            # Here rather than when the batch is sent: that is done in a thread, whose errors the run does not hear of.
+            memory = torch.empty(self.end, dtype=torch.uint8).share_memory_()
+        except RuntimeError as error:
+            size = f"{self.end / 1e6:.1f} MB"
+            raise WorkersFailed(f"A batch of {size} does not fit into shared memory: {error}. {REMEDY}") from error
+        start = 0
+        for tensor in tensors:
+            memory[start : start + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
+            start += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        return memory
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _taken_out, (self.memory, self.template)
+
+
+def _taken_out(memory: Tensor, template: dict[str, Any]) -> dict[str, Any]:
+    """The batch, whose tensors are views of `memory`."""
+
+    def take(value: Any) -> Any:
+        if not isinstance(value, _Place):
+            return [take(one) for one in value] if isinstance(value, list) else value
+        end = value.start + value.dtype.itemsize * torch.Size(value.shape).numel()
+        return memory[value.start : end].view(value.dtype).view(value.shape)
+
+    return {key: take(value) for key, value in template.items()}
+
+
+# Signals
+
+
+def outlive_sigterm(worker: int) -> None:
+    """The loaders' `worker_init_fn`: heed no SIGTERM but the run's own.
+
+    Queues and launchers send SIGTERM to all processes of a run, whose last step before the checkpoint needs the
+    workers. Where there is no `sigwaitinfo`, workers end by the first SIGTERM.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    run = multiprocessing.parent_process()  # not `os.getppid`, which may be a fork server
+
+    def heed_run():
+        while run and signal.sigwaitinfo({signal.SIGTERM}).si_pid != run.pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=heed_run, daemon=True).start()
+
+
+@contextmanager
+def born_deaf_to_sigterm() -> Iterator[None]:
+    """Processes that are started within block SIGTERM from the start, until `outlive_sigterm` looks after it.
+
+    One that is not forked imports for seconds first, and so does the server that forks on its behalf, which lives on.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# Failures
+
+
+@contextmanager
+def explained_failures() -> Iterator[None]:
+    """Errors about workers say what went wrong and what to do, in place of the traceback in another process.
+
+    Raises:
+        WorkersFailed: instead of torch's errors of workers that ended, are late or cannot pass a batch on.
+        CorruptDataError: with the message that it was raised with in a worker.
+    """
+    try:
+        yield
+    except (WorkersFailed, CorruptDataError) as error:
+        kind = type(error)
+        _, raised_elsewhere, message = str(error).rpartition(f"{kind.__name__}: ")
+        if raised_elsewhere:
+            raise kind(message.strip()) from error
+        raise
+    except RuntimeError as error:
+        if not TORCH_FAILURES.match(str(error)):
+            raise
+        what = str(error).splitlines()[0].rstrip(".")
+        raise WorkersFailed(f"The processes that load images failed: {what}. {REMEDY}") from error

@@ -1,26 +1,20 @@
 """hf_accel: accelerated self-supervised pretraining of vision transformers on the Hugging Face stack."""
 
-from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
-from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .models import (
-    PRESETS,
-    AccelViTBackbone,
-    AccelViTConfig,
-    AccelViTForImageClassification,
-    AccelViTModel,
-    AccelViTPreTrainedModel,
-)
+if TYPE_CHECKING:
+    from .models import (
+        PRESETS,
+        AccelViTBackbone,
+        AccelViTConfig,
+        AccelViTForImageClassification,
+        AccelViTModel,
+        AccelViTPreTrainedModel,
+    )
 
 __version__ = "0.1.0"
-
-AutoConfig.register("accel_vit", AccelViTConfig, exist_ok=True)
-AutoModel.register(AccelViTConfig, AccelViTModel, exist_ok=True)
-AutoBackbone.register(AccelViTConfig, AccelViTBackbone, exist_ok=True)
-AutoModelForImageClassification.register(AccelViTConfig, AccelViTForImageClassification, exist_ok=True)
-# Shortest-edge resize and centre crop, as in evaluation. The PIL form, by its own module: `from transformers import
-# BitImageProcessor` wants torchvision and says so.
-AutoImageProcessor.register(AccelViTConfig, image_processor_classes={"pil": BitImageProcessorPil}, exist_ok=True)
 
 __all__ = [
     "PRESETS",
@@ -30,3 +24,18 @@ __all__ = [
     "AccelViTModel",
     "AccelViTPreTrainedModel",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import models
+
+    return getattr(models, name)
+
+
+# `import hf_accel` registers the classes, so that `AutoModel` opens checkpoints. For that it imports torch, which takes
+# seconds. Only the script run.py goes without at first: it answers --help, or refuses a recipe, before it imports them.
+_main = getattr(sys.modules["__main__"], "__file__", None)
+if _main is None or Path(_main).resolve() != Path(__file__).resolve().with_name("run.py"):
+    from . import models  # noqa: F401

@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,14 +119,14 @@ def start(recipe: Recipe) -> TrainingArguments:
 
 def training_arguments(recipe: Recipe, world_size: int) -> TrainingArguments:
     share = recipe.gradient_accumulation_steps * world_size
-    if recipe.batch_size % share:
+    if recipe.reads("batch_size") and recipe.batch_size % share:
         raise RecipeError(
             f"batch_size={recipe.batch_size}: must be a multiple of gradient_accumulation_steps x processes = {share}"
         )
     return TrainingArguments(
         output_dir=recipe.output_dir,
         max_steps=1,  # the plan's, once it is made
-        per_device_train_batch_size=recipe.batch_size // share,
+        per_device_train_batch_size=max(1, recipe.batch_size // share),
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="constant",  # the true one is a function of progress, set at each step
@@ -141,7 +140,7 @@ def training_arguments(recipe: Recipe, world_size: int) -> TrainingArguments:
         logging_steps=recipe.logging_steps,
         logging_nan_inf_filter=False,
         save_steps=int(recipe.save_steps) if recipe.save_steps >= 1 else recipe.save_steps,
-        report_to=recipe.report_to,
+        report_to=recipe.report_to if recipe.reads("report_to") else "none",
         remove_unused_columns=False,
         ignore_data_skip=True,
         ddp_find_unused_parameters=False,
@@ -268,7 +267,7 @@ def images_of(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
         raise
     except (ValueError, OSError, RuntimeError) as error:  # datasets' own errors are of these
         raise RecipeError(f"data={recipe.data!r}: {error}") from error
-    if recipe.task != "evaluate" and len(source) < recipe.batch_size:
+    if recipe.reads("batch_size") and len(source) < recipe.batch_size:
         raise RecipeError(f"batch_size={recipe.batch_size}: {source.name} has only {len(source)} images")
     return source, validation
 
@@ -278,7 +277,7 @@ def check_same_recipe(recipe: Recipe) -> None:
     path = Path(recipe.output_dir) / "recipe.yaml"
     if not path.exists():
         return
-    started, now = yaml.safe_load(path.read_text()), asdict(recipe)
+    started, now = yaml.safe_load(path.read_text()), recipe.used()
     checkpoint, complete = last_complete_checkpoint(recipe.output_dir), run_is_complete(recipe.output_dir)
     free = FREE_OF_A_SEARCH if recipe.task == "search" else FREE_KEYS
     for key in now:  # in the recipe's order: every process and every launch names the same one

@@ -1,28 +1,34 @@
 """A recipe: every setting of a run, flat, from a YAML file and `key=value` overrides; each error names key and fix."""
 
-import difflib
-import inspect
 import os
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 import yaml
 
 from .compression import Schedule, Strategy
 from .compression.schedule import STAGE_KEYS
-from .compression.search import SYMMETRIES
-from .data import AUGMENTATIONS
-from .evaluation import FineTuneConfig, LinearConfig
-from .models import PRESETS, AccelViTConfig
-from .objectives import OBJECTIVES
-from .recipe_values import RecipeError, as_type, check_settings, fail, settings_of, type_name
+from .recipe_checks import (
+    AUGMENTATIONS,
+    EVALUATIONS,
+    OBJECTIVES,
+    PRESETS,
+    SYMMETRIES,
+    check_recipe,
+    configured_classes,
+    objective_settings,
+)
+from .recipe_values import RecipeError, as_type, did_you_mean, fail, type_name
+from .strict_yaml import load_yaml
+from .task_keys import task_reads, tasks_that_read
 
-EVALUATIONS = ("knn", "linear", "logistic", "finetune")
-EVALUATION_CONFIGS: dict[str, type] = {"linear_config": LinearConfig, "finetune_config": FineTuneConfig}
+if TYPE_CHECKING:
+    import torch
+
+    from .models import AccelViTConfig
 
 
 def _key(default: Any, text: str, group: str = "") -> Any:
@@ -146,10 +152,20 @@ class Recipe:
         for key in ("output_dir", "checkpoint", "pilot", "baseline"):  # no shell has seen what a file says
             if str(getattr(self, key)).startswith("~"):
                 setattr(self, key, os.path.expanduser(getattr(self, key)))
-        for check in (_check_choices, _check_objective, _check_evaluation, _check_numbers, _check_model):
-            check(self)
+        check_recipe(self)
 
-    def encoder_config(self) -> AccelViTConfig:
+    def reads(self, key: str) -> bool:
+        """Whether the recipe's task reads this key. Of the others, the values have no effect."""
+        return task_reads(self.task, key)
+
+    def used(self) -> dict[str, Any]:
+        """The keys that the recipe's task reads, with their values."""
+        return {key: value for key, value in asdict(self).items() if self.reads(key)}
+
+    def encoder_config(self) -> "AccelViTConfig":
+        from .models import PRESETS
+        from .objectives import OBJECTIVES
+
         defaults = OBJECTIVES[self.objective].encoder_defaults
         sizes = {"image_size": self.image_size, "patch_size": self.patch_size}
         return PRESETS[self.model](**{**defaults, **sizes, **self.model_config})
@@ -157,8 +173,10 @@ class Recipe:
     def compression_schedule(self) -> Schedule:
         return Schedule.parse(None if self.schedule == "auto" else self.schedule, self.patch_size)
 
-    def precision(self) -> torch.dtype | None:
+    def precision(self) -> "torch.dtype | None":
         """What autocast computes in; None without it."""
+        import torch
+
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision)
 
     def view_size(self, strategy: Strategy) -> int:
@@ -174,161 +192,31 @@ class Recipe:
 
     def local_crop_size(self) -> int | None:
         """Pixels of the local crops, None where the objective makes none."""
-        settings = {key: parameter.default for key, parameter in objective_settings(self.objective).items()}
+        settings = {key: setting.default for key, setting in objective_settings(self.objective).items()}
         settings |= self.objective_config
         return settings["local_crop_size"] if settings.get("num_local_crops") else None
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(asdict(self), sort_keys=False)
-
-
-def _check_choices(recipe: Recipe) -> None:
-    tables = {"model": PRESETS, "objective": OBJECTIVES, "augmentation": AUGMENTATIONS}
-    for key, table in tables.items():
-        value = getattr(recipe, key)
-        if value not in table:
-            close = difflib.get_close_matches(str(value), list(table), 1, 0.4)
-            fail(key, value, f"must be one of {list(table)}" + (f"; did you mean {close[0]!r}?" if close else ""))
-    names = {f.name for f in fields(AccelViTConfig)}
-    for name in recipe.model_config:
-        if name not in names or name in ("image_size", "patch_size"):
-            close = difflib.get_close_matches(name, list(names), 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            own = name in ("image_size", "patch_size")
-            fail(
-                f"model_config.{name}",
-                recipe.model_config[name],
-                "is a key of its own" if own else f"no such field{hint}",
-            )
-
-
-def objective_settings(name: str) -> dict[str, inspect.Parameter]:
-    """The keys of `objective_config`: the keyword arguments of the objective, with type and default."""
-    return settings_of(OBJECTIVES[name])
-
-
-def _check_objective(recipe: Recipe) -> None:
-    check_settings("objective_config", recipe.objective_config, objective_settings(recipe.objective), recipe.objective)
-    least = OBJECTIVES[recipe.objective].least_batch
-    if 0 < recipe.batch_size < least * recipe.gradient_accumulation_steps:
-        fail("batch_size", recipe.batch_size, f"{recipe.objective} needs at least {least} images in each micro-batch")
-    if recipe.cost == "measured" and recipe.local_crop_size():
-        fail("cost", "measured", "local crops have analytic costs only")
-
-
-def _check_evaluation(recipe: Recipe) -> None:
-    for name, kind in EVALUATION_CONFIGS.items():
-        values = getattr(recipe, name)
-        check_settings(name, values, settings_of(kind), name.removesuffix("_config"))
-        try:
-            kind(**values)
-        except ValueError as error:
-            raise RecipeError(f"{name}: {error}") from None
-    for name in recipe.evaluations:
-        if name not in EVALUATIONS:
-            close = difflib.get_close_matches(str(name), EVALUATIONS, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            fail("evaluations", recipe.evaluations, f"must be a list of {', '.join(EVALUATIONS)}{hint}")
-    for key, least in (("eval_patch_sizes", 1), ("eval_seeds", 0)):
-        if any(type(value) is not int or not least <= value < 2**32 for value in getattr(recipe, key)):
-            fail(key, getattr(recipe, key), f"must be a list of whole numbers from {least} on")
-    if not recipe.evaluations or not recipe.eval_seeds:
-        fail("evaluations", recipe.evaluations, "name at least one, and at least one seed in eval_seeds")
-
-
-def _check_numbers(recipe: Recipe) -> None:
-    positive = (
-        "image_size",
-        "patch_size",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "learning_rate",
-        "knn_k",
-        "search_horizon",
-        "search_memory",
-        "knn_temperature",
-        "logging_steps",
-        "save_steps",
-    )
-    for key in positive:
-        if getattr(recipe, key) <= 0:
-            fail(key, getattr(recipe, key), "must be above 0")
-    if not 0 <= recipe.seed < 2**32:
-        fail("seed", recipe.seed, "must be a whole number from 0 to 2^32 - 1")
-    if not 0 <= recipe.warmup <= 1:
-        fail("warmup", recipe.warmup, "must lie in [0, 1]")
-    for key in ("weight_decay", "max_grad_norm", "num_workers", "budget"):
-        if getattr(recipe, key) < 0:
-            fail(key, getattr(recipe, key), "must not be negative")
-    if recipe.task == "pretrain" and recipe.budget == 0:
-        fail("budget", recipe.budget, "a pretraining run needs a budget in units, e.g. budget=400000")
-    if recipe.task in ("evaluate", "export", "card") and not recipe.checkpoint:
-        fail(
-            "checkpoint",
-            recipe.checkpoint,
-            f"task={recipe.task} needs the folder of an encoder, e.g. checkpoint=RUN/final",
-        )
-    if recipe.task == "search" and not recipe.pilot:
-        fail("pilot", recipe.pilot, "task=search needs the output_dir of a pilot run, e.g. pilot=runs/moco")
-    for key in ("search_draws", "auto_draws"):
-        if getattr(recipe, key) < 3:
-            fail(key, getattr(recipe, key), "an estimate with an interval needs at least 3")
-    if not 0 < recipe.auto_share < 1:
-        fail("auto_share", recipe.auto_share, "must lie between 0 and 1")
-    if recipe.schedule == "auto" and recipe.view_resolution == "matched":
-        fail("view_resolution", "matched", "needs a schedule known beforehand; schedule=auto makes full views")
-    if recipe.schedule == "auto" and recipe.task == "pretrain" and recipe.search_metric != "plain":
-        fail("search_metric", recipe.search_metric, "schedule=auto compares plain gradients; leave it out")
-    if recipe.save_total_limit < 2:
-        fail("save_total_limit", recipe.save_total_limit, "must be at least 2, so that a kill during a save loses none")
-    for key in ("eval_points", "keep_points"):
-        if any(not isinstance(p, int | float) or not 0 <= p <= 1 for p in getattr(recipe, key)):
-            fail(key, getattr(recipe, key), "must be numbers in [0, 1]")
-    if recipe.batch_size % recipe.gradient_accumulation_steps:
-        fail(
-            "batch_size",
-            recipe.batch_size,
-            f"must be a multiple of gradient_accumulation_steps={recipe.gradient_accumulation_steps}",
-        )
-
-
-def _check_model(recipe: Recipe) -> None:
-    if recipe.image_size % recipe.patch_size:
-        fail("patch_size", recipe.patch_size, f"must divide image_size={recipe.image_size}")
-    try:
-        recipe.encoder_config()
-    except Exception as error:  # the config's own checks raise several types; all are about the recipe's values
-        raise RecipeError(f"model_config={recipe.model_config!r}: {error}") from error
-    try:
-        recipe.compression_schedule().validate(recipe.image_size, recipe.patch_size, recipe.local_crop_size())
-    except (ValueError, yaml.YAMLError) as error:
-        raise RecipeError(f"schedule={recipe.schedule!r}: {error}") from None
+        """The keys that the recipe's task reads, as `load_recipe` reads them back."""
+        return yaml.safe_dump(self.used(), sort_keys=False)
 
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply `key=value` overrides (values in YAML; `a.b=value` sets an entry of a mapping).
 
     Raises:
-        RecipeError: unknown key, wrong type, impossible value or combination.
+        RecipeError: unknown key, wrong type, impossible value or combination, or an override of a key that the task
+            does not read.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        if not Path(path).is_file():
-            raise RecipeError(f"no recipe at {str(path)!r}; give the path of a YAML file, e.g. recipes/moco.yaml")
-        try:
-            loaded = yaml.safe_load(Path(path).read_text())
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{path} is not valid YAML: {error}") from None
-        if not isinstance(loaded, Mapping | None):
-            raise RecipeError(f"{path}: expected `key: value` lines, got {type(loaded).__name__}")
-        values.update(loaded or {})
+    values = _read_file(path) if path is not None else {}
+    given: list[str] = []
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
             raise RecipeError(f"{override!r}: overrides are written key=value, e.g. seed=1")
         head, *rest = key.split(".")
         try:
-            value = yaml.safe_load(text)
+            value = load_yaml(text)
         except yaml.YAMLError as error:
             problem = " ".join(str(error).split())
             raise RecipeError(f"{override!r}: the value is not valid YAML ({problem}); is it in quotes?") from None
@@ -336,38 +224,60 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
             entries = values.get(head) or {}
             if not isinstance(entries, Mapping):
                 fail(key, value, f"{head} is no mapping but {entries!r}: it has no such entry")
-            values[head] = {**entries, ".".join(rest): value}
-        else:
-            values[head] = value
-    return Recipe(**{key: _typed(key, value) for key, value in values.items()})
+            value = {**entries, ".".join(rest): value}
+        values[head] = value
+        given.append(head)
+    typed = {key: _typed(key, value) for key, value in values.items()}
+    task = typed.get("task", Recipe.task)
+    for key in given:
+        if not task_reads(task, key):
+            others = ", ".join(tasks_that_read(key))
+            fail(key, typed[key], f"task={task} does not read this key; leave it out (task={others} would read it)")
+    return Recipe(**typed)
+
+
+def _read_file(path: str | Path) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise RecipeError(f"no recipe at {str(path)!r}; give the path of a YAML file, e.g. recipes/moco.yaml")
+    try:
+        loaded = load_yaml(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(loaded, Mapping | None):
+        raise RecipeError(f"{path}: expected `key: value` lines, got {type(loaded).__name__}")
+    return dict(loaded or {})
 
 
 def _typed(key: str, value: Any) -> Any:
     """`value` as the type of `key`, or a RecipeError."""
-    hints = typing.get_type_hints(Recipe)
+    hints = recipe_types()
     if key not in hints:
-        close = difflib.get_close_matches(str(key), list(hints), 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise RecipeError(f"{key}={value!r}: there is no such key{hint} (--help lists them)")
+        raise RecipeError(f"{key}={value!r}: there is no such key{did_you_mean(key, hints)} (--help lists them)")
     return as_type(key, value, hints[key])
+
+
+def recipe_types() -> dict[str, Any]:
+    """The type of each key."""
+    return {key: hint for key, hint in typing.get_type_hints(Recipe).items() if key in Recipe.__dataclass_fields__}
 
 
 def describe_keys() -> str:
     """Every key with type, default and one line, by group: the text of --help."""
-    hints, lines = typing.get_type_hints(Recipe), []
-    defaults = Recipe(budget=1.0)
+    hints, lines = recipe_types(), []
     for key in fields(Recipe):
         if key.metadata["group"]:
             lines.append(f"\n{key.metadata['group']}:")
-        default = None if key.name == "budget" else getattr(defaults, key.name)
-        lines.append(f"  {key.name} ({type_name(hints[key.name])}; default {default!r})")
+        readers = ", ".join(tasks_that_read(key.name))
+        lines.append(f"  {key.name} ({type_name(hints[key.name])}; default {_default(key)!r}; read by {readers})")
         lines.append(f"      {key.metadata['help']}")
-    kinds = {f"objective_config of {name}": objective for name, objective in OBJECTIVES.items()} | EVALUATION_CONFIGS
-    for name, kind in kinds.items():
+    for name, declared in configured_classes().items():
         lines.append(f"\n{name}:")
-        for setting, parameter in settings_of(kind).items():
-            lines.append(f"  {setting} ({type_name(parameter.annotation)}; default {parameter.default!r})")
-        described = inspect.getdoc(kind) or ""
-        about = described.partition("Args:\n")[2].partition("\n\n")[0].splitlines()
+        for setting, (annotation, default) in declared.settings.items():
+            lines.append(f"  {setting} ({type_name(annotation)}; default {default!r})")
+        about = declared.description.partition("Args:\n")[2].partition("\n\n")[0].splitlines()
         lines += [f"  {line}" for line in about if not line.lstrip().startswith("config:")]
     return "\n".join(lines)
+
+
+def _default(key: Field) -> Any:
+    return key.default_factory() if key.default_factory is not MISSING else key.default

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_accel"
 
 LEVELS = [
-    {"causes", "draws", "distributed", "progress", "telling", "transfer"},
+    {"causes", "declarations", "draws", "distributed", "progress", "strict_yaml", "task_keys", "telling", "transfer"},
     {"sharding", "stopping"},
     {"models"},
     {"compression"},
@@ -19,6 +19,7 @@ LEVELS = [
     {"objectives"},
     {"evaluation", "hub", "report"},
     {"recipe_values"},
+    {"recipe_checks"},
     {"recipe"},
     {"probe", "engine"},
     {"auto_schedule", "checkpoints", "monitoring", "progress_callback"},

@@ -27,7 +27,7 @@ from tests.tiny_runs import STEPS, WEIGHTS, image_folder, launch, read
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
 
 DRAWS = 3
-SEARCH = ["task=search", f"search_draws={DRAWS}", "search_token_dropout=[0.0, 0.5]", "budget=0"]
+SEARCH = ["task=search", f"search_draws={DRAWS}", "search_token_dropout=[0.0, 0.5]"]
 GRID = [Strategy(Compression(p, r)) for p, r in product([4, 8], [0.0, 0.5])]
 POINTS = [0.0, 0.5, 1.0]
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..strict_yaml import as_number, load_yaml
 from .strategy import Compression, Strategy, check_compression
 
 COMPRESSION_KEYS = ("patch_size", "token_dropout")
@@ -91,7 +90,7 @@ class Schedule:
             path = Path(value) if folder is None or Path(value).exists() else folder / value
             if not path.is_file():
                 raise ValueError(f"schedule: no file {value!r}; give a list of stages or the path of a YAML file")
-            value = yaml.safe_load(path.read_text())
+            value = load_yaml(path.read_text())
         if isinstance(value, Mapping):
             meant_for, stages = value.get("patch_size", base_patch_size), value.get("stages")
             if type(meant_for) is not int or meant_for < 1 or not isinstance(stages, list):
@@ -154,6 +153,7 @@ def _parse_stage(stage: Any, number: int, base_patch_size: int) -> Stage:
     unknown = set(stage) - set(STAGE_KEYS)
     if unknown:
         raise ValueError(f"stage {number} of the schedule: unknown key {sorted(unknown)[0]!r}; keys are {STAGE_KEYS}")
+    stage = {key: as_number(value) for key, value in stage.items()}
     until = stage.get("until")
     if isinstance(until, bool) or not isinstance(until, int | float):
         raise ValueError(f"stage {number} of the schedule: `until` must be a number in (0, 1], got {until!r}")

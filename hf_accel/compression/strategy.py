@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from ..models.shortening_accel_vit import num_kept_tokens
-
 
 @dataclass(frozen=True, order=True)
 class Compression:
@@ -28,6 +26,8 @@ class Compression:
 
     def kept_tokens(self, image_size: int) -> int:
         """Patch tokens that remain of a square view of `image_size` pixels (prefix tokens are not counted)."""
+        from ..models.shortening_accel_vit import num_kept_tokens  # it imports torch, and a recipe is checked without
+
         return num_kept_tokens((image_size // self.patch_size) ** 2, self.token_dropout)
 
     def __str__(self):

@@ -1,5 +1,8 @@
 """The AccelViT encoder. These files need nothing but torch, transformers and each other: the Hub copies them."""
 
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+
 from .configuration_accel_vit import PRESETS, AccelViTConfig, vit_base, vit_large, vit_small, vit_tiny
 from .modeling_accel_vit import (
     AccelViTBackbone,
@@ -7,6 +10,15 @@ from .modeling_accel_vit import (
     AccelViTModel,
     AccelViTPreTrainedModel,
 )
+
+# Whoever has these classes has them registered: `AutoModel` opens their checkpoints.
+AutoConfig.register("accel_vit", AccelViTConfig, exist_ok=True)
+AutoModel.register(AccelViTConfig, AccelViTModel, exist_ok=True)
+AutoBackbone.register(AccelViTConfig, AccelViTBackbone, exist_ok=True)
+AutoModelForImageClassification.register(AccelViTConfig, AccelViTForImageClassification, exist_ok=True)
+# Shortest-edge resize and centre crop, as in evaluation. The PIL form, by its own module: `from transformers import
+# BitImageProcessor` wants torchvision and says so.
+AutoImageProcessor.register(AccelViTConfig, image_processor_classes={"pil": BitImageProcessorPil}, exist_ok=True)
 
 __all__ = [
     "PRESETS",

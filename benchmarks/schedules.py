@@ -27,6 +27,7 @@ from hf_accel.pilot import SCHEDULE_NAME
 from hf_accel.report import environment, write_json
 from hf_accel.report.curves import STYLE
 from hf_accel.report.search_figures import STAGE_COLORS, STAGE_MARKERS
+from hf_accel.task_keys import overrides_for, task_reads
 
 ROOT = Path(__file__).parents[1]
 PILOT = "uncompressed"
@@ -67,7 +68,8 @@ def search(name: str, plan: Mapping[str, Any], output: Path, overrides: list[str
     if not (folder / SCHEDULE_NAME).exists():
         pilot = {"task": "search", "pilot": str(folder_of(output, PILOT, seed)), "schedule": None, "seed": seed}
         own = plan["schedules"][name]["search"]
-        launch(plan["recipe"], folder, {**plan["common"], **plan["search"], **own, **pilot}, overrides)
+        common = {key: value for key, value in plan["common"].items() if task_reads("search", key)}
+        launch(plan["recipe"], folder, {**common, **plan["search"], **own, **pilot}, overrides_for("search", overrides))
     return folder / SCHEDULE_NAME
 
 

@@ -31,6 +31,7 @@ import yaml
 from benchmarks.options import parser_of
 from benchmarks.speedup_report import write_report
 from hf_accel.report import read_results, write_json
+from hf_accel.task_keys import overrides_for
 
 ROOT = Path(__file__).parents[1]
 PLANS, RESULTS = ROOT / "benchmarks" / "plans", ROOT / "docs" / "results"
@@ -181,7 +182,8 @@ class Bench:
 
     def _launch(self, run: Run, folder: Path, settings: Mapping[str, Any]) -> tuple[list[str], int]:
         keys = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-        command = ["hf_accel/run.py", run.recipe, *keys, *self.overrides]
+        overrides = overrides_for(settings.get("task", "pretrain"), self.overrides)
+        command = ["hf_accel/run.py", run.recipe, *keys, *overrides]
         environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
         if self.clock == "cpu":
             environment["OMP_NUM_THREADS"] = "1"  # seconds of a processor are comparable between runs of one thread

@@ -1,5 +1,7 @@
 """Which keys of a recipe each task reads. What a task does not read has no effect on it and is not recorded as used."""
 
+from collections.abc import Iterable
+
 _ALWAYS = ("task",)
 _IMAGES = ("data", "data_config", "train_split", "validation_split", "image_column", "label_column")
 _SIZES = ("model", "model_config", "image_size", "patch_size")
@@ -36,6 +38,11 @@ def task_reads(task: str, key: str) -> bool:
     if key in _ALWAYS:
         return True
     return key not in _NOT_OF_PRETRAINING if task == "pretrain" else key in _OTHER_TASKS[task]
+
+
+def overrides_for(task: str, overrides: Iterable[str]) -> list[str]:
+    """The `key=value` overrides that the task reads, for a program that gives several tasks the same ones."""
+    return [override for override in overrides if task_reads(task, override.partition("=")[0].partition(".")[0])]
 
 
 def tasks_that_read(key: str) -> list[str]:

@@ -52,6 +52,15 @@ def test_a_batch_that_does_not_divide_is_named():
         training_arguments(recipe, 2)
 
 
+def test_a_key_that_the_task_does_not_read_refuses_nothing():
+    evaluate = ["task=evaluate", "checkpoint=random"]
+    assert training_arguments(load_recipe("recipes/moco.yaml", evaluate), 3).per_device_train_batch_size == 85
+    search = training_arguments(load_recipe("recipes/moco.yaml", ["task=search", "pilot=x"]), 1)
+    assert search.report_to == [] and training_arguments(load_recipe("recipes/moco.yaml"), 1).report_to == [
+        "tensorboard"
+    ]
+
+
 def test_weight_decay_is_for_matrices():
     model = build_objective(load_recipe("recipes/moco.yaml"))
     decayed = set(PretrainTrainer.get_decay_parameter_names(None, model))  # pyright: ignore[reportArgumentType]
@@ -116,6 +125,8 @@ def test_what_may_change_of_a_run_and_when(state, tmp_path, capsys):
     if state == "complete":
         write_json(tmp_path / "results.json", {"units": 1.0})
     check_same_recipe(launched("num_workers=3", "logging_steps=1"))
+    (tmp_path / "recipe.yaml").write_text(launched().to_yaml() + "checkpoint: runs/other\nknn_k2: 3\n")
+    check_same_recipe(launched())  # earlier versions recorded every key, and later ones may have more
     remedy = "remove this one" if state == "begun" else "restore the key"
     for override in ("seed=1", "search_criterion=gain", "learning_rate=0.1", "mixed_precision=bf16"):
         if state == "saved" and override.startswith(("learning_rate", "mixed_precision")):

@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file
 from ..data import ImageSource
 from ..data.loader import ReportingLoader
 from ..data.sources import Bad
+from .pooling import turn_masking_off
 
 
 def refuse_run_folder(checkpoint: str) -> None:
@@ -32,7 +33,7 @@ def load_encoder(checkpoint: str) -> PreTrainedModel:
     """The encoder of a folder or Hub id, in fp32 and with every weight from there.
 
     A pooling layer without weights, which transformers would initialise at random and put between the CLS token and
-    whoever asks for `pooler_output`, is taken off.
+    `pooler_output`, is taken off. Random masking, as ViT-MAE has it, is turned off.
 
     Raises:
         ValueError: nothing there that can be opened, a model that takes no images, or weights of another model.
@@ -57,6 +58,7 @@ def load_encoder(checkpoint: str) -> PreTrainedModel:
             f"{len(names)} of the {len(model.state_dict())} weights of {type(model).__name__} are missing or of "
             f"another shape ({', '.join(names[:3])}, ...): name a checkpoint of this architecture"
         )
+    turn_masking_off(model)
     return model.eval()
 
 

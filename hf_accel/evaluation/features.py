@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader
 
 from ..data.loader import ReportingLoader
 from ..distributed import all_gather, rank, world_size
+from ..stopping import until_stopped
+from .pooling import check_encoder, pool
 
 RAW_PIXEL_SIZE = 32
 GATHER_ROWS = 65536
@@ -30,9 +33,8 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D) in fp32 and labels (N,) of every sample of the loader, once each and in its order, on the CPU.
 
-    The feature is `pooler_output`, else the CLS token (mean of the tokens for a config with `use_cls_token=False`, mean
-    of the map for a convolutional encoder). The model is in eval mode meanwhile, on `device` already, and afterwards as
-    it was; no random state moves.
+    The feature is `pooler_output`, else the CLS token, else the mean over patches or map (see `pooling.pool`). The model
+    is in eval mode meanwhile, on `device` already, and afterwards as it was; no random state moves.
 
     When distributed, all processes call this with the same plain loader; each takes every world-th batch and all get
     all features.
@@ -43,7 +45,8 @@ def extract_features(
         dtype: bf16 or fp16 for autocast, None for none.
 
     Raises:
-        ValueError: no samples.
+        ValueError: no samples, or a model whose outputs are no feature of an image, or another one each time.
+        Stopped: a stop was requested.
         KeyError: a batch without "pixel_values" or "labels".
         TypeError: a loader that accelerate has sharded already.
     """
@@ -52,10 +55,10 @@ def extract_features(
 
     def encode(pixel_values: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return _pooled(model(pixel_values=pixel_values, **options), model)
+            return pool(model(pixel_values=pixel_values, **options), model, tuple(pixel_values.shape[-2:]))
 
     with _eval_mode(model):
-        return _collect(encode, loader, device)
+        return _collect(encode, loader, device, partial(check_encoder, encode, model))
 
 
 def raw_pixel_features(loader: Iterable[Batch], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -69,16 +72,6 @@ def raw_pixel_features(loader: Iterable[Batch], device: torch.device | str = "cp
         return F.adaptive_avg_pool2d(pixel_values.float(), (height, width)).flatten(1)
 
     return _collect(flatten, loader, torch.device(device))
-
-
-def _pooled(outputs: Any, model: nn.Module) -> Tensor:
-    pooled = getattr(outputs, "pooler_output", None)
-    if pooled is not None:
-        return pooled.flatten(1)
-    hidden = outputs.last_hidden_state
-    if hidden.ndim == 4:
-        return hidden.mean((2, 3))
-    return hidden[:, 0] if getattr(model.config, "use_cls_token", True) else hidden.mean(1)
 
 
 @contextmanager
@@ -95,15 +88,23 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 # Not inference_mode: what a model caches on the way (resized kernels) must serve a later backward.
 @torch.no_grad()
 def _collect(
-    encode: Callable[[Tensor], Tensor], loader: Iterable[Batch], device: torch.device
+    encode: Callable[[Tensor], Tensor],
+    loader: Iterable[Batch],
+    device: torch.device,
+    check: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """Rows and labels; `check` gets the first image on the device."""
     features, tags = [torch.empty(0, 0)], [torch.empty(0, 2, dtype=torch.long)]  # a tag: number of the batch, label
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed from the global generator
-        for number, batch in _own_batches(loader):
+        for number, batch in until_stopped(_own_batches(loader)):
             for key in ("pixel_values", "labels"):
                 if key not in batch:
                     raise KeyError(f"evaluation needs {key!r} in every batch, got {sorted(batch)}")
-            features.append(encode(batch["pixel_values"].to(device, non_blocking=True)).float().cpu())
+            pixels = batch["pixel_values"].to(device, non_blocking=True)
+            if check is not None:
+                check(pixels[:1])
+                check = None
+            features.append(encode(pixels).float().cpu())
             labels = torch.as_tensor(batch["labels"]).cpu().long()
             tags.append(torch.stack([torch.full_like(labels, number), labels], 1))
     rows, tag = torch.cat(features[1:] or features), torch.cat(tags)

@@ -1,0 +1,99 @@
+"""One feature of an image from the outputs of any vision encoder, or an error where its outputs are no such thing."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..causes import reason
+
+CLS_NAMES = ("cls_token", "class_token", "class_embedding", "cls_embedding")
+"""Ends of the names that transformers' encoders give to a learnt CLS token."""
+
+SAME = 1e-3
+"""Two forwards of one image may differ by this much, relative to the largest feature: kernels round in another order."""
+
+
+class NoFeature(ValueError):
+    """The outputs of a model hold no feature of an image."""
+
+
+def pool(outputs: Any, model: nn.Module, image_size: tuple[int, int]) -> Tensor:
+    """Features (B, D) of images of `image_size` (height, width) in pixels from the outputs of `model`.
+
+    `pooler_output` where there is one. Else the mean of a feature map, the CLS token of a sequence that has one, or the
+    mean of a sequence that holds patches only.
+
+    Raises:
+        NoFeature: no features of an image, or a sequence whose tokens are neither all patches nor led by a CLS token.
+    """
+    name = type(model).__name__
+    pooled = getattr(outputs, "pooler_output", None)
+    if pooled is not None:
+        return pooled.flatten(1)
+    hidden = getattr(outputs, "last_hidden_state", None)
+    if hidden is None or hidden.ndim not in (2, 3, 4):
+        raise NoFeature(f"{name} gives neither pooler_output nor last_hidden_state of an image: {ENCODERS_ONLY}")
+    if hidden.ndim == 4:
+        _, second, third, last = hidden.shape
+        channels_last = second == third != last and image_size[0] == image_size[1]
+        return hidden.mean((1, 2) if channels_last else (2, 3))
+    if hidden.ndim == 2:
+        return hidden
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "use_cls_token", True):
+        return hidden.mean(1)
+    # hierarchical encoders merge patches, so that the number of their tokens says nothing
+    patches = None if (merges := hasattr(config, "depths")) else _num_patches(config, image_size)
+    has_cls = any(parameter.endswith(CLS_NAMES) for parameter, _ in model.named_parameters())
+    if has_cls and (patches is None or hidden.shape[1] > patches):
+        return hidden[:, 0]
+    if not has_cls and (merges or patches == hidden.shape[1]):
+        return hidden.mean(1)
+    raise NoFeature(
+        f"{name} gives {hidden.shape[1]} tokens for an image of "
+        f"{'unknown' if patches is None else patches} patches, and what they stand for is not known: {ENCODERS_ONLY}"
+    )
+
+
+ENCODERS_ONLY = (
+    "evaluation takes encoders with a pooler_output, a feature map, a CLS token, or one token for each patch; name one, "
+    "or save a model whose pooler_output is the feature"
+)
+
+
+def _num_patches(config: Any, image_size: tuple[int, int]) -> int | None:
+    """Patches of an image, None for an encoder that does not say how large they are."""
+    sides = getattr(config, "patch_size", None)
+    if isinstance(sides, int):
+        sides = (sides, sides)
+    if not isinstance(sides, list | tuple) or len(sides) != 2:
+        return None
+    return (image_size[0] // sides[0]) * (image_size[1] // sides[1])
+
+
+def turn_masking_off(model: nn.Module) -> None:
+    """Let an encoder of masked pretraining, which drops a random share of its patches in eval mode too, see them all."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "mask_ratio", None):
+        config.mask_ratio = 0.0
+
+
+def check_encoder(encode: Any, model: nn.Module, pixel_values: Tensor) -> None:
+    """See to it that `encode(pixel_values)`, with (1, C, H, W), works and gives the same feature twice.
+
+    Raises:
+        ValueError: the model cannot be called with an image alone, or what it gives depends on a random draw.
+    """
+    try:
+        first, second = encode(pixel_values), encode(pixel_values)
+    except (NoFeature, torch.OutOfMemoryError):
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        shape = tuple(pixel_values.shape[1:])
+        raise ValueError(f"{type(model).__name__} gives no feature of an image {shape}: {reason(error)}") from error
+    if (first - second).abs().max() > SAME * first.abs().max():  # not where both are NaN
+        raise ValueError(
+            f"{type(model).__name__} gives other features of the same image each time, as it draws at random in eval "
+            "mode: turn this off in its config.json, or name another encoder"
+        )

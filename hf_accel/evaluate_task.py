@@ -21,7 +21,6 @@ from .engine import autocast_arguments, shards_weights
 from .evaluation import (
     FineTuneConfig,
     LinearConfig,
-    TopKAccuracy,
     extract_features,
     finetune,
     input_of,
@@ -32,6 +31,7 @@ from .evaluation import (
     logistic_regression,
     processed_loader,
     takes_patch_size,
+    topk_accuracy,
     weights_digest,
 )
 from .recipe import Recipe, RecipeError
@@ -188,7 +188,7 @@ def _finetune(bench: Bench, patch_size: int | None, seed: int, folder: str) -> d
 
 
 def _accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    return TopKAccuracy().compute(predictions=scores, references=labels) or {}
+    return {f"top{n}": topk_accuracy(scores, labels, n) for n in (1, 5)}
 
 
 Run = Callable[[Bench, int | None, int, str], dict[str, Any]]

@@ -13,7 +13,7 @@ from .features import extract_features, raw_pixel_features
 from .finetune import FineTuneConfig, finetune
 from .knn import knn_accuracy, knn_predict
 from .linear import LinearConfig, linear_probe, logistic_regression
-from .metrics import TopKAccuracy, topk_accuracy
+from .metrics import TopKAccuracy, topk_accuracy, topk_hits
 
 __all__ = [
     "FineTuneConfig",
@@ -33,5 +33,6 @@ __all__ = [
     "refuse_run_folder",
     "takes_patch_size",
     "topk_accuracy",
+    "topk_hits",
     "weights_digest",
 ]

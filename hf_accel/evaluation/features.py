@@ -33,8 +33,8 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D) in fp32 and labels (N,) of every sample of the loader, once each and in its order, on the CPU.
 
-    The feature is `pooler_output`, else the CLS token, else the mean over patches or map (see `pooling.pool`). The model
-    is in eval mode meanwhile, on `device` already, and afterwards as it was; no random state moves.
+    The feature is `pooler_output`, else the CLS token, else the mean over patches or map (see `pooling.pool`). The
+    model is in eval mode meanwhile, on `device` already, and afterwards as it was; no random state moves.
 
     When distributed, all processes call this with the same plain loader; each takes every world-th batch and all get
     all features.

@@ -12,13 +12,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from .. import distributed
 from ..data import ImageSource, TrainSampler, ViewConfig, make_views, train_loader
 from ..draws import generator
+from ..stopping import stop_together
 from .encoders import input_of, processed_loader
-from .metrics import TopKAccuracy
+from .metrics import topk_hits
 from .mixing import mix_batch
 
 DEPTH = re.compile(r"(?:^|\.)(?:layers?|blocks|stages)\.(\d+)\.")
@@ -165,9 +172,11 @@ class FineTuneTrainer(Trainer):
             model=model,
             args=args,
             optimizers=(torch.optim.AdamW(groups, lr=config.learning_rate), None),
-            compute_metrics=topk_of_predictions,
+            compute_metrics=mean_hits,
+            preprocess_logits_for_metrics=hits_of_logits,
             **images,
         )
+        self.add_callback(StopCallback())
 
     def view_size(self, step: int) -> int:
         return self.size
@@ -217,9 +226,25 @@ class FineTuneTrainer(Trainer):
         return 0  # batches have no input that the Trainer's estimate knows
 
 
-def topk_of_predictions(predicted: Any) -> dict[str, float]:
+class StopCallback(TrainerCallback):
+    """Ends training or evaluation between two batches when a stop is requested."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        stop_together()
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        stop_together()
+
+
+def hits_of_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """The Trainer's `preprocess_logits_for_metrics`: (B, 2) top-1 and top-5 hits; logits of all images may not fit."""
+    return torch.stack([topk_hits(logits, labels, n) for n in (1, 5)], 1)
+
+
+def mean_hits(predicted: Any) -> dict[str, float]:
     """The Trainer's `compute_metrics`: `{"top1", "top5"}`."""
-    return TopKAccuracy().compute(predictions=predicted.predictions, references=predicted.label_ids) or {}
+    top1, top5 = torch.as_tensor(predicted.predictions).double().mean(0).tolist()
+    return {"top1": top1, "top5": top5}
 
 
 def finetune(
@@ -243,6 +268,7 @@ def finetune(
 
     Raises:
         ValueError: a model, processor, batch size or layer decay that does not fit; the message says what to change.
+        Stopped: a stop was requested.
     """
     world_size = distributed.world_size()
     if config.batch_size % world_size:

@@ -2,16 +2,22 @@
 the weights are those of Wu et al., arXiv 1805.01978).
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed import all_reduce, rank, world_size
+from ..stopping import until_stopped
 from .metrics import topk_accuracy
 
 QUERY_BLOCK = 1024
 BANK_BLOCK = 16384
 """Rows compared at a time: 64 MiB of similarities, whatever the sizes of bank and queries."""
+
+BLOCK_BYTES = 2**26
+"""Largest block of a bank's features, and of votes: few rows at a time where features are wide or classes are many."""
 
 
 @torch.no_grad()
@@ -35,39 +41,66 @@ def knn_predict(
             infinite features.
     """
     _check(bank, bank_labels, queries, k, temperature, num_classes)
-    dtype = torch.promote_types(torch.promote_types(bank.dtype, queries.dtype), torch.float32)
-    bank_labels = bank_labels.to(queries.device, torch.long)
-    votes = torch.zeros(len(queries), num_classes, dtype=dtype, device=queries.device)
-    for rows, block in zip(votes.split(QUERY_BLOCK), queries.split(QUERY_BLOCK), strict=True):
-        similarity, index = _nearest(F.normalize(block.to(dtype), dim=1), bank, k)
-        rows.scatter_add_(1, bank_labels[index], (similarity / temperature).exp())
-    if not votes.isfinite().all():
-        raise ValueError("features hold NaN or infinite values; has training diverged?")
+    votes = queries.new_empty(len(queries), num_classes, dtype=_dtype(bank, queries))
+    for rows, block in _vote_blocks(bank, bank_labels, queries, k, temperature, num_classes):
+        votes[rows] = block
     return votes
 
 
+@torch.no_grad()
 def knn_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07
 ) -> dict[str, float]:
     """`{"top1", "top5"}` accuracy in [0, 1] of `knn_predict` for queries (Q, D) whose classes are `labels` (Q,).
 
-    Each process, all holding the same rows, predicts its share of the queries.
+    Each process, all holding the same rows, predicts its share of the queries. Memory is bounded, whatever the number
+    of classes.
+
+    Raises:
+        Stopped: a stop was requested.
     """
     num_classes = 1 + int(max(bank_labels.max(), labels.max()))
+    _check(bank, bank_labels, queries, k, temperature, num_classes)
     mine = slice(rank(), None, world_size())
-    votes = knn_predict(bank, bank_labels, queries[mine], k, temperature, num_classes)
-    own = labels[mine].to(votes.device)
-    hits = [round(topk_accuracy(votes, own, n) * len(own)) if len(own) else 0 for n in (1, 5)]
-    total = all_reduce(torch.tensor(hits, dtype=torch.float, device=votes.device))
-    return {name: hit / len(labels) for name, hit in zip(("top1", "top5"), total.tolist(), strict=True)}
+    queries, own, hits = queries[mine], labels[mine].to(queries.device), {"top1": 0.0, "top5": 0.0}
+    for rows, votes in until_stopped(_vote_blocks(bank, bank_labels, queries, k, temperature, num_classes)):
+        for name, n in (("top1", 1), ("top5", 5)):
+            hits[name] += topk_accuracy(votes, own[rows], n) * len(votes)
+    total = all_reduce(torch.tensor([round(hit) for hit in hits.values()], dtype=torch.float, device=queries.device))
+    return {name: hit / len(labels) for name, hit in zip(hits, total.tolist(), strict=True)}
+
+
+def _dtype(bank: Tensor, queries: Tensor) -> torch.dtype:
+    """In which features are compared."""
+    return torch.promote_types(torch.promote_types(bank.dtype, queries.dtype), torch.float32)
+
+
+def _vote_blocks(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, temperature: float, num_classes: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the queries and their votes (rows, num_classes), in order."""
+    dtype = _dtype(bank, queries)
+    bank_labels = bank_labels.to(queries.device, torch.long)
+    most = max(1, BLOCK_BYTES // (num_classes * dtype.itemsize))
+    for start in range(0, len(queries), QUERY_BLOCK):
+        block = F.normalize(queries[start : start + QUERY_BLOCK].to(dtype), dim=1)
+        similarity, index = _nearest(block, bank, k)
+        weights, classes = (similarity / temperature).exp(), bank_labels[index]
+        for first in range(0, len(block), most):
+            rows = slice(first, min(first + most, len(block)))
+            votes = weights.new_zeros(rows.stop - first, num_classes).scatter_add_(1, classes[rows], weights[rows])
+            if not votes.isfinite().all():
+                raise ValueError("features hold NaN or infinite values; has training diverged?")
+            yield slice(start + first, start + rows.stop), votes
 
 
 def _nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Similarities and bank rows, both (Q, min(k, N)), of the nearest features of normalised queries (Q, D)."""
     best = queries.new_empty(len(queries), 0)
     index = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
-    for start in range(0, len(bank), BANK_BLOCK):
-        block = F.normalize(bank[start : start + BANK_BLOCK].to(queries.device, queries.dtype), dim=1)
+    rows = max(1, min(BANK_BLOCK, BLOCK_BYTES // (bank.shape[1] * queries.element_size())))
+    for start in range(0, len(bank), rows):
+        block = F.normalize(bank[start : start + rows].to(queries.device, queries.dtype), dim=1)
         similarity, found = (queries @ block.T).topk(min(k, len(block)))
         best = torch.cat([best, similarity], 1)
         index = torch.cat([index, found + start], 1)

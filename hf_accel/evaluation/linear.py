@@ -7,7 +7,7 @@ does (arXiv 2111.06377), so that one grid of settings serves every encoder.
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +18,17 @@ from tqdm.auto import tqdm
 from ..data.sources import hold_out
 from ..distributed import is_main
 from ..draws import generator
+from ..stopping import until_stopped
 from .metrics import topk_accuracy
 
 HELD_OUT = 5
 """One in so many training images of each class chooses the setting; the validation images never do."""
+
+HEADS_BYTES = 2**28
+"""Heads that are trained at once have about this much of weights and logits, and a few times that with gradients."""
+
+SCORES_BYTES = 2**26
+"""Largest block of scores."""
 
 LOGISTIC_C = tuple(10.0**exponent for exponent in range(-5, 4))
 """Inverse strengths of the L2 penalty that logistic regression chooses from."""
@@ -80,21 +87,24 @@ def train_heads(
     bias = torch.zeros(heads, num_classes, device=device, dtype=features.dtype)
     velocities = [torch.zeros_like(weight), torch.zeros_like(bias)]
     rates = torch.tensor(learning_rates, device=device, dtype=features.dtype) * config.batch_size / 256
-    steps, step = config.epochs * math.ceil(len(features) / config.batch_size), 0
-    for epoch in tqdm(range(config.epochs), desc="linear probe", leave=False, disable=not is_main()):
-        order = torch.randperm(len(features), generator=generator(seed, "head order", epoch))
-        for rows in order.split(config.batch_size):
-            batch, classes = features[rows].to(device), labels[rows].to(device)
-            error = _logits(batch, weight, bias).softmax(-1)
-            error[:, torch.arange(len(rows), device=device), classes] -= 1  # gradient of each cross-entropy, times B
-            error /= len(rows)
-            gradients = [error.transpose(1, 2) @ batch, error.sum(1)]
-            now = rates * (1 + math.cos(math.pi * step / steps)) / 2
-            for parameter, velocity, gradient in zip((weight, bias), velocities, gradients, strict=True):
-                velocity.mul_(0.9).add_(gradient.add_(parameter, alpha=config.weight_decay))
-                parameter.sub_(now.view(-1, *[1] * (parameter.ndim - 1)) * velocity)
-            step += 1
+    steps = config.epochs * math.ceil(len(features) / config.batch_size)
+    for step, rows in enumerate(until_stopped(_batches(len(features), config, seed))):
+        batch, classes = features[rows].to(device), labels[rows].to(device)
+        error = _logits(batch, weight, bias).softmax(-1)
+        error[:, torch.arange(len(rows), device=device), classes] -= 1  # gradient of each cross-entropy, times B
+        error /= len(rows)
+        gradients = [error.transpose(1, 2) @ batch, error.sum(1)]
+        now = rates * (1 + math.cos(math.pi * step / steps)) / 2
+        for parameter, velocity, gradient in zip((weight, bias), velocities, gradients, strict=True):
+            velocity.mul_(0.9).add_(gradient.add_(parameter, alpha=config.weight_decay))
+            parameter.sub_(now.view(-1, *[1] * (parameter.ndim - 1)) * velocity)
     return weight, bias
+
+
+def _batches(count: int, config: LinearConfig, seed: int) -> Iterator[Tensor]:
+    """Rows of each batch of the probe's training, epoch by epoch."""
+    for epoch in tqdm(range(config.epochs), desc="linear probe", leave=False, disable=not is_main()):
+        yield from torch.randperm(count, generator=generator(seed, "head order", epoch)).split(config.batch_size)
 
 
 def _logits(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -121,23 +131,37 @@ def linear_probe(
 
     Raises:
         ValueError: features that are not finite, or too few images to hold any out.
+        Stopped: a stop was requested.
     """
     train, test = standardise(*_finite(train, test))
     kept, held = _split(train_labels, seed)
-    weight, bias = train_heads(
-        train[kept], train_labels[kept], num_classes, config.learning_rates, config, seed, device
-    )
-    scores = _scores(train[held], weight, bias)
-    hits = [topk_accuracy(torch.nan_to_num(head), train_labels[held], 1) for head in scores]
-    chosen = config.learning_rates[max(range(len(hits)), key=hits.__getitem__)]
+    rates, hits = config.learning_rates, []
+    at_once = max(1, HEADS_BYTES // (num_classes * (train.shape[1] + config.batch_size) * train.element_size()))
+    for first in range(0, len(rates), at_once):
+        group = rates[first : first + at_once]
+        heads = train_heads(train[kept], train_labels[kept], num_classes, group, config, seed, device)
+        hits += _hits(train[held], train_labels[held], *heads)
+    chosen = rates[max(range(len(hits)), key=hits.__getitem__)]
     weight, bias = train_heads(train, train_labels, num_classes, [chosen], config, seed, device)
-    return _scores(test, weight, bias)[0], chosen
+    return torch.cat([scores[0] for scores in _score_blocks(test, weight, bias)]), chosen
 
 
-def _scores(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(H, N, K) on the CPU, a block of rows at a time on the device of the heads."""
-    blocks = [_logits(block.to(weight.device), weight, bias).cpu() for block in features.split(4096)]
-    return torch.cat(blocks, 1)
+def _hits(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> list[float]:
+    """How many rows each head classifies as labelled."""
+    hits, start = [0.0] * len(weight), 0
+    for scores in _score_blocks(features, weight, bias):
+        rows = labels[start : start + scores.shape[1]]
+        start += len(rows)
+        for head, own in enumerate(torch.nan_to_num(scores)):
+            hits[head] += topk_accuracy(own, rows, 1) * len(rows)
+    return hits
+
+
+def _score_blocks(features: Tensor, weight: Tensor, bias: Tensor) -> Iterator[Tensor]:
+    """(H, rows, K) on the CPU, a block of rows at a time."""
+    rows = max(1, SCORES_BYTES // (bias.numel() * bias.element_size()))
+    for block in features.split(rows):
+        yield _logits(block.to(weight.device), weight, bias).cpu()
 
 
 def logistic_regression(
@@ -151,6 +175,7 @@ def logistic_regression(
 
     Raises:
         ValueError: features that are not finite, or too few images to hold any out.
+        Stopped: a stop was requested; one fit is not interrupted.
     """
     train, test = standardise(*_finite(train, test))
     kept, held = _split(train_labels, seed)
@@ -170,7 +195,10 @@ def logistic_regression(
         scores[:, torch.from_numpy(model.classes_)] = logits
         return scores
 
-    hits = [topk_accuracy(fitted(kept, train[held], strength), train_labels[held], 1) for strength in LOGISTIC_C]
+    hits = [
+        topk_accuracy(fitted(kept, train[held], strength), train_labels[held], 1)
+        for strength in until_stopped(LOGISTIC_C)
+    ]
     chosen = LOGISTIC_C[max(range(len(hits)), key=hits.__getitem__)]
     return fitted(torch.arange(len(train)), test, chosen), chosen
 

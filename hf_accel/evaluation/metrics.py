@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-def topk_accuracy(scores: Tensor, labels: Tensor, n: int) -> float:
-    """Share in [0, 1] of the rows of `scores` (N, num_classes) whose label (N,) is among the `n` highest.
+def topk_hits(scores: Tensor, labels: Tensor, n: int) -> Tensor:
+    """Whether the label (N,) of each row of `scores` (N, num_classes) is among the `n` highest, as numbers in [0, 1].
 
     Where equal scores contend for the last places the label counts with the probability that a fair draw would pick it,
     so neither constant logits nor classes without votes win by their order. A label that is no column of `scores`, as
@@ -28,11 +28,15 @@ def topk_accuracy(scores: Tensor, labels: Tensor, n: int) -> float:
     if (labels < 0).any():
         raise ValueError(f"labels must not be negative, got {int(labels.min())}")
     known = labels < scores.shape[1]
-    scores, labels = scores[known], labels[known].long()
-    own = scores.gather(1, labels[:, None])
+    own = scores.gather(1, labels.long().clamp(max=scores.shape[1] - 1)[:, None])
     greater = (scores > own).sum(1)
     equal = (scores == own).sum(1)
-    return float(((n - greater) / equal).clamp(0, 1).double().sum() / len(known))
+    return ((n - greater) / equal).clamp(0, 1) * known
+
+
+def topk_accuracy(scores: Tensor, labels: Tensor, n: int) -> float:
+    """Mean of `topk_hits`, a share in [0, 1]."""
+    return float(topk_hits(scores, labels, n).double().mean())
 
 
 class TopKAccuracy(evaluate.Metric):

@@ -11,7 +11,7 @@ CLS_NAMES = ("cls_token", "class_token", "class_embedding", "cls_embedding")
 """Ends of the names that transformers' encoders give to a learnt CLS token."""
 
 SAME = 1e-3
-"""Two forwards of one image may differ by this much, relative to the largest feature: kernels round in another order."""
+"""Two forwards of one image may differ by this much, relative to the largest feature, as kernels may round anyhow."""
 
 
 class NoFeature(ValueError):
@@ -57,8 +57,8 @@ def pool(outputs: Any, model: nn.Module, image_size: tuple[int, int]) -> Tensor:
 
 
 ENCODERS_ONLY = (
-    "evaluation takes encoders with a pooler_output, a feature map, a CLS token, or one token for each patch; name one, "
-    "or save a model whose pooler_output is the feature"
+    "evaluation takes encoders with a pooler_output, a feature map, a CLS token, or one token for each patch; name "
+    "one, or save a model whose pooler_output is the feature"
 )
 
 
@@ -73,7 +73,7 @@ def _num_patches(config: Any, image_size: tuple[int, int]) -> int | None:
 
 
 def turn_masking_off(model: nn.Module) -> None:
-    """Let an encoder of masked pretraining, which drops a random share of its patches in eval mode too, see them all."""
+    """Let an encoder of masked pretraining, which drops patches at random in eval mode too, see all of them."""
     config: Any = getattr(model, "config", None)
     if getattr(config, "mask_ratio", None):
         config.mask_ratio = 0.0

@@ -14,6 +14,7 @@ from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from hf_accel.data import eval_loader, load_sources
 from hf_accel.evaluation import extract_features, features, raw_pixel_features
+from hf_accel.stopping import Stopped, clear_stop, request_stop
 from tests.tiny_runs import image_folder
 
 SIZE = 8
@@ -115,6 +116,25 @@ def test_a_cached_kernel_serves_a_later_backward() -> None:
     pixels = torch.ones(1, 3, 2, 2, requires_grad=True)
     model(pixels).pooler_output.sum().backward()
     assert pixels.grad is not None and torch.equal(pixels.grad, torch.full_like(pixels, 0.5))
+
+
+def test_a_stop_is_answered_between_batches() -> None:
+    seen = []
+
+    def loader():
+        for batch in DataLoader(samples(), batch_size=4):
+            seen.append(len(batch["labels"]))
+            if len(seen) == 2:
+                request_stop()
+            yield batch
+
+    model = Encoder().train()
+    try:
+        with pytest.raises(Stopped):
+            extract_features(model, loader(), "cpu")
+    finally:
+        clear_stop()
+    assert len(seen) <= 3 and model.training
 
 
 def test_no_samples() -> None:

@@ -20,6 +20,7 @@ import hf_accel
 from hf_accel.data import ImageSource, image_processor, load_sources
 from hf_accel.evaluation import FineTuneConfig, finetune
 from hf_accel.evaluation.finetune import FineTuneTrainer, classifier_of, layer_scales, parameter_groups
+from hf_accel.stopping import Stopped, clear_stop, request_stop
 from tests.tiny_runs import image_folder
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads")
@@ -241,3 +242,24 @@ def test_a_set_smaller_than_a_batch_is_refused(sources, tmp_path):
 def test_settings_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"{name}={value} must be at least"):
         FineTuneConfig(**{name: value})
+
+
+@pytest.mark.parametrize("batch", ["train", "validation"])
+def test_a_stop_is_answered_between_batches(tmp_path, monkeypatch, sources, batch):
+    """A request during the first training step, or the first evaluated batch, lets no second one begin."""
+    method = "training_step" if batch == "train" else "prediction_step"
+    step, done = getattr(FineTuneTrainer, method), []
+
+    def stopping(self, *arguments, **keywords):
+        done.append(self.state.global_step)
+        request_stop()
+        return step(self, *arguments, **keywords)
+
+    monkeypatch.setattr(FineTuneTrainer, method, stopping)
+    config = FineTuneConfig(epochs=1, batch_size=30)
+    try:
+        with pytest.raises(Stopped):
+            finetune(encoder("vit"), image_processor(sources[0], 16), *sources, config, 0, tmp_path / "run", **QUICK)
+    finally:
+        clear_stop()
+    assert len(done) == 1 and not (tmp_path / "run/model.safetensors").exists()

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_accel.evaluation import knn
 from hf_accel.evaluation.knn import knn_accuracy, knn_predict
+from hf_accel.stopping import Stopped, clear_stop, request_stop
 
 
 def votes_by_loop(bank, bank_labels, queries, k, temperature, num_classes) -> np.ndarray:
@@ -68,24 +69,66 @@ def test_k_beyond_the_bank_is_the_whole_bank() -> None:
     assert torch.equal(knn_predict(bank, labels, queries, 200, 0.07, 7), knn_predict(bank, labels, queries, 6, 0.07, 7))
 
 
+class Watch(TorchDispatchMode):
+    """Records the number of elements of every new tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple) else (out,):
+            if isinstance(value, torch.Tensor) and value._base is None:
+                self.sizes.append(value.numel())
+        return out
+
+
 def test_the_largest_temporary_is_a_block(monkeypatch) -> None:
     monkeypatch.setattr(knn, "QUERY_BLOCK", 8)
     monkeypatch.setattr(knn, "BANK_BLOCK", 16)
     bank, labels, queries = map(torch.from_numpy, draw(5000, 50))
-    sizes = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for value in out if isinstance(out, tuple) else (out,):
-                if isinstance(value, torch.Tensor) and value._base is None:
-                    sizes.append(value.numel())
-            return out
-
-    with Watch():
+    with Watch() as watch:
         knn_predict(bank, labels, queries, 5, 0.07, 7)
     largest_result = 50 * 7
-    assert max(sizes) <= max(largest_result, 16 * 12, 8 * 16) and len(sizes) > 50
+    assert max(watch.sizes) <= max(largest_result, 16 * 12, 8 * 16) and len(watch.sizes) > 50
+
+
+def test_memory_is_bounded_for_many_classes_and_wide_features(monkeypatch) -> None:
+    monkeypatch.setattr(knn, "BLOCK_BYTES", 8000)  # a thousand numbers of fp64
+    classes = torch.arange(700)
+    bank = torch.from_numpy(np.random.default_rng(0).normal(size=(700, 40)))
+    with Watch() as watch:
+        assert knn_accuracy(bank, classes, bank[:90], classes[:90]) == {"top1": 1.0, "top5": 1.0}
+    without_bound = 90 * 700
+    assert max(watch.sizes) <= 90 * 40 < without_bound  # the queries themselves
+
+
+def test_blocks_of_votes_change_no_accuracy(monkeypatch) -> None:
+    bank, labels, queries = map(torch.from_numpy, draw(60, 50, num_classes=30))
+    own = torch.from_numpy(np.random.default_rng(1).integers(0, 30, 50))
+    expected = knn_accuracy(bank, labels, queries, own)
+    monkeypatch.setattr(knn, "BLOCK_BYTES", 30 * 8 * 7)
+    assert knn_accuracy(bank, labels, queries, own) == expected
+
+
+def test_a_stop_is_answered_between_blocks(monkeypatch) -> None:
+    monkeypatch.setattr(knn, "QUERY_BLOCK", 8)
+    nearest, done = knn._nearest, []
+
+    def stopping(*arguments):
+        done.append(len(arguments[0]))
+        request_stop()
+        return nearest(*arguments)
+
+    monkeypatch.setattr(knn, "_nearest", stopping)
+    bank, labels, queries = map(torch.from_numpy, draw(60, 50))
+    try:
+        with pytest.raises(Stopped):
+            knn_accuracy(bank, labels, queries, labels[:50])
+    finally:
+        clear_stop()
+    assert len(done) <= 2
 
 
 BANK, LABELS, QUERIES = torch.eye(4), torch.arange(4), torch.ones(2, 4)

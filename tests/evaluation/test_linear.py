@@ -12,6 +12,7 @@ import hf_accel.evaluation.linear as linear
 from hf_accel.draws import generator
 from hf_accel.evaluation import LinearConfig, linear_probe, logistic_regression, topk_accuracy
 from hf_accel.evaluation.linear import standardise, train_heads
+from hf_accel.stopping import Stopped, clear_stop, request_stop
 
 CLASSES, WIDTH = 4, 6
 
@@ -94,6 +95,59 @@ def test_the_chosen_head_is_trained_on_all_training_images(monkeypatch):
     monkeypatch.setattr(linear, "train_heads", recording)
     _, rate = linear_probe(train, train_labels, train[:3], CLASSES, LinearConfig(epochs=2), seed=0)
     assert asked == [(80, LinearConfig().learning_rates), (100, (rate,))]
+
+
+def test_many_classes_are_scored_in_blocks_and_trained_in_groups(monkeypatch):
+    train, train_labels = blobs(100, 1.5, 1)
+    test, _ = blobs(60, 1.5, 2)
+    config = LinearConfig(epochs=2)
+    expected, rate = linear_probe(train, train_labels, test, CLASSES, config, seed=0)
+    groups, largest = [], []
+
+    def recording(features, labels, num_classes, rates, *rest):
+        groups.append(len(rates))
+        return train_heads(features, labels, num_classes, rates, *rest)
+
+    def watching(*arguments):
+        logits = linear_logits(*arguments)
+        largest.append(logits.numel())
+        return logits
+
+    linear_logits = linear._logits
+    monkeypatch.setattr(linear, "train_heads", recording)
+    monkeypatch.setattr(linear, "HEADS_BYTES", 5 * 4 * CLASSES * (WIDTH + config.batch_size))
+    monkeypatch.setattr(linear, "SCORES_BYTES", 4 * CLASSES * 13 * 2)
+    scores, chosen = linear_probe(train, train_labels, test, CLASSES, config, seed=0)
+    assert groups == [5, 5, 3, 1] and chosen == rate
+    torch.testing.assert_close(scores, expected)
+    monkeypatch.setattr(linear, "_logits", watching)
+    monkeypatch.setattr(linear, "train_heads", lambda *_: (torch.zeros(13, CLASSES, WIDTH), torch.zeros(13, CLASSES)))
+    linear_probe(train, train_labels, test, CLASSES, config, seed=0)
+    assert max(largest) <= 2 * 13 * CLASSES
+
+
+@pytest.mark.parametrize("method", ["linear", "logistic"])
+def test_a_stop_is_answered_between_batches_or_fits(monkeypatch, method):
+    train, labels = blobs(100, 1.0, 1)
+    drawn, split = [], linear._split
+
+    def stopping(*arguments):
+        drawn.append(arguments)
+        request_stop()  # before the first batch
+        return split(*arguments)
+
+    monkeypatch.setattr(linear, "_split", stopping)
+    monkeypatch.setattr(linear, "_logits", None)
+    monkeypatch.setattr(linear, "topk_accuracy", None)
+    try:
+        with pytest.raises(Stopped):
+            if method == "linear":
+                linear_probe(train, labels, train, CLASSES, LinearConfig(), seed=0)
+            else:
+                logistic_regression(train, labels, train, CLASSES, seed=0)
+    finally:
+        clear_stop()
+    assert len(drawn) == 1
 
 
 def test_standardise():

@@ -74,7 +74,7 @@ def test_features_that_depend_on_a_draw_are_refused():
 
 
 def test_a_part_of_the_patches_is_refused():
-    with pytest.raises(ValueError, match="^ViTMAEModel gives 5 tokens for an image of 16 patches"):
+    with pytest.raises(ValueError, match=r"^ViTMAEModel gives 5 tokens for an image of 16 patches"):
         features(ViTMAEModel(ViTMAEConfig(**SIZES)))
 
 

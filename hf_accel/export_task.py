@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     Dinov2Model,
@@ -26,11 +25,12 @@ from transformers.utils.hub import cached_file
 
 from .assemble import output_of
 from .distributed import say
-from .evaluation import refuse_run_folder
+from .evaluation import load_processor, refuse_run_folder
 from .models import AccelViTConfig, AccelViTForImageClassification, AccelViTModel
 from .models.conversion import State, from_dinov2, from_vit, to_dinov2, to_vit, with_learned_positions
 from .models.conversion_timm import from_timm, to_timm
 from .recipe import Recipe, RecipeError
+from .weight_files import opening, read_tensors
 
 TOLERANCE = 1e-5
 """Largest difference of any feature, relative to the largest feature."""
@@ -151,17 +151,16 @@ def read_source(recipe: Recipe) -> Source:
         if Path(checkpoint).is_file():
             return timm_source(recipe, Path(checkpoint), {})
         refuse_run_folder(checkpoint)
-        found = cached_file(checkpoint, "config.json")
-        config = json.loads(Path(cast(str, found)).read_text())
-        if "architecture" in config:
-            weights = cached_file(checkpoint, "model.safetensors")
-            return timm_source(recipe, Path(cast(str, weights)), config)
+        with opening(checkpoint):
+            config = json.loads(Path(cast(str, cached_file(checkpoint, "config.json"))).read_text())
+            weights = cached_file(checkpoint, "model.safetensors") if "architecture" in config else None
+        if weights is not None:
+            return timm_source(recipe, Path(weights), config)
         return transformers_source(checkpoint, config)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         if isinstance(error, RecipeError):
             raise
-        missing = "" if Path(checkpoint).exists() else "there is no such folder, and as a Hub id it cannot be opened: "
-        raise RecipeError(f"checkpoint={checkpoint!r}: {missing}{error}") from error
+        raise RecipeError(f"checkpoint={checkpoint!r}: {error}") from error
 
 
 def transformers_source(checkpoint: str, config: dict[str, Any]) -> Source:
@@ -170,27 +169,24 @@ def transformers_source(checkpoint: str, config: dict[str, Any]) -> Source:
         raise ValueError(f"its model_type is {kind!r}; there are accel_vit, vit, dinov2 and timm's ViTs")
     classifies = any(name.endswith("ForImageClassification") for name in config.get("architectures") or [])
     load: Any = (AutoModelForImageClassification if classifies else AutoModel).from_pretrained
-    model, report = load(checkpoint, output_loading_info=True, dtype=torch.float32)
-    if kind == "vit" and {name.rpartition(".")[0] for name in report["missing_keys"]} == {"pooler.dense"}:
-        model, report = load(checkpoint, output_loading_info=True, dtype=torch.float32, add_pooling_layer=False)
+    # no foreign code, for which transformers would otherwise ask on a terminal; mismatches are reported below
+    options: dict[str, Any] = {"output_loading_info": True, "dtype": torch.float32}
+    options |= {"trust_remote_code": False, "ignore_mismatched_sizes": True}
+    with opening(checkpoint):
+        model, report = load(checkpoint, **options)
+        if kind == "vit" and {name.rpartition(".")[0] for name in report["missing_keys"]} == {"pooler.dense"}:
+            model, report = load(checkpoint, **options, add_pooling_layer=False)
     left_over = [] if kind == "accel_vit" else report["unexpected_keys"]  # a training checkpoint has heads and targets
     if bad := sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"]), *left_over]):
         raise ValueError(f"tensors are missing, unknown or of another shape: {', '.join(bad)}")
     state = model.state_dict()
     ours, state = {"vit": from_vit, "dinov2": from_dinov2}.get(kind, lambda *pair: pair)(model.config, state)
-    processor = None
-    if cached_file(checkpoint, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False):
-        processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
-    return Source(kind, ours, state, model, processor)
+    return Source(kind, ours, state, model, load_processor(checkpoint))
 
 
 def timm_source(recipe: Recipe, weights: Path, config: dict[str, Any]) -> Source:
     """There is no class of ours for timm's tensors: the features to compare with are those of the converted model."""
-    if weights.suffix == ".safetensors":
-        state = load_file(weights)
-    else:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state.get("model", state))
+    state = read_tensors(weights)
     arguments = config.get("model_args", {})
     heads = recipe.model_config.get("num_attention_heads") or arguments.get("num_heads")
     matched = re.fullmatch(TIMM_ARCHITECTURE, config.get("architecture", ""))

@@ -28,6 +28,7 @@ from .recipe import Recipe, RecipeError
 from .report import environment, write_search_report, write_text
 from .report.error_table import strategy_of
 from .trainer import KEPT_NAME, PretrainTrainer
+from .weight_files import opening
 
 ERRORS_NAME = "gradient_error.parquet"
 SCHEDULE_NAME = "schedule.yaml"
@@ -178,7 +179,9 @@ def errors_at(
     try:
         if recipe.search_metric == "adam" and progress > 0:  # at the start no moments have been gathered
             optimizer = trainer.create_optimizer()
-            optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+            with opening(str(folder / "optimizer.pt")):
+                state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            optimizer.load_state_dict(state)
             probe.scale = adam_scale(probe.parameters, optimizer)
         with tqdm(total=total, desc=f"progress {progress:.0%}", disable=not is_main(), file=sys.stderr) as bar:
             draws = range(recipe.search_draws)

@@ -246,7 +246,11 @@ def card(recipe: Recipe) -> None:
     kept = {key: ran[key] for key, given in keys.items() if given == getattr(default, key) and key in ran}
     recipe = replace(recipe, output_dir=str(output), **{**keys, **kept})
     path = output / FINAL / CARD_NAME
-    if not complete_final(recipe, results):
+    try:
+        written = complete_final(recipe, results)
+    except ValueError as error:
+        raise RecipeError(f"checkpoint={recipe.checkpoint!r}: {error}") from error
+    if not written:
         raise RecipeError(f"{path} is somebody's own by now (its mark is gone): move it away to have one written")
     say(f"Card written: {path}")
     if recipe.push_to_hub:

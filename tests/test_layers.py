@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_accel"
 
 LEVELS = [
     {"causes", "declarations", "draws", "distributed", "progress", "strict_yaml", "task_keys", "telling", "transfer"},
-    {"sharding", "stopping"},
+    {"sharding", "stopping", "weight_files"},
     {"models"},
     {"compression"},
     {"data"},

@@ -14,9 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from ..causes import reason
 from ..data import ImageSource
 from ..data.loader import ReportingLoader
 from ..data.sources import Bad
+from ..weight_files import FAILURES, opening
 from .pooling import turn_masking_off
 
 
@@ -39,21 +41,20 @@ def load_encoder(checkpoint: str) -> PreTrainedModel:
         ValueError: nothing there that can be opened, a model that takes no images, or weights of another model.
     """
     refuse_run_folder(checkpoint)
-    try:
-        model, info = AutoModel.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:  # what from_pretrained raises, by kind of damage
-        missing = "there is no such folder, and as a Hub id " if not Path(checkpoint).exists() else ""
-        raise ValueError(f"{missing}it cannot be opened: {error}") from error
+    with opening(checkpoint):
+        # no foreign code, for which transformers would otherwise ask on a terminal; mismatches are reported below
+        options: dict[str, Any] = {"trust_remote_code": False, "ignore_mismatched_sizes": True}
+        model, info = AutoModel.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True, **options)
     if model.main_input_name != "pixel_values":
         raise ValueError(
             f"{type(model).__name__} takes {model.main_input_name}, not images: name the folder or Hub id of a vision "
             "encoder (of a model of images and text, its vision part saved alone)"
         )
     missing = sorted(info["missing_keys"])
-    if missing and all(name.startswith("pooler.") for name in missing):
+    if missing and not info["mismatched_keys"] and all(name.startswith("pooler.") for name in missing):
         model.pooler = None
     elif missing or info["mismatched_keys"]:
-        names = missing or sorted(name for name, *_ in info["mismatched_keys"])
+        names = sorted({*missing, *(name for name, *_ in info["mismatched_keys"])})
         raise ValueError(
             f"{len(names)} of the {len(model.state_dict())} weights of {type(model).__name__} are missing or of "
             f"another shape ({', '.join(names[:3])}, ...): name a checkpoint of this architecture"
@@ -68,8 +69,8 @@ def load_processor(checkpoint: str) -> Any | None:
         if cached_file(checkpoint, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is None:
             return None
         return AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"its image processor cannot be opened: {error}") from error
+    except FAILURES as error:
+        raise ValueError(f"its image processor cannot be opened: {reason(error)}") from error
 
 
 def takes_patch_size(model: torch.nn.Module) -> bool:

@@ -55,7 +55,8 @@ def extract_features(
 
     def encode(pixel_values: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return pool(model(pixel_values=pixel_values, **options), model, tuple(pixel_values.shape[-2:]))
+            outputs = model(pixel_values=pixel_values, **options)
+            return pool(outputs, model, (pixel_values.shape[-2], pixel_values.shape[-1]))
 
     with _eval_mode(model):
         return _collect(encode, loader, device, partial(check_encoder, encode, model))

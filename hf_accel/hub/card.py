@@ -15,6 +15,7 @@ from ..compression import Compression, Schedule, Strategy, forward_cost
 from ..compression.schedule import Stage
 from ..compression.strategy import possible_patch_sizes
 from ..models import AccelViTConfig
+from ..weight_files import opening
 from .accuracy import FINAL, Accuracy, accuracies, eval_results
 from .redact import without_local_paths
 
@@ -74,7 +75,7 @@ def read_run(output: Path, results: Mapping[str, Any], config: AccelViTConfig) -
         config: of final/.
     """
     recipe = yaml.safe_load((output / "recipe.yaml").read_text())
-    with safe_open(output / FINAL / "model.safetensors", "pt") as weights:
+    with opening(str(output / FINAL)), safe_open(output / FINAL / "model.safetensors", "pt") as weights:
         shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
     figures = tuple(name for name in FIGURES if (output / FINAL / name).exists())
     return Run(output.resolve().name, recipe, results, config, sum(map(math.prod, shapes)), figures)

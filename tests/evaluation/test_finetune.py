@@ -256,10 +256,11 @@ def test_a_stop_is_answered_between_batches(tmp_path, monkeypatch, sources, batc
         return step(self, *arguments, **keywords)
 
     monkeypatch.setattr(FineTuneTrainer, method, stopping)
+    (source, validation), output = sources, tmp_path / "run"
     config = FineTuneConfig(epochs=1, batch_size=30)
     try:
         with pytest.raises(Stopped):
-            finetune(encoder("vit"), image_processor(sources[0], 16), *sources, config, 0, tmp_path / "run", **QUICK)
+            finetune(encoder("vit"), image_processor(source, 16), source, validation, config, 0, output, **QUICK)
     finally:
         clear_stop()
-    assert len(done) == 1 and not (tmp_path / "run/model.safetensors").exists()
+    assert len(done) == 1 and not (output / "model.safetensors").exists()

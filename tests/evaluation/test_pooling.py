@@ -62,7 +62,7 @@ class DroppingViT(ViTModel):
     """Drops features at random in eval mode, too."""
 
     def forward(self, pixel_values):
-        outputs = super().forward(pixel_values)
+        outputs: Any = super().forward(pixel_values)
         outputs.last_hidden_state *= torch.rand(outputs.last_hidden_state.shape).round()
         return outputs
 

@@ -1,5 +1,11 @@
 """The causes of an error that a library has wrapped in another one, and the message that names the innermost."""
 
+import errno
+import os
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the errors that mean "no room": on the disk, in the quota."""
+
 
 def causes(error: BaseException) -> list[BaseException]:
     """The error and those it was raised from or during, the innermost last."""
@@ -26,3 +32,12 @@ def _line(error: BaseException) -> str:
     text = " ".join(str(error).split()).rstrip(".;")
     plain = isinstance(error, OSError | ValueError | RuntimeError) and text
     return text if plain else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def lacks_room(error: BaseException) -> bool:
+    """Whether a full disk or quota is behind the error."""
+    return any(
+        # Libraries that raise errors without a number quote the system's own words.
+        getattr(cause, "errno", None) in FULL or any(os.strerror(number) in str(cause) for number in FULL)
+        for cause in causes(error)
+    )

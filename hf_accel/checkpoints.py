@@ -1,8 +1,6 @@
 """Which checkpoints can be resumed from, and which are removed: a kill or a full disk never costs the last one."""
 
-import errno
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .causes import lacks_room
 from .report import write_json
 
 RUN_STATE_NAME = "run_state.json"
@@ -20,13 +19,6 @@ RUN_STATE_NAME = "run_state.json"
 
 TORCH_WRITER = ("PytorchStreamWriter", "unexpected pos", "iostream error")
 """Of the messages of torch.save's RuntimeErrors when a file cannot be written."""
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Numbers of the errors that mean "no room": on the disk, in the quota."""
-
-AGAIN = "Make room, and launch the same command again"
-"""The remedy for a full disk where nothing else needs to be said."""
-
 
 class WriteFailed(RuntimeError):
     """The disk is full, or cannot be written to for another reason."""
@@ -43,17 +35,12 @@ def writing(path: Path, remedy: str, *, reads_too: bool = False) -> Iterator[Non
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         of_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in TORCH_WRITER)
-        of_files = isinstance(error, OSError | SafetensorError) and (_no_room(error) or not reads_too)
+        of_files = isinstance(error, OSError | SafetensorError) and (lacks_room(error) or not reads_too)
         if not (of_torch or of_files):
             raise
         free = shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
         why = str(error).splitlines()[0].rstrip(".")
         raise WriteFailed(f"{path} cannot be written ({free / 1e6:,.0f} MB are free there): {why}. {remedy}") from error
-
-
-def _no_room(error: Exception) -> bool:
-    """Of libraries that raise errors without a number, the message ends with the system's own words."""
-    return getattr(error, "errno", None) in FULL or any(os.strerror(number) in str(error) for number in FULL)
 
 
 def seal(checkpoint: Path, state: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import PIL.Image
 import PIL.ImageOps
@@ -14,9 +14,10 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from ..draws import generator
 from .bundled import MNIST_MEAN, MNIST_STD, digits
 from .decoding import image_tensor, upright_rgb, upright_size
+from .labels import UNLABELLED, hold_out, read_labels
+from .tables import NO_LABELS, choose_columns, choose_splits, load_tables, name_origin, take_part, undecoded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-VALIDATION_NAMES = ("validation", "valid", "val", "test")
-HELD_OUT = 10
-"""One in so many training images is kept for validation where the data have no such split."""
 
 MEMORY_BYTES = 2**31
 HEADER_SAMPLE = 64
@@ -57,8 +54,9 @@ class ImageSource:
     """A set of images with or without labels.
 
     Either all of them are in memory, as `pixels`, uint8 (N, 3, H, W), or `read` decodes them one by one.
-    `labels` is int64 (N,) or None, and `class_names[label]` says what a label means. `mean` and `std` normalise the
-    channels of pixels in [0, 1]. `bad` holds the images that could not be read so far: index -> (name, reason).
+    `labels` is int64 (N,), -1 for an image that has none, or None. `class_names[label]` says what a label means,
+    `labels_from` where they come from. `mean` and `std` normalise the channels of pixels in [0, 1]. `bad` holds the
+    images that could not be read so far: index -> (name, reason).
     """
 
     def __init__(
@@ -70,14 +68,16 @@ class ImageSource:
         class_names: Sequence[str] | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        labels_from: str | None = None,
     ):
         """`table` has one column, of undecoded images; give it or `pixels`."""
         if (table is None) == (pixels is None):
             raise ValueError("an ImageSource takes either a table or pixels")
         self.name, self._table, self.pixels, self.labels = name, table, pixels, labels
         self.class_names = list(class_names) if class_names is not None else None
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.mean, self.std, self.labels_from = tuple(mean), tuple(std), labels_from
         self.bad: dict[int, tuple[str, str]] = {}
+        self._whole: tuple[ImageSource, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.pixels if self.pixels is not None else self._table)  # pyright: ignore[reportArgumentType]
@@ -85,6 +85,23 @@ class ImageSource:
     @property
     def num_classes(self) -> int | None:
         return len(self.class_names) if self.class_names is not None else None
+
+    def labelled(self) -> "ImageSource":
+        """The images that have a label: the set itself if all of them have, and in any case its `bad`.
+
+        Raises ValueError if no image has one.
+        """
+        if self.labels is None:
+            raise ValueError(f"{self.name} has no labels")
+        rows = (self.labels != UNLABELLED).nonzero()[:, 0]
+        if len(rows) == len(self):
+            return self
+        table = self._table.select(rows) if self._table is not None else None
+        pixels = self.pixels[rows] if self.pixels is not None else None
+        about = (self.class_names, self.mean, self.std, self.labels_from)
+        part = ImageSource(self.name, table, pixels, self.labels[rows], *about)
+        part.bad, part._whole = self.bad, (self, rows)
+        return part
 
     def open(self, index: int) -> Image:
         """The image with its header read and its pixels not yet. Raises CorruptImage."""
@@ -138,6 +155,9 @@ class ImageSource:
 
     def report(self, bad: Iterable[Bad]) -> None:
         """Count images that could not be read, and name each once. Raises CorruptDataError beyond 1% of the set."""
+        if self._whole is not None:
+            whole, rows = self._whole
+            return whole.report((int(rows[index]), name, reason) for index, name, reason in bad)
         for index, name, reason in bad:
             if index not in self.bad:
                 self.bad[index] = (name, reason)
@@ -215,21 +235,31 @@ def load_sources(
     `data` is "bundled", a Hub data set, a folder of images (class folders, or train/ and validation/ with class folders
     in them), a parquet or arrow file or a folder of them, or what `datasets` saved with `save_to_disk`. Where there is
     no validation split but labels, a tenth of each class is held out, drawn from `seed`; without labels there is none.
-    `config` is one of those that the README.md of a Hub data set or folder may declare. Raises FileNotFoundError for a
-    path that is not there, ValueError for missing or ambiguous splits and columns.
+    Classes are matched by name between the splits; an image without a label has the label -1. `label_column="none"`
+    reads no labels and takes no folders as classes. `config` is one of those that the README.md of a Hub data set or
+    folder may declare.
+
+    Raises:
+        FileNotFoundError: a path that is not there.
+        ValueError: what cannot be read, missing or ambiguous splits and columns.
     """
     if data == "bundled":
-        return _bundled(seed)
-    import datasets
-
-    tables = _load_tables(data, config)
-    train_split, validation_split = _choose_splits(data, list(tables), train_split, validation_split)
-    train = _part(tables, train_split)
-    image_column, label_column = _choose_columns(data, train, image_column, label_column)
-    labels, names = _labels(train, label_column) if label_column else (None, None)
+        return _bundled(seed, label_column != NO_LABELS)
+    tables = load_tables(data, config)
+    train_split, validation_split = choose_splits(data, list(tables), train_split, validation_split)
+    train = take_part(tables, train_split)
+    image_column, label_column = choose_columns(data, train, image_column, label_column)
+    labels, names = read_labels(train, label_column) if label_column else (None, None)
     if validation_split is not None:
-        held = _part(tables, validation_split)
-        held_labels = _labels(held, label_column, names)[0] if label_column in held.column_names else None
+        held, held_labels = take_part(tables, validation_split), None
+        if label_column in held.column_names:
+            held_labels = read_labels(held, label_column, names)[0]
+        if labels is not None and held_labels is None:
+            logger.warning(
+                "%s: the split %s has no labels, so no accuracy will be measured: set validation_split to one that has",
+                data,
+                validation_split,
+            )
         parts = [(train, labels, train_split), (held, held_labels, validation_split)]
     elif labels is not None:
         kept, out = hold_out(labels, seed)
@@ -238,144 +268,35 @@ def load_sources(
     else:
         parts = [(train, None, train_split)]
         logger.warning("%s has neither a validation split nor labels: no accuracy will be measured", data)
+    origin = name_origin(train, label_column) if labels is not None else None
     sources = []
     for table, part_labels, part in parts:
-        table = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-        source = ImageSource("/".join(filter(None, (data, config, part))), table, labels=part_labels, class_names=names)
+        name = "/".join(filter(None, (data, config, part)))
+        source = ImageSource(name, undecoded(table, image_column), None, part_labels, names, labels_from=origin)
         source.hold_in_memory()
         sources.append(source)
     return sources[0], sources[1] if len(sources) == 2 else None
 
 
-def _bundled(seed: int) -> tuple[ImageSource, ImageSource]:
+def describe_labels(source: ImageSource, validation: ImageSource | None) -> str:
+    """One line that says where the labels come from, and which images have none."""
+    if source.labels is None or source.class_names is None:
+        return "Labels: none"
+    listed = ", ".join(source.class_names[:5]) + ", ..." * (len(source.class_names) > 5)
+    text = f"Labels: {source.labels_from}, {len(source.class_names)} classes ({listed})"
+    for images in filter(None, (source, validation)):
+        labelled = 0 if images.labels is None else int((images.labels != UNLABELLED).sum())
+        if labelled < len(images):
+            text += f"; {labelled:,} of {len(images):,} images of {images.name} have one"
+    return text
+
+
+def _bundled(seed: int, with_labels: bool = True) -> tuple[ImageSource, ImageSource]:
     pixels, labels = digits()
     sources, names = [], [str(digit) for digit in range(10)]
     for rows, part in zip(hold_out(labels, seed, one_in=5), ("train", "validation"), strict=True):
         colour = pixels[rows][:, None].expand(-1, 3, -1, -1)
-        sources.append(ImageSource(f"bundled/{part}", None, colour, labels[rows], names, MNIST_MEAN, MNIST_STD))
+        about = (labels[rows], names) if with_labels else (None, None)
+        origin = "the bundled digits" if with_labels else None
+        sources.append(ImageSource(f"bundled/{part}", None, colour, *about, MNIST_MEAN, MNIST_STD, origin))
     return sources[0], sources[1]
-
-
-def hold_out(labels: Tensor, seed: int, one_in: int = HELD_OUT) -> tuple[Tensor, Tensor]:
-    """Indices kept and held out, both ascending; every class gives one in `one_in`, to within one image."""
-    order = torch.randperm(len(labels), generator=generator(seed, "hold out"))
-    order = order[labels[order].argsort(stable=True)]
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    held[order[::one_in]] = True
-    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
-
-
-def _load_tables(data: str, config: str | None) -> "dict[str, Dataset]":
-    """Every split of `data`, by name."""
-    import datasets
-
-    path = Path(data).expanduser()
-    is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
-    if config is not None and (path.is_file() or is_saved):
-        raise ValueError(f"data_config={config}: {data} has no configurations; leave it out")
-    if path.is_file():
-        builder = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix)
-        if builder is None:
-            raise ValueError(f"data={data}: a single file must be .parquet or .arrow")
-        loaded = datasets.load_dataset(builder, data_files=str(path))
-    elif is_saved:
-        loaded = datasets.load_from_disk(str(path))
-    elif not path.is_dir() and (data.startswith((".", "/", "~")) or data.count("/") > 1):
-        raise FileNotFoundError(f"data={data}: no such file or folder")
-    else:
-        try:
-            loaded = datasets.load_dataset(str(path) if path.is_dir() else data, config)
-        except OSError as error:
-            if path.is_dir():
-                raise
-            raise FileNotFoundError(f"no such folder, and as a Hub id it cannot be opened: {error}") from error
-    return {"train": loaded} if isinstance(loaded, datasets.Dataset) else {str(name): loaded[name] for name in loaded}
-
-
-def _choose_splits(data: str, splits: list[str], train: str | None, validation: str | None) -> tuple[str, str | None]:
-    for key, wanted in (("train_split", train), ("validation_split", validation)):
-        if wanted is not None and wanted.partition("[")[0] not in splits:
-            raise ValueError(f"{key}={wanted}: {data} has the splits {', '.join(splits)}")
-    if train is None:
-        if "train" not in splits and len(splits) > 1:
-            raise ValueError(f"{data} has no split 'train' but {', '.join(splits)}: set train_split to one of them")
-        train = "train" if "train" in splits else splits[0]
-    if validation is None:
-        validation = next((name for name in VALIDATION_NAMES if name in splits and name != train), None)
-    return train, validation
-
-
-def _part(tables: "dict[str, Dataset]", split: str) -> "Dataset":
-    """A split, or a part of one in the syntax of `datasets`: "train[:1000]", "train[10%:20%]"."""
-    import datasets
-
-    if "[" not in split:
-        return tables[split]
-    name = split.partition("[")[0]
-    try:
-        (rows,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(tables[name])})
-    except (ValueError, AssertionError) as error:
-        raise ValueError(f"split {split!r}: {error}; write it as train[:1000] or train[10%:20%]") from None
-    return tables[name].select(range(rows.from_, rows.to))
-
-
-def _choose_columns(
-    data: str, table: "Dataset", image_column: str | None, label_column: str | None
-) -> tuple[str, str | None]:
-    """Columns by feature type where they are not named: one Image, at most one ClassLabel."""
-    import datasets
-
-    columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in table.features.items())
-
-    def choose(key: str, named: str | None, kind: type) -> str | None:
-        candidates = [name for name, feature in table.features.items() if isinstance(feature, kind)]
-        if named is not None and named not in table.column_names:
-            raise ValueError(f"{key}={named}: {data} has the columns {columns}")
-        if named is None and len(candidates) > 1:
-            raise ValueError(f"{data} has several {kind.__name__} columns: set {key} to one of {', '.join(candidates)}")
-        return named or next(iter(candidates), None)
-
-    image_column = choose("image_column", image_column, datasets.Image)
-    label_column = choose("label_column", label_column, datasets.ClassLabel)
-    if image_column is None:
-        raise ValueError(f"{data} has no column of type Image: set image_column to one of its columns: {columns}")
-    if label_column == image_column:
-        raise ValueError(f"label_column={label_column}: this is the column of images; {data} has the columns {columns}")
-    if label_column is None and len(table.column_names) > 1:
-        logger.warning("%s has no column of type ClassLabel; set label_column to use one of: %s", data, columns)
-    return image_column, label_column
-
-
-def _labels(table: "Dataset", column: str, names: list[str] | None = None) -> tuple[Tensor | None, list[str] | None]:
-    """int64 (N,) and what each value means, or None first where nothing is labelled (-1 or null, as in test splits).
-
-    `names` are those of the training split, which text and plain integers have to follow: these may have gaps, as
-    identifiers do, and their classes are the values that occur.
-    """
-    import datasets
-
-    values: list[Any] = table[column][:]
-    kinds = {type(value) for value in values}
-    if kinds <= {type(None)}:
-        return None, names
-    if kinds not in ({int}, {str}, {bool}):
-        got = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise ValueError(f"label_column={column}: labels must be integers or text, one per image, and are {got}")
-    if kinds == {int} and min(values) < 0:
-        if max(values) < 0:
-            return None, names
-        missing = sum(value < 0 for value in values)
-        raise ValueError(f"label_column={column}: {missing} of {len(values)} labels are negative; leave them out")
-    feature = table.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        names = list(feature.names)
-        if max(values) >= len(names):
-            raise ValueError(f"label_column={column}: there is a label {max(values)}, and {len(names)} classes")
-    else:
-        names = names or [str(value) for value in sorted(set(values))]
-        number = {name: label for label, name in enumerate(names)}
-        unknown = sorted({str(value) for value in values} - set(names))
-        if unknown:
-            raise ValueError(f"label_column={column}: the training split lacks the classes {', '.join(unknown[:5])}")
-        values = [number[str(value)] for value in values]
-    return torch.tensor(values, dtype=torch.int64), names

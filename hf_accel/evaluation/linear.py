@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.sources import hold_out
+from ..data.labels import hold_out
 from ..distributed import is_main
 from ..draws import generator
 from ..stopping import until_stopped

@@ -1,0 +1,250 @@
+"""A folder of image files: what is in it, which files are which split, and what its folders say about classes."""
+
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import PIL.Image
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""The words by which `datasets` tells splits apart, too."""
+
+_WORDS = "|".join(f"(?P<{split}>{'|'.join(words)})" for split, words in SPLIT_WORDS.items())
+SPLIT_PATTERN = re.compile(rf"(?:^|[-._ 0-9])(?:{_WORDS})(?:[-._ 0-9]|$)", re.IGNORECASE)
+
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+TABLE_SUFFIXES = {".parquet", ".geoparquet", ".gpq", ".arrow", ".tar", ".zip", ".h5", ".hdf5", ".lance"}
+"""Files that hold many images. Where they are in the majority, `datasets` reads the folder."""
+
+UNDECODABLE = {"BUFR", "GRIB", "HDF5", "MPEG"}
+"""Formats that Pillow recognises and cannot decode."""
+
+OTHER_IMAGES = {".heic", ".heif", ".jxl", ".svg", ".exr", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf"}
+"""Images of formats that Pillow alone does not open."""
+
+SKIPPED_FOLDERS = {"__MACOSX", "__pycache__"}
+NAMED = 5
+"""How many of the files and folders that are left out a warning names."""
+
+
+@dataclass
+class Found:
+    """The files below a folder, as sorted paths relative to it, with links followed and hidden names skipped."""
+
+    root: str
+    images: list[str] = field(default_factory=list)
+    metadata: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    unusable: dict[str, str] = field(default_factory=dict)
+    """Images that cannot be used, with the reason."""
+
+
+@lru_cache(maxsize=1)
+def image_suffixes() -> frozenset[str]:
+    """The suffixes, in lower case, of the formats that this Pillow and its plugins decode."""
+    PIL.Image.init()
+    formats = set(PIL.Image.OPEN) - UNDECODABLE
+    return frozenset(suffix.lower() for suffix, name in PIL.Image.EXTENSION.items() if name in formats)
+
+
+def scan_folder(root: str | Path) -> Found:
+    """List what is below `root` in one walk that opens no file.
+
+    Raises OSError for a folder that cannot be listed.
+    """
+    found, suffixes = Found(str(root)), image_suffixes()
+    for path, entry in _walk(found, "", found.root, frozenset()):
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if entry.name in METADATA_NAMES:
+            found.metadata.append(path)
+        elif suffix in TABLE_SUFFIXES:
+            found.tables.append(path)
+        elif suffix in OTHER_IMAGES - suffixes:
+            found.unusable[path] = f"Pillow does not open {suffix} files: convert them, to PNG for example"
+        elif suffix not in suffixes:
+            continue
+        elif entry.is_symlink() and not os.path.isfile(entry.path):
+            found.unusable[path] = "the link leads nowhere: restore the file that it names"
+        elif not _is_text(path):
+            found.unusable[path] = "the name is not valid UTF-8: rename it"
+        else:
+            found.images.append(path)
+    for paths in (found.images, found.metadata, found.tables):
+        paths.sort()
+    return found
+
+
+def _walk(
+    found: Found, prefix: str, folder: str, above: frozenset[tuple[int, int]]
+) -> Iterator[tuple[str, os.DirEntry]]:
+    """Every file with its relative path. `above` identifies the folders on the way, where a link may lead back to."""
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        found.unusable[prefix] = "the link leads back to a folder that it is in: remove it"
+        return
+    folders = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_dir():
+                yield prefix + entry.name, entry
+            elif entry.name not in SKIPPED_FOLDERS:
+                folders.append((prefix + entry.name + "/", entry.path))
+    for inner, path in folders:
+        yield from _walk(found, inner, path, above | {here})
+
+
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
+
+
+@lru_cache(maxsize=65536)
+def name_split(name: str) -> str | None:
+    """The split that a file or folder is named after, as in `train`, `Val` or `test2017`; None where it is not."""
+    match = SPLIT_PATTERN.search(name)
+    return match.lastgroup if match else None
+
+
+@dataclass
+class Layout:
+    """What the names in a folder say: the split of each image, and the folders that tell classes apart."""
+
+    split: list[str | None]
+    """For each image its split; None for an image that is left out."""
+    folders: list[tuple[str, ...]]
+    """For each image the folders that it is in, without those that all images share and without that of the split."""
+
+
+def find_layout(name: str, images: list[str]) -> Layout:
+    """The layout of `images`, sorted relative paths. `name` is for warnings."""
+    parts = [tuple(path.split("/")) for path in images]
+    above = os.path.commonpath([os.path.dirname(path) for path in images])
+    shared = above.split("/") if above else []
+    parts = [names[len(shared) :] for names in parts]
+    # Every image is in a folder named after a split, at any depth
+    level = [next((i for i, folder in enumerate(names[:-1]) if name_split(folder)), -1) for names in parts]
+    if min(level) >= 0:
+        split = [name_split(names[i]) for names, i in zip(parts, level, strict=True)]
+        return Layout(split, [names[:i] + names[i + 1 : -1] for names, i in zip(parts, level, strict=True)])
+    by_folder = _splits_at_the_top(name, parts)
+    if by_folder:
+        rest = None if "train" in by_folder.values() else "train"
+        split = [by_folder.get(names[0], rest) if len(names) > 1 else rest for names in parts]
+        return Layout(split, [names[1:-1] if names[0] in by_folder else names[:-1] for names in parts])
+    folders = [names[:-1] for names in parts]
+    if all(name_split(names[-1]) for names in parts):
+        split = [name_split(names[-1]) for names in parts]
+        if len(set(split)) > 1 and "train" in split:
+            return Layout(split, folders)
+    only = next(filter(None, map(name_split, shared)), "train")
+    return Layout([only] * len(parts), folders)
+
+
+def _splits_at_the_top(name: str, parts: list[tuple[str, ...]]) -> dict[str, str]:
+    """Which of the topmost folders are splits, by name, where other images are beside them."""
+    nested: dict[str, bool] = {}
+    for names in parts:
+        if len(names) > 1:
+            nested[names[0]] = nested.get(names[0], False) or len(names) > 2
+    splits = {folder: split for folder in nested if (split := name_split(folder))}
+    train = [folder for folder, split in splits.items() if split == "train"]
+    held = [folder for folder in splits if folder not in train]
+    if train and (any(nested[t] for t in train) or (held and not any(nested[h] for h in held))):
+        return splits
+    if any(nested[h] for h in held) or (held and len(splits) == len(nested)):
+        splits = {folder: splits[folder] for folder in held}
+        classes = train
+    else:
+        splits, classes = {}, list(splits)
+    if classes and len(nested) > 1:
+        logger.warning(
+            "%s: %s is taken as a class, as the folders beside it are, and not as a split: it has no class folders",
+            name,
+            ", ".join(f"{folder}/" for folder in classes),
+        )
+    return splits
+
+
+def name_classes(name: str, folders: Iterable[tuple[str, ...]]) -> list[str | None]:
+    """For each image of a split the class that its folders name; None for an image in no folder."""
+    folders = list(folders)
+    depths = {len(names) for names in folders if names}
+    if len(depths) > 1:
+        logger.warning(
+            "%s: images are in folders of different depth; the topmost folder is taken as the class of each", name
+        )
+    return [names[0 if len(depths) > 1 else -1] if names else None for names in folders]
+
+
+def read_image_folder(found: Found) -> "dict[str, Dataset]":
+    """Every split of a folder of image files without metadata, with the column "label" where folders name classes."""
+    layout = find_layout(found.root, found.images)
+    rows: dict[str, list[int]] = {}
+    for row, split in enumerate(layout.split):
+        rows.setdefault(split or "", []).append(row)
+    warn_of_left_out(found, [found.images[row] for row in rows.pop("", [])])
+    ordered = {split: rows[split] for split in SPLIT_WORDS if split in rows}
+    classes = {
+        split: name_classes(f"{found.root}/{split}", (layout.folders[row] for row in these))
+        for split, these in ordered.items()
+    }
+    known = [{name for name in names if name is not None} for names in classes.values()]
+    names = sorted(set().union(*(some for some in known if len(some) > 1)))  # a single folder tells nothing apart
+    return {
+        split: _build_table([os.path.join(found.root, found.images[row]) for row in these], classes[split], names)
+        for split, these in ordered.items()
+    }
+
+
+def _build_table(paths: list[str], classes: list[str | None], names: list[str]) -> "Dataset":
+    import datasets
+    import pyarrow as pa
+
+    number = {name: label for label, name in enumerate(names)}
+    labels = [number.get(name) if name is not None else None for name in classes]
+    empty = pa.nulls(len(paths), pa.binary())
+    columns = {"image": pa.StructArray.from_arrays([empty, pa.array(paths, pa.string())], ["bytes", "path"])}
+    features = datasets.Features({"image": datasets.Image()})
+    if any(label is not None for label in labels):
+        columns["label"] = pa.array(labels, pa.int64())
+        features["label"] = datasets.ClassLabel(names=names)
+    info = datasets.DatasetInfo(features=features, builder_name="imagefolder")
+    return datasets.Dataset(pa.table(columns, schema=features.arrow_schema), info=info)
+
+
+def warn_of_left_out(found: Found, images: Sequence[str]) -> None:
+    """Name what is in the folder and not in the tables: these images, and those that cannot be used."""
+    if images:
+        count = Counter(os.path.dirname(path) for path in images)
+        folders = [f"{number} in {folder or '.'}/" for folder, number in count.most_common()]
+        named = list(images) if len(images) <= NAMED else folders
+        logger.warning("%s: %d images are left out: %s", found.root, len(images), _shorten(named))
+    for reason in dict.fromkeys(found.unusable.values()):
+        named = [path for path, why in sorted(found.unusable.items()) if why == reason]
+        logger.warning("%s: left out, as %s: %s", found.root, reason, _shorten(named))
+
+
+def _shorten(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]).encode(errors="backslashreplace").decode() + more

@@ -1,0 +1,89 @@
+"""The labels of a table: numbers that mean the same class in every split, and -1 where an image has none."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..draws import generator
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+HELD_OUT = 10
+"""One in so many training images is kept for validation where the data have no such split."""
+
+UNLABELLED = -1
+"""The label of an image that has none, here and in the splits of many data sets."""
+
+
+def read_labels(
+    table: "Dataset", column: str, class_names: list[str] | None = None
+) -> tuple[Tensor | None, list[str] | None]:
+    """Return the labels int64 (N,) and the name of each class, or None first where no image has a label.
+
+    Null, NaN and -1 mean that an image has no label. Classes are matched by name: a ClassLabel names its numbers, text
+    and other numbers name themselves.
+
+    Args:
+        class_names: those of the training split, which the numbers of every other split have to follow.
+
+    Raises:
+        ValueError: labels of another type, or a class that the training split lacks.
+    """
+    import datasets
+
+    values: list[Any] = [_plain(value) for value in table[column][:]]
+    kinds = {type(value) for value in values} - {type(None)}
+    if not kinds:
+        return None, class_names
+    remedy = "or train without labels: label_column: none"
+    if kinds not in ({int}, {str}, {bool}):
+        got = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise ValueError(
+            f"label_column={column}: labels must be integers or text, one per image, and are {got}; {remedy}"
+        )
+    present = sorted({value for value in values if value is not None})
+    feature = table.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        low, high = present[0], present[-1]
+        if low < 0 or high >= len(feature.names):
+            wrong = low if low < 0 else high
+            raise ValueError(
+                f"label_column={column}: there is a label {wrong}, and {len(feature.names)} classes; {remedy}"
+            )
+        name = dict(enumerate(feature.names))
+        class_names = class_names or list(feature.names)
+    else:
+        name = {value: str(value) for value in present}
+        class_names = class_names or list(name.values())
+    number = {class_name: label for label, class_name in enumerate(class_names)}
+    unknown = sorted({name[value] for value in present} - set(number))
+    if unknown:
+        raise ValueError(
+            f"label_column={column}: the training split lacks the classes {', '.join(unknown[:5])}; "
+            f"leave their images out, {remedy}"
+        )
+    label = {value: number[name[value]] for value in present} | {None: UNLABELLED}
+    return torch.tensor([label[value] for value in values], dtype=torch.int64), class_names
+
+
+def _plain(value: Any) -> Any:
+    """None for what means "no label"; a whole number for a float, as pandas makes of integers beside gaps."""
+    if isinstance(value, float):
+        value = None if math.isnan(value) else int(value) if value.is_integer() else value
+    return None if type(value) is int and value == UNLABELLED else value
+
+
+def hold_out(labels: Tensor, seed: int, one_in: int = HELD_OUT) -> tuple[Tensor, Tensor]:
+    """Return the indices that are kept and those held out, both ascending.
+
+    Every class gives one image in `one_in`, to within one. Images without a label are kept.
+    """
+    order = torch.randperm(len(labels), generator=generator(seed, "hold out"))
+    order = order[labels[order] != UNLABELLED]
+    order = order[labels[order].argsort(stable=True)]
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    held[order[::one_in]] = True
+    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]

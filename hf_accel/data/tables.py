@@ -1,0 +1,266 @@
+"""The tables of a data set in any layout that `datasets` reads, split by split, and the columns to take from them."""
+
+import contextlib
+import glob
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..causes import lacks_room, reason
+from .folders import Found, find_layout, read_image_folder, scan_folder, warn_of_left_out
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_NAMES = ("validation", "valid", "val", "test")
+NO_LABELS = "none"
+"""As `label_column`: labels are not read, and folders are no classes."""
+
+
+def load_tables(data: str, config: str | None) -> "dict[str, Dataset]":
+    """Every split of `data`, by name.
+
+    Raises FileNotFoundError for a path that is not there, ValueError for what cannot be read.
+    """
+    import datasets
+
+    path = Path(data).expanduser()
+    is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+    if config is not None and (path.is_file() or is_saved):
+        raise ValueError(f"data_config={config}: {data} has no configurations; leave it out")
+    if path.is_file():
+        builder = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix)
+        if builder is None:
+            raise ValueError(f"data={data}: a single file must be .parquet or .arrow")
+        with _explained():
+            loaded = datasets.load_dataset(builder, data_files=glob.escape(str(path)))
+    elif is_saved:
+        with _explained():
+            loaded = datasets.load_from_disk(str(path))
+    elif path.is_dir():
+        return _load_folder(path, config)
+    elif data.startswith((".", "/", "~")) or data.count("/") > 1:
+        raise FileNotFoundError(f"data={data}: no such file or folder")
+    else:
+        try:
+            with _explained():
+                loaded = datasets.load_dataset(data, config)
+        except OSError as error:
+            raise FileNotFoundError(f"no such folder, and as a Hub id it cannot be opened: {error}") from error
+    return {"train": loaded} if isinstance(loaded, datasets.Dataset) else {str(name): loaded[name] for name in loaded}
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what `datasets` raises into a ValueError, or an OSError where it is one, that names the innermost cause."""
+    from datasets import config
+
+    try:
+        yield
+    except Exception as error:  # pyarrow, pandas and fsspec are below, each with errors of its own
+        text = reason(error)
+        if lacks_room(error):
+            text += f"; make room in {config.HF_DATASETS_CACHE}, or set HF_DATASETS_CACHE to a folder on another disk"
+        raise (OSError if isinstance(error, OSError) else ValueError)(text) from error
+
+
+def _load_folder(path: Path, config: str | None) -> "dict[str, Dataset]":
+    """Image files are listed here, everything else is read by `datasets`; warns of images that are left out."""
+    import datasets
+
+    if config is None and not _declares_its_files(path):
+        found = scan_folder(os.path.realpath(path))
+        if len(found.images) > len(found.tables):
+            return _read_metadata(found) if found.metadata else read_image_folder(found)
+    else:
+        found = Found(os.path.realpath(path))  # what a README leaves out is left out on purpose
+    try:
+        with _explained():
+            loaded: Any = datasets.load_dataset(str(path), config)
+            tables = {str(name): loaded[name] for name in loaded}
+            tables = {name: _with_names_of_files(table, path, config, name) for name, table in tables.items()}
+    except ValueError as error:
+        archives = [name for name in found.tables if name.endswith((".zip", ".tar"))]
+        raise ValueError(
+            f"{error}; unpack {archives[0]} there, if it holds the images" if archives else error
+        ) from error
+    if found.images:
+        listed = {name for table in tables.values() for name in _image_paths(table, found.root)}
+        warn_of_left_out(found, [name for name in found.images if name not in listed])
+    return tables
+
+
+def _declares_its_files(path: Path) -> bool:
+    """Whether a README.md says which files are which split, or of which type the columns are."""
+    from huggingface_hub import metadata_load
+
+    readme = path / "README.md"
+    with _explained():
+        declared = (metadata_load(readme) if readme.is_file() else None) or {}
+    return (path / ".huggingface.yaml").exists() or "configs" in declared or "dataset_info" in declared
+
+
+def _read_metadata(found: Found) -> "dict[str, Dataset]":
+    """The images that the metadata files list, with their columns, in splits by the names of the folders."""
+    import datasets
+
+    files = [glob.escape(os.path.join(found.root, name)) for name in found.metadata]
+    with _explained():
+        loaded: Any = datasets.load_dataset("imagefolder", data_files={"train": files})
+    table = loaded["train"]
+    listed = _image_paths(table, found.root)
+    names = sorted({name for name in listed if name is not None})
+    warn_of_left_out(found, sorted(set(found.images).difference(names)))
+    if not names:
+        return {"train": table}
+    split = dict(zip(names, find_layout(found.root, names).split, strict=True))
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(listed):
+        rows.setdefault(split.get(name or "") or "", []).append(row)
+    warn_of_left_out(Found(found.root), [listed[row] or f"row {row} of the metadata" for row in rows.pop("", [])])
+    return {name: table.select(rows[name]) for name in rows}
+
+
+def _image_paths(table: "Dataset", root: str) -> list[str | None]:
+    """For each row the path of its file, relative to `root`, from the first column of images; None for other rows."""
+    import datasets
+
+    column = next((name for name, feature in table.features.items() if isinstance(feature, datasets.Image)), None)
+    if column is None:
+        return [None] * len(table)
+    chunks = table.data.column(column).chunks  # views of the file, where the images themselves are in it
+    inside = [value for chunk in chunks for value in chunk.field("bytes").is_valid().to_pylist()]
+    paths = [value for chunk in chunks for value in chunk.field("path").to_pylist()]
+    return [
+        os.path.relpath(path, root) if path and not stored and os.path.isabs(path) else None
+        for path, stored in zip(paths, inside, strict=True)
+    ]
+
+
+def _with_names_of_files(table: "Dataset", path: Path, config: str | None, split: str) -> "Dataset":
+    """`table` with the class names that the split's own parquet or arrow files declare.
+
+    `datasets` gives every split the names that the first file of the first split declares, and changes no number.
+    """
+    import datasets
+
+    columns = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
+    if not columns or table.info.builder_name not in ("parquet", "arrow"):
+        return table
+    files = datasets.load_dataset_builder(str(path), config).config.data_files or {}
+    features = [_features_of_file(str(file), str(table.info.builder_name)) for file in files.get(split, [])]
+    for column in columns:
+        declared = [feature[column] for feature in features if isinstance(feature.get(column), datasets.ClassLabel)]
+        names = {tuple(label.names) for label in declared}
+        if len(names) > 1:
+            raise ValueError(
+                f"the files of the split {split} number the classes of the column {column} in different orders: "
+                "save them again with one ClassLabel"
+            )
+        if declared and list(declared[0].names) != table.features[column].names:
+            table = table.cast_column(column, declared[0])
+    return table
+
+
+def _features_of_file(file: str, kind: str) -> "Features":
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if kind == "parquet":
+        return datasets.Features.from_arrow_schema(pq.read_schema(file))
+    with pa.memory_map(file) as source:
+        try:
+            schema = pa.ipc.open_stream(source).schema
+        except pa.ArrowInvalid:  # the other of arrow's two formats
+            schema = pa.ipc.open_file(source).schema
+    return datasets.Features.from_arrow_schema(schema)
+
+
+def choose_splits(data: str, splits: list[str], train: str | None, validation: str | None) -> tuple[str, str | None]:
+    for key, wanted in (("train_split", train), ("validation_split", validation)):
+        if wanted is not None and wanted.partition("[")[0] not in splits:
+            raise ValueError(f"{key}={wanted}: {data} has the splits {', '.join(splits)}")
+    if train is None:
+        if "train" not in splits and len(splits) > 1:
+            raise ValueError(f"{data} has no split 'train' but {', '.join(splits)}: set train_split to one of them")
+        train = "train" if "train" in splits else splits[0]
+    if validation is None:
+        validation = next((name for name in VALIDATION_NAMES if name in splits and name != train), None)
+    used = {name.partition("[")[0] for name in (train, validation) if name}
+    if unused := [name for name in splits if name not in used]:
+        logger.warning(
+            "%s: not used: the split %s; choose with train_split and validation_split", data, ", ".join(unused)
+        )
+    return train, validation
+
+
+def take_part(tables: "dict[str, Dataset]", split: str) -> "Dataset":
+    """A split, or a part of one in the syntax of `datasets`: "train[:1000]", "train[10%:20%]"."""
+    import datasets
+
+    if "[" not in split:
+        return tables[split]
+    name = split.partition("[")[0]
+    try:
+        (rows,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(tables[name])})
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"split {split!r}: {error}; write it as train[:1000] or train[10%:20%]") from None
+    return tables[name].select(range(rows.from_, rows.to))
+
+
+def choose_columns(
+    data: str, table: "Dataset", image_column: str | None, label_column: str | None
+) -> tuple[str, str | None]:
+    """Columns by feature type where they are not named: one Image, at most one ClassLabel. "none": no labels."""
+    import datasets
+
+    columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in table.features.items())
+
+    def choose(key: str, named: str | None, kind: type) -> str | None:
+        candidates = [name for name, feature in table.features.items() if isinstance(feature, kind)]
+        if named is not None and named not in table.column_names:
+            raise ValueError(f"{key}={named}: {data} has the columns {columns}")
+        if named is None and len(candidates) > 1:
+            none = f", or to {NO_LABELS}" * (kind is datasets.ClassLabel)
+            listed = ", ".join(candidates)
+            raise ValueError(f"{data} has several {kind.__name__} columns: set {key} to one of {listed}{none}")
+        return named or next(iter(candidates), None)
+
+    image_column = choose("image_column", image_column, datasets.Image)
+    wants_labels = label_column != NO_LABELS
+    label_column = choose("label_column", label_column, datasets.ClassLabel) if wants_labels else None
+    if image_column is None:
+        raise ValueError(f"{data} has no column of type Image: set image_column to one of its columns: {columns}")
+    if label_column == image_column:
+        raise ValueError(f"label_column={label_column}: this is the column of images; {data} has the columns {columns}")
+    if label_column is None and wants_labels and len(table.column_names) > 1:
+        logger.warning("%s has no column of type ClassLabel; set label_column to use one of: %s", data, columns)
+    return image_column, label_column
+
+
+def undecoded(table: "Dataset", column: str) -> "Dataset":
+    """The column of images alone, each as its file's bytes or path. Raises ValueError for a column of anything else."""
+    import datasets
+
+    try:
+        return table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    except Exception as error:  # pyarrow and numpy raise several types
+        kind = type(table.features[column]).__name__
+        raise ValueError(
+            f"image_column={column}: a {kind} cannot be read as one image a row; set image_column to a column of images"
+            f" ({reason(error)})"
+        ) from error
+
+
+def name_origin(table: "Dataset", label_column: str | None) -> str:
+    """Where the labels of this column come from."""
+    import datasets
+
+    of_folders = table.info.builder_name == "imagefolder" and label_column == "label"
+    of_folders &= isinstance(table.features[label_column], datasets.ClassLabel)
+    return "folder names" if of_folders else f"column {label_column}"

@@ -16,12 +16,13 @@ import yaml
 from transformers import TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
+from .causes import reason
 from .checkpoints import last_complete_checkpoint
 from .compression import CostTable, Plan, Strategy, forward_cost, measure_costs
 from .compression.cost import TABLE_NAME, ForwardCost
 from .compression.online import LADDER_DROPOUTS, OnlineController, ladder_of
 from .compression.search import search_grid
-from .data import CorruptDataError, ImageSource, load_sources
+from .data import CorruptDataError, ImageSource, describe_labels, load_sources
 from .distributed import barrier, broadcast_object, is_main, say, world_size
 from .engine import autocast_arguments, check_launch, on_cpu, set_deepspeed
 from .models import AccelViTModel
@@ -254,7 +255,11 @@ def controller_of(recipe: Recipe, units_per_image: Callable[[Strategy], float]) 
 
 
 def images_of(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
-    """Training and validation images."""
+    """Training and validation images; says where their labels come from.
+
+    Raises:
+        RecipeError: what cannot be read, or fewer images than a batch takes.
+    """
     for key in ("data_config", "train_split", "validation_split"):
         if recipe.data == "bundled" and getattr(recipe, key):
             raise RecipeError(
@@ -265,10 +270,11 @@ def images_of(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
         source, validation = load_sources(recipe.data, *splits, *columns, recipe.seed, recipe.data_config)
     except CorruptDataError:  # says enough
         raise
-    except (ValueError, OSError, RuntimeError) as error:  # datasets' own errors are of these
-        raise RecipeError(f"data={recipe.data!r}: {error}") from error
+    except (ValueError, OSError, RuntimeError) as error:  # datasets' own errors become one of these
+        raise RecipeError(f"data={recipe.data!r}: {reason(error)}") from error
     if recipe.reads("batch_size") and len(source) < recipe.batch_size:
         raise RecipeError(f"batch_size={recipe.batch_size}: {source.name} has only {len(source)} images")
+    say(describe_labels(source, validation))
     return source, validation
 
 

@@ -20,6 +20,10 @@ RUN_STATE_NAME = "run_state.json"
 TORCH_WRITER = ("PytorchStreamWriter", "unexpected pos", "iostream error")
 """Of the messages of torch.save's RuntimeErrors when a file cannot be written."""
 
+AGAIN = "Make room, and launch the same command again"
+"""The remedy for a full disk where nothing else needs to be said."""
+
+
 class WriteFailed(RuntimeError):
     """The disk is full, or cannot be written to for another reason."""
 

@@ -47,6 +47,14 @@ def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     return differentiable.all_reduce(tensor)
 
 
+def all_gather_objects(value: Any) -> list[Any]:
+    """The picklable `value` of every process, in rank order."""
+    values: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def say(text: str) -> None:
     """Print once, whatever the number of processes."""
     if is_main():

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -135,8 +135,12 @@ def take(bench: Bench, name: str, patch_size: int | None, seed: int | None) -> N
     started = time.perf_counter()
     with naming(f"{name} of checkpoint", recipe.checkpoint):
         results = run(bench, patch_size, seed or 0, folder_name(question, seed))
+    for images in (bench.source, bench.validation):
+        images.gather_bad()
     if is_main():
         about = {
+            "unreadable_images": len(bench.source.bad),
+            "unreadable_validation_images": len(bench.validation.bad),
             "seconds": time.perf_counter() - started,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "processes": world_size(),
@@ -211,7 +215,7 @@ EVALUATIONS: dict[str, tuple[Callable[[Recipe], dict[str, Any]], Run]] = {
 
 
 def labelled_images(recipe: Recipe) -> tuple[ImageSource, ImageSource]:
-    """Training and validation images with labels that can be learnt.
+    """The training and validation images that have a label, with labels that can be learnt.
 
     Raises:
         RecipeError: no labels, fewer than two classes, or a class in validation that training lacks.
@@ -223,14 +227,15 @@ def labelled_images(recipe: Recipe) -> tuple[ImageSource, ImageSource]:
             f"{about}: task=evaluate needs labels of training and validation images; name their column with "
             "label_column=, and splits that have them with train_split= and validation_split="
         )
+    source, validation = source.labelled(), validation.labelled()
     names = source.class_names or []
-    present = set(source.labels.unique().tolist())
+    present, asked = (set(cast(Tensor, images.labels).unique().tolist()) for images in (source, validation))
     if len(present) < 2:
         raise RecipeError(
             f"{about}: {source.name} has the one class {names[present.pop()]!r}, and telling apart takes two: choose a "
             "label_column with more, or a train_split of shuffled images"
         )
-    unseen = sorted(set(validation.labels.unique().tolist()) - present)
+    unseen = sorted(asked - present)
     if unseen:
         listed = ", ".join(names[label] for label in unseen[:5])
         raise RecipeError(

@@ -91,6 +91,8 @@ def finish(trainer: PretrainTrainer, recipe: Recipe, source: ImageSource, valida
     if validation is not None and validation.labels is not None and source.labels is not None:
         raw = knn_of(trainer.objective, source, validation, recipe, trainer.args.device, features=raw_pixel_features)
     encoder = trainer.whole_objective().encoder
+    for images in filter(None, (source, validation)):
+        images.gather_bad()
     if not is_main():
         return
     output = Path(recipe.output_dir)

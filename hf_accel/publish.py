@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoints import last_complete_checkpoint
 from .data import ImageSource
+from .data.labels import UNLABELLED
 from .distributed import broadcast_object, is_main, say
 from .hub import (
     CARD_NAME,
@@ -45,6 +46,9 @@ logger = logging.getLogger(__name__)
 
 HUB_FOLDER = ".hub"
 """In `output_dir`: what waits to be uploaded, and the note of what was."""
+
+MOST_NAMED = 100
+"""Images of a split that results.json names where they could not be read."""
 
 OF_A_BASELINE = ("units", "steps", "images_seen", "seconds", "knn_top1")
 
@@ -110,10 +114,7 @@ class PushCallback(TrainerCallback):
 
     def __init__(self, trainer: PretrainTrainer, hub: HubRepository):
         self.trainer, self.hub = trainer, hub
-        self.about = {
-            "data": describe_data(trainer.recipe, trainer.source, trainer.validation),
-            "environment": environment(),
-        }
+        self.environment = environment()
 
     def on_save(self, args, state, control, **kwargs):
         recipe, step = self.trainer.recipe, state.global_step
@@ -126,7 +127,8 @@ class PushCallback(TrainerCallback):
         except OSError as error:  # a disk that is full: the checkpoint itself is there
             logger.warning("%s is not pushed: %s", checkpoint, error)
             return
-        results = {**self.trainer.results(), **self.about}
+        data = describe_data(recipe, self.trainer.source, self.trainer.validation)
+        results = {**self.trainer.results(), "data": data, "environment": self.environment}
         make = partial(self.files, staged, results)
         self.hub.push_later(make, f"Step {step}, {results['units'] / results['budget']:.0%} of the budget", folder)
 
@@ -140,6 +142,7 @@ class PushCallback(TrainerCallback):
 def describe_data(recipe: Recipe, source: ImageSource, validation: ImageSource | None) -> dict[str, Any]:
     """What results.json tells of the images, with no path of this machine."""
     data, local = recipe.data, Path(recipe.data).expanduser()
+    parts = [source] if validation is None else [source, validation]
     is_on_hub = data != "bundled" and not local.exists()
     return {
         "name": "bundled digits" if data == "bundled" else data if is_on_hub else local.resolve().name,
@@ -149,7 +152,24 @@ def describe_data(recipe: Recipe, source: ImageSource, validation: ImageSource |
         "validation_images": None if validation is None else len(validation),
         "validation_split": None if validation is None else validation.name.rpartition("/")[2],
         "classes": source.num_classes,
+        "labels": source.labels_from,
+        "labelled_images": 0 if source.labels is None else int((source.labels != UNLABELLED).sum()),
+        "unreadable_images": len(source.bad),
+        "unreadable_validation_images": None if validation is None else len(validation.bad),
+        "unreadable": [
+            {"image": _name_inside(local, name), "reason": without_local_paths(reason)}
+            for part in parts
+            for name, reason in list(part.bad.values())[:MOST_NAMED]
+        ],
     }
+
+
+def _name_inside(folder: Path, name: str) -> str:
+    """The name of an image without the path of the data set's folder, or any other path of this machine."""
+    for start in (folder.resolve(), folder):
+        if Path(name).is_relative_to(start):
+            return Path(name).relative_to(start).as_posix()
+    return without_local_paths(name)
 
 
 def complete_final(recipe: Recipe, results: dict[str, Any], model_id: str | None = None) -> bool:

@@ -57,7 +57,11 @@ class Recipe:
         None, "split for kNN accuracy; default: validation, val, test or a held-out tenth"
     )
     image_column: str | None = _key(None, "column of images; default: the one of type Image")
-    label_column: str | None = _key(None, "column of labels (evaluation only); default: the one of type ClassLabel")
+    label_column: str | None = _key(
+        None,
+        "column of labels (evaluation only), or none: no labels, folders are no classes; default: the one of type "
+        "ClassLabel, or the names of the folders",
+    )
     augmentation: str = _key("moco", f"views: one of {', '.join(AUGMENTATIONS)}")
     view_resolution: Literal["full", "matched"] = _key(
         "full",

@@ -138,6 +138,7 @@ class PretrainTrainer(Trainer):
                 )
             self._first_step, self.seconds = state["step"], state["seconds"]
             self.cpu_seconds = state.get("cpu_seconds", 0.0)
+            self.source.bad |= {int(index): tuple(what) for index, what in state.get("unreadable", {}).items()}
             if self.controller:
                 try:
                     self.controller.restore(state["controller"])
@@ -340,6 +341,7 @@ class PretrainTrainer(Trainer):
         state: dict[str, Any] = {"step": steps, "units": units, "progress": progress, "seconds": self.seconds}
         state["cpu_seconds"] = self.cpu_seconds
         state |= {"plan": self.plan.state(), "engine": engine_of(self.accelerator)}
+        state["unreadable"] = {str(index): what for index, what in self.source.bad.items()}
         if self.controller:
             state["controller"] = self.controller.state()
         return state
@@ -381,9 +383,12 @@ def knn_of(
     patch_size: int | None = None,
     features: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> dict[str, float]:
-    """kNN accuracy {"top1", "top5"} on `validation`, bank `source`; `features(loader)` replaces the encoder."""
+    """kNN accuracy {"top1", "top5"} on the labelled images of `validation`, bank those of `source`.
+
+    `features(loader)` replaces the encoder.
+    """
     pairs = []
-    for images in (source, validation):
+    for images in (source.labelled(), validation.labelled()):
         loader = eval_loader(images, recipe.image_size, 256, recipe.num_workers)
         pairs.append(features(loader) if features else extract_features(encoder, loader, device, patch_size))
     (bank, bank_labels), (queries, labels) = pairs

@@ -1,7 +1,7 @@
 """Images: sources, batches, augmentation."""
 
 from .loader import TrainSampler, eval_loader, image_processor, resize_edge, train_loader
-from .sources import CorruptDataError, CorruptImage, ImageSource, load_sources
+from .sources import CorruptDataError, CorruptImage, ImageSource, describe_labels, load_sources
 from .views import AUGMENTATIONS, ViewConfig, crop_and_resize, crop_boxes, make_views
 from .workers import WorkersFailed, explained_failures
 
@@ -15,6 +15,7 @@ __all__ = [
     "WorkersFailed",
     "crop_and_resize",
     "crop_boxes",
+    "describe_labels",
     "eval_loader",
     "explained_failures",
     "image_processor",

@@ -14,6 +14,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from ..distributed import all_gather_objects
 from .bundled import MNIST_MEAN, MNIST_STD, digits
 from .decoding import image_tensor, upright_rgb, upright_size
 from .labels import UNLABELLED, hold_out, read_labels
@@ -164,6 +165,11 @@ class ImageSource:
                 logger.warning("%s: image %d (%s) cannot be read and is skipped: %s", self.name, index, name, reason)
         if len(self.bad) > MAX_BAD * len(self):
             raise self._too_many([(index, *what) for index, what in self.bad.items()])
+
+    def gather_bad(self) -> None:
+        """Add to `bad` what the other processes could not read. All of them must call this."""
+        for found in all_gather_objects(self.bad):
+            self.bad.update(found)
 
     def _too_many(self, bad: Sequence[Bad]) -> CorruptDataError:
         examples = "\n".join(f"  {index}: {name}: {reason}" for index, name, reason in bad[:5])

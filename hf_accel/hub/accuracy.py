@@ -65,7 +65,10 @@ def accuracies(
     """
     about = results.get("data", {})
     base = {"evaluation": "knn", "settings": knn, "patch_size": config.patch_size, "data": next(iter(data.values()))}
-    base |= {"validation": about.get("validation_split") or "", "train_images": about.get("images")}
+    base |= {
+        "validation": about.get("validation_split") or "",
+        "train_images": about.get("labelled_images", about.get("images")),
+    }
     random, pixels = results.get("knn_top1_random_init"), results.get("knn_top1_raw_pixels")
     entries = []
     if results.get("knn_top1") is not None:

@@ -157,6 +157,21 @@ def test_the_accuracy_table_holds_every_evaluation_and_what_to_compare_with(run)
     ]
 
 
+def test_unreadable_images_are_on_the_card(run):
+    assert "could not be read" not in card_text(run, "ann/run")
+    data = {**RESULTS["data"], "unreadable_images": 2, "unreadable_validation_images": 1}
+    text = " ".join(section(card_text(changed(run, data=data), "ann/run"), "Training data").split())
+    assert "Of the training images, 2 could not be read; another image was taken in place of each" in text
+    assert "Of the images for the accuracy, 1 could not be read" in text
+
+
+def test_turned_off_labels_are_no_column_on_the_card(run):
+    plain = dataclasses.replace(run, recipe={**run.recipe, "label_column": "none"})
+    assert "columns:" not in card_text(plain, "ann/run")
+    plain = dataclasses.replace(run, recipe={**run.recipe, "image_column": "photo", "label_column": "none"})
+    assert "(columns: photo)" in card_text(plain, "ann/run")
+
+
 @pytest.mark.parametrize("path", ["/a/cats", "./cats", "~/cats", "../cats", "a/b/cats", "ann/cats"])
 def test_images_of_this_machine_are_named_by_their_folder_alone(run, path):
     text = card_text(

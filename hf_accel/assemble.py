@@ -24,7 +24,7 @@ from .compression.online import LADDER_DROPOUTS, OnlineController, ladder_of
 from .compression.search import search_grid
 from .data import CorruptDataError, ImageSource, describe_labels, load_sources
 from .distributed import barrier, broadcast_object, is_main, say, world_size
-from .engine import autocast_arguments, check_launch, on_cpu, set_deepspeed
+from .engine import autocast_arguments, check_launch, describe_launch, on_cpu, set_deepspeed, settle_precision
 from .models import AccelViTModel
 from .objectives import OBJECTIVES, ObjectiveForPreTraining
 from .recipe import Recipe, RecipeError
@@ -115,6 +115,7 @@ def start(recipe: Recipe) -> TrainingArguments:
     if arguments.device.type == "cpu":
         use_all_cores(world_size)
     set_seed(recipe.seed)
+    say(describe_launch(arguments, recipe))
     return arguments
 
 
@@ -278,19 +279,26 @@ def images_of(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
     return source, validation
 
 
-def check_same_recipe(recipe: Recipe) -> None:
-    """Refuse to continue a run under other settings than it was started with."""
+def continue_recipe(recipe: Recipe) -> list[str]:
+    """Settle the precision as the run in `output_dir` has it, and refuse to continue it under other settings.
+
+    Returns:
+        What to say about settings that change from its last checkpoint on.
+
+    Raises:
+        RecipeError: the run there was started with another value of a key that its result depends on.
+    """
     path = Path(recipe.output_dir) / "recipe.yaml"
-    if not path.exists():
-        return
-    started, now = yaml.safe_load(path.read_text()), recipe.used()
+    started = yaml.safe_load(path.read_text()) if path.exists() else {}
+    settle_precision(recipe, started.get("mixed_precision"))
+    now, notes = recipe.used(), []
     checkpoint, complete = last_complete_checkpoint(recipe.output_dir), run_is_complete(recipe.output_dir)
     free = FREE_OF_A_SEARCH if recipe.task == "search" else FREE_KEYS
     for key in now:  # in the recipe's order: every process and every launch names the same one
         if key in free or key not in started or started[key] == now[key]:
             continue
         if key in CORRECTIONS and checkpoint and not complete:
-            say(f"Continuing with {key}={now[key]!r} (until here {started[key]!r})")
+            notes.append(f"Continuing with {key}={now[key]!r} (until here {started[key]!r})")
             continue
         begun = checkpoint or complete
         raise RecipeError(
@@ -299,3 +307,4 @@ def check_same_recipe(recipe: Recipe) -> None:
             + "; choose another output_dir, "
             + ("or restore the key to continue that run" if begun else "or remove this one")
         )
+    return notes

@@ -4,12 +4,14 @@ import torch
 
 from .assemble import output_of
 from .compression import cost_grid, cost_rows, measure_costs
+from .engine import settle_precision
 from .recipe import Recipe
 from .report import environment, format_cost_table, plot_cost, write_json
 
 
 def cost_report(recipe: Recipe) -> None:
     """Print and save the cost of every compression, analytic beside measured."""
+    settle_precision(recipe)
     output = output_of(recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = recipe.encoder_config()

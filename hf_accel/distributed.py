@@ -1,5 +1,6 @@
 """The few collective operations that the objectives need; each is the identity in a single process."""
 
+import os
 from typing import Any
 
 import torch
@@ -56,8 +57,8 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 
 def say(text: str) -> None:
-    """Print once, whatever the number of processes."""
-    if is_main():
+    """Print once, whatever the number of processes, also before and after they are connected."""
+    if (rank() if _initialised() else int(os.environ.get("RANK", 0))) == 0:
         print(text, flush=True)
 
 

@@ -17,6 +17,8 @@ from transformers import TrainingArguments
 
 from .recipe import Recipe, RecipeError
 
+PRECISIONS = ("no", "bf16", "fp16")
+
 LOCK_SECONDS = 1800
 """A compilation, of a minute or two, does not take so long on the slowest machine."""
 
@@ -28,13 +30,12 @@ def check_launch(recipe: Recipe) -> None:
         RecipeError: an engine or precision that would not do what it was asked for, with what to take instead.
     """
     environment = os.environ
+    settle_precision(recipe)
     if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
         raise RecipeError(
             "accelerate was asked for several processes and started one, as it does with --cpu --num_processes N: "
             "launch with --config_file accelerate_configs/cpu_2proc.yaml --num_processes N"
         )
-    if recipe.mixed_precision == "fp16" and on_cpu():
-        raise RecipeError("mixed_precision='fp16': a CPU has none, and accelerate would run in fp32; take bf16 or no")
     if _is_on("ACCELERATE_USE_FSDP"):
         if on_cpu():
             raise RecipeError(
@@ -46,14 +47,75 @@ def check_launch(recipe: Recipe) -> None:
                 "FSDP 1 flattens weights, and a momentum branch could not follow: set fsdp_version: 2, as in "
                 "accelerate_configs/fsdp2.yaml"
             )
+    _check_gpus()
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
         if importlib.util.find_spec("deepspeed") is None:
             raise RecipeError("DeepSpeed is not installed: pip install 'hf-accel[deepspeed]', or launch with ddp.yaml")
         _check_compilations()
-    # The recipe decides, not the launcher's file: what it says would otherwise hold in silence where a recipe has "no".
     if "ACCELERATE_MIXED_PRECISION" in environment:
         deepspeed = _is_on("ACCELERATE_USE_DEEPSPEED")
         environment["ACCELERATE_MIXED_PRECISION"] = "no" if deepspeed else recipe.mixed_precision
+
+
+def settle_precision(recipe: Recipe, until_now: str | None = None) -> None:
+    """Give `mixed_precision: auto` its meaning for this launch.
+
+    That is what the launcher names, else what the run was begun with, else bf16 on a GPU that has it, else fp32. A
+    launcher's "no" names nothing: accelerate passes it on wherever no precision was asked for.
+
+    Args:
+        until_now: the precision of the run that goes on, if one does.
+
+    Raises:
+        RecipeError: recipe and launcher name different ones, or it is one that this device does not have.
+    """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    named = None if asked == "no" else asked
+    if named not in (None, "bf16", "fp16"):
+        raise RecipeError(f"accelerate was asked for mixed precision {named!r}, which is not supported: take bf16")
+    if recipe.mixed_precision == "auto":
+        begun = until_now if until_now in PRECISIONS else None
+        recipe.mixed_precision = named or begun or ("bf16" if _has_bf16() else "no")  # pyright: ignore
+    elif named and named != recipe.mixed_precision:
+        raise RecipeError(
+            f"mixed_precision={recipe.mixed_precision!r}: accelerate was asked for {named}; name the precision in one "
+            "place only, or the same one in both"
+        )
+    if recipe.mixed_precision == "fp16" and on_cpu():
+        raise RecipeError("mixed_precision='fp16': a CPU has none, and accelerate would run in fp32; take bf16 or no")
+
+
+def _has_bf16() -> bool:
+    """Whether the run is on a GPU that computes in bf16 and does not only imitate it."""
+    return not on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _check_gpus() -> None:
+    """Raises RecipeError if the launcher was asked for GPUs and there are none: the run would be on the CPU instead."""
+    if torch.accelerator.is_available() or _is_on("ACCELERATE_USE_CPU"):
+        return
+    processes, visible = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and (not visible or visible.startswith("-1")):  # GPUs are hidden, so the CPU is meant
+        return
+    if processes > 1:
+        asked = f"{processes} processes on GPUs"
+    elif visible and _is_launched():
+        asked = f"GPU {visible}"
+    else:
+        return
+    raise RecipeError(
+        f"{asked} were asked for, and torch finds no GPU here: this would train on the CPU. Launch with --config_file "
+        "accelerate_configs/cpu.yaml, or cpu_2proc.yaml for several processes (ACCELERATE_USE_CPU=true says so, too)"
+    )
+
+
+def describe_launch(arguments: TrainingArguments, recipe: Recipe) -> str:
+    """Device, processes, threads and precision of a run, in a line."""
+    device = arguments.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    precision = {"no": "fp32"}.get(recipe.mixed_precision, f"{recipe.mixed_precision} autocast")
+    threads = torch.get_num_threads()
+    return f"Device: {name}; processes: {arguments.world_size}; threads: {threads} each; precision: {precision}"
 
 
 def _check_compilations() -> None:
@@ -84,7 +146,7 @@ def end_with_launcher() -> None:
     so are its processes then, before the run is launched again. That of one process just dies of SIGTERM; the
     process gets one of its own, and stops at a checkpoint.
     """
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not _is_launched():
         return
     parent, number = os.getppid(), signal.SIGKILL if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIGTERM
 
@@ -94,6 +156,11 @@ def end_with_launcher() -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, number)  # wakes it, whatever it waits for
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _is_launched() -> bool:
+    """Whether accelerate or torchrun started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def on_cpu() -> bool:
@@ -110,7 +177,8 @@ def autocast_arguments(recipe: Recipe) -> dict[str, Any]:
     """For `TrainingArguments`. DeepSpeed would hold weights in `bf16`; it gets autocast from `set_deepspeed`."""
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
         return {}
-    return {"bf16": recipe.mixed_precision == "bf16", "fp16": recipe.mixed_precision == "fp16"}
+    precision = recipe.precision()
+    return {"bf16": precision == torch.bfloat16, "fp16": precision == torch.float16}
 
 
 def set_deepspeed(arguments: TrainingArguments, recipe: Recipe) -> None:

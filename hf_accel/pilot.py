@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from .assemble import build_objective, check_same_recipe, cost_function, grid_of, images_of, output_of, start
+from .assemble import build_objective, continue_recipe, cost_function, grid_of, images_of, output_of, start
 from .checkpoints import RUN_STATE_NAME
 from .compression import Plan, Schedule, Strategy
 from .compression.gradient_error import GradientError, chunks, estimate_gradient_errors
@@ -46,7 +46,7 @@ def search(recipe: Recipe) -> None:
     The table is written after each checkpoint, so that a killed search continues with the next one. Rows of weights
     that the pilot no longer has at that progress, as after it was trained anew, are measured again.
     """
-    check_same_recipe(recipe)
+    continue_recipe(recipe)
     checkpoints = kept_checkpoints(Path(str(recipe.pilot)))
     output = output_of(recipe)
     arguments = start(recipe)

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from .assemble import (
     build_objective,
-    check_same_recipe,
+    continue_recipe,
     controller_of,
     cost_function,
     images_of,
@@ -18,9 +18,11 @@ from .assemble import (
     start,
 )
 from .checkpoints import AGAIN, checkpoints, damage, writing
+from .compression import Plan
 from .data import ImageSource, image_processor
 from .distributed import broadcast_object, is_main, say
 from .evaluation import raw_pixel_features, weights_digest
+from .objectives import ObjectiveForPreTraining
 from .publish import PushCallback, complete_final, describe_data, publish, start_hub
 from .recipe import Recipe
 from .report import environment, plot_curves, read_results, run_is_complete, write_json, write_text
@@ -29,7 +31,7 @@ from .trainer import PretrainTrainer, knn_of
 
 def pretrain(recipe: Recipe) -> None:
     output = Path(recipe.output_dir)
-    check_same_recipe(recipe)
+    notes = continue_recipe(recipe)
     if run_is_complete(output):
         say(f"This run is complete: {output / 'results.json'}. Choose another output_dir for a new one.")
         if recipe.push_to_hub:
@@ -37,6 +39,8 @@ def pretrain(recipe: Recipe) -> None:
         return
     output = output_of(recipe)
     arguments = start(recipe)
+    for note in notes:
+        say(note)
     with sole_launch(output):
         train(recipe, arguments, checkpoint_to_resume(output))
 
@@ -58,6 +62,8 @@ def train(recipe: Recipe, arguments: TrainingArguments, checkpoint: Path | None)
         f"{recipe.objective} on {source.name}: {len(source)} images, {plan.num_steps} steps of {recipe.batch_size}, "
         f"{plan.total_cost:,.0f} of {plan.budget:,.0f} units"
     )
+    for note in notes_on(recipe, model, plan):
+        say(note)
     trainer = PretrainTrainer(model, arguments, recipe, plan, source, validation, controller)
     if hub:
         trainer.add_callback(PushCallback(trainer, hub))
@@ -71,6 +77,23 @@ def train(recipe: Recipe, arguments: TrainingArguments, checkpoint: Path | None)
     trainer.end()
     if recipe.push_to_hub and run_is_complete(output):
         publish(recipe, hub)
+
+
+def notes_on(recipe: Recipe, model: ObjectiveForPreTraining, plan: Plan) -> list[str]:
+    """What a run does that its recipe may not be meant to ask for."""
+    notes, micro_batches = [], recipe.gradient_accumulation_steps
+    if micro_batches > 1 and model.least_batch > 1:
+        notes.append(
+            f"Note: gradient_accumulation_steps={micro_batches}: {recipe.objective} contrasts the "
+            f"{recipe.batch_size // micro_batches} images of each micro-batch with each other, not the "
+            f"{recipe.batch_size} of the whole batch"
+        )
+    if recipe.schedule != "auto" and not plan.pays_for_last_stage():
+        notes.append(
+            f"Note: budget={recipe.budget:g} pays for no step of the schedule's last stage "
+            f"({plan.schedule.stages[-1].strategy}): raise the budget, lower batch_size, or let the stage begin earlier"
+        )
+    return notes
 
 
 def checkpoint_to_resume(output: Path) -> Path | None:

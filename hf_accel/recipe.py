@@ -19,6 +19,7 @@ from .recipe_checks import (
     SYMMETRIES,
     check_recipe,
     configured_classes,
+    contrastive_objectives,
     objective_settings,
 )
 from .recipe_values import RecipeError, as_type, did_you_mean, fail, type_name
@@ -94,7 +95,9 @@ class Recipe:
     cost: Literal["analytic", "measured"] = _key("analytic", "units from FLOPs, or timed on this device")
 
     batch_size: int = _key(256, "images a step, over all processes and accumulated micro-batches", "optimisation")
-    gradient_accumulation_steps: int = _key(1, "micro-batches a step")
+    gradient_accumulation_steps: int = _key(
+        1, f"micro-batches a step; {' and '.join(contrastive_objectives())} contrast the images of a micro-batch only"
+    )
     learning_rate: float = _key(1.5e-4, "peak, for this batch size")
     lr_schedule: Literal["cosine", "poly"] = _key("cosine", "after the warm-up; poly: base x (1 - progress^2)")
     warmup: float = _key(0.1, "progress over which the learning rate rises linearly")
@@ -103,7 +106,9 @@ class Recipe:
         None, "value at the end, reached along a cosine of progress; default: constant"
     )
     max_grad_norm: float = _key(0.0, "clip gradients to this norm; 0: never")
-    mixed_precision: Literal["no", "bf16", "fp16"] = _key("no", "autocast")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = _key(
+        "auto", "autocast; auto: what accelerate launch names, else bf16 on a GPU that has it, else no, which is fp32"
+    )
     torch_compile: bool = _key(False, "compile the model; one compilation per shape of the schedule")
 
     eval_points: list[float] = _key(
@@ -178,10 +183,10 @@ class Recipe:
         return Schedule.parse(None if self.schedule == "auto" else self.schedule, self.patch_size)
 
     def precision(self) -> "torch.dtype | None":
-        """What autocast computes in; None without it."""
+        """What autocast computes in; None without it. A launch settles `auto` first: `engine.settle_precision`."""
         import torch
 
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision)
+        return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.mixed_precision]
 
     def view_size(self, strategy: Strategy) -> int:
         """Pixels of a step's views.

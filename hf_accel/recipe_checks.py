@@ -35,6 +35,11 @@ def least_batch(objective: str) -> int:
     return (base.attributes | own.attributes)["least_batch"]
 
 
+def contrastive_objectives() -> list[str]:
+    """Those that contrast the images of a micro-batch with each other."""
+    return [name for name in OBJECTIVES if least_batch(name) > 1]
+
+
 def configured_classes() -> dict[str, Declaration]:
     """What the mappings of a recipe configure, by a name for --help."""
     objectives = {f"objective_config of {name}": declared for name, declared in OBJECTIVES.items()}

@@ -42,6 +42,7 @@ SHARED: dict[str, Any] = {
         {"until": 1.0, "patch_size": 4},
     ],
     "gradient_accumulation_steps": 2,
+    "mixed_precision": "no",  # on a GPU, too, where the default is bf16: all engines are compared in fp32
     "learning_rate": 1.0e-3,
     "save_steps": 5,
 }

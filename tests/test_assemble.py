@@ -1,12 +1,14 @@
 import os
+from dataclasses import asdict
 
 import pytest
 import torch
+import yaml
 
 from hf_accel.assemble import (
     build_objective,
-    check_same_recipe,
     check_trackers,
+    continue_recipe,
     cost_function,
     images_of,
     output_of,
@@ -46,19 +48,17 @@ def test_a_bare_launch_uses_all_cores_and_a_choice_is_kept(monkeypatch, threads,
 
 
 def test_a_batch_that_does_not_divide_is_named():
-    recipe = load_recipe("recipes/moco.yaml", ["batch_size=36", "gradient_accumulation_steps=4"])
+    recipe = load_recipe("recipes/moco.yaml", ["batch_size=36", "gradient_accumulation_steps=4", "mixed_precision=no"])
     assert training_arguments(recipe, 3).per_device_train_batch_size == 3
     with pytest.raises(RecipeError, match=r"batch_size=36.*multiple.* = 8"):
         training_arguments(recipe, 2)
 
 
 def test_a_key_that_the_task_does_not_read_refuses_nothing():
-    evaluate = ["task=evaluate", "checkpoint=random"]
+    evaluate = ["task=evaluate", "checkpoint=random", "mixed_precision=no"]
     assert training_arguments(load_recipe("recipes/moco.yaml", evaluate), 3).per_device_train_batch_size == 85
-    search = training_arguments(load_recipe("recipes/moco.yaml", ["task=search", "pilot=x"]), 1)
-    assert search.report_to == [] and training_arguments(load_recipe("recipes/moco.yaml"), 1).report_to == [
-        "tensorboard"
-    ]
+    search = training_arguments(load_recipe("recipes/moco.yaml", ["task=search", "pilot=x", "mixed_precision=no"]), 1)
+    assert search.report_to == []
 
 
 def test_weight_decay_is_for_matrices():
@@ -94,7 +94,7 @@ def test_what_an_objective_cannot_be_made_of_is_named(overrides, words):
 
 def test_trackers_that_are_not_there_are_named():
     def arguments(names: str):
-        return training_arguments(load_recipe("recipes/moco.yaml", [f"report_to={names}"]), 1)
+        return training_arguments(load_recipe("recipes/moco.yaml", [f"report_to={names}", "mixed_precision=no"]), 1)
 
     check_trackers(arguments("[tensorboard]"))
     check_trackers(arguments("[none]"))
@@ -112,29 +112,50 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     assert output.is_dir() and not list(output.iterdir())
 
 
+@pytest.fixture
+def no_launcher(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+def begin(output, state: str, text: str) -> None:
+    """A run with this recipe.yaml that was begun, has a checkpoint, or is complete."""
+    (output / "recipe.yaml").write_text(text)
+    if state != "begun":
+        (output / "checkpoint-1").mkdir()
+        seal(output / "checkpoint-1", {"step": 1})
+    if state == "complete":
+        write_json(output / "results.json", {"units": 1.0})
+
+
 @pytest.mark.parametrize("state", ["begun", "saved", "complete"])
-def test_what_may_change_of_a_run_and_when(state, tmp_path, capsys):
+def test_what_may_change_of_a_run_and_when(state, tmp_path, no_launcher):
     def launched(*overrides: str):
         return load_recipe("recipes/moco.yaml", [f"output_dir={tmp_path}", *overrides])
 
-    check_same_recipe(launched("seed=5"))  # there is nothing yet
-    (tmp_path / "recipe.yaml").write_text(launched().to_yaml())
-    if state != "begun":
-        (tmp_path / "checkpoint-1").mkdir()
-        seal(tmp_path / "checkpoint-1", {"step": 1})
-    if state == "complete":
-        write_json(tmp_path / "results.json", {"units": 1.0})
-    check_same_recipe(launched("num_workers=3", "logging_steps=1"))
-    (tmp_path / "recipe.yaml").write_text(launched().to_yaml() + "checkpoint: runs/other\nknn_k2: 3\n")
-    check_same_recipe(launched())  # earlier versions recorded every key, and later ones may have more
+    assert continue_recipe(launched("seed=5")) == []  # there is nothing yet
+    begin(tmp_path, state, launched("mixed_precision=no").to_yaml())
+    assert continue_recipe(launched("num_workers=3", "logging_steps=1")) == []
     remedy = "remove this one" if state == "begun" else "restore the key"
     for override in ("seed=1", "search_criterion=gain", "learning_rate=0.1", "mixed_precision=bf16"):
         if state == "saved" and override.startswith(("learning_rate", "mixed_precision")):
-            check_same_recipe(launched(override))
-            assert f"Continuing with {override.partition('=')[0]}=" in capsys.readouterr().out
+            (note,) = continue_recipe(launched(override))
+            assert note.startswith(f"Continuing with {override.partition('=')[0]}=")
             continue
         with pytest.raises(RecipeError, match=rf"^{override.partition('=')[0]}=.*holds a run with.*{remedy}"):
-            check_same_recipe(launched(override))
+            continue_recipe(launched(override))
+
+
+def test_a_run_of_an_earlier_version_goes_on_in_its_precision(tmp_path, no_launcher, monkeypatch):
+    recipe = load_recipe("recipes/moco.yaml", [f"output_dir={tmp_path}"])
+    every_key = {**asdict(recipe), "mixed_precision": "no", "checkpoint": "runs/other/final", "of_old": 3}
+    begin(tmp_path, "saved", yaml.safe_dump(every_key))
+    monkeypatch.setattr("hf_accel.engine._has_bf16", lambda: True)
+    assert recipe.mixed_precision == "auto" and continue_recipe(recipe) == []
+    assert recipe.mixed_precision == "no" and yaml.safe_load(recipe.to_yaml())["mixed_precision"] == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # which is a correction, as the recipe's own word would be
+    recipe = load_recipe("recipes/moco.yaml", [f"output_dir={tmp_path}"])
+    assert continue_recipe(recipe) == ["Continuing with mixed_precision='bf16' (until here 'no')"]
 
 
 @pytest.mark.parametrize(

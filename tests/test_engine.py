@@ -8,11 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import yaml
 
 from hf_accel import engine
 from hf_accel.recipe import Recipe, RecipeError
 
-VARIABLES = ("MASTER_ADDR", "WORLD_SIZE", "ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_USE_DEEPSPEED")
+VARIABLES = (
+    *("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "WORLD_SIZE"),
+    *("ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_USE_DEEPSPEED"),
+)
 FSDP = {"ACCELERATE_USE_FSDP": "true"}
 GPU, CPU = {"ACCELERATE_USE_CPU": "false"}, {"ACCELERATE_USE_CPU": "true"}
 
@@ -91,17 +96,107 @@ def test_what_is_sound_passes(launched, variables):
     engine.check_launch(recipe(mixed_precision="bf16"))
 
 
+@pytest.mark.parametrize("has_bf16", [False, True])
 @pytest.mark.parametrize(
-    ("launchers", "recipes", "deepspeed", "expected"),
-    [("bf16", "no", "false", "no"), ("no", "bf16", "false", "bf16"), ("bf16", "bf16", "true", "no")],
+    ("recipes", "launchers", "until_now", "expected"),
+    [
+        ("auto", None, None, "by the device"),
+        ("auto", "no", None, "by the device"),  # what accelerate says where nothing was asked for
+        ("auto", "bf16", None, "bf16"),
+        ("auto", "fp16", "no", "fp16"),
+        ("auto", None, "no", "no"),
+        ("auto", "no", "bf16", "bf16"),
+        ("no", "no", None, "no"),
+        ("no", None, "bf16", "no"),
+        ("bf16", "no", None, "bf16"),
+        ("bf16", "bf16", None, "bf16"),
+        ("no", "bf16", None, r"mixed_precision='no': accelerate was asked for bf16; name .* one"),
+        ("bf16", "fp16", None, r"mixed_precision='bf16': accelerate was asked for fp16"),
+        ("auto", "fp8", None, r"'fp8', which is not supported: take bf16"),
+    ],
 )
-def test_the_launchers_precision_gives_way_to_the_recipes(
-    launched, monkeypatch, launchers, recipes, deepspeed, expected
+def test_recipe_launcher_run_and_device_decide_on_the_precision(
+    launched, monkeypatch, recipes, launchers, until_now, expected, has_bf16
 ):
-    launched({**GPU, "ACCELERATE_MIXED_PRECISION": launchers, "ACCELERATE_USE_DEEPSPEED": deepspeed})
+    launched({**GPU, **({"ACCELERATE_MIXED_PRECISION": launchers} if launchers else {})})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: has_bf16)
+    of_run = recipe(mixed_precision=recipes)
+    if " " in expected and expected != "by the device":
+        with pytest.raises(RecipeError, match=expected):
+            engine.settle_precision(of_run, until_now)
+        return
+    engine.settle_precision(of_run, until_now)
+    device = "bf16" if has_bf16 else "no"
+    assert of_run.mixed_precision == (device if expected == "by the device" else expected)
+    engine.settle_precision(of_run)  # once settled it stays
+    assert of_run.mixed_precision == (device if expected == "by the device" else expected)
+
+
+def test_on_a_cpu_auto_is_fp32_or_what_the_launcher_names(launched, monkeypatch):
+    launched({**CPU})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
+    for launchers, expected in {"no": "no", "bf16": "bf16"}.items():
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launchers)
+        of_run = recipe()
+        engine.settle_precision(of_run)
+        assert of_run.mixed_precision == expected
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(RecipeError, match=r"mixed_precision='fp16': a CPU has none"):
+        engine.settle_precision(recipe())
+
+
+@pytest.mark.parametrize(
+    ("recipes", "deepspeed", "expected"), [("bf16", "false", "bf16"), ("auto", "false", "no"), ("bf16", "true", "no")]
+)
+def test_accelerate_is_told_the_precision_that_was_settled(launched, monkeypatch, recipes, deepspeed, expected):
+    launched({**CPU, "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_DEEPSPEED": deepspeed})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     engine.check_launch(recipe(mixed_precision=recipes))
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == expected
+
+
+SEVERAL = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "8", "ACCELERATE_MIXED_PRECISION": "no"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({**SEVERAL}, "8 processes on GPUs"),  # ddp.yaml
+        ({**SEVERAL, "ACCELERATE_USE_DEEPSPEED": "true"}, "8 processes on GPUs"),
+        ({**GPU, "CUDA_VISIBLE_DEVICES": "0", "ACCELERATE_MIXED_PRECISION": "no"}, "GPU 0"),  # single_gpu.yaml
+        ({**SEVERAL, "CUDA_VISIBLE_DEVICES": "-1,-1"}, None),  # cpu_2proc.yaml
+        ({**SEVERAL, **CPU}, None),
+        ({**GPU, "ACCELERATE_MIXED_PRECISION": "no"}, None),  # a bare launch takes what is there
+        ({"CUDA_VISIBLE_DEVICES": "0"}, None),
+        ({**CPU, "CUDA_VISIBLE_DEVICES": "0", "ACCELERATE_MIXED_PRECISION": "no"}, None),  # cpu.yaml
+    ],
+)
+def test_a_launch_on_gpus_that_are_not_there_is_refused(launched, monkeypatch, variables, reason):
+    launched(variables)
+    engine.check_launch(recipe())  # where there are some
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    if reason is None:
+        engine.check_launch(recipe())
+        return
+    with pytest.raises(RecipeError, match=rf"{reason} .*torch finds no GPU here.*cpu\.yaml, or cpu_2proc"):
+        engine.check_launch(recipe())
+
+
+def test_the_files_for_several_processes_on_a_cpu_hide_gpus():
+    for path in (Path(__file__).parents[1] / "accelerate_configs").glob("*.yaml"):
+        config = yaml.safe_load(path.read_text())
+        hides = str(config.get("gpu_ids", "")).startswith("-1,")
+        assert hides == (bool(config["use_cpu"]) and config["num_processes"] > 1), path.name
+
+
+def test_the_first_line_names_device_processes_threads_and_precision(launched):
+    launched({**CPU})
+    arguments: Any = SimpleNamespace(device=torch.device("cpu"), world_size=2)
+    line = engine.describe_launch(arguments, recipe(mixed_precision="bf16"))
+    assert line == f"Device: cpu; processes: 2; threads: {torch.get_num_threads()} each; precision: bf16 autocast"
+    assert engine.describe_launch(arguments, recipe(mixed_precision="no")).endswith("precision: fp32")
 
 
 def test_precision_is_the_arguments_or_under_deepspeed_autocast(launched):

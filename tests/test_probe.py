@@ -25,7 +25,7 @@ SMALL = [
 
 
 def small(objective: str = "moco", *overrides: str) -> Recipe:
-    return load_recipe(f"recipes/{objective}.yaml", [*SMALL, *overrides])
+    return load_recipe(f"recipes/{objective}.yaml", ["mixed_precision=no", *SMALL, *overrides])
 
 
 def everything(objective: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -236,6 +236,12 @@ class Plan:
                 break
         return segments, first, spent
 
+    def pays_for_last_stage(self) -> bool:
+        """Whether at least one step is of the schedule's last stage: the budget may be spent before that begins."""
+        begin = self.schedule.stages[-2].until if len(self.schedule.stages) > 1 else 0.0
+        last = self.segments[-1]
+        return last.spent >= self.start + begin * (self.budget - self.start) - 1e-9 * last.cost
+
     def revise(self, step: int, schedule: Schedule, charge: float = 0.0) -> None:
         """From `step` on follow `schedule` to the end of the budget; before it, `charge` units are spent on a probe.
 

@@ -37,8 +37,19 @@ def test_plan_against_a_loop_that_spends_step_by_step(seed):
         assert step.strategy == strategy and step.progress == pytest.approx(spent / budget)
         spent, count = spent + cost, count + 1
     assert len(plan) == count
+    begin = [0.0, *ends][-2]
+    assert plan.pays_for_last_stage() == (plan[count - 1].progress >= begin)
     assert plan.total_cost == pytest.approx(spent) == pytest.approx(sum(step.cost for step in plan))
     assert plan.total_cost <= budget * (1 + 1e-9)
+
+
+def test_a_budget_that_pays_for_no_step_of_the_last_stage_is_known():
+    cheap, dear = Strategy(Compression(16)), Strategy(Compression(8))
+    schedule = Schedule((Stage(0.5, dear), Stage(0.9, cheap), Stage(1.0, dear)))
+    step = 10 * units(dear)
+    paid = {budget: Plan(budget * step, schedule, 10, units).pays_for_last_stage() for budget in (2, 5, 10, 20)}
+    assert paid == {2: False, 5: False, 10: False, 20: True}
+    assert Plan(step, Schedule.constant(dear), 10, units).pays_for_last_stage()
 
 
 def test_a_budget_of_exactly_n_steps_buys_n():

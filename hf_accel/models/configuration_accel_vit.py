@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig, strict  # pyright: ignore[reportPrivateImportUsage]
+from transformers.utils import logging
 
 if TYPE_CHECKING:
     # Needed at run time by name only. With `trust_remote_code=True`, transformers caches this file under a hash of it
     # and of what its lines import by a relative path, and `AutoModel` keeps one model class for each configuration
     # class. As this line reaches every model file, checkpoints share these classes only where all their code agrees.
     from .modeling_accel_vit import AccelViTModel  # noqa: F401
+
+logger = logging.get_logger(__name__)
+
+CHANGEABLE_AT_LOAD = ("default_patch_size", "pooling", "drop_path_rate", "freeze_patch_projection", "initializer_range")
+"""What `from_pretrained` may change of a checkpoint's configuration: nothing here alters what the weights compute."""
 
 AUTO_MAP = {
     "AutoConfig": "configuration_accel_vit.AccelViTConfig",
@@ -135,21 +141,44 @@ class AccelViTConfig(BackboneConfigMixin, PreTrainedConfig):  # pyright: ignore[
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "AccelViTConfig":
-        """`patch_size` among the keywords, which are those of `from_pretrained`, is that of calls, not the kernel's.
+        """Build the configuration of a checkpoint. The keywords are those of `from_pretrained`.
+
+        `patch_size` is that of calls, not the kernel's. `image_size` changes nothing: the positions stay those of the
+        images that were trained with, and the model takes images of any size.
 
         Raises:
-            ValueError: it is no positive whole number.
+            ValueError: a keyword redefines what the weights were trained as, or is no positive whole number where it
+                counts pixels.
         """
-        if "patch_size" in kwargs:
-            patch_size = kwargs.pop("patch_size")
-            if patch_size is not None and (type(patch_size) is not int or patch_size < 1):
-                base = config_dict.get("patch_size", cls.patch_size)
+        for name in ("patch_size", "image_size"):
+            size = kwargs.get(name)
+            if size is not None and (type(size) is not int or size < 1):
+                base = config_dict.get(name, getattr(cls, name))
                 raise ValueError(
-                    f"patch_size must be a positive whole number of pixels, got {patch_size!r}; leave it out, or give "
-                    f"None, for the base patch size, {base}"
+                    f"{name} must be a positive whole number of pixels, got {size!r}; leave it out, or give None, for "
+                    f"the checkpoint's own, {base}"
                 )
-            config_dict = {**config_dict, "default_patch_size": patch_size}
-        return super().from_dict(config_dict, **kwargs)  # pyright: ignore[reportReturnType]
+        image_size = kwargs.pop("image_size", None)
+        if image_size not in (None, trained_size := config_dict.get("image_size", cls.image_size)):
+            logger.warning(
+                f"image_size={image_size} has no effect: the model takes images of any size, and its positions stay "
+                f"those of the {trained_size} pixels that it was trained with"
+            )
+        if "patch_size" in kwargs:
+            kwargs["default_patch_size"] = kwargs.pop("patch_size")
+        changes = {name: kwargs.pop(name) for name in [*kwargs] if name in AccelViTConfig.__annotations__}
+        trained = {name: config_dict.get(name, getattr(cls, name)) for name in changes}
+        changeable = {*CHANGEABLE_AT_LOAD}
+        if any("Classification" in name for name in config_dict.get("architectures") or []):
+            changeable.remove("pooling")  # The classifier was trained on this pooling.
+        refused = [name for name in changes if name not in changeable and changes[name] != trained[name]]
+        if refused:
+            raise ValueError(
+                f"{', '.join(f'{name}={changes[name]!r}' for name in refused)}: the checkpoint's weights were trained "
+                f"with {', '.join(f'{name}={trained[name]!r}' for name in refused)}, and would compute something else. "
+                f"Leave {' and '.join(refused)} out. For a new model, load the configuration and set its attributes"
+            )
+        return super().from_dict({**config_dict, **changes}, **kwargs)  # pyright: ignore[reportReturnType]
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save the configuration and the model's code, by which a checkpoint opens where this package is missing."""

@@ -23,6 +23,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 
 import hf_accel
 from hf_accel import AccelViTConfig, AccelViTForImageClassification, AccelViTModel
+from hf_accel.models import configuration_accel_vit
 from hf_accel.objectives import OBJECTIVES
 
 
@@ -176,6 +177,24 @@ def test_patch_size_at_load_time(tmp_path: Path, kind: Any) -> None:
     assert AutoConfig.from_pretrained(tmp_path / "base", patch_size=16).default_patch_size == 16
     with pytest.raises(ValueError, match="patch_size must be a positive whole number of pixels, got 0"):
         auto.from_pretrained(tmp_path / "base", patch_size=0)
+
+
+@pytest.mark.parametrize("kind", ["sincos", "learned"])
+def test_image_size_at_load_time_keeps_the_features(
+    tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The positions span an image of any size: they are not to be laid out for another one."""
+    monkeypatch.setattr(configuration_accel_vit.logger, "propagate", True, raising=False)
+    model = AccelViTModel(config(position_embedding_type=kind)).eval()
+    model.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 64, 64)
+    for image_size, said in ((64, True), (100, True), (32, False), (None, False)):
+        caplog.clear()
+        for load in (AutoModel.from_pretrained, AccelViTModel.from_pretrained):
+            loaded: Any = load(tmp_path, image_size=image_size)
+            assert torch.equal(loaded(images).last_hidden_state, model(images).last_hidden_state)
+            assert loaded.config.image_size == 32
+        assert caplog.text.count(f"image_size={image_size} has no effect") == (2 if said else 0)
 
 
 def test_every_checkpoint_carries_its_code(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from hf_accel import PRESETS, AccelViTConfig, AccelViTModel
+from hf_accel.models.configuration_accel_vit import CHANGEABLE_AT_LOAD
 
 
 @pytest.mark.parametrize(
@@ -78,3 +79,63 @@ def test_roundtrip() -> None:
 def test_an_impossible_patch_size_at_load_time_is_named(patch_size: Any) -> None:
     with pytest.raises(ValueError, match=rf"patch_size .* got {patch_size!r}; leave it out, or give None, .*, 8"):
         AccelViTConfig.from_dict(AccelViTConfig(patch_size=8).to_dict(), patch_size=patch_size)
+
+
+OTHER_VALUES: dict[str, Any] = {
+    **{"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536},
+    **{"hidden_act": "relu", "layer_norm_eps": 1e-12, "num_channels": 1, "qkv_bias": False, "use_cls_token": False},
+    **{"num_register_tokens": 4, "position_embedding_type": "learned", "layerscale_value": 0.1},
+}
+"""Of the fields that decide what a checkpoint's weights compute."""
+
+
+def test_every_field_is_changeable_at_load_or_is_not() -> None:
+    fields = {name for name in AccelViTConfig.__annotations__ if not name.startswith("_")}
+    assert fields == {*OTHER_VALUES, *CHANGEABLE_AT_LOAD, "image_size", "patch_size"}
+
+
+@pytest.mark.parametrize("name, value", OTHER_VALUES.items())
+def test_what_was_trained_is_not_changed_at_load(name: str, value: Any) -> None:
+    stored = AccelViTConfig(pooling="mean")
+    message = f"{name}={value!r}: .* trained with {name}={getattr(stored, name)!r}.*Leave {name} out"
+    with pytest.raises(ValueError, match=message):
+        AccelViTConfig.from_dict(stored.to_dict(), **{name: value})
+    other = AccelViTConfig(**{"pooling": "mean", name: value})
+    assert getattr(AccelViTConfig.from_dict(other.to_dict(), **{name: value}), name) == value
+    # a file holds only what is not the default
+    with pytest.raises(ValueError, match=message):
+        AccelViTConfig.from_dict({"pooling": "mean"}, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pooling": "mean"},
+        {"default_patch_size": 32},
+        {"drop_path_rate": 0.1, "freeze_patch_projection": True},
+        {"initializer_range": 0.1, "num_labels": 7, "out_indices": [1], "output_attentions": True},
+    ],
+)
+def test_what_was_not_trained_can_be_changed_at_load(fields: dict[str, Any]) -> None:
+    config: Any = AccelViTConfig.from_dict(AccelViTConfig().to_dict(), return_unused_kwargs=True, stray=1, **fields)
+    assert {name: getattr(config[0], name) for name in fields} == fields and config[1] == {"stray": 1}
+
+
+def test_changes_at_load_are_checked_as_a_configuration_is() -> None:
+    stored = AccelViTConfig(use_cls_token=False, pooling="mean").to_dict()
+    with pytest.raises(ValueError, match="pooling='cls' needs use_cls_token=True"):
+        AccelViTConfig.from_dict(stored, pooling="cls")
+    with pytest.raises(ValueError, match="drop_path_rate must lie in"):
+        AccelViTConfig.from_dict(stored, drop_path_rate=2.0)
+
+
+def test_the_pooling_of_a_trained_classifier_is_not_changed_at_load() -> None:
+    stored = {**AccelViTConfig().to_dict(), "architectures": ["AccelViTForImageClassification"]}
+    with pytest.raises(ValueError, match=r"pooling='mean': .* trained with pooling='cls'"):
+        AccelViTConfig.from_dict(stored, pooling="mean")
+
+
+@pytest.mark.parametrize("image_size", [0, "64", 64.0, True])
+def test_an_impossible_image_size_at_load_time_is_named(image_size: Any) -> None:
+    with pytest.raises(ValueError, match=rf"image_size .* got {image_size!r}; leave it out, or give None, .*, 224"):
+        AccelViTConfig.from_dict(AccelViTConfig().to_dict(), image_size=image_size)

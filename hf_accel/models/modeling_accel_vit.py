@@ -243,7 +243,7 @@ class AccelViTModel(AccelViTPreTrainedModel):
         pixel_values, patch_size = self.whole_patches(pixel_values, patch_size)
         num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
         kept_tokens = None
-        if num_kept_tokens(num_patches, token_dropout) < num_patches:
+        if token_dropout != 0 and num_kept_tokens(num_patches, token_dropout) < num_patches:
             kept_tokens = sample_kept_tokens(
                 pixel_values.shape[0], num_patches, token_dropout, generator, pixel_values.device
             )
@@ -289,6 +289,24 @@ class AccelViTForImageClassification(AccelViTPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, self.num_labels) if self.num_labels else nn.Identity()
         self.post_init()
 
+    def loss_of(
+        self,
+        labels: torch.Tensor,
+        logits: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """The mean over `num_items_in_batch`, the labels of all micro-batches of a step; `None` means those given here.
+
+        transformers' losses for several labels and for regression are means over what they are given. A Trainer that
+        passes the number adds up the losses of the micro-batches and divides no more.
+        """
+        if num_items_in_batch is None:
+            return self.loss_function(labels, logits, self.config, **kwargs)
+        if labels.is_floating_point():
+            return self.loss_function(labels, logits, self.config, **kwargs) * (labels.numel() / num_items_in_batch)
+        return self.loss_function(labels, logits, self.config, num_items_in_batch=num_items_in_batch, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -301,7 +319,8 @@ class AccelViTForImageClassification(AccelViTPreTrainedModel):
     ) -> ImageClassifierOutput:
         r"""
         labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
-            Classes; `loss` is their cross-entropy, or what `config.problem_type` says.
+            Classes; `loss` is their cross-entropy, or what `config.problem_type` says. Several labels an image and
+            values of a regression are in floating point, of shape `(batch_size, num_labels)`.
 
         The others are those of [`AccelViTModel`].
         """
@@ -309,7 +328,7 @@ class AccelViTForImageClassification(AccelViTPreTrainedModel):
         logits = self.classifier(outputs.pooler_output)
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
+            loss = self.loss_of(labels, logits, **kwargs)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

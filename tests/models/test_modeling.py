@@ -275,6 +275,29 @@ def test_classification_loss_and_gradients() -> None:
     assert len(without) == 1 and without[0].shape == (6, 5)
 
 
+@pytest.mark.parametrize(
+    "problem_type, labels",
+    [
+        ("single_label_classification", torch.tensor([0, 1, 2, -100, 1, 0])),
+        ("multi_label_classification", torch.tensor([[0.0, 1, 1], [1, 0, 0]]).repeat(3, 1)),
+        ("regression", torch.linspace(-1, 1, 18).reshape(6, 3)),
+        (None, torch.tensor([[0.0, 1, 1], [1, 0, 0]]).repeat(3, 1)),
+    ],
+)
+def test_losses_of_micro_batches_add_up_to_that_of_the_batch(problem_type: Any, labels: torch.Tensor) -> None:
+    """With the number of labels of all of them, as the Trainer gives it and adds; of unequal sizes, too."""
+    model = AccelViTForImageClassification(config(num_labels=3, problem_type=problem_type))
+    images = torch.randn(6, 3, 32, 32)
+    whole = model(images, labels=labels).loss
+    count = (labels != -100).sum()
+    for num_items in (count, int(count)):
+        parts = [
+            model(images[rows], labels=labels[rows], num_items_in_batch=num_items).loss
+            for rows in (slice(0, 3), slice(3, 5), slice(5, 6))
+        ]
+        torch.testing.assert_close(sum(parts), whole)
+
+
 def test_classifier_without_labels_is_the_pooled_output() -> None:
     model = AccelViTForImageClassification(config(num_labels=0)).eval()
     images = torch.randn(2, 3, 32, 32)

@@ -4,30 +4,51 @@ import torch
 from torch import nn
 from transformers.utils.generic import maybe_autocast
 
+from .caching_accel_vit import TensorCache, is_dynamic
 from .configuration_accel_vit import AccelViTConfig
-from .shortening_accel_vit import checked_patch_size, position_resize_matrix, resize_patch_kernel, sincos_position_table
+from .shortening_accel_vit import (
+    checked_patch_size,
+    position_resize_matrix,
+    resize_patch_kernel,
+    resize_patches,
+    sincos_position_table,
+)
+
+POSITION_BYTES = 32 * 2**20
+"""The most that an encoder keeps of sin-cos positions. In ViT-B/16, 55 image sizes of about 224 px need as much."""
+
+
+def split_patches(pixel_values: torch.Tensor, patch_size: int, kept_tokens: torch.Tensor | None) -> torch.Tensor:
+    """(B, C, H, W) -> (B, L, C, p, p) with L = (H / p) (W / p), or (B, K, C, p, p) of `kept_tokens` (B, K) alone."""
+    batch_size, channels, height, width = pixel_values.shape
+    rows, columns = height // patch_size, width // patch_size
+    patches = pixel_values.reshape(batch_size, channels, rows, patch_size, columns, patch_size)
+    patches = patches.permute(0, 2, 4, 1, 3, 5)
+    if kept_tokens is None:
+        return patches.flatten(1, 2)
+    images = torch.arange(batch_size, device=kept_tokens.device)[:, None]
+    return patches[images, kept_tokens // columns, kept_tokens % columns]
 
 
 class AccelViTPatchProjection(nn.Conv2d):
-    """The patch kernel at the base patch size p0; each call derives the kernel of its own patch size."""
+    """The patch kernel at the base patch size p0; each call may name a patch size, and derives the kernel of that."""
 
     def forward(
-        self, pixel_values: torch.Tensor, patch_size: int, kept_tokens: torch.Tensor | None = None
+        self, pixel_values: torch.Tensor, patch_size: int | None = None, kept_tokens: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(B, C, H, W) -> (B, L, D) with L = (H / p) (W / p), or (B, K, D) of the `kept_tokens` (B, K) alone.
 
-        Dropped patches are gone before the projection: they cost nothing.
+        Dropped patches are gone before the projection: they cost nothing. Without a patch size this is a convolution
+        like any other, (B, D, H / p0, W / p0): libraries such as peft call it so, or build more of its class.
         """
+        if patch_size is None:
+            return super().forward(pixel_values)
         weight = resize_patch_kernel(self.weight, patch_size)
         if kept_tokens is None:
             tokens = nn.functional.conv2d(pixel_values, weight, self.bias, stride=patch_size)
             return tokens.flatten(2).transpose(1, 2)
-        batch_size, channels, height, width = pixel_values.shape
-        rows, columns = height // patch_size, width // patch_size
-        patches = pixel_values.reshape(batch_size, channels, rows, patch_size, columns, patch_size)
-        images = torch.arange(batch_size, device=kept_tokens.device)[:, None]
-        kept_patches = patches.permute(0, 2, 4, 1, 3, 5)[images, kept_tokens // columns, kept_tokens % columns]
-        return nn.functional.linear(kept_patches.flatten(2), weight.flatten(1), self.bias)
+        patches = split_patches(pixel_values, patch_size, kept_tokens)
+        return nn.functional.linear(patches.flatten(2), weight.flatten(1), self.bias)
 
 
 class AccelViTPatchEmbeddings(nn.Module):
@@ -36,6 +57,7 @@ class AccelViTPatchEmbeddings(nn.Module):
     def __init__(self, config: AccelViTConfig):
         super().__init__()
         self.num_channels = config.num_channels
+        self.patch_size = config.patch_size
         self.projection = AccelViTPatchProjection(
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
@@ -46,7 +68,14 @@ class AccelViTPatchEmbeddings(nn.Module):
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
             expected = f"(batch_size, {self.num_channels}, height, width)"
             raise ValueError(f"pixel_values must be {expected}, got {tuple(pixel_values.shape)}")
-        return self.projection(pixel_values, patch_size, kept_tokens)
+        if isinstance(self.projection, AccelViTPatchProjection):
+            return self.projection(pixel_values, patch_size, kept_tokens)
+        # Another module has been put in its place, such as LoRA around it, and knows the base patch size alone.
+        if patch_size == self.patch_size and kept_tokens is None:
+            return self.projection(pixel_values).flatten(2).transpose(1, 2)
+        patches = split_patches(pixel_values, patch_size, kept_tokens)
+        tokens = self.projection(resize_patches(patches, self.patch_size).flatten(0, 1))
+        return tokens.flatten(1).unflatten(0, patches.shape[:2])
 
 
 class AccelViTEmbeddings(nn.Module):
@@ -65,14 +94,23 @@ class AccelViTEmbeddings(nn.Module):
         num_positions = config.grid_size**2 + int(config.use_cls_token)
         learned = config.position_embedding_type == "learned"
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, size)) if learned else None
+        # The grid that the positions were trained on. A change of the config's image size must not move them.
+        self.grid_size = config.grid_size
+        self.position_tables = TensorCache(POSITION_BYTES)
 
     def patch_positions(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
-        """(height * width, hidden_size): positions of a grid, which spans the image whatever its size."""
-        grid_size, hidden_size = self.config.grid_size, self.config.hidden_size
+        """(height * width, hidden_size): positions of a grid, which spans the image whatever its size.
+
+        Fixed ones get the device and the dtype of `like`. That is no parameter: offloaded ones have no device.
+        """
+        grid_size, hidden_size = self.grid_size, self.config.hidden_size
         if self.position_embeddings is None:
-            return sincos_position_table(grid_size, height, width, hidden_size, device=like.device, dtype=like.dtype)
+            key = (grid_size, height, width, hidden_size, like.device, like.dtype)
+            if torch.compiler.is_compiling():
+                return sincos_position_table(*key)
+            return self.position_tables.get(key, lambda: sincos_position_table(*key))
         stored = self.position_embeddings[0, int(self.config.use_cls_token) :]
-        if height == width == grid_size:
+        if not is_dynamic(height, width) and height == width == grid_size:
             return stored
         dtype = torch.promote_types(stored.dtype, torch.float32)
         rows = position_resize_matrix(grid_size, height, device=stored.device, dtype=dtype)
@@ -99,9 +137,8 @@ class AccelViTEmbeddings(nn.Module):
     ) -> torch.Tensor:
         """(B, C, H, W) -> (B, num_prefix_tokens + L, hidden_size), or K for L if `kept_tokens` (B, K) are given."""
         patch_size = checked_patch_size(patch_size)
-        weight = self.patch_embeddings.projection.weight
         batch_size, (height, width) = pixel_values.shape[0], pixel_values.shape[-2:]
-        positions = self.patch_positions(height // patch_size, width // patch_size, like=weight)
+        positions = self.patch_positions(height // patch_size, width // patch_size, like=pixel_values)
         if kept_tokens is not None:
             positions = positions[kept_tokens]
         tokens = self.patch_embeddings(pixel_values, patch_size, kept_tokens) + positions

@@ -4,53 +4,16 @@ Plain functions of shapes. Beyer et al., "FlexiViT" (arXiv 2212.08013), for kern
 "Accelerating Augmentation Invariance Pretraining" (arXiv 2410.22364), for token dropout.
 """
 
-import re
-from collections.abc import Callable
-from functools import lru_cache
 from operator import index
-from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
 
+from .caching_accel_vit import cached_table
+
 logger = logging.get_logger(__name__)
-
-
-def cached_table(shape: Callable[..., tuple[int, ...]]) -> Callable[[Callable[..., torch.Tensor]], Any]:
-    """Turn `compute(*numbers)`, in float64 on the CPU, into a cached `table(*numbers, device=, dtype=)` of that shape.
-
-    The cache belongs to the process, not to a model: nothing of it is saved, copied or pickled. To `torch.compile` a
-    table is an opaque operator: a graph neither computes it again nor is tied to one image size.
-    """
-
-    def decorate(compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        @lru_cache(maxsize=256)
-        def cached(*key: Any) -> torch.Tensor:
-            *numbers, device, dtype = key
-            # A tensor first made under inference mode could never take part in a backward pass.
-            with torch.inference_mode(False), torch.no_grad():
-                return compute(*numbers).to(device, dtype).contiguous()
-
-        # The Hub's copy of this file may be loaded beside the package's: each has operators of its own. Its module is
-        # called after the folder, which may hold blanks and umlauts.
-        operator = torch.library.custom_op(
-            f"{re.sub(r'[^0-9A-Za-z_]', '_', __name__)}::{compute.__name__}",
-            lambda numbers, device, dtype: cached(*numbers, device, dtype).clone(),
-            mutates_args=(),
-            schema="(SymInt[] numbers, Device device, ScalarType dtype) -> Tensor",
-        )
-        operator.register_fake(lambda numbers, device, dtype: torch.empty(shape(*numbers), device=device, dtype=dtype))
-
-        def table(*numbers: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-            if torch.compiler.is_compiling():
-                return operator(numbers, device, dtype)
-            return cached(*numbers, device, dtype)
-
-        return table
-
-    return decorate
 
 
 def interpolation_matrix(old_size: int, new_size: int) -> torch.Tensor:
@@ -74,23 +37,28 @@ def position_resize_matrix(old_size: int, new_size: int) -> torch.Tensor:
     return interpolation_matrix(old_size, new_size)
 
 
-@cached_table(lambda base_grid_size, height, width, hidden_size: (height * width, hidden_size))
-def sincos_position_table(base_grid_size: int, height: int, width: int, hidden_size: int) -> torch.Tensor:
+@cached_table(lambda base_grid_size, size, num_channels: (size, num_channels))
+def sincos_waves(base_grid_size: int, size: int, num_channels: int) -> torch.Tensor:
+    """(size, num_channels): sin and cos, half of the channels each, of the positions along one side of a grid."""
+    half = num_channels // 2
+    frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device="cpu") / half)
+    positions = (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5) * base_grid_size / size - 0.5
+    angles = positions[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def sincos_position_table(
+    base_grid_size: int, height: int, width: int, hidden_size: int, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
     """(height * width, hidden_size): MoCo-v3's fixed embedding, at continuous positions relative to the image.
 
     The patch at the fraction u of the image's side has the position `u * base_grid_size - 1/2`. A quarter of the
     channels each: sin and cos of what MoCo-v3's code names w, then of h. Its w is the row: its meshgrid indexes "ij".
     """
-    frequencies = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64, device="cpu") / (hidden_size // 4))
-
-    def waves(size: int) -> torch.Tensor:
-        positions = (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5) * base_grid_size / size - 0.5
-        angles = positions[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-    rows = waves(height)[:, None].expand(-1, width, -1)
-    columns = waves(width)[None].expand(height, -1, -1)
-    return torch.cat([rows, columns], dim=2).flatten(0, 1)
+    rows = sincos_waves(base_grid_size, height, hidden_size // 2, device=device, dtype=dtype)
+    columns = sincos_waves(base_grid_size, width, hidden_size // 2, device=device, dtype=dtype)
+    table = torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=2)
+    return table.flatten(0, 1)
 
 
 def resize_patch_kernel(kernel: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -118,6 +86,20 @@ def resize_patch_kernel(kernel: torch.Tensor, patch_size: int) -> torch.Tensor:
     matrix = kernel_resize_matrix(kernel.shape[-1], patch_size, device=kernel.device, dtype=dtype)
     with maybe_autocast(kernel.device.type, enabled=False):
         return (matrix @ kernel.to(dtype) @ matrix.T).to(kernel.dtype)
+
+
+def resize_patches(patches: torch.Tensor, base_patch_size: int) -> torch.Tensor:
+    """(..., p, p) -> (..., p0, p0): a kernel gives on the result what its `resize_patch_kernel` gives on `patches`.
+
+    With M the matrix of `resize_patch_kernel`, `<x, M w M^T> = <M^T x M, w>`. This costs more than resizing the kernel
+    and is for projections whose kernel is out of reach.
+    """
+    if patches.shape[-1] == base_patch_size:
+        return patches
+    dtype = torch.promote_types(patches.dtype, torch.float32)
+    matrix = kernel_resize_matrix(base_patch_size, patches.shape[-1], device=patches.device, dtype=dtype)
+    with maybe_autocast(patches.device.type, enabled=False):
+        return (matrix.T @ patches.to(dtype) @ matrix).to(patches.dtype)
 
 
 def checked_patch_size(patch_size: int) -> int:
@@ -198,7 +180,10 @@ def warn_of_resize(old_size: tuple[int, int], new_size: tuple[int, int], patch_s
 
 
 def resize_to_multiple(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """(B, C, H, W), resized (bilinear, antialiased) to the nearest multiples of `patch_size`, at least one patch."""
+    """(B, C, H, W), resized (bilinear, antialiased) to the nearest multiples of `patch_size`, at least one patch.
+
+    It is computed in fp32 or better: on a CPU, torch has no antialiased resize in half precision.
+    """
     height, width = pixel_values.shape[-2:]
     if height % patch_size == 0 and width % patch_size == 0:
         return pixel_values
@@ -207,4 +192,5 @@ def resize_to_multiple(pixel_values: torch.Tensor, patch_size: int) -> torch.Ten
         max(1, (2 * width + patch_size) // (2 * patch_size)) * patch_size,
     )
     warn_of_resize((height, width), new_size, patch_size)
-    return nn.functional.interpolate(pixel_values, size=new_size, mode="bilinear", antialias=True)
+    wide = pixel_values.to(torch.promote_types(pixel_values.dtype, torch.float32))
+    return nn.functional.interpolate(wide, size=new_size, mode="bilinear", antialias=True).to(pixel_values.dtype)

@@ -132,6 +132,21 @@ def test_an_image_that_the_patch_does_not_divide(
         torch.testing.assert_close(model(pixels, patch_size=patch_size).pooler_output, same, rtol=0, atol=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["sincos", "learned"])
+def test_half_weights_and_an_image_the_patch_does_not_divide(kind: str, dtype: torch.dtype) -> None:
+    """On a CPU, torch has no antialiased resize in half precision."""
+    model: Any = AccelViTModel(config(position_embedding_type=kind)).eval()
+    for pixels in (torch.rand(2, 3, 33, 41), torch.randint(256, (2, 3, 33, 41), dtype=torch.uint8) / 255):
+        for patch_size in (8, 12):
+            expected = model.float()(pixels, patch_size).pooler_output
+            output = model.to(dtype)(pixels.to(dtype), patch_size).pooler_output
+            assert output.dtype == dtype
+            torch.testing.assert_close(output.float(), expected, rtol=0, atol=0.1)
+    resized = resize_to_multiple(torch.rand(1, 3, 9, 9).to(dtype), 8)
+    assert resized.dtype == dtype and resized.shape == (1, 3, 8, 8)
+
+
 def test_the_resize_is_reported_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(shortening_accel_vit, "_resize_was_reported", False)
     monkeypatch.setattr(shortening_accel_vit.logger, "propagate", True, raising=False)

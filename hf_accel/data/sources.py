@@ -113,7 +113,8 @@ class ImageSource:
 
     def _open(self, index: int, record: dict | None) -> Image:
         record = record or {"path": None}
-        name = record.get("path") or f"{self.name}[{index}]"
+        row = index if self._whole is None else int(self._whole[1][index])
+        name = record.get("path") or f"{self.name}[{row}]"
         try:
             content = record.get("bytes")
             image = PIL.Image.open(io.BytesIO(Path(record["path"]).read_bytes() if content is None else content))

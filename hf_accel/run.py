@@ -11,7 +11,13 @@ if str(_FOLDER.parent) not in sys.path:
 
 # What imports torch, which takes seconds, is imported only once the recipe is known to be sound.
 import argparse  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import threading  # noqa: E402
+import time  # noqa: E402
 from importlib import import_module  # noqa: E402
+from typing import NoReturn  # noqa: E402
 
 from hf_accel.recipe import Recipe, RecipeError, describe_keys, load_recipe  # noqa: E402
 
@@ -24,6 +30,9 @@ TASKS = {
     "cost": ("cost_task", "cost_report"),
 }
 """For each value of the key `task` the module of this package and the function in it."""
+
+PATIENCE = 10.0
+"""Seconds in which torch's launcher has ended the other processes once one of them has failed."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,9 +50,10 @@ def main(argv: list[str] | None = None) -> None:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         run_task(recipe)
     except RecipeError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        end_with(error)
     except KeyboardInterrupt:
-        sys.exit("Interrupted. The same command goes on from what is saved in output_dir")
+        first = not int(os.environ.get("LOCAL_RANK", 0))
+        sys.exit("Interrupted. The same command goes on from what is saved in output_dir" if first else 1)
 
 
 def run_task(recipe: Recipe) -> None:
@@ -60,7 +70,26 @@ def run_task(recipe: Recipe) -> None:
         with explained_failures(), writing(Path(recipe.output_dir), AGAIN, reads_too=True):
             task(recipe)
     except (TrainingDiverged, CorruptDataError, PushFailed, WorkersFailed, WriteFailed) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        end_with(error)
+
+
+def end_with(error: Exception) -> NoReturn:
+    """End this process with an error in a line, which is printed once and last, whatever the number of processes.
+
+    When one of several processes fails, torch's launcher ends the others, and closes with a report that quotes what the
+    failed one has left in its error file. So the first process of a machine leaves its message there and does not print
+    it. The others wait to be ended. One that is still there after PATIENCE seconds has failed alone: it leaves its own.
+    """
+    message, path = f"{type(error).__name__}: {error}", os.environ.get("TORCHELASTIC_ERROR_FILE")
+    report = {"message": message, "timestamp": int(time.time())}  # the report closes with the earliest error
+    if not path:
+        sys.exit(message)
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PATIENCE)
+    Path(path).write_text(json.dumps(report))
+    sys.exit(1)
 
 
 if __name__ == "__main__":

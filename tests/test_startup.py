@@ -1,10 +1,18 @@
 """What is answered before torch is imported, which takes seconds, and that `import hf_accel` registers the classes."""
 
+import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import hf_accel.run as entry
+from hf_accel.recipe import RecipeError
+from hf_accel.trainer import TrainingDiverged
+from tests.engine_runs import start_with
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -50,3 +58,50 @@ def test_import_hf_accel_is_enough_for_automodel():
     code = "import hf_accel; from transformers import AutoModel, AutoConfig; print(AutoConfig.for_model('accel_vit')"
     code += ".model_type, hf_accel.AccelViTModel.__name__, AutoModel._model_mapping[hf_accel.AccelViTConfig].__name__)"
     assert run(code) == "accel_vit AccelViTModel AccelViTModel\n"
+
+
+def test_one_process_prints_its_error_itself(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    with pytest.raises(SystemExit, match=r"^RecipeError: bacth_size=3: there is no such key"):
+        entry.main(["recipes/moco.yaml", "bacth_size=3"])
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("kind", [RecipeError, TrainingDiverged])
+def test_one_of_several_processes_leaves_its_error_to_the_launcher(kind, rank, monkeypatch, tmp_path, capsys):
+    def fail(recipe):
+        raise kind("what is wrong")
+
+    slept, handler = [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr("time.sleep", slept.append)
+    monkeypatch.setattr("hf_accel.pretrain_task.pretrain", fail)
+    monkeypatch.setattr("hf_accel.engine.end_with_launcher", lambda: None)
+    try:
+        with pytest.raises(SystemExit) as end:
+            entry.main(["recipes/moco.yaml"])
+        assert rank == "0" or signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # it ends when it is told to
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert end.value.code == 1 and capsys.readouterr() == ("", "")
+    assert json.loads((tmp_path / "error.json").read_text())["message"] == f"{kind.__name__}: what is wrong"
+    assert slept == ([] if rank == "0" else [entry.PATIENCE])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "override", "message"),
+    [
+        ("cpu_2proc", "bacth_size=3", "RecipeError: bacth_size=3: there is no such key"),
+        ("cpu_2proc", "batch_size=7", "RecipeError: batch_size=7: must be a multiple of"),
+        ("ddp", "seed=3", "RecipeError: 2 processes on GPUs were asked for"),
+    ],
+)
+def test_under_several_processes_an_error_is_printed_once_and_last(config, override, message, tmp_path):
+    if config == "ddp" and torch.accelerator.is_available():
+        pytest.skip("the launch is sound where there is a GPU")
+    process = start_with(config, ROOT / "recipes/moco.yaml", tmp_path / "run", override, processes=2)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode != 0 and stdout.count(message) == 0 and stderr.count(message) == 1, stderr
+    assert message in [line for line in stderr.splitlines() if line.strip("= ")][-1]

@@ -74,11 +74,12 @@ class Bench:
 
 
 def evaluate(recipe: Recipe) -> None:
-    """Takes each evaluation of the recipe, at each patch size, with each seed, and adds it to `results.json` at once.
+    """Take each evaluation of the recipe, at each patch size, with each seed, and add it to `results.json` at once.
 
-    What is there already, of the same weights, images, settings and seed, is not taken again: the same command goes on
-    where it was interrupted. The standard deviation over seeds is that of the probe's or the fine-tuning's own draws:
-    the encoder stays. Every process computes the same; the main one writes.
+    Patch sizes that an encoder or an evaluation does not have are skipped, and the table says so. What is there
+    already, of the same weights, images, settings and seed, is not taken again: the same command goes on where it was
+    interrupted. The standard deviation over seeds is that of the probe's or the fine-tuning's own draws: the encoder
+    stays. Every process computes the same; the main one writes.
     """
     output_of(recipe)
     if "finetune" in recipe.evaluations and shards_weights():
@@ -94,14 +95,15 @@ def evaluate(recipe: Recipe) -> None:
     shown = {"image_size": size, "mean": [round(x, 4) for x in mean], "std": [round(x, 4) for x in std]}
     encoder.to(arguments.device)  # pyright: ignore[reportArgumentType]
     bench = Bench(recipe, arguments, encoder, processor, weights_digest(encoder), shown, source, validation)
-    for patch_size in patch_sizes_of(recipe, encoder):
-        for name in recipe.evaluations:
-            for seed in recipe.eval_seeds if name != "knn" else [None]:
-                take(bench, name, patch_size, seed)
+    chosen, skipped = combinations(recipe, encoder)
+    for name, patch_size in chosen:
+        for seed in recipe.eval_seeds if name != "knn" else [None]:
+            take(bench, name, patch_size, seed)
     if is_main():
         entries = read_results(recipe.output_dir)["evaluations"]
         same = [entry for entry in entries if (entry["data"], entry["validation"]) == (recipe.data, validation.name)]
-        say(f"\n{recipe.data}, {validation.name}, {len(validation)} images:\n{evaluation_table(same)}")
+        table = evaluation_table(same, [(str(recipe.checkpoint), *row) for row in skipped])
+        say(f"\n{recipe.data}, {validation.name}, {len(validation)} images:\n{table}")
     barrier()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -261,23 +263,29 @@ def encoder_of(recipe: Recipe, source: ImageSource) -> tuple[PreTrainedModel, An
     return encoder, processor
 
 
-def patch_sizes_of(recipe: Recipe, encoder: PreTrainedModel) -> list[int | None]:
-    """The patch sizes to evaluate at, in turn; None for an encoder that has no such thing.
+def combinations(
+    recipe: Recipe, encoder: PreTrainedModel
+) -> tuple[list[tuple[str, int | None]], list[tuple[str, int, str]]]:
+    """The (evaluation, patch size) pairs to take, and those to skip with the reason.
 
-    Raises:
-        RecipeError: others than its own for an encoder that takes none, or for fine-tuning.
+    An evaluation that has none of the recipe's patch sizes is taken at the encoder's own, None where it has no such
+    thing, so that one command serves encoders of every kind.
     """
     own = getattr(encoder.config, "patch_size", None)
     base = own if isinstance(own, int) else None
-    others = [size for size in recipe.eval_patch_sizes if size != base]
-    about = f"eval_patch_sizes={recipe.eval_patch_sizes}"
-    if others and not takes_patch_size(encoder):
-        raise RecipeError(
-            f"{about}: {type(encoder).__name__} ({recipe.checkpoint}) has one patch size, {base}: leave the key out"
-        )
-    if others and "finetune" in recipe.evaluations:
-        raise RecipeError(f"{about}: fine-tuning is at the base patch, {base}; take it by itself, without this key")
-    return list(recipe.eval_patch_sizes) or [base]
+    only = f"the encoder has one patch size, {base}" if base else "the encoder has no patch size to choose"
+    if takes_patch_size(encoder):
+        only = f"fine-tuning is at the base patch size, {base}"
+    fixed = [name for name in recipe.evaluations if name == "finetune" or not takes_patch_size(encoder)]
+    chosen: list[tuple[str, int | None]] = []
+    skipped: list[tuple[str, int, str]] = []
+    for size in dict.fromkeys(recipe.eval_patch_sizes or [base]):
+        for name in recipe.evaluations:
+            if size is not None and size != base and name in fixed:
+                skipped.append((name, size, only))
+            else:
+                chosen.append((name, size))
+    return chosen + [(name, base) for name in fixed if (name, base) not in chosen], skipped
 
 
 def folder_name(question: dict[str, Any], seed: int | None) -> str:

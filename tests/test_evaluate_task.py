@@ -10,11 +10,23 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, PreTrainedModel, ViTMAEConfig, ViTMAEModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    Dinov2Config,
+    Dinov2Model,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetModel,
+    ViTMAEConfig,
+    ViTMAEModel,
+)
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 import hf_accel.evaluate_task as evaluate_task
+from hf_accel import AccelViTConfig, AccelViTModel
 from hf_accel.evaluation import load_encoder, weights_digest
+from hf_accel.recipe import Recipe
 from tests.test_tasks import stop_at
 from tests.tiny_runs import RECIPE, SIZE, STEPS, WEIGHTS, image_folder, launch, read
 
@@ -29,6 +41,7 @@ SIZES: dict[str, Any] = {
     "patch_size": 4,
 }
 TASK = ["task=evaluate", "linear_config.epochs=20", "finetune_config.epochs=2", "finetune_config.batch_size=30"]
+TAKEN = evaluate_task.EVALUATIONS
 ALL = "evaluations=[knn, linear, logistic, finetune]"
 
 
@@ -139,6 +152,46 @@ def test_patch_sizes(whole, folder, tmp_path, capsys):
     assert "at patch 8: top-1" in capsys.readouterr().out
 
 
+def test_one_command_compares_encoders_of_every_kind(whole, dinov2, folder, tmp_path, capsys, monkeypatch):
+    """What has one patch size is taken at it, once; the table names what was skipped, and why."""
+    names = ("knn", "linear", "finetune")
+    quick = {name: (settings, lambda *_: {"top1": 0.5, "top5": 1.0}) for name, (settings, _) in TAKEN.items()}
+    monkeypatch.setattr(evaluate_task, "EVALUATIONS", quick)
+    command = [*TASK, f"evaluations=[{', '.join(names)}]", "eval_patch_sizes=[4, 8]"]
+    for checkpoint, skipped in (
+        (whole / "final", {"finetune": "fine-tuning is at the base patch size, 4"}),
+        (dinov2, dict.fromkeys(names, "the encoder has one patch size, 4")),
+    ):
+        launch(folder, tmp_path / "run", *command, f"checkpoint={checkpoint}")
+        rows = [line for line in capsys.readouterr().out.splitlines() if " skipped " in line]
+        assert len(rows) == len(skipped)
+        for row, (name, reason) in zip(rows, skipped.items(), strict=True):
+            assert row.split()[:3] == [str(checkpoint), name, "8"] and row.endswith(reason)
+    taken = [(entry["checkpoint"], entry["evaluation"], entry["patch_size"]) for entry in entries(tmp_path / "run")]
+    ours = [("knn", 4), ("linear", 4), ("finetune", 4), ("knn", 8), ("linear", 8)]
+    assert taken == [(str(whole / "final"), *row) for row in ours] + [(str(dinov2), name, 4) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "patched", "chosen", "skipped"),
+    [
+        ([], True, [("knn", 4), ("finetune", 4)], []),
+        ([8], True, [("knn", 8), ("finetune", 4)], [("finetune", 8)]),
+        ([8, 8, 4], True, [("knn", 8), ("knn", 4), ("finetune", 4)], [("finetune", 8)]),
+        ([], False, [("knn", None), ("finetune", None)], []),
+        ([4, 8], False, [("knn", None), ("finetune", None)], [(n, s) for s in (4, 8) for n in ("knn", "finetune")]),
+    ],
+)
+def test_combinations(sizes, patched, chosen, skipped):
+    names = ["knn", "finetune"]
+    recipe = Recipe(task="evaluate", checkpoint="x", evaluations=names, eval_patch_sizes=sizes)
+    encoder: Any = AccelViTModel(AccelViTConfig(**{**SIZES, "image_size": SIZE}, intermediate_size=32))
+    if not patched:
+        encoder = ResNetModel(ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic"))
+    taken, left = evaluate_task.combinations(recipe, encoder)
+    assert taken == chosen and [row[:2] for row in left] == skipped
+
+
 @pytest.mark.slow
 def test_evaluations_in_the_folder_of_a_run_that_goes_on(folder, tmp_path, monkeypatch, capsys):
     output = tmp_path / "run"
@@ -197,12 +250,6 @@ def test_checkpoints_that_cannot_be_evaluated(dinov2, folder, tmp_path):
     }
     text = saved("text", BertModel(BertConfig(**sizes, vocab_size=20)))
     refused(folder, tmp_path / "2", "RecipeError: checkpoint=.*BertModel takes input_ids, not images", text)
-    patches = "eval_patch_sizes=[4, 5]"
-    one = r"eval_patch_sizes=\[4, 5\]: Dinov2Model \(.*\) has one patch size, 4"
-    refused(folder, tmp_path / "3", one, f"checkpoint={dinov2}", patches)
-    assert not (tmp_path / "3" / "results.json").exists()
-    base = "fine-tuning is at the base patch, 4"
-    refused(folder, tmp_path / "4", base, "checkpoint=random", "evaluations=[finetune]", "eval_patch_sizes=[8]")
     mae = saved("mae", ViTMAEModel(ViTMAEConfig(**sizes, image_size=SIZE, patch_size=4)))
     refused(folder, tmp_path / "5", "no image classification model of type 'vit_mae'", mae, "evaluations=[finetune]")
 

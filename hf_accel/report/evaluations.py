@@ -60,10 +60,13 @@ def _same(entry: Mapping[str, Any], question: Mapping[str, Any]) -> bool:
     return all(name in entry and entry[name] == value for name, value in asked.items())
 
 
-def evaluation_table(entries: Sequence[Mapping[str, Any]]) -> str:
+def evaluation_table(entries: Sequence[Mapping[str, Any]], skipped: Sequence[tuple[str, str, int, str]] = ()) -> str:
     """Lines of text: encoder, evaluation, patch size, training images, top-1 mean and std over seeds, 95% interval.
 
     The evaluation's settings follow its name as far as entries differ in them.
+
+    Args:
+        skipped: encoder, evaluation, patch size and reason of what was asked for and not taken.
     """
     rows = [("encoder", "evaluation", "patch", "labels", "seeds", "top-1, %", "95% interval")]
     for entry in sorted(
@@ -83,6 +86,9 @@ def evaluation_table(entries: Sequence[Mapping[str, Any]]) -> str:
                 f"{100 * low:.1f} to {100 * high:.1f}",
             )
         )
+    rows += [
+        (encoder, name, str(patch_size), "", "", "skipped", reason) for encoder, name, patch_size, reason in skipped
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

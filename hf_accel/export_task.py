@@ -6,7 +6,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from transformers.utils.hub import cached_file
 from .assemble import output_of
 from .distributed import say
 from .evaluation import load_processor, refuse_run_folder
+from .hub import CARD_NAME, Export, export_card, stated_licence
 from .models import AccelViTConfig, AccelViTForImageClassification, AccelViTModel
 from .models.conversion import State, from_dinov2, from_vit, to_dinov2, to_vit, with_learned_positions
 from .models.conversion_timm import from_timm, to_timm
@@ -56,6 +57,7 @@ class Source:
     state: State
     model: nn.Module
     processor: Any = None
+    licence: dict[str, str] = field(default_factory=dict)
 
     def features(self, patch_size: int) -> Features:
         ours = isinstance(self.model, AccelViTModel | AccelViTForImageClassification)
@@ -97,6 +99,19 @@ def export(recipe: Recipe) -> None:
                 f"export_format={recipe.export_format!r}: the features of what was written differ by {difference:.1e} "
                 f"(relative; at most {TOLERANCE:.0e}), so nothing was kept"
             )
+        about = Export(
+            export_format=recipe.export_format,
+            checkpoint=str(recipe.checkpoint),
+            kind=source.kind,
+            licence=source.licence,
+            config=source.config,
+            patch_size=patch_size,
+            classifies="classifier.weight" in source.state,
+            has_processor=source.processor is not None,
+            difference=difference,
+            folder=target.resolve(),
+        )
+        (folder / CARD_NAME).write_text(export_card(about), encoding="utf-8")
         folder.rename(target)
     processor = "with" if source.processor is not None else "without"
     say(
@@ -155,8 +170,11 @@ def read_source(recipe: Recipe) -> Source:
             config = json.loads(Path(cast(str, cached_file(checkpoint, "config.json"))).read_text())
             weights = cached_file(checkpoint, "model.safetensors") if "architecture" in config else None
         if weights is not None:
-            return timm_source(recipe, Path(weights), config)
-        return transformers_source(checkpoint, config)
+            source = timm_source(recipe, Path(weights), config)
+        else:
+            source = transformers_source(checkpoint, config)
+        source.licence = stated_licence(checkpoint, config)
+        return source
     except ValueError as error:
         if isinstance(error, RecipeError):
             raise

@@ -177,7 +177,8 @@ def complete_final(recipe: Recipe, results: dict[str, Any], model_id: str | None
 
     Args:
         recipe: its `output_dir` is the run's; `license` is stated.
-        model_id: the repository that the card names; default: the one it was or will be pushed to, if that is known.
+        model_id: the repository that the card names; default: the one it was or will be pushed to, if that is known,
+            else the folder, by its whole path, so that the card's code runs from anywhere.
     """
     output = Path(recipe.output_dir)
     config = AccelViTConfig.from_pretrained(output / FINAL)
@@ -194,7 +195,7 @@ def complete_final(recipe: Recipe, results: dict[str, Any], model_id: str | None
     repo_id = model_id or hub_of(recipe).repo_id
     if repo_id:
         run = replace(run, name=repo_id.split("/")[-1])
-    return write_card(run, output / FINAL / CARD_NAME, repo_id or FINAL)
+    return write_card(run, output / FINAL / CARD_NAME, repo_id or (output / FINAL).resolve().as_posix())
 
 
 def publish(recipe: Recipe, hub: HubRepository | None = None) -> None:
@@ -212,7 +213,7 @@ def publish(recipe: Recipe, hub: HubRepository | None = None) -> None:
             patiently(partial(check_hub, recipe, hub))
         results = json.loads((output / "results.json").read_text())
         complete_final(recipe, results, hub.repo_id)
-        files = final_files(output, recipe.hub_optimizer)
+        files = {**final_files(output, recipe.hub_optimizer), **published_card(output, str(hub.repo_id))}
         if hub.holds(files):
             say(f"{hub.marker()['url']} holds all of it (remove {hub.folder} to push it again)")
             return
@@ -223,6 +224,14 @@ def publish(recipe: Recipe, hub: HubRepository | None = None) -> None:
             f"{error}. The run itself is complete, and all of it is in {output}: launch the same command again to push"
         ) from error
     say(f"Pushed to {url}")
+
+
+def published_card(output: Path, repo_id: str) -> Files:
+    """The card of final/ with the repository in the place of this folder, which one that somebody wrote may name."""
+    path = output / FINAL / CARD_NAME
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    here = path.parent.resolve().as_posix()
+    return {CARD_NAME: text.replace(here, repo_id).encode()} if here in text else {}
 
 
 def final_files(output: Path, optimizer: bool) -> Files:

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import PIL.Image
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -115,7 +114,6 @@ def test_whoever_has_transformers_loads_what_the_run_saved(pushed, hub, tmp_path
 def test_the_code_of_the_card_runs(pushed, hub, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", of(hub).files["README.md"].decode(), re.DOTALL)
     assert 'model_id = "ann/run"' in code and "patch_size=8" in code
-    PIL.Image.new("L", (40, 30)).save(tmp_path / "image.png")
     shapes = "\nprint(tuple(features.shape), tuple(cheaper.shape), torch.equal(features, cheaper))"
     assert python(hub.url, code + shapes, tmp_path).strip() == "(1, 32) (1, 32) False"
 
@@ -312,7 +310,12 @@ def test_task_card_writes_it_anew_and_keeps_what_is_somebodys_own(no_push, image
     assert titles == [f"moco on {images.name}"]  # a figure, too, tells no path
     path = no_push / "final" / "README.md"
     first = path.read_text()
-    assert 'model_id = "final"' in first and "license: mit" in first and str(tmp_path) not in first
+    model_id = f'model_id = "{path.parent.resolve().as_posix()}"  # this folder; its Hub id, once it is uploaded\n'
+    assert "license: mit" in first and model_id in first and str(tmp_path) not in first.replace(model_id, "")
+    (code,) = re.findall(r"```python\n(.*?)```", first, re.DOTALL)
+    shapes = "\nprint(tuple(features.shape), tuple(cheaper.shape))"
+    (tmp_path / "elsewhere").mkdir()
+    assert python("http://127.0.0.1:9", code + shapes, tmp_path / "elsewhere").strip() == "(1, 32) (1, 32)"
     assert {"curves.png", "schedule.png"} <= {file.name for file in path.parent.iterdir()}
     path.unlink()
     card = ["task=card", f"checkpoint={no_push / 'final'}"]

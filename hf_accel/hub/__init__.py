@@ -2,6 +2,7 @@
 
 from .accuracy import FINAL
 from .card import CARD_NAME, FIGURES, Run, card_text, read_run, schedule_of, write_card
+from .export_card import Export, export_card, stated_licence
 from .push import STATE_FOLDER, Files, HubRepository, PushFailed, PushRefused, patiently, push_failure, stage
 from .redact import without_local_paths
 
@@ -10,17 +11,20 @@ __all__ = [
     "FIGURES",
     "FINAL",
     "STATE_FOLDER",
+    "Export",
     "Files",
     "HubRepository",
     "PushFailed",
     "PushRefused",
     "Run",
     "card_text",
+    "export_card",
     "patiently",
     "push_failure",
     "read_run",
     "schedule_of",
     "stage",
+    "stated_licence",
     "without_local_paths",
     "write_card",
 ]

@@ -1,5 +1,6 @@
 """The model card of a run, from what the run wrote: valid metadata, and code that can be executed."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -122,19 +123,20 @@ def write_card(run: Run, path: Path, model_id: str) -> bool:
 
 
 def usage(model_id: str, run: Run) -> str:
-    """Python that turns an image file into features."""
-    base = run.config.patch_size
-    larger = next((size for size in possible_patch_sizes(run.config.image_size, base) if size > base), None)
+    """Python that turns an image into features in a fresh process, wherever it is pasted."""
+    base, size = run.config.patch_size, run.config.image_size
+    larger = next((patch for patch in possible_patch_sizes(size, base) if patch > base), None)
+    here = "  # this folder; its Hub id, once it is uploaded" if Path(model_id).is_dir() else ""
     lines = [
         "import torch",
         "from PIL import Image",
         "from transformers import AutoImageProcessor, AutoModel",
         "",
-        f'model_id = "{model_id}"',
+        f"model_id = {json.dumps(model_id)}" + here,
         "processor = AutoImageProcessor.from_pretrained(model_id, trust_remote_code=True)",
         "model = AutoModel.from_pretrained(model_id, trust_remote_code=True).eval()",
         "",
-        'image = Image.open("image.png").convert("RGB")  # any image of yours',
+        f'image = Image.new("RGB", ({size}, {size}))  # or Image.open(...).convert("RGB")',
         'inputs = processor(image, return_tensors="pt")',
         "with torch.no_grad():",
         f"    features = model(**inputs).pooler_output  # shape (1, {run.config.hidden_size})",

@@ -8,6 +8,7 @@ from transformers.trainer_callback import ProgressCallback as ProgressBar
 from .compression.gradient_error import GradientErrorAccumulator, GradientNotFinite
 from .compression.online import OnlineController
 from .probe import GradientProbe
+from .stopping import stop_together
 
 
 class AutoScheduleCallback(TrainerCallback):
@@ -51,6 +52,7 @@ class AutoScheduleCallback(TrainerCallback):
         accumulator = GradientErrorAccumulator(cost, recipe.search_horizon)
         probe = GradientProbe(trainer.whole_objective(), recipe, trainer.source, progress, recipe.search_parameters)
         for draw in range(step * controller.draws, (step + 1) * controller.draws):
+            stop_together()  # the launch that resumes probes from the first draw on
             reference = probe(None, draw)
             gradients = {s: reference if s == controller.ladder[-1] else probe(s, draw) for s in due}
             try:

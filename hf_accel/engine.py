@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 from .recipe import Recipe, RecipeError
+from .signals import launcher_ended
 
 PRECISIONS = ("no", "bf16", "fp16")
 
@@ -143,17 +144,19 @@ def end_with_launcher() -> None:
     """Where a launcher started this process, see to it that it does not go on alone once the launcher is gone.
 
     torch's, which several processes have, hands SIGTERM and SIGINT on and waits: it is gone only if it was killed, and
-    so are its processes then, before the run is launched again. That of one process just dies of SIGTERM; the
-    process gets one of its own, and stops at a checkpoint.
+    so are its processes then, before the run is launched again. That of one process just dies of SIGTERM; its process
+    then stops at a checkpoint or, where it trains nothing, ends.
     """
     if not _is_launched():
         return
-    parent, number = os.getppid(), signal.SIGKILL if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIGTERM
+    parent, several = os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
-        signal.pthread_kill(threading.main_thread().ident or 0, number)  # wakes it, whatever it waits for
+        if several or not launcher_ended():
+            number = signal.SIGKILL if several else signal.SIGTERM
+            signal.pthread_kill(threading.main_thread().ident or 0, number)  # wakes it, whatever it waits for
 
     threading.Thread(target=watch, daemon=True).start()
 

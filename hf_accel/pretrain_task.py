@@ -1,5 +1,6 @@
 """`task=pretrain`: train until the budget is spent, resume where a run was interrupted, and write `final/`."""
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from .assemble import (
 from .checkpoints import AGAIN, checkpoints, damage, writing
 from .compression import Plan
 from .data import ImageSource, image_processor
-from .distributed import broadcast_object, is_main, say
+from .distributed import barrier, broadcast_object, is_main, say
 from .evaluation import raw_pixel_features, weights_digest
 from .objectives import ObjectiveForPreTraining
 from .publish import PushCallback, complete_final, describe_data, publish, start_hub
 from .recipe import Recipe
 from .report import environment, plot_curves, read_results, run_is_complete, write_json, write_text
+from .signals import STOPPED
 from .trainer import PretrainTrainer, knn_of
 
 
@@ -46,7 +48,7 @@ def pretrain(recipe: Recipe) -> None:
 
 
 def train(recipe: Recipe, arguments: TrainingArguments, checkpoint: Path | None) -> None:
-    """Train from `checkpoint`, or from the start, and finish the run, unless it is stopped before."""
+    """Train from `checkpoint`, or from the start, and finish the run. After a stop exit with the code STOPPED."""
     output, hub = Path(recipe.output_dir), start_hub(recipe)
     arguments.eval_on_start &= checkpoint is None
     model = build_objective(recipe)
@@ -70,10 +72,12 @@ def train(recipe: Recipe, arguments: TrainingArguments, checkpoint: Path | None)
     if checkpoint:
         say(f"Resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.state.global_step < plan.num_steps:
+    if trainer.stopped:
         say(f"Stopped at step {trainer.state.global_step} of {plan.num_steps}; the same command resumes.")
-    else:
-        finish(trainer, recipe, source, validation)
+        barrier()  # a launcher ends the other processes when the first one ends with a code other than 0
+        trainer.end()
+        sys.exit(STOPPED)
+    finish(trainer, recipe, source, validation)
     trainer.end()
     if recipe.push_to_hub and run_is_complete(output):
         publish(recipe, hub)

@@ -1,27 +1,22 @@
 """What happens around each step of a run: settings that are functions of progress, the target branch, a clean stop."""
 
-import signal
 from typing import Any, cast
 
 from transformers import TrainerCallback
 
-from . import distributed
 from .progress import cosine, learning_rate_factor
 from .sharding import skip_step
+from .stopping import stop_agreed
 
 
 class ProgressCallback(TrainerCallback):
-    """Sets what is a function of progress, updates the target branch, and stops cleanly on SIGTERM."""
+    """Sets what is a function of progress, updates the target branch, and answers a request to stop."""
 
     def __init__(self, trainer: Any):
-        self.trainer, self.terminated, self.seen, self.hosts = trainer, False, 0.0, None
+        self.trainer, self.seen = trainer, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        def note(signum, frame):
-            self.terminated = True
-
-        signal.signal(signal.SIGTERM, note)
-        self.seen, self.hosts = self.share_done(state), distributed.host_group()
+        self.seen = self.share_done(state)
         if self.trainer.is_deepspeed_enabled:
             self.wrap_engine_step(self.trainer.deepspeed, state)
         if state.global_step == 0 and 0 in self.trainer.recipe.keep_points:
@@ -74,7 +69,5 @@ class ProgressCallback(TrainerCallback):
         trainer.keep_now = any(before < point <= self.seen for point in trainer.recipe.keep_points)
         control.should_save |= trainer.keep_now
         control.should_log |= state.global_step == state.max_steps  # what came after the last full window, too
-        # The signal reaches the processes at different steps, and all must stop at one
-        self.terminated = distributed.on_any(self.terminated, self.hosts)
-        if self.terminated:
-            control.should_save = control.should_training_stop = True
+        if stop_agreed():
+            trainer.stopped = control.should_save = control.should_training_stop = True

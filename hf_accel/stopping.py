@@ -1,5 +1,6 @@
 """A stop that was requested from outside, as by SIGTERM, and that long loops answer between their batches."""
 
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -9,7 +10,7 @@ from .distributed import host_group, on_any, world_size
 
 Item = TypeVar("Item")
 
-_state: dict[str, Any] = {"requested": False, "world": None, "hosts": None}
+_state: dict[str, Any] = {"requested": False, "answered": False, "looked": 0.0, "world": None, "hosts": None}
 
 
 class Stopped(RuntimeError):
@@ -22,13 +23,24 @@ def request_stop() -> None:
 
 
 def stop_requested() -> bool:
-    """Whether this process was asked to stop."""
+    """Whether this process was asked to stop. What calls this often shows that the process is not stuck."""
+    _state["looked"] = time.monotonic()
     return _state["requested"]
+
+
+def seconds_since_look() -> float:
+    """Since this process last looked at whether it was asked to stop."""
+    return time.monotonic() - _state["looked"]
+
+
+def stop_answered() -> bool:
+    """Whether the processes have agreed to stop, and do what is left to do."""
+    return _state["answered"]
 
 
 def clear_stop() -> None:
     """Forget a request, as at the start of a run."""
-    _state["requested"] = False
+    _state["requested"] = _state["answered"] = False
 
 
 def until_stopped(items: Iterable[Item]) -> Iterator[Item]:
@@ -48,9 +60,16 @@ def until_stopped(items: Iterable[Item]) -> Iterator[Item]:
     stop_together()
 
 
+def stop_agreed() -> bool:
+    """Whether a process was asked to stop, and so all of them are. Every process must call this at the same point."""
+    if on_any(stop_requested(), _hosts()):
+        _state["requested"] = _state["answered"] = True
+    return _state["answered"]
+
+
 def stop_together() -> None:
     """Raise Stopped on all processes if one was asked to stop. Every process must call this at the same point."""
-    if on_any(stop_requested(), _hosts()):
+    if stop_agreed():
         raise Stopped("a stop was requested")
 
 

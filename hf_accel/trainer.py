@@ -1,9 +1,7 @@
 """`PretrainTrainer`: the transformers Trainer, driven by a plan that spends a budget along a schedule."""
 
-import json
 import math
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,19 +13,23 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import distributed
 from .auto_schedule import AutoScheduleCallback
-from .checkpoints import last_complete_checkpoint, read_state, remove_interrupted, remove_old, seal, writing
+from .checkpoints import last_complete_checkpoint, remove_interrupted, remove_old, seal, writing
 from .compression import Compression, Plan, Strategy
 from .compression.cost import TABLE_NAME
 from .compression.online import OnlineController
 from .data import AUGMENTATIONS, ImageSource, TrainSampler, eval_loader, image_processor, make_views, train_loader
+from .data.loader import StepBatches, WholeRun
 from .draws import generator
 from .engine import engine_of
 from .evaluation import extract_features, knn_accuracy
 from .monitoring import CollapseMonitor
 from .objectives import Draw, ObjectiveForPreTraining
 from .progress_callback import ProgressCallback
-from .recipe import Recipe, RecipeError
+from .recipe import Recipe
+from .resuming import take_over
 from .sharding import is_sharded, separate_group, shards, whole_state
+from .signals import stopping_on_sigterm
+from .stopping import Stopped, stop_agreed, stop_requested
 
 KEPT_NAME = "kept"
 """Folder in `output_dir` of the checkpoints at `keep_points`, which are not removed."""
@@ -63,6 +65,7 @@ class PretrainTrainer(Trainer):
     ):
         self.recipe, self.plan, self.source, self.validation = recipe, plan, source, validation
         self.controller, self.most_steps, self.keep_now = controller, plan.num_steps, False
+        self.stopped = self.evaluation_due = False
         self.view_configs = model.view_configs(AUGMENTATIONS[recipe.augmentation])
         self.seconds = {"total": 0.0, "data": 0.0, "forward_backward": 0.0, "evaluation": 0.0}
         self.cpu_seconds = 0.0
@@ -105,66 +108,44 @@ class PretrainTrainer(Trainer):
 
     def get_train_dataloader(self):
         """One pass is the whole run, from the step that is next: a resumed run reads no batch only to skip it."""
-        sampler = TrainSampler(
-            len(self.source),
-            self.args.per_device_train_batch_size,
-            self.args.world_size,
-            self.args.process_index,
-            self.args.gradient_accumulation_steps,
-            self.recipe.seed,
-            first_step=self._first_step,
-            last_step=self.most_steps,
-        )
-        loader = train_loader(
-            self.source,
-            sampler,
-            self.view_configs,
-            self.view_size,
-            self.recipe.num_workers,
-            self.recipe.seed,
-            pin_memory=self.args.device.type != "cpu",
-        )
-        return WholeRun(loader, self.most_steps * self.args.gradient_accumulation_steps)
+        args, recipe = self.args, self.recipe
+        shard = (args.per_device_train_batch_size, args.world_size, args.process_index)
+        steps = {"first_step": self._first_step, "last_step": self.most_steps}
+        sampler = TrainSampler(len(self.source), *shard, args.gradient_accumulation_steps, recipe.seed, **steps)
+        views, pinned = (self.view_configs, self.view_size), args.device.type != "cpu"
+        loader = train_loader(self.source, sampler, *views, recipe.num_workers, recipe.seed, pin_memory=pinned)
+        return WholeRun(loader, self.most_steps * args.gradient_accumulation_steps)
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any):
-        self._first_step = 0
+        """As the Trainer's. SIGTERM stops it at a checkpoint, and `stopped` is then true."""
+        self._first_step, self.stopped = 0, False
         if resume_from_checkpoint:
-            state = read_state(Path(resume_from_checkpoint))
-            now = engine_of(self.accelerator)
-            if state.get("engine", now) != now:
-                raise RecipeError(
-                    f"{resume_from_checkpoint} was saved by {state['engine']}, and this is {now}, which would lose the "
-                    "optimizer's state. Launch the run as it was started, or anew in another output_dir"
-                )
-            self._first_step, self.seconds = state["step"], state["seconds"]
-            self.cpu_seconds = state.get("cpu_seconds", 0.0)
-            self.source.bad |= {int(index): tuple(what) for index, what in state.get("unreadable", {}).items()}
-            if self.controller:
-                try:
-                    self.controller.restore(state["controller"])
-                except ValueError as error:
-                    raise RecipeError(f"schedule='auto': {resume_from_checkpoint}: {error}") from None
-                self.plan.restore(state["plan"], self.recipe.patch_size)
-                self.args.max_steps = self.plan.num_steps
-            elif "plan" in state and state["plan"] != json.loads(json.dumps(self.plan.state())):
-                raise RecipeError(
-                    f"schedule={self.recipe.schedule!r}: {resume_from_checkpoint} was trained along another plan; "
-                    "restore the schedule's file (or the measured costs) to continue, or choose another output_dir"
-                )
+            self._first_step = take_over(self, Path(resume_from_checkpoint))
         self._started, self._seconds_before = time.perf_counter(), self.seconds["total"]
         self._cpu_before = self.cpu_seconds - time.process_time()
         self._window = (self._started, self._first_step, self.seconds["data"])
-        handler = signal.getsignal(signal.SIGTERM)  # the run has its own, to stop cleanly
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            signal.signal(signal.SIGTERM, handler)
+        with stopping_on_sigterm():
+            try:
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                self.stopped |= stop_agreed()  # a signal that came after the last step
+                return output
+            except Stopped:
+                self._save_between_steps()
+
+    def _save_between_steps(self) -> None:
+        """Save after a stop in a probe. After one before the first step of this launch there is nothing new to save."""
+        self.stopped, step = True, self.state.global_step
+        folder = Path(self.recipe.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        is_saved = distributed.broadcast_object(last_complete_checkpoint(self.recipe.output_dir) == folder)
+        if step > self._first_step and not is_saved:
+            self._save_checkpoint(cast(Any, self.model_wrapped), None)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        start = time.perf_counter()
-        batches = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.seconds["data"] += time.perf_counter() - start
-        return batches
+        """Gives the micro-batches of a step one by one: a list of hundreds would hold their memory and open files."""
+        return cast(Any, StepBatches(epoch_iterator, num_batches, self._count_wait)), None
+
+    def _count_wait(self, seconds: float) -> None:
+        self.seconds["data"] += seconds
 
     def _prepare_input(self, data):
         """What lies in pinned memory is on its way to the device while the host goes on."""
@@ -176,6 +157,7 @@ class PretrainTrainer(Trainer):
 
     def training_step(self, model, inputs: dict[str, Any], num_items_in_batch=None):
         start = time.perf_counter()
+        stop_requested()  # a sign that the run goes on, also in a step of many micro-batches
         # Stochastic depth draws from the global generators: make those, too, a function of the step alone.
         key = (inputs["step"], inputs["micro_step"], distributed.rank())
         torch.manual_seed(generator(self.recipe.seed, "model", *key).initial_seed())
@@ -279,16 +261,30 @@ class PretrainTrainer(Trainer):
         return bool(cast(torch.Tensor, self.accelerator.gather(finite.int())).all())
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """kNN accuracy of the exported encoder, as a fraction; nothing without labels."""
+        """kNN accuracy of the exported encoder, as a fraction; nothing without labels.
+
+        After a stop there is nothing, either, and the launch that resumes evaluates first of all.
+
+        Raises:
+            Stopped: the stop came before the first step of this launch, so that there is nothing to save.
+        """
         start, cpu_start = time.perf_counter(), time.process_time()
         metrics: dict[str, float] = {}
-        if self.validation is not None and self.validation.labels is not None and self.source.labels is not None:
-            encoder = self.whole_objective().encoder
-            with torch.compiler.set_stance("force_eager"):  # its shapes are not worth a compilation
-                accuracy = knn_of(encoder, self.source, self.validation, self.recipe, self.args.device)
-            metrics = {f"{metric_key_prefix}_knn_{name}": value for name, value in accuracy.items()}
-            self.log(dict(metrics))
+        self.evaluation_due = False
+        try:
+            if self.validation is not None and self.validation.labels is not None and self.source.labels is not None:
+                encoder = self.whole_objective().encoder
+                with torch.compiler.set_stance("force_eager"):  # its shapes are not worth a compilation
+                    accuracy = knn_of(encoder, self.source, self.validation, self.recipe, self.args.device)
+                metrics = {f"{metric_key_prefix}_knn_{name}": value for name, value in accuracy.items()}
+                self.log(dict(metrics))
+        except Stopped:
+            if self.state.global_step == self._first_step:
+                raise
+            self.stopped = self.evaluation_due = True
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.stopped:
+            self.control.should_save = self.control.should_training_stop = True
         taken = time.perf_counter() - start
         self.seconds["evaluation"] += taken
         self._cpu_before -= time.process_time() - cpu_start
@@ -342,6 +338,7 @@ class PretrainTrainer(Trainer):
         state["cpu_seconds"] = self.cpu_seconds
         state |= {"plan": self.plan.state(), "engine": engine_of(self.accelerator)}
         state["unreadable"] = {str(index): what for index, what in self.source.bad.items()}
+        state |= {"evaluation_due": True} if self.evaluation_due else {}
         if self.controller:
             state["controller"] = self.controller.state()
         return state
@@ -363,7 +360,7 @@ class PretrainTrainer(Trainer):
             "steps": state["step"],
             "images_seen": state["step"] * plan.batch_size,
             "seconds": {**seconds, "rest": seconds["total"] - in_parts},
-            # What the main process computed, its evaluations left out: a time that other work on the machine hardly changes.
+            # Of the main process, without its evaluations. Other work on the machine hardly changes this time.
             "cpu_seconds": state["cpu_seconds"],
             "processes": self.args.world_size,
             "seed": self.recipe.seed,
@@ -393,16 +390,3 @@ def knn_of(
         pairs.append(features(loader) if features else extract_features(encoder, loader, device, patch_size))
     (bank, bank_labels), (queries, labels) = pairs
     return knn_accuracy(bank, bank_labels, queries, labels, recipe.knn_k, recipe.knn_temperature)
-
-
-class WholeRun:
-    """A loader whose length is the run's, wherever it starts: the Trainer reckons its one epoch by it."""
-
-    def __init__(self, loader: Any, length: int):
-        self.loader, self.length, self.dataset = loader, length, loader.dataset
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self):
-        return iter(self.loader)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hf_accel.compression.gradient_error import GradientErrorAccumulator
 from hf_accel.probe import GradientProbe
 from hf_accel.recipe import Recipe, RecipeError, load_recipe
 from hf_accel.trainer import PretrainTrainer
-from tests.tiny_runs import RECIPE, WEIGHTS, assert_same_weights, image_folder, launch, read
+from tests.tiny_runs import RECIPE, WEIGHTS, assert_same_weights, image_folder, launch, launch_until_stopped, read
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
 
@@ -166,18 +167,28 @@ def terminate_in_step(monkeypatch, step: int) -> None:
     monkeypatch.setattr(PretrainTrainer, "training_step", training_step)
 
 
-def kill_in_gradient(monkeypatch, number: int) -> None:
-    """The probe's gradient of this number, counted from 1 over the whole run, is never finished."""
+def in_gradient(monkeypatch, number: int, act: Callable[[], Any]) -> list[int]:
+    """`act` in the probe's gradient of this number, counted from 1 over the whole run; how many there were."""
     true_gradient, calls = GradientProbe._gradient, [0]
 
     def gradient(self, *args):
         calls[0] += 1
         value = true_gradient(self, *args)
         if calls[0] == number:
-            raise KeyboardInterrupt
+            act()
         return value
 
     monkeypatch.setattr(GradientProbe, "_gradient", gradient)
+    return calls
+
+
+def kill_in_gradient(monkeypatch, number: int) -> None:
+    """The probe's gradient of this number is never finished."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    in_gradient(monkeypatch, number, interrupt)
 
 
 @pytest.mark.slow
@@ -188,7 +199,7 @@ def test_stopped_and_resumed_equals_left_alone(where, whole, folder, tmp_path, m
     step = {"between probes": second + 1, "before a probe": second - 1, "with a probe": second}[where]
     with monkeypatch.context() as patch:
         terminate_in_step(patch, step)
-        output = launch(folder, tmp_path / "run", *AUTO)
+        output = launch_until_stopped(folder, tmp_path / "run", *AUTO)
     assert not (output / "results.json").exists() and f"Stopped at step {step + 1} of" in capsys.readouterr().out
     launch(folder, output, *AUTO)
     assert f"Resuming from {output / f'checkpoint-{step + 1}'}" in capsys.readouterr().out
@@ -204,6 +215,22 @@ def test_killed_in_the_middle_of_a_probe_and_resumed_equals_left_alone(probe, wh
         with pytest.raises(SystemExit, match="Interrupted"):
             launch(folder, output, *AUTO)
     assert bool(list(output.glob("checkpoint-*"))) == (probe == "a later")
+    launch(folder, output, *AUTO)
+    assert_same_run(whole, output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("probe", ["the first", "a later"])
+def test_a_probe_stopped_between_draws_equals_left_alone(probe, whole, folder, tmp_path, monkeypatch, capsys):
+    output, rungs = tmp_path / "run", len(LADDER)
+    before = 0 if probe == "the first" else DRAWS * rungs
+    with monkeypatch.context() as patch:
+        calls = in_gradient(patch, before + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        launch_until_stopped(folder, output, *AUTO)
+    step = probes_of(whole)[0 if probe == "the first" else 1]["step"]
+    assert calls[0] == before + (rungs if probe == "the first" else 2), "the rest of the draw and no more"
+    assert f"Stopped at step {step} of" in capsys.readouterr().out
+    assert [path.name for path in output.glob("checkpoint-*")][-1:] == ([f"checkpoint-{step}"] if step else [])
     launch(folder, output, *AUTO)
     assert_same_run(whole, output)
 
@@ -230,7 +257,7 @@ def test_a_run_of_a_version_with_another_ladder_is_not_resumed(folder, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr("hf_accel.compression.online.RUNG_RATIO", 0.9)
         terminate_in_step(patch, 1)
-        output = launch(folder, tmp_path / "run", *AUTO)
+        output = launch_until_stopped(folder, tmp_path / "run", *AUTO)
     before = sorted(output.rglob("*"))
     with pytest.raises(SystemExit, match=r"RecipeError: schedule='auto': .*checkpoint-2: .*climbs another ladder, .*"):
         launch(folder, output, *AUTO)

@@ -28,7 +28,7 @@ from hf_accel import AccelViTConfig, AccelViTModel
 from hf_accel.evaluation import load_encoder, weights_digest
 from hf_accel.recipe import Recipe
 from tests.test_tasks import stop_at
-from tests.tiny_runs import RECIPE, SIZE, STEPS, WEIGHTS, image_folder, launch, read
+from tests.tiny_runs import RECIPE, SIZE, STEPS, WEIGHTS, image_folder, launch, launch_until_stopped, read
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
 
@@ -197,7 +197,7 @@ def test_evaluations_in_the_folder_of_a_run_that_goes_on(folder, tmp_path, monke
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
-        launch(folder, output)
+        launch_until_stopped(folder, output)
     checkpoint = output / "checkpoint-2"
     launch(folder, output, *TASK, f"checkpoint={checkpoint}")
     assert len(entries(output)) == 1 and "units" not in read(output / "results.json")

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_accel"
 LEVELS = [
     {"causes", "declarations", "draws", "distributed", "progress", "strict_yaml", "task_keys", "telling", "transfer"},
     {"sharding", "stopping", "weight_files"},
+    {"signals"},
     {"models"},
     {"compression"},
     {"data"},
@@ -23,6 +24,7 @@ LEVELS = [
     {"recipe"},
     {"probe", "engine"},
     {"auto_schedule", "checkpoints", "monitoring", "progress_callback"},
+    {"resuming"},
     {"trainer"},
     {"assemble"},
     {"cost_task", "pilot", "evaluate_task", "export_task", "publish"},

@@ -71,6 +71,7 @@ def interrupt(output: Path, signum: int, objective: str) -> str:
     process.send_signal(signum)
     text, _ = process.communicate(timeout=100)
     assert not (output / "results.json").exists(), "the run had ended before the signal: make it longer"
+    assert process.returncode == (143 if signum == signal.SIGTERM else -signum), text
     return text
 
 
@@ -128,7 +129,8 @@ def test_a_run_leaves_what_the_readme_says(whole):
 def test_interrupted_and_resumed_equals_left_alone(whole_run, tmp_path, objective, signum):
     whole = whole_run(objective)
     text = interrupt(tmp_path, signum, objective)
-    assert signum == signal.SIGKILL or "same command resumes" in text
+    said = ("SIGTERM has arrived: the run saves", "same command resumes")
+    assert signum == signal.SIGKILL or all(words in text for words in said)
     assert "Resuming from" in run(tmp_path, objective=objective)
     steps = json.loads((whole / "results.json").read_text())["steps"]
     for name in ("final/model.safetensors", f"checkpoint-{steps}/model.safetensors"):

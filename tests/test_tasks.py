@@ -25,10 +25,22 @@ import hf_accel.run as entry
 from hf_accel import cost_task
 from hf_accel.assemble import sole_launch
 from hf_accel.compression import Compression, CostTable
+from hf_accel.models import AccelViTModel
 from hf_accel.progress_callback import ProgressCallback
 from hf_accel.recipe import Recipe
 from hf_accel.trainer import PretrainTrainer
-from tests.tiny_runs import RECIPE, SIZE, STEPS, WEIGHTS, assert_same_weights, image_folder, launch, losses, read
+from tests.tiny_runs import (
+    RECIPE,
+    SIZE,
+    STEPS,
+    WEIGHTS,
+    assert_same_weights,
+    image_folder,
+    launch,
+    launch_until_stopped,
+    losses,
+    read,
+)
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
 
@@ -61,6 +73,59 @@ def whole(folder, tmp_path_factory) -> Path:
 
 
 # What works
+
+
+def stop_in_evaluation(monkeypatch, step: int) -> None:
+    """A SIGTERM comes while the first batch of the evaluation after this step is encoded."""
+    true_forward = AccelViTModel.forward
+
+    def forward(self, *args, **kwargs):
+        trainer = trainers[-1]
+        if not self.training and trainer.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            batches.append(trainer.state.global_step)
+        return true_forward(self, *args, **kwargs)
+
+    trainers, batches, true_init = [], [], PretrainTrainer.__init__
+
+    def init(self, *args, **kwargs):
+        true_init(self, *args, **kwargs)
+        trainers.append(self)
+
+    monkeypatch.setattr(AccelViTModel, "forward", forward)
+    monkeypatch.setattr(PretrainTrainer, "__init__", init)
+
+
+@pytest.mark.parametrize("step", [0, 4, STEPS])
+def test_a_stop_in_an_evaluation_changes_nothing(whole, folder, tmp_path, monkeypatch, capsys, step):
+    points = "eval_points=[0.0, 0.5, 1.0]"
+    with monkeypatch.context() as patch:
+        stop_in_evaluation(patch, step)
+        output = launch_until_stopped(folder, tmp_path / "run", points)
+        assert f"Stopped at step {step} of {STEPS}; " in capsys.readouterr().out
+        if step:
+            launch_until_stopped(folder, output, points)  # in the same evaluation, which it begins with
+            assert f"Stopped at step {step} of {STEPS}; " in capsys.readouterr().out
+    assert not (output / "results.json").exists() and bool(list(output.glob("checkpoint-*"))) == bool(step)
+    launch(folder, output, points)
+    history = read(output / "log_history.json")["log_history"]
+    evaluated = [log for log in history if "eval_knn_top1" in log]
+    assert [log["step"] for log in evaluated] == [0, 4, STEPS]
+    of_whole = [log for log in read(whole / "log_history.json")["log_history"] if "eval_knn_top1" in log]
+    assert [evaluated[0], evaluated[-1]] == of_whole
+    steps = [log["step"] for log in history if "train_runtime" not in log]
+    assert steps == sorted(steps)
+    assert losses(output) == losses(whole)
+    assert_same_weights(whole, output)
+
+
+def test_a_run_in_a_thread(whole, folder, tmp_path):
+    handler, ended = signal.getsignal(signal.SIGTERM), []
+    work = Thread(target=lambda: ended.append(launch(folder, tmp_path / "run", "eval_points=[0.0, 1.0]")))
+    work.start()
+    work.join()
+    assert ended and signal.getsignal(signal.SIGTERM) is handler
+    assert_same_weights(whole, tmp_path / "run")
 
 
 def test_pretrain(whole):
@@ -150,7 +215,7 @@ def test_a_schedule_file_that_changed_is_not_continued_with(folder, tmp_path, mo
     path.write_text("[{until: 0.5, patch_size: 8}, {until: 1.0}]")
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
-        output = launch(folder, tmp_path / "run", f"schedule={path}", "eval_points=[]")
+        output = launch_until_stopped(folder, tmp_path / "run", f"schedule={path}", "eval_points=[]")
     path.write_text("[{until: 0.75, patch_size: 8}, {until: 1.0}]")
     with pytest.raises(SystemExit, match=r"RecipeError: schedule='.*schedule\.yaml': .*checkpoint-3 was trained along"):
         launch(folder, output, f"schedule={path}", "eval_points=[]")
@@ -164,7 +229,7 @@ def test_measured_costs_are_kept_and_used_again(folder, tmp_path, monkeypatch):
     schedule = "schedule=[{until: 0.5, patch_size: 8}, {until: 1.0, token_dropout: 0.5}]"
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
-        output = launch(folder, tmp_path / "run", "cost=measured", schedule)
+        output = launch_until_stopped(folder, tmp_path / "run", "cost=measured", schedule)
     assert not (output / "results.json").exists()
     table = CostTable.load(output / "cost_table.json")
     assert set(table.costs) == {Compression(4), Compression(8), Compression(4, 0.5)}
@@ -198,7 +263,7 @@ def test_bf16(whole, folder, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
-        launch(folder, tmp_path / "resumed", "mixed_precision=bf16")
+        launch_until_stopped(folder, tmp_path / "resumed", "mixed_precision=bf16")
     assert not (tmp_path / "resumed" / "results.json").exists()
     launch(folder, tmp_path / "resumed", "mixed_precision=bf16")
     assert_same_weights(output, tmp_path / "resumed", f"checkpoint-{STEPS}/model.safetensors")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -47,6 +48,14 @@ def launch(data: Path | str, output: Path, *overrides: str) -> Path:
     recipe = output.with_name(output.name + ".yaml")
     recipe.write_text(yaml.safe_dump({**RECIPE, "data": str(data), "output_dir": str(output)}))
     entry.main([str(recipe), *overrides])
+    return output
+
+
+def launch_until_stopped(data: Path | str, output: Path, *overrides: str) -> Path:
+    """As `launch`, for a run that gets a SIGTERM on its way: it exits with 143, as a shell says of such an end."""
+    with pytest.raises(SystemExit) as ended:
+        launch(data, output, *overrides)
+    assert ended.value.code == 143
     return output
 
 

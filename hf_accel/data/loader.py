@@ -4,6 +4,7 @@ Training order and draws are pure functions of (seed, epoch) and (seed, step, mi
 any step without replaying the ones before, and the number of workers changes nothing.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -284,6 +285,45 @@ def train_loader(
     dataset = TrainImages(source, configs, seed, sampler.global_batch)
     batches = SizedBatches(sampler, view_size)
     return ReportingLoader(source, dataset, seed, num_workers, batch_sampler=batches, pin_memory=pin_memory)
+
+
+class WholeRun:
+    """A loader whose length is the run's, wherever it starts: the Trainer counts its one epoch by it."""
+
+    def __init__(self, loader: Any, length: int):
+        self.loader, self.length, self.dataset = loader, length, loader.dataset
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self):
+        return iter(self.loader)
+
+
+class StepBatches:
+    """The micro-batches of one step, each taken from the loader when it is its turn.
+
+    Args:
+        batches: the loader's.
+        number: of micro-batches.
+        waited: called with the seconds that each took to come.
+    """
+
+    def __init__(self, batches: Iterator[Any], number: int, waited: Callable[[float], None]):
+        self.batches, self.number, self.waited = batches, number, waited
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(self.number):
+            start = time.perf_counter()
+            batch = next(self.batches, None)
+            self.waited(time.perf_counter() - start)
+            if batch is None:
+                return
+            yield batch
+            del batch  # else its memory would be held while the next one is made
 
 
 def eval_loader(

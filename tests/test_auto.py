@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import hf_accel.run as entry
+from hf_accel.checkpoints import checkpoints
 from hf_accel.compression import Compression, CostTable, Schedule, forward_cost
 from hf_accel.compression.gradient_error import GradientErrorAccumulator
 from hf_accel.probe import GradientProbe
@@ -222,15 +223,14 @@ def test_killed_in_the_middle_of_a_probe_and_resumed_equals_left_alone(probe, wh
 @pytest.mark.slow
 @pytest.mark.parametrize("probe", ["the first", "a later"])
 def test_a_probe_stopped_between_draws_equals_left_alone(probe, whole, folder, tmp_path, monkeypatch, capsys):
-    output, rungs = tmp_path / "run", len(LADDER)
-    before = 0 if probe == "the first" else DRAWS * rungs
+    output, before = tmp_path / "run", 0 if probe == "the first" else DRAWS * len(LADDER)
     with monkeypatch.context() as patch:
         calls = in_gradient(patch, before + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         launch_until_stopped(folder, output, *AUTO)
     step = probes_of(whole)[0 if probe == "the first" else 1]["step"]
-    assert calls[0] == before + (rungs if probe == "the first" else 2), "the rest of the draw and no more"
+    assert calls[0] == before + 3, "the rest of the draw and no more"
     assert f"Stopped at step {step} of" in capsys.readouterr().out
-    assert [path.name for path in output.glob("checkpoint-*")][-1:] == ([f"checkpoint-{step}"] if step else [])
+    assert checkpoints(output)[:1] == ([output / f"checkpoint-{step}"] if step else [])
     launch(folder, output, *AUTO)
     assert_same_run(whole, output)
 

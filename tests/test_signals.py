@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,7 @@ class Run:
         return self.process.exitcode
 
 
-def look_until_asked(then: Callable[[], None] = lambda: None) -> None:
+def look_until_asked(then: Callable[[], Any] = lambda: None) -> None:
     while not stop_requested():
         time.sleep(0.01)
     then()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import PIL.Image
@@ -30,6 +31,7 @@ from hf_accel.progress_callback import ProgressCallback
 from hf_accel.recipe import Recipe
 from hf_accel.trainer import PretrainTrainer
 from tests.tiny_runs import (
+    IMAGES,
     RECIPE,
     SIZE,
     STEPS,
@@ -75,15 +77,15 @@ def whole(folder, tmp_path_factory) -> Path:
 # What works
 
 
-def stop_in_evaluation(monkeypatch, step: int) -> None:
-    """A SIGTERM comes while the first batch of the evaluation after this step is encoded."""
+def stop_in_evaluation(monkeypatch, step: int) -> list[int]:
+    """A SIGTERM comes while a batch of the evaluation after this step is encoded; the sizes of such batches."""
     true_forward = AccelViTModel.forward
 
     def forward(self, *args, **kwargs):
         trainer = trainers[-1]
         if not self.training and trainer.state.global_step == step:
             os.kill(os.getpid(), signal.SIGTERM)
-            batches.append(trainer.state.global_step)
+            batches.append(len(kwargs["pixel_values"]))
         return true_forward(self, *args, **kwargs)
 
     trainers, batches, true_init = [], [], PretrainTrainer.__init__
@@ -94,18 +96,20 @@ def stop_in_evaluation(monkeypatch, step: int) -> None:
 
     monkeypatch.setattr(AccelViTModel, "forward", forward)
     monkeypatch.setattr(PretrainTrainer, "__init__", init)
+    return batches
 
 
-@pytest.mark.parametrize("step", [0, 4, STEPS])
+@pytest.mark.parametrize("step", [*(pytest.param(step, marks=pytest.mark.slow) for step in (0, 4)), STEPS])
 def test_a_stop_in_an_evaluation_changes_nothing(whole, folder, tmp_path, monkeypatch, capsys, step):
     points = "eval_points=[0.0, 0.5, 1.0]"
     with monkeypatch.context() as patch:
-        stop_in_evaluation(patch, step)
+        batches = stop_in_evaluation(patch, step)
         output = launch_until_stopped(folder, tmp_path / "run", points)
         assert f"Stopped at step {step} of {STEPS}; " in capsys.readouterr().out
         if step:
             launch_until_stopped(folder, output, points)  # in the same evaluation, which it begins with
             assert f"Stopped at step {step} of {STEPS}; " in capsys.readouterr().out
+        assert IMAGES in batches and 30 not in batches, "the batch of training images, and none of validation"
     assert not (output / "results.json").exists() and bool(list(output.glob("checkpoint-*"))) == bool(step)
     launch(folder, output, points)
     history = read(output / "log_history.json")["log_history"]

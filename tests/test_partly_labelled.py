@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,14 +97,26 @@ def test_pretraining_and_every_evaluation(folder, tmp_path):
     assert results["knn_top1_raw_pixels"] > 0.9
     card = " ".join((output / "final" / "README.md").read_text().split())
     assert "Of the training images, 2 could not be read" in card
-    state = read(sorted(output.glob("checkpoint-*/run_state.json"))[0])
-    assert sorted(state["unreadable"]) == ["7", "8"]
     task = ["task=evaluate", f"checkpoint={output / 'final'}", "evaluations=[knn, linear, logistic, finetune]"]
     evaluated = launch(folder, tmp_path / "evaluated", COLUMN, *task, "finetune_config={epochs: 1, batch_size: 32}")
     entries = read(evaluated / "results.json")["evaluations"]
     assert [entry["evaluation"] for entry in entries] == ["knn", "linear", "logistic", "finetune"]
     assert {(entry["train_images"], entry["validation_images"]) for entry in entries} == {(105, 30)}
     assert {entry["runs"][0]["unreadable_images"] for entry in entries} == {1}  # of those with a label
+
+
+@pytest.mark.slow
+def test_resumed_run_knows_what_could_not_be_read_before(folder, tmp_path):
+    output = launch(folder, tmp_path / "run", COLUMN, "save_steps=7")
+    (output / "results.json").unlink()
+    shutil.rmtree(output / "checkpoint-8")
+    path = output / "checkpoint-7" / "run_state.json"
+    state = read(path)
+    assert set(state["unreadable"]) <= {"7", "8"}
+    path.write_text(json.dumps({**state, "unreadable": {"9": ["nine.png", "truncated"]}}))
+    launch(folder, output, COLUMN, "save_steps=7")
+    names = [entry["image"] for entry in read(output / "results.json")["data"]["unreadable"]]
+    assert "nine.png" in names
 
 
 SCRIPT = """

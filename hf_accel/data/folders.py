@@ -137,36 +137,50 @@ class Layout:
 
 
 def find_layout(name: str, images: list[str]) -> Layout:
-    """The layout of `images`, sorted relative paths. `name` is for warnings."""
-    parts = [tuple(path.split("/")) for path in images]
-    above = os.path.commonpath([os.path.dirname(path) for path in images])
+    """Find the layout of `images`, sorted relative paths. `name` is for warnings."""
+    folder_of = [path.rpartition("/")[0] for path in images]
+    distinct = sorted(set(folder_of))  # few, so that the work does not grow with the images
+    above = os.path.commonpath(distinct)
     shared = above.split("/") if above else []
-    parts = [names[len(shared) :] for names in parts]
-    # Every image is in a folder named after a split, at any depth
-    level = [next((i for i, folder in enumerate(names[:-1]) if name_split(folder)), -1) for names in parts]
-    if min(level) >= 0:
-        split = [name_split(names[i]) for names, i in zip(parts, level, strict=True)]
-        return Layout(split, [names[:i] + names[i + 1 : -1] for names, i in zip(parts, level, strict=True)])
-    by_folder = _splits_at_the_top(name, parts)
-    if by_folder:
-        rest = None if "train" in by_folder.values() else "train"
-        split = [by_folder.get(names[0], rest) if len(names) > 1 else rest for names in parts]
-        return Layout(split, [names[1:-1] if names[0] in by_folder else names[:-1] for names in parts])
-    folders = [names[:-1] for names in parts]
-    if all(name_split(names[-1]) for names in parts):
-        split = [name_split(names[-1]) for names in parts]
-        if len(set(split)) > 1 and "train" in split:
-            return Layout(split, folders)
+    parts: dict[str, tuple[str, ...]] = {
+        folder: tuple(folder.split("/"))[len(shared) :] if folder else () for folder in distinct
+    }
+    place: dict[str, tuple[str | None, tuple[str, ...]]] = {}
+    by_folder: dict[str, str] = {}
+    for folder, names in parts.items():  # is every image in a folder named after a split, at any depth?
+        level = next((i for i, part in enumerate(names) if name_split(part)), None)
+        if level is None:
+            by_folder = _splits_at_the_top(name, parts.values())
+            break
+        place[folder] = (name_split(names[level]), names[:level] + names[level + 1 :])
+    else:
+        return Layout([place[folder][0] for folder in folder_of], [place[folder][1] for folder in folder_of])
     only = next(filter(None, map(name_split, shared)), "train")
-    return Layout([only] * len(parts), folders)
+    rest = only if not by_folder else None if "train" in by_folder.values() else "train"
+    for folder, names in parts.items():
+        inside = bool(names) and names[0] in by_folder
+        place[folder] = (by_folder[names[0]], names[1:]) if inside else (rest, names)
+    layout = Layout([place[folder][0] for folder in folder_of], [place[folder][1] for folder in folder_of])
+    if not by_folder:
+        layout.split = _splits_of_files(images) or layout.split
+    return layout
 
 
-def _splits_at_the_top(name: str, parts: list[tuple[str, ...]]) -> dict[str, str]:
+def _splits_of_files(images: list[str]) -> list[str | None] | None:
+    """The split that each file is named after, where every file is, and not all of them after the same."""
+    splits: list[str | None] = []
+    for path in images:
+        splits.append(name_split(path.rpartition("/")[2]))
+        if splits[-1] is None:
+            return None
+    return splits if len(set(splits)) > 1 and "train" in splits else None
+
+
+def _splits_at_the_top(name: str, parts: Iterable[tuple[str, ...]]) -> dict[str, str]:
     """Which of the topmost folders are splits, by name, where other images are beside them."""
     nested: dict[str, bool] = {}
-    for names in parts:
-        if len(names) > 1:
-            nested[names[0]] = nested.get(names[0], False) or len(names) > 2
+    for top, *below in filter(None, parts):
+        nested[top] = nested.get(top, False) or bool(below)
     splits = {folder: split for folder in nested if (split := name_split(folder))}
     train = [folder for folder, split in splits.items() if split == "train"]
     held = [folder for folder in splits if folder not in train]

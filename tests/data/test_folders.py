@@ -64,6 +64,9 @@ LAYOUTS = {
     "one file above": (["a/1.png", "b/1.png", "overview.png"], None, ["a", "b"]),
     "nested classes": (["set/x/a/1.png", "set/y/b/1.png"], None, ["a", "b"]),
     "flat files beside val": (["1.png", "2.png", "val/3.png"], "validation", None),
+    "flat files beside train": (["1.png", "2.png", "train/3.png"], None, None),
+    "splits without classes": (["train/1.png", "test/2.png"], "test", None),
+    "a split below a split": (["my-train-set/train/1.png", "my-train-set/val/2.png"], "validation", None),
     "a single folder": (["photos/1.png", "photos/2.png"], None, None),
 }
 
@@ -146,6 +149,13 @@ def test_folders_beside_splits_are_named_as_left_out(tmp_path, caplog):
     loaded, _ = load(tmp_path)
     assert len(flat(loaded)) == 24
     assert f"{tmp_path}: 8 images are left out: 8 in extra/" in caplog.text
+
+
+def test_folder_beside_splits_without_classes_is_left_out(tmp_path, caplog):
+    fill(tmp_path, "train", "val", "extra", count=8)
+    loaded, classes = load(tmp_path)
+    assert [len(part) for part in loaded] == [8, 8] and classes is None
+    assert "8 images are left out: 8 in extra/" in caplog.text
 
 
 def test_third_split_is_named_as_not_used(tmp_path, caplog):

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 
 from hf_accel import pretrain_task
 from hf_accel.assemble import LOCK_NAME
+from hf_accel.publish import published_card
 from hf_accel.report import add_run
 from tests.hub.clients import ended, launch, python, start
 from tests.hub.hub_server import Hub, Repository, free_port
@@ -335,6 +336,16 @@ def test_task_card_writes_it_anew_and_keeps_what_is_somebodys_own(no_push, image
     with pytest.raises(SystemExit, match="somebody's own"):
         launch_here(images, tmp_path / "unused", *card)
     assert path.read_text() == "my own words"
+
+
+def test_a_card_that_names_this_folder_gets_the_repository(tmp_path):
+    (tmp_path / "final").mkdir()
+    card = tmp_path / "final/README.md"
+    assert published_card(tmp_path, "ann/run") == {}
+    card.write_text("my own words")
+    assert published_card(tmp_path, "ann/run") == {}
+    card.write_text(f'model_id = "{card.parent.resolve().as_posix()}"')
+    assert published_card(tmp_path, "ann/run") == {"README.md": b'model_id = "ann/run"'}
 
 
 def test_task_card_of_no_run_names_it(tmp_path, images):

@@ -76,12 +76,13 @@ def export_card(export: Export) -> str:
     """The text of the README, with its metadata."""
     origin = without_local_paths(export.checkpoint)
     is_on_hub = not Path(export.checkpoint).exists()
+    licences: dict[str, Any] = dict(export.licence)
     metadata = ModelCardData(
         library_name=LIBRARIES.get(export.export_format),
         pipeline_tag="image-classification" if export.classifies else "image-feature-extraction",
         tags=["hf_accel", "vision-transformer"],
         base_model=origin if is_on_hub else None,
-        **export.licence,
+        **licences,
     )
     source = f"[{origin}](https://huggingface.co/{origin})" if is_on_hub else f"`{origin}`"
     size = export.config.image_size

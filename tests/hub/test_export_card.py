@@ -56,8 +56,9 @@ def test_the_code_runs_where_it_is_pasted(tmp_path, monkeypatch):
     """Output folders are relative, and the code is run in another one."""
     monkeypatch.chdir(tmp_path)
     codes, expected = [], []
+    poolings: list[dict[str, Any]] = [{}, {"pooling": "mean"}]
     for processor in (True, False):
-        for fields in ({}, {"pooling": "mean"}):
+        for fields in poolings:
             source = encoder(Path(f"encoder-{processor}-{len(fields)}"), processor=processor, **fields)
             for export_format in ("vit", "dinov2", "accel_vit"):
                 folder = export(source, Path(f"out-{source.name}"), export_format)

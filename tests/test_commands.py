@@ -1,0 +1,275 @@
+"""Every command of README, docs and recipes is run at toy size or parsed: options, files, keys, types, tasks.
+
+A command that COVERS has no check for fails. So does one with a key or an option that is not there.
+"""
+
+import argparse
+import importlib
+import re
+import shutil
+from importlib.metadata import metadata
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from packaging.requirements import Requirement
+
+import hf_accel.run as entry
+from hf_accel.recipe import Recipe, load_recipe
+from hf_accel.task_keys import TASKS, overrides_for
+from tests.commands import ROOT, Command, all_commands, code_blocks, commands_of_comments, commands_of_markdown
+from tests.tiny_runs import image_folder, read
+
+PLACEHOLDERS = {
+    "RECIPE": "recipes/moco.yaml",
+    "NAME": "cpu",
+    "FOLDER": "runs/folder",
+    "RUN": "runs/moco",
+    "RUN2": "runs/searched",
+    "A": "runs/moco/final",
+    "X": "runs/moco/final",
+    "F": "vit",
+    "S": "0.1",
+    "B1": "50e9",
+    "B2": "25e9",
+}
+"""What a reader puts in the place of words in capitals."""
+
+NEEDED = {
+    "search": ["pilot=runs/moco", "output_dir=runs/search"],
+    "evaluate": ["checkpoint=runs/moco/final", "output_dir=runs/evaluated"],
+    "export": ["checkpoint=runs/moco/final", "output_dir=runs/exported"],
+    "card": ["checkpoint=runs/moco/final"],
+}
+"""Overrides that a shorthand such as `task=search search_draws=64` leaves to the reader."""
+
+COMMANDS = all_commands()
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """A copy of the project's folder, as far as commands name it, in which runs write nothing into the project."""
+    for name in ("recipes", "accelerate_configs", "benchmarks", "hf_accel"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def filled(word: str) -> str:
+    """A word of a command without the brackets of what is optional, with its placeholders filled."""
+    word = re.sub(r"^\[(\w+=.*)\]$", r"\1", word)
+    return re.sub(r"(?<![\w.-])[A-Z][A-Z0-9]*(?![\w-])", lambda found: PLACEHOLDERS.get(found[0], found[0]), word)
+
+
+def given(command: Command) -> list[str]:
+    """The words of a command, filled in; a shorthand `task=...` becomes the whole command."""
+    words = [filled(word) for word in command.words]
+    if not words[0].startswith("task="):
+        return words
+    task = words[0].removeprefix("task=")
+    keys = {word.partition("=")[0] for word in words}
+    needed = [override for override in NEEDED.get(task, []) if override.partition("=")[0] not in keys]
+    return ["python", "hf_accel/run.py", "recipes/moco.yaml", *words, *needed]
+
+
+def recipe_of(words: list[str]) -> tuple[str, list[str]]:
+    """Recipe and overrides of a launch; the options of the launcher are parsed, and its files are there."""
+    if words[0] == "accelerate":
+        assert words[1] == "launch", f"accelerate {words[1]}"
+        launched = launch_command_parser().parse_args(words[2:])
+        config = launched.config_file
+        assert config is None or Path(config).is_file(), f"no file {config}"
+        words = ["python", launched.training_script, *launched.training_script_args]
+    assert words[1] == "hf_accel/run.py", words[1]
+    return words[2], words[3:]
+
+
+# What checks a command: it raises, or exits, where something is wrong
+
+
+def check_launch(words: list[str]) -> Recipe | None:
+    recipe, overrides = recipe_of(words)
+    if recipe == "--help":
+        with pytest.raises(SystemExit) as ended:
+            entry.main(["--help"])
+        assert ended.value.code == 0
+        return None
+    schedule = next((word.partition("=")[2] for word in overrides if word.startswith("schedule=runs/")), None)
+    if schedule:  # what an earlier command writes
+        Path(schedule).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "recipes/schedules/moco_digits_gain.yaml", schedule)
+    return load_recipe(recipe, overrides)
+
+
+class Parsed(Exception):
+    """A benchmark has parsed its command line."""
+
+
+def check_python(words: list[str]) -> None:
+    if words[1] != "-m":
+        check_launch(words)
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("parse_args", "parse_intermixed_args"):
+            parse = getattr(argparse.ArgumentParser, name)
+
+            def parse_only(*args, parse=parse, **keywords):
+                parse(*args, **keywords)
+                raise Parsed
+
+            patch.setattr(argparse.ArgumentParser, name, parse_only)
+        assert words[2].startswith("benchmarks."), f"no check for {words[2]}"
+        with pytest.raises(Parsed):
+            importlib.import_module(words[2]).main(words[3:])
+    for word in words[3:]:
+        assert not word.startswith(("benchmarks/", "recipes/")) or Path(word).is_file(), f"no file {word}"
+
+
+def check_make(words: list[str]) -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(words[1:]) <= set(targets), f"no target {words[1:]} in the Makefile"
+
+
+def check_pip(words: list[str]) -> None:
+    assert words[1] == "install", words[1]
+    extras = set(metadata("hf-accel").get_all("Provides-Extra") or [])
+    for word in words[2:]:
+        requirement = Requirement(word)
+        assert requirement.name != "hf-accel" or requirement.extras <= extras, f"no extra {word}"
+
+
+COVERS = {
+    "accelerate": check_launch,
+    "python": check_python,
+    "make": check_make,
+    "pip": check_pip,
+}
+"""By program."""
+
+
+def check(command: Command) -> None:
+    if command.words[0].startswith("task=") and len(command.words) == 1:  # the name of a task, and no command
+        assert command.words[0].removeprefix("task=") in TASKS, command.text
+        return
+    words = given(command)
+    assert words[0] in COVERS, f"{command.where}: no check for `{command.text}`: add one to COVERS in {__file__}"
+    COVERS[words[0]](words)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.where}-{command.text}"[:70])
+def test_a_command_can_be_given(command, workplace):
+    check(command)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "accelerate launch hf_accel/run.py recipes/moco.yaml no_such_key=1",
+        "accelerate launch hf_accel/run.py recipes/moco.yaml seed=much",
+        "accelerate launch hf_accel/run.py recipes/no_such.yaml",
+        "accelerate launch --no_such_option 1 hf_accel/run.py recipes/moco.yaml",
+        "accelerate launch --config_file accelerate_configs/no_such.yaml hf_accel/run.py recipes/moco.yaml",
+        "accelerate launch hf_accel/walk.py recipes/moco.yaml",
+        "python hf_accel/run.py recipes/moco.yaml evaluations=[knn]",
+        "task=evaluate checkpoint=A evaluations=[knm]",
+        "task=export checkpoint=X export_format=G",
+        "task=evaluation",
+        "python -m benchmarks.cost --no-such-option 1",
+        "python -m benchmarks.schedules benchmarks/no_such.yaml",
+        "python -m benchmarks.no_such",
+        "python -m hf_accel recipes/moco.yaml",
+        "make coffee",
+        "pip install 'hf-accel[no_such]'",
+        "docker run hf_accel",
+    ],
+)
+def test_a_wrong_command_is_found(text, workplace, capsys):
+    found = list(commands_of_markdown("README.md", f"Launch `{text}`, or\n\n```\n{text}\n```\n"))
+    assert [command.text for command in found] == [text, text]
+    with pytest.raises((AssertionError, ValueError, SystemExit, ImportError, pytest.fail.Exception)):
+        check(found[0])
+
+
+def test_commands_are_found_wherever_they_stand():
+    text = (
+        "Do `make test` and\n`OMP_NUM_THREADS=1 python hf_accel/run.py\nRECIPE`, not `make` or `seed=1`.\n\n"
+        "```\nmake lint  # both\n\n# a comment\nunknown \\\n  command\n```\n\n"
+        "```bash\n$ pip install x\n```\n\n```python\npip = 1\n```\n\n"
+        "    python -m a\n    x = y\n\nText\n    hf auth\n"
+    )
+    assert [command.text for command in commands_of_markdown("x", text)] == [
+        "make lint  # both",
+        "unknown command",
+        "pip install x",
+        "python -m a",
+        "make test",
+        "OMP_NUM_THREADS=1 python hf_accel/run.py RECIPE",
+    ]
+    assert Command("x", "A=1 B_C=2 make lint # both").words == ["make", "lint"]
+    header = "# A recipe, as\n#   accelerate launch a \\\n#     b=1\n# says\n\n# make lint\nkey: 1\n"
+    assert [command.text for command in commands_of_comments("x", header)] == ["accelerate launch a b=1"]
+
+
+def test_no_launch_in_the_documents_is_overlooked():
+    for path in [ROOT / "README.md", ROOT / "benchmarks/README.md", *(ROOT / "docs").glob("*.md")]:
+        found = [command for command in COMMANDS if command.where == path.relative_to(ROOT).as_posix()]
+        text = path.read_text(encoding="utf-8")
+        for words in ("hf_accel/run.py", "python -m benchmarks."):
+            assert text.count(words) == sum(command.text.count(words) for command in found), (path, words)
+
+
+def test_every_recipe_says_how_it_is_launched():
+    launched = {command.where for command in COMMANDS}
+    recipes = [path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "schedules"]
+    assert recipes and {path.relative_to(ROOT).as_posix() for path in recipes} <= launched
+    for command in COMMANDS:
+        if command.where.startswith("recipes/"):
+            assert command.where in command.words, f"{command.where} tells how to launch another one"
+
+
+def test_yaml_blocks_are_recipes(tmp_path):
+    (block,) = code_blocks((ROOT / "README.md").read_text(encoding="utf-8"), "yaml")
+    (tmp_path / "recipe.yaml").write_text(block)
+    assert load_recipe(tmp_path / "recipe.yaml", ["image_size=28", "patch_size=4"]).budget > 0
+
+
+TOY = [
+    *("model_config.hidden_size=16", "model_config.num_hidden_layers=1", "model_config.num_attention_heads=2"),
+    *("model_config.intermediate_size=32", "batch_size=32", "budget=1500", "warmup=0.2", "logging_steps=1"),
+    *("eval_points=[0.0,1.0]", "keep_points=[0.0,1.0]", "report_to=[]", "knn_k=3"),
+    *("search_draws=4", "search_token_dropout=[0.0,0.5]", "search_patch_size=[4,7]"),
+    *("linear_config.epochs=2", "finetune_config.epochs=1", "finetune_config.batch_size=40"),
+]
+
+
+def launches_of_readme() -> list[list[str]]:
+    """[recipe, *overrides] of what README launches: the quickstart, then a search, then what may need one of them."""
+    words = [given(command) for command in COMMANDS if command.where == "README.md" and len(command.words) > 1]
+    runs = [recipe_of(words) for words in words if "hf_accel/run.py" in words and "--help" not in words]
+    order = sorted(runs, key=lambda run: (bool(run[1]), "task=search" not in run[1]))
+    return [[recipe, *overrides] for recipe, overrides in order]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
+def test_what_readme_launches_runs_at_toy_size(workplace, capsys):
+    """And then its Python code, in the same folder."""
+    images = image_folder(workplace / "images", side=lambda _: 28)
+    launches = launches_of_readme()
+    assert len(launches) >= 10
+    for recipe, *overrides in launches:
+        task = load_recipe(recipe, overrides).task
+        toy = [] if task == "export" else overrides_for(task, [*TOY, f"data={images}"])
+        entry.main([recipe, *toy, *overrides])
+    for path in ("moco/final", "search/report.html", "searched/final", "exported/vit/README.md"):
+        assert (workplace / "runs" / path).exists(), path
+    evaluations = read(workplace / "runs/evaluated/results.json")["evaluations"]
+    assert {(entry["evaluation"], entry["patch_size"]) for entry in evaluations} == {
+        *((name, size) for name in ("knn", "linear", "logistic") for size in (4, 7)),
+        ("finetune", 4),
+    }
+    assert "finetune" in capsys.readouterr().out
+    (code,) = code_blocks((ROOT / "README.md").read_text(encoding="utf-8"), "python")
+    found: dict = {}
+    exec(code, found)
+    assert found["features"].shape == (1, 16)

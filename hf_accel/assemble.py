@@ -23,6 +23,7 @@ from .compression.cost import TABLE_NAME, ForwardCost
 from .compression.online import LADDER_DROPOUTS, OnlineController, ladder_of
 from .compression.search import search_grid
 from .data import CorruptDataError, ImageSource, describe_labels, load_sources
+from .data.tables import NO_LABELS
 from .distributed import barrier, broadcast_object, is_main, say, world_size
 from .engine import autocast_arguments, check_launch, describe_launch, on_cpu, set_deepspeed, settle_precision
 from .models import AccelViTModel
@@ -261,11 +262,11 @@ def images_of(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
     Raises:
         RecipeError: what cannot be read, or fewer images than a batch takes.
     """
-    for key in ("data_config", "train_split", "validation_split"):
-        if recipe.data == "bundled" and getattr(recipe, key):
-            raise RecipeError(
-                f"{key}={getattr(recipe, key)!r}: the bundled digits have only their split by seed; leave it out"
-            )
+    for key in ("data_config", "train_split", "validation_split", "image_column", "label_column"):
+        value = getattr(recipe, key)
+        if recipe.data == "bundled" and value and (key, value) != ("label_column", NO_LABELS):
+            kind = "no columns to choose from" if key.endswith("column") else "only their split by seed"
+            raise RecipeError(f"{key}={value!r}: the bundled digits have {kind}; leave it out")
     splits, columns = (recipe.train_split, recipe.validation_split), (recipe.image_column, recipe.label_column)
     try:
         source, validation = load_sources(recipe.data, *splits, *columns, recipe.seed, recipe.data_config)

@@ -175,6 +175,20 @@ def test_costs_are_measured_as_the_run_will_compute(device, precision, expected,
     assert asked == [expected] and costs(Compression(7)) == 1.0
 
 
+def test_label_column_none_turns_labels_off(capsys):
+    settings = ["data=bundled", "budget=64", "label_column=none"]
+    source, _ = images_of(load_recipe(None, settings))
+    assert source.labels is None and "Labels: none" in capsys.readouterr().out
+    images_of(load_recipe(None, settings[:2]))
+    assert "Labels: the bundled digits, 10 classes (0, 1, 2, 3, 4, ...)\n" in capsys.readouterr().out
+
+
+def test_columns_of_the_bundled_digits_are_refused():
+    for key in ("image_column", "label_column"):
+        with pytest.raises(RecipeError, match=f"{key}='x': the bundled digits have no columns"):
+            images_of(load_recipe(None, ["data=bundled", "budget=64", f"{key}=x"]))
+
+
 def test_a_batch_may_be_all_images_and_no_more():
     source, _ = images_of(load_recipe("recipes/moco.yaml", ["batch_size=4000"]))
     assert len(source) == 4000

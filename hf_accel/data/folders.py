@@ -103,7 +103,7 @@ def _walk(
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if not entry.is_dir():
+            if not os.path.isdir(entry.path) if entry.is_symlink() else not entry.is_dir():
                 yield prefix + entry.name, entry
             elif entry.name not in SKIPPED_FOLDERS:
                 folders.append((prefix + entry.name + "/", entry.path))

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from ..causes import lacks_room, reason
 from .folders import Found, find_layout, read_image_folder, scan_folder, warn_of_left_out
 
@@ -72,12 +74,12 @@ def _load_folder(path: Path, config: str | None) -> "dict[str, Dataset]":
     """Image files are listed here, everything else is read by `datasets`; warns of images that are left out."""
     import datasets
 
-    if config is None and not _declares_its_files(path):
-        found = scan_folder(os.path.realpath(path))
-        if len(found.images) > len(found.tables):
-            return _read_metadata(found) if found.metadata else read_image_folder(found)
-    else:
-        found = Found(os.path.realpath(path))  # what a README leaves out is left out on purpose
+    declared = _declarations(path)
+    root = os.path.realpath(path)
+    # What the configurations of a README leave out is left out on purpose
+    found = Found(root) if "configs" in declared else scan_folder(root)
+    if config is None and "dataset_info" not in declared and len(found.images) > len(found.tables):
+        return _read_metadata(found) if found.metadata else read_image_folder(found)
     try:
         with _explained():
             loaded: Any = datasets.load_dataset(str(path), config)
@@ -94,14 +96,17 @@ def _load_folder(path: Path, config: str | None) -> "dict[str, Dataset]":
     return tables
 
 
-def _declares_its_files(path: Path) -> bool:
-    """Whether a README.md says which files are which split, or of which type the columns are."""
+def _declarations(path: Path) -> dict[str, Any]:
+    """What a README.md declares: files by split in "configs", types of columns in "dataset_info"."""
     from huggingface_hub import metadata_load
 
-    readme = path / "README.md"
+    readme, declared = path / "README.md", {}
     with _explained():
-        declared = (metadata_load(readme) if readme.is_file() else None) or {}
-    return (path / ".huggingface.yaml").exists() or "configs" in declared or "dataset_info" in declared
+        if readme.is_file():
+            declared |= metadata_load(readme) or {}
+        if (path / ".huggingface.yaml").is_file():
+            declared |= yaml.safe_load((path / ".huggingface.yaml").read_text()) or {}
+    return declared
 
 
 def _read_metadata(found: Found) -> "dict[str, Dataset]":
@@ -136,7 +141,7 @@ def _image_paths(table: "Dataset", root: str) -> list[str | None]:
     inside = [value for chunk in chunks for value in chunk.field("bytes").is_valid().to_pylist()]
     paths = [value for chunk in chunks for value in chunk.field("path").to_pylist()]
     return [
-        os.path.relpath(path, root) if path and not stored and os.path.isabs(path) else None
+        os.path.relpath(path, root).replace(os.sep, "/") if path and not stored and os.path.isabs(path) else None
         for path, stored in zip(paths, inside, strict=True)
     ]
 

@@ -108,9 +108,10 @@ def test_links_that_lead_nowhere_or_back_are_named(tmp_path, caplog):
     fill(tmp_path, "a", "b")
     os.symlink(tmp_path / "gone.png", tmp_path / "a" / "link.png")
     os.symlink(tmp_path, tmp_path / "b" / "loop")
+    os.symlink(tmp_path / "a" / "self.png", tmp_path / "a" / "self.png")
     loaded, _ = load(tmp_path)
     assert len(flat(loaded)) == 6
-    assert "leads nowhere: restore the file that it names: a/link.png" in caplog.text
+    assert "leads nowhere: restore the file that it names: a/link.png, a/self.png" in caplog.text
     assert "leads back to a folder that it is in: remove it: b/loop" in caplog.text
 
 
@@ -200,6 +201,14 @@ def test_images_beside_tables_are_named(tmp_path, caplog):
     write(tmp_path, "preview.png")
     source, _ = load_sources(str(tmp_path))
     assert len(source) == 8 and "1 images are left out: preview.png" in caplog.text
+
+
+def test_images_are_compared_under_a_readme_that_declares_types(tmp_path, caplog):
+    fill(tmp_path, "a", "b", count=4)
+    write(tmp_path, "a/test_shot.png")
+    (tmp_path / "README.md").write_text("---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n---\n")
+    load(tmp_path)
+    assert "8 images are left out" in caplog.text
 
 
 def test_readme_that_declares_files_decides(tmp_path):

@@ -137,6 +137,32 @@ def test_a_stop_is_answered_between_batches() -> None:
     assert len(seen) <= 3 and model.training
 
 
+@pytest.mark.parametrize("rows", [1, 3, 32])
+def test_parts_of_a_batch_change_nothing(monkeypatch, rows) -> None:
+    loader, model = list(DataLoader(samples(), batch_size=8)), small_vit()
+    expected, expected_labels = extract_features(model, loader, "cpu")
+    monkeypatch.setattr(features, "CPU_ROWS", rows)
+    found, labels = extract_features(model, loader, "cpu")
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(labels, expected_labels)
+
+
+def test_a_large_batch_is_answered_within_it_on_a_cpu() -> None:
+    class Stopping(Encoder):
+        def forward(self, pixel_values, patch_size=16):
+            if len(pixel_values) > 1:  # not the check before
+                request_stop()
+            return super().forward(pixel_values, patch_size)
+
+    model = Stopping()
+    try:
+        with pytest.raises(Stopped):
+            extract_features(model, DataLoader(samples(100), batch_size=100), "cpu")
+    finally:
+        clear_stop()
+    assert len(model.asked) <= 3  # two of the check, and the first part
+
+
 def test_no_samples() -> None:
     with pytest.raises(ValueError, match="no samples"):
         extract_features(Encoder(), [], "cpu")

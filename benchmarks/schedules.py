@@ -27,6 +27,7 @@ from hf_accel.pilot import SCHEDULE_NAME
 from hf_accel.report import environment, write_json
 from hf_accel.report.curves import STYLE
 from hf_accel.report.search_figures import STAGE_COLORS, STAGE_MARKERS
+from hf_accel.strict_yaml import load_yaml
 from hf_accel.task_keys import overrides_for, task_reads
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +41,7 @@ def load_plan(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: a key is missing or unknown, or a schedule is searched and there is no pilot.
     """
-    plan = yaml.safe_load(path.read_text())
+    plan = load_yaml(path.read_text())
     if not isinstance(plan, dict) or set(plan) != KEYS or not plan["schedules"] or not plan["seeds"]:
         raise ValueError(f"{path}: expected the keys {', '.join(sorted(KEYS))}, each with a value")
     searched = [name for name, keys in plan["schedules"].items() if "search" in keys]

@@ -31,6 +31,7 @@ import yaml
 from benchmarks.options import parser_of
 from benchmarks.speedup_report import write_report
 from hf_accel.report import read_results, write_json
+from hf_accel.strict_yaml import load_yaml
 from hf_accel.task_keys import overrides_for
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +79,7 @@ def load_plan(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: a key is missing or unknown.
     """
-    plan = yaml.safe_load(path.read_text())
+    plan = load_yaml(path.read_text())
     if not isinstance(plan, dict) or set(plan) != PLAN_KEYS or plan["clock"] not in ("cpu", "wall"):
         raise ValueError(f"{path}: a plan has the keys {', '.join(sorted(PLAN_KEYS))}; clock is cpu or wall")
     for name, objective in plan["objectives"].items():

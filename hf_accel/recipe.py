@@ -213,6 +213,8 @@ class Recipe:
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply `key=value` overrides (values in YAML; `a.b=value` sets an entry of a mapping).
 
+    A recipe may serve several tasks: what the file gives to keys that its task does not read is left out.
+
     Raises:
         RecipeError: unknown key, wrong type, impossible value or combination, or an override of a key that the task
             does not read.
@@ -242,7 +244,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         if not task_reads(task, key):
             others = ", ".join(tasks_that_read(key))
             fail(key, typed[key], f"task={task} does not read this key; leave it out (task={others} would read it)")
-    return Recipe(**typed)
+    return Recipe(**{key: value for key, value in typed.items() if task_reads(task, key)})
 
 
 def _read_file(path: str | Path) -> dict[str, Any]:

@@ -82,10 +82,11 @@ def test_runs_table_and_figure(plan, launched, tmp_path, capsys):
 def test_a_plan_that_cannot_be_followed_is_refused(plan, tmp_path, capsys):
     values = yaml.safe_load(plan.read_text())
     for broken, named in (
-        ({**values, "seed": [1]}, "seeds"),
-        ({**values, "schedules": {"searched": {"search": {}}}}, "needs a schedule named uncompressed"),
+        (yaml.safe_dump({**values, "seed": [1]}), "seeds"),
+        (yaml.safe_dump({**values, "schedules": {"searched": {"search": {}}}}), "needs a schedule named uncompressed"),
+        (yaml.safe_dump(values) + "seeds: [1]\n", "'seeds' is given twice"),
     ):
-        plan.write_text(yaml.safe_dump(broken))
+        plan.write_text(broken)
         with pytest.raises(SystemExit):
             schedules.main([str(plan), "--output", str(tmp_path / "out")])
         assert named in capsys.readouterr().err

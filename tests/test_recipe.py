@@ -222,6 +222,17 @@ def test_in_a_file_such_a_key_has_no_effect_and_is_not_recorded(tmp_path):
     assert load_recipe(tmp_path / "written.yaml").to_yaml() == recipe.to_yaml()
 
 
+@pytest.mark.parametrize("task", ["evaluate", "cost"])
+def test_what_a_task_does_not_read_cannot_stop_it(task, tmp_path):
+    text = Path("recipes/moco.yaml").read_text().replace("batch_size: 256", "batch_size: 10")
+    (tmp_path / "recipe.yaml").write_text(text + "\ngradient_accumulation_steps: 3\n")
+    overrides = [*NEEDED[task], "image_size=30", "patch_size=5"]  # at which the schedule's patch 7 is none
+    recipe = load_recipe(tmp_path / "recipe.yaml", overrides)
+    assert (recipe.image_size, recipe.patch_size, recipe.schedule, recipe.batch_size) == (30, 5, None, 256)
+    with pytest.raises(RecipeError, match=r"^(schedule|batch_size)="):
+        load_recipe(tmp_path / "recipe.yaml", overrides[len(NEEDED[task]) :])
+
+
 def test_overrides_win_and_whole_numbers_become_floats():
     recipe = load_recipe("recipes/moco.yaml", ["budget=7", "model_config.hidden_size=64", "mixed_precision=no"])
     assert recipe.budget == 7.0 and isinstance(recipe.budget, float)

@@ -391,7 +391,7 @@ def test_a_full_disk_ends_any_task_in_a_line(task, tmp_path, monkeypatch):
     def absent(recipe: Recipe) -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file", "elsewhere")
 
-    needed = {"search": [f"pilot={tmp_path}"], "cost": []}.get(task, [f"checkpoint={tmp_path}"])
+    needed = {"search": [f"pilot={tmp_path}"], "cost": []}.get(task, [f"checkpoint={tmp_path / 'run'}"])
     settings = [f"task={task}", *needed]
     function = "hf_accel.{}.{}".format(*entry.TASKS[task])
     monkeypatch.setattr(function, full)

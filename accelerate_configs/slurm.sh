@@ -1,6 +1,7 @@
 #!/bin/bash
 # A run on several machines under Slurm. Warned (SIGTERM) of its time limit or of preemption, it writes a checkpoint and
-# stops, the job queues itself again, and the same command resumes. In the repository's root, `accelerate` on the PATH:
+# stops, with a code other than 0, the job queues itself again, and the same command resumes. In the repository's root,
+# with `accelerate` on the PATH:
 #   sbatch --nodes 4 accelerate_configs/slurm.sh recipes/imagenet1k/moco_vit_b16.yaml [key=value ...]
 # `scancel --batch --signal=TERM JOB` warns it by hand; `scancel JOB` ends it for good.
 #SBATCH --job-name=hf_accel
@@ -34,11 +35,15 @@ warned() {
 }
 trap warned TERM
 
+# The launcher of a single process dies of SIGTERM while the run saves, and Slurm would then kill the run. So each step
+# waits for the end of its output, which comes when the last process of the run has ended.
 # From Slurm 22.05 on, srun does not take the number of CPUs from sbatch
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
-    exec accelerate launch --config_file accelerate_configs/multi_node_ddp.yaml \
+    trap : TERM
+    set -o pipefail
+    accelerate launch --config_file accelerate_configs/multi_node_ddp.yaml \
         --num_machines "$SLURM_NNODES" --num_processes "$1" --machine_rank "$SLURM_NODEID" \
-        --main_process_ip "$2" --main_process_port "$3" hf_accel/run.py "${@:4}"
+        --main_process_ip "$2" --main_process_port "$3" hf_accel/run.py "${@:4}" 2>&1 | (trap "" TERM; exec cat)
 ' run $((SLURM_NNODES * gpus_per_node)) "$head_node" "$port" "$@" &
 steps=$!
 wait "$steps" # until the steps end, or a warning comes

@@ -37,8 +37,8 @@ except ImportError:  # Windows
     fcntl = None  # pyright: ignore[reportAssignmentType]
 
 LOCK_NAME = ".lock"
-LOCK_PATIENCE = 15.0
-"""Seconds in which the processes of a launcher that was killed should have ended."""
+LOCK_PATIENCE = 60.0
+"""Seconds in which a run whose launcher has ended should have saved, or ended by itself as it gives no answer."""
 
 # Keys that may change between an interrupted run and its continuation: none has a part in the result.
 FREE_KEYS = {

@@ -5,6 +5,7 @@ And survives what one process survives: a kill, a torn checkpoint, a full disk.
 
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -68,6 +69,25 @@ def test_two_processes_train_as_one(engine, objective, recipes, alone, tmp_path)
             (again / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace(str(run), str(again)))
             tear(last_checkpoint(again))
         go_on(engine, recipe, run, again)
+
+
+@pytest.mark.parametrize("launcher", ["cpu", "cpu_2proc"])
+def test_a_launcher_that_is_stopped_lets_the_run_save(launcher, recipes, alone, tmp_path):
+    run, recipe = tmp_path / "run", recipes / "moco.yaml"
+    process = start_with(launcher, recipe, run)
+    while not list(run.glob("checkpoint-*/run_state.json")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    said = "".join(process.communicate())  # to the end of its output, which is that of the last process
+    assert process.returncode in ((1,) if launcher == "cpu_2proc" else (-signal.SIGTERM,))
+    assert not psutil.wait_procs(ranks, timeout=30)[1]
+    step = int(last_checkpoint(run).name.rpartition("-")[2])
+    assert f"Stopped at step {step} of" in said and said.count("SIGTERM has") + said.count("launcher has ended") == 1
+    assert damage(last_checkpoint(run)) is None and not (run / "results.json").exists()
+    assert f"Resuming from {last_checkpoint(run)}" in launch_with(launcher, recipe, run)
+    assert_trained_alike(run, alone["moco"])
 
 
 def tear(checkpoint: Path) -> Path:

@@ -19,11 +19,11 @@ RECORD = """#!/bin/bash
 record() { line=$(printf '%q ' "$@"); echo "$line" >>"$FOLDER/calls"; }
 """
 COMMANDS = {
-    # the step on each node; its exit code is the highest
+    # the step on each node, whose processes get a signal together; its exit code is the highest
     "srun": """record srun "$@"
         while [[ $1 == -* ]]; do shift; done
         for ((node = 0; node < SLURM_NNODES; node++)); do
-            SLURM_NODEID=$node "$@" &
+            SLURM_NODEID=$node setsid "$@" &
             echo $! >>"$FOLDER/steps"
         done
         highest=0
@@ -41,13 +41,22 @@ COMMANDS = {
         esac
     """,
     "scancel": """record scancel "$@"
-        kill -TERM $(<"$FOLDER/steps")
+        for step in $(<"$FOLDER/steps"); do kill -TERM -- "-$step"; done
     """,
-    # ends with $RUN, or takes a while to save what it is told to stop at and fails, as torch's launcher does
-    "accelerate": """trap 'sleep 0.3; record saved "$SLURM_NODEID"; exit "${SAVED:-1}"' TERM
-        record accelerate "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" "$@"
-        [[ $RUN ]] && exit "$RUN"
-        while :; do sleep 0.05; done
+    # ends with $RUN, or takes a while to save what it is told to stop at and fails, as torch's launcher does. With
+    # $ALONE it is the launcher of a single process, which dies at once and leaves the run to save
+    "accelerate": """run() {
+            trap 'sleep 0.3; record saved "$SLURM_NODEID"; echo "saved on $SLURM_NODEID"; exit "${SAVED:-1}"' TERM
+            record accelerate "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" "$@"
+            [[ $RUN ]] && exit "$RUN"
+            while :; do sleep 0.05; done
+        }
+        if [[ $ALONE ]]; then
+            run "$@" &
+            wait
+        else
+            run "$@"
+        fi
     """,
 }
 ARGUMENTS = ["my recipes/moco.yaml", "output_dir=runs/a b", "schedule=[{until: 1.0}]"]
@@ -62,7 +71,9 @@ class Job:
             (folder / name).write_text(RECORD + body)
             (folder / name).chmod(0o755)
         slurm = {"JOB_ID": "7", "NNODES": "2", "JOB_NODELIST": "n[1-2]", "GPUS_ON_NODE": "8", "CPUS_PER_TASK": "12"}
-        environment = {f"SLURM_{key}": value for key, value in slurm.items()} | {"JOB": RUNNING, "RUN": ""} | setting
+        environment = (
+            {f"SLURM_{key}": value for key, value in slurm.items()} | {"JOB": RUNNING, "RUN": "", "ALONE": ""} | setting
+        )
         environment |= {"FOLDER": str(folder), "PATH": f"{folder}:{os.defpath}"}
         command = ["bash", str(ROOT / "accelerate_configs/slurm.sh"), *ARGUMENTS]
         self.script = subprocess.Popen(command, cwd=ROOT, env=environment)
@@ -79,7 +90,7 @@ class Job:
 
     def signal_steps(self) -> None:
         for step in (self.folder / "steps").read_text().split():
-            os.kill(int(step), signal.SIGTERM)
+            os.killpg(int(step), signal.SIGTERM)
 
     def end(self) -> int:
         """Its exit code, once it has ended."""
@@ -100,7 +111,7 @@ def job(tmp_path):
         job.script.kill()
         job.script.wait()
         for step in (tmp_path / "steps").read_text().split():
-            subprocess.run(["kill", "-KILL", step], check=False, capture_output=True)
+            subprocess.run(["kill", "-KILL", "--", f"-{step}"], check=False, capture_output=True)
 
 
 def test_each_machine_gets_its_part(job: Callable[..., Job]):
@@ -132,6 +143,15 @@ def test_warned_it_saves_and_then_queues_again(job: Callable[..., Job]):
     assert it.end() == 1
     told, *saved, again = it.calls("scancel", "saved", "scontrol")
     assert told == ["scancel", "--signal=TERM", "7"]
+    assert sorted(saved) == [["saved", "0"], ["saved", "1"]] and again == ["scontrol", "requeue", "7"]
+
+
+def test_a_step_outlives_a_launcher_that_dies_at_once(job: Callable[..., Job]):
+    it = job(ALONE="1")
+    it.wait_until_it_runs()
+    it.script.send_signal(signal.SIGTERM)
+    assert it.end() == 143
+    _, *saved, again = it.calls("scancel", "saved", "scontrol")
     assert sorted(saved) == [["saved", "0"], ["saved", "1"]] and again == ["scontrol", "requeue", "7"]
 
 

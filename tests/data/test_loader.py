@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from hf_accel.data import loader, sources
-from hf_accel.data.loader import TrainSampler, eval_loader, image_processor, resize_edge, train_loader
+from hf_accel.data.loader import StepBatches, TrainSampler, eval_loader, image_processor, resize_edge, train_loader
 from hf_accel.data.sources import CorruptDataError, ImageSource
 from hf_accel.data.views import AUGMENTATIONS, ViewConfig, make_views, view_boxes
 from hf_accel.draws import generator
@@ -238,6 +238,23 @@ def test_two_processes_see_what_one_sees(tmp_path):
         for view in range(2):
             assert torch.equal(batch["crops"][view], torch.cat([part[step]["crops"][view] for part in ranks]))
             torch.testing.assert_close(views[view], torch.cat([half[view] for half in halves]), atol=1e-6, rtol=0)
+
+
+def test_micro_batches_of_a_step_come_one_by_one():
+    taken, waits = [], []
+
+    def batches():
+        for number in range(7):
+            taken.append(number)
+            yield number
+
+    iterator = batches()
+    step = StepBatches(iterator, 3, waits.append)
+    assert len(step) == 3 and not taken
+    for number, batch in enumerate(step):
+        assert batch == number and taken == [*range(number + 1)] and len(waits) == number + 1
+    assert list(StepBatches(iterator, 3, waits.append)) == [3, 4, 5]
+    assert list(StepBatches(iterator, 3, waits.append)) == [6] and min(waits) >= 0
 
 
 def open_files() -> int:

@@ -133,7 +133,7 @@ def finish(trainer: PretrainTrainer, recipe: Recipe, source: ImageSource, valida
     with writing(output, AGAIN):
         encoder.save_pretrained(output / "final")
         image_processor(source, recipe.image_size).save_pretrained(output / "final")
-        write_results(recipe, results, history)
+        write_results(recipe, results, history, trainer.plan)
     if results["knn_top1"] is not None:
         start = results["knn_top1_random_init"]
         start = "" if start is None else f" (random initialisation {start:.2%})"
@@ -142,14 +142,15 @@ def finish(trainer: PretrainTrainer, recipe: Recipe, source: ImageSource, valida
         say(f"Results in {output}; no accuracy, for lack of labels or of images kept for it")
 
 
-def write_results(recipe: Recipe, results: dict[str, Any], history: list[dict[str, Any]]) -> None:
+def write_results(recipe: Recipe, results: dict[str, Any], history: list[dict[str, Any]], plan: Plan) -> None:
     """Beside the encoder in `final/`, which is written: figures, card, log and, last, `results.json`."""
     output, raw = Path(recipe.output_dir), results["knn_top1_raw_pixels"]
     baselines = {} if raw is None else {"raw pixels": raw}
     if results["knn_top1_random_init"] is not None:
         baselines["random init"] = results["knn_top1_random_init"]
     title = f"{recipe.objective} on {results['data']['name']}"
-    plot_curves(history, output / "curves.png", title=title, baselines=baselines)
+    curves = {"title": title, "baselines": baselines, "plan": plan, "image_size": recipe.image_size}
+    plot_curves(history, output / "curves.png", **curves)
     write_json(output / "log_history.json", {"log_history": history})
     earlier = read_results(output).get("evaluations")  # of a checkpoint, while the run went on
     results |= {"evaluations": earlier} if earlier else {}

@@ -66,9 +66,7 @@ def run_task(recipe: Recipe) -> None:
     end_with_launcher()
     module, function = TASKS[recipe.task]
     task = getattr(import_module(f"hf_accel.{module}"), function)
-    folder = (
-        recipe.output_dir if recipe.reads("output_dir") else str(recipe.checkpoint)
-    )  # a card is its run's
+    folder = recipe.output_dir if recipe.reads("output_dir") else str(recipe.checkpoint)  # a card is its run's
     try:
         with explained_failures(), writing(Path(folder), AGAIN, reads_too=True):
             task(recipe)

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 
 import PIL.Image
 import pytest
@@ -23,9 +23,9 @@ from torch._dynamo.utils import counters
 import hf_accel.checkpoints
 import hf_accel.objectives.moco as moco
 import hf_accel.run as entry
-from hf_accel import cost_task
+from hf_accel import cost_task, pretrain_task
 from hf_accel.assemble import sole_launch
-from hf_accel.compression import Compression, CostTable
+from hf_accel.compression import Compression, CostTable, Plan
 from hf_accel.models import AccelViTModel
 from hf_accel.progress_callback import ProgressCallback
 from hf_accel.recipe import Recipe
@@ -141,6 +141,16 @@ def test_pretrain(whole):
     assert set(path.name for path in whole.glob("checkpoint-*")) == {"checkpoint-6", "checkpoint-8"}
     for name in ("modeling_accel_vit.py", "preprocessor_config.json"):  # so that each opens by itself
         assert {path.parent.name for path in whole.rglob(name)} == {"checkpoint-6", "checkpoint-8", "final"}
+
+
+def test_curves_show_the_plan_that_was_followed(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("hf_accel.pretrain_task.plot_curves", lambda *_, **options: drawn.update(options))
+    monkeypatch.setattr("hf_accel.pretrain_task.complete_final", lambda *_: True)
+    results = {"knn_top1_raw_pixels": None, "knn_top1_random_init": None, "data": {"name": "photos"}}
+    recipe, plan = Recipe(budget=100, image_size=32, output_dir=str(tmp_path)), object()
+    pretrain_task.write_results(recipe, results, [], cast(Plan, plan))
+    assert drawn["plan"] is plan and drawn["image_size"] == 32
 
 
 def test_the_last_steps_are_logged_also_where_they_fill_no_window(folder, tmp_path):

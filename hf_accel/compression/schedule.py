@@ -273,6 +273,14 @@ class Plan:
         steps = math.floor((self.budget - last.spent) / last.cost + 1e-9)
         self.num_steps, self.total_cost = last.first + steps, last.spent + steps * last.cost
 
+    def stage_ends(self) -> list[tuple[float, Strategy]]:
+        """(units spent, strategy) at the end of each run of steps under one strategy, in order."""
+        ends = []
+        for segment, later in zip(self.segments, [*self.segments[1:], None], strict=True):
+            steps = (later.first if later else self.num_steps) - segment.first
+            ends.append((segment.spent + steps * segment.cost, segment.strategy))
+        return ends
+
     def followed(self) -> Schedule:
         """The schedule that the segments amount to: what was planned, or what revisions made of it."""
         stages: list[Stage] = []

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from ..compression import Plan
+
 BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "#555555"  # of Okabe and Ito's palette, told apart by the colour-blind too
 DASHES = [(0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2))]
 STYLE: dict[Any, Any] = {
@@ -29,17 +31,27 @@ Logs = Sequence[Mapping[str, Any]]
 
 
 def plot_curves(
-    log_history: Logs, path: str | Path, title: str = "", baselines: Mapping[str, float] | None = None
+    log_history: Logs,
+    path: str | Path,
+    title: str = "",
+    baselines: Mapping[str, float] | None = None,
+    plan: Plan | None = None,
+    image_size: int = 224,
 ) -> None:
     """Draw kNN accuracy and loss, and beneath them tokens per image, patch size and token dropout, against units spent.
 
     A panel without data is left out; NaN values are. A log without "units" (an evaluation's) is placed by its "step".
+    Without a plan the compression is drawn from the logs: each holds for the steps since the log before it, so that a
+    change between two logs shows at the first of them, and tokens include those that are no patches.
 
     Args:
         log_history: the Trainer's, in its order: "units" or "step", and any of "eval_knn_top1", "loss", "tokens",
             "target_tokens", "patch_size", "target_patch_size", "token_dropout", "target_token_dropout".
         path: image to write; its suffix says the format (png, pdf, svg).
         baselines: kNN accuracies in [0, 1] to draw as dashed lines, such as {"random initialisation": 0.4}.
+        plan: the run's, whose compression is then drawn exactly where it changes, with patch tokens as in a schedule's
+            figure.
+        image_size: pixels of the plan's views, of which its tokens are.
     """
     placed = _with_units(log_history)
     panels: list[tuple[float, Callable[[Axes], None]]] = []
@@ -48,12 +60,13 @@ def plot_curves(
         panels.append((3, lambda axes: _accuracy(axes, accuracy, baselines or {})))
     if len(loss[0]):
         panels.append((3, lambda axes: _loss(axes, loss)))
+    compression = _planned(plan, image_size) if plan else placed
     for key, label, height in (
-        ("tokens", "tokens\nper image", 1.6),
+        ("tokens", "patch tokens\nper image" if plan else "tokens\nper image", 1.6),
         ("patch_size", "patch size\n(px)", 1.2),
         ("token_dropout", "token\ndropout", 1.2),
     ):
-        branches = _series(placed, key), _series(placed, f"target_{key}")
+        branches = _series(compression, key), _series(compression, f"target_{key}")
         if len(branches[0][0]):
             panels.append((height, lambda axes, of=branches, label=label: _compression(axes, *of, label)))
     if not panels:
@@ -86,6 +99,18 @@ def _with_units(log_history: Logs) -> list[tuple[float, Mapping[str, Any]]]:
             units = np.interp(log["step"], [0, *steps], [0.0, *(both[step] for step in steps)])
             placed.append((float(units), log))
     return sorted(placed, key=lambda item: item[0])
+
+
+def _planned(plan: Plan, image_size: int) -> list[tuple[float, Mapping[str, Any]]]:
+    """What logs would say at the end of each stage that the plan follows, with patch tokens alone."""
+    stages = []
+    for units, strategy in plan.stage_ends():
+        values = {}
+        for prefix, branch in (("", strategy.online), ("target_", strategy.target_branch)):
+            values |= {f"{prefix}{key}": getattr(branch, key) for key in ("patch_size", "token_dropout")}
+            values[f"{prefix}tokens"] = branch.kept_tokens(image_size)
+        stages.append((units, values))
+    return stages
 
 
 def _series(placed: list[tuple[float, Mapping[str, Any]]], key: str) -> Series:
@@ -135,7 +160,7 @@ def _loss(axes: Axes, loss: Series) -> None:
 
 
 def _compression(axes: Axes, online: Series, target: Series, label: str) -> None:
-    """A log tells of the steps up to it, so its value holds leftwards, to the log before."""
+    """A value is that of the steps up to its units, from those of the value before it on."""
     differ = len(target[0]) > 0 and not np.array_equal(target[1], online[1])
     branches = [(online, "online" if differ else "", BLUE, "-", 1.8)]
     if differ:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from hf_accel.compression import Compression, Plan, Schedule, Strategy
+from hf_accel.compression.schedule import Stage
 from hf_accel.report import plot_curves
 
 
@@ -92,6 +94,36 @@ def test_compression_holds_up_to_its_log(panels) -> None:
     assert len(lines(drawn["patch size (px)"])) == 1, "branches that agree are one line"
     bottom, top = drawn["token dropout"].get_ylim()
     assert bottom < 0 and top > 0.5, "a line at 0 must be seen"
+
+
+def test_a_plan_is_drawn_as_it_was_followed(panels) -> None:
+    """One log in ten steps, and a change of strategy after step 8 of 10: at 80% of the units."""
+    target = Compression(4)
+    strategies = Strategy(Compression(4, 0.5), target), Strategy(Compression(8), target), Strategy(Compression(4))
+    plan = Plan(
+        100, Schedule((Stage(0.2, strategies[0]), Stage(0.8, strategies[1]), Stage(1.0, strategies[2]))), 2, unit
+    )
+    history = [{"step": 10 * n, "units": plan.spent_after(10 * n), "tokens": 65, "loss": 1.0} for n in range(1, 6)]
+    drawn = panels(history, plan=plan, image_size=32)
+    tokens = lines(drawn["patch tokens per image"])
+    np.testing.assert_array_equal(tokens["online"], ([0, 20, 80, 100], [32, 32, 16, 64]))
+    np.testing.assert_array_equal(tokens["target"], ([0, 20, 80, 100], [64, 64, 64, 64]))
+    assert {line.get_drawstyle() for line in drawn["patch tokens per image"].lines} == {"steps-pre"}
+    np.testing.assert_array_equal(lines(drawn["patch size (px)"])["online"][1], [4, 4, 8, 4])
+    np.testing.assert_array_equal(lines(drawn["token dropout"])["online"][1], [0.5, 0.5, 0, 0])
+
+
+def unit(strategy: Strategy) -> float:
+    return 1.0
+
+
+def test_a_revised_plan_is_drawn_with_its_probes(panels) -> None:
+    cheap, dear = Strategy(Compression(8)), Strategy(Compression(4))
+    plan = Plan(100, Schedule.constant(cheap), 2, unit)
+    plan.revise(0, Schedule.constant(cheap), 10)
+    plan.revise(20, Schedule.constant(dear), 10)  # 50 units are spent before the probe
+    x, y = next(iter(lines(panels([], plan=plan, image_size=32)["patch tokens per image"]).values()))
+    np.testing.assert_array_equal((x, y), ([0, 50, 100], [16, 16, 64]))
 
 
 @pytest.mark.parametrize(

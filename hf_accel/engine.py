@@ -20,6 +20,12 @@ from .signals import launcher_ended
 
 PRECISIONS = ("no", "bf16", "fp16")
 
+SETTINGS_OF_DEEPSPEED = {
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+}
+"""What DeepSpeed's configuration can say as well, by the recipe's key."""
+
 LOCK_SECONDS = 1800
 """A compilation, of a minute or two, does not take so long on the slowest machine."""
 
@@ -49,6 +55,11 @@ def check_launch(recipe: Recipe) -> None:
                 "accelerate_configs/fsdp2.yaml"
             )
     _check_gpus()
+    if environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise RecipeError(
+            "accelerate was asked for a dynamo backend: it would compile the random draws of a step, too; leave it out "
+            "and set torch_compile=true in the recipe"
+        )
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
         if importlib.util.find_spec("deepspeed") is None:
             raise RecipeError("DeepSpeed is not installed: pip install 'hf-accel[deepspeed]', or launch with ddp.yaml")
@@ -208,6 +219,12 @@ def set_deepspeed(arguments: TrainingArguments, recipe: Recipe) -> None:
             raise RecipeError(
                 f"DeepSpeed's configuration has a section {name!r}: remove it; the recipe's keys learning_rate, "
                 "lr_schedule, warmup and weight_decay are what is followed"
+            )
+    for name, key in SETTINGS_OF_DEEPSPEED.items():
+        if config.get(name, "auto") not in ("auto", getattr(recipe, key)):
+            raise RecipeError(
+                f"DeepSpeed's configuration has {name}={config[name]}, and the recipe {key}={getattr(recipe, key)}: "
+                "remove it there; the recipe is what is followed"
             )
     for name in ("offload_param", "offload_optimizer"):
         if zero.get(name, {}).get("device", "none") == "nvme":

@@ -16,7 +16,7 @@ from hf_accel.recipe import Recipe, RecipeError
 
 VARIABLES = (
     *("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "WORLD_SIZE"),
-    *("ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_USE_DEEPSPEED"),
+    *("ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DYNAMO_BACKEND"),
 )
 FSDP = {"ACCELERATE_USE_FSDP": "true"}
 GPU, CPU = {"ACCELERATE_USE_CPU": "false"}, {"ACCELERATE_USE_CPU": "true"}
@@ -51,6 +51,7 @@ def launched(monkeypatch):
             r"FSDP on a CPU.*deepspeed_zero3_cpu_2proc",
         ),
         ({**GPU, **FSDP, "FSDP_VERSION": "1"}, "no", r"fsdp_version: 2"),
+        ({**GPU, "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "no", r"dynamo backend.*torch_compile=true"),
         ({**GPU, **FSDP}, "no", r"fsdp_version: 2"),
     ],
 )
@@ -224,6 +225,16 @@ def configured(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
         ({"fp16": {"enabled": "true"}}, {}, r"fp16 section.*mixed_precision: bf16"),
         ({}, {"mixed_precision": "fp16"}, r"take bf16"),
         ({"optimizer": {"type": "AdamW"}}, {}, r"section 'optimizer': remove it"),
+        (
+            {"gradient_accumulation_steps": 4},
+            {},
+            r"gradient_accumulation_steps=4, and the recipe .*=1: remove",
+        ),
+        (
+            {"gradient_clipping": 1.0},
+            {"max_grad_norm": 3.0},
+            r"gradient_clipping=1.0, and .* max_grad_norm=3.0",
+        ),
         ({"scheduler": {"type": "WarmupLR"}}, {}, r"section 'scheduler': remove it.*lr_schedule"),
         ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, {}, r"offload_param to nvme.*cpu"),
         ({"zero_optimization": {"stage": 3}}, {"torch_compile": True}, r"ZeRO-3.*ZeRO-2"),
@@ -255,6 +266,13 @@ def test_a_process_stops_or_ends_when_its_launcher_is_gone(several):
     assert process.stdout and process.stdout.readline() == "started\n"
     process.kill()
     assert process.communicate(timeout=300)[0] == ("" if several else "stopped\n")
+
+
+def test_what_deepspeed_has_taken_from_the_recipe_passes():
+    configured(
+        {"gradient_accumulation_steps": 2, "gradient_clipping": 1.0}, gradient_accumulation_steps=2, max_grad_norm=1.0
+    )
+    configured({"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"})
 
 
 def test_without_deepspeed_there_is_nothing_to_set():

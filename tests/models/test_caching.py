@@ -121,6 +121,7 @@ def test_an_export_leaves_real_tables_behind() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's exporter, about its own tree specs
 @pytest.mark.parametrize("kind", ["sincos", "learned"])
 def test_onnx_at_a_patch_size_given_at_load_time(kind: str, tmp_path) -> None:
     pytest.importorskip("onnxscript")

@@ -240,7 +240,9 @@ print(refusal(hub_model_id="ann/model"))
 @pytest.mark.slow
 def test_what_the_hub_refuses_ends_a_run_before_it_begins_and_names_the_fix(hub, tmp_path):
     recipe = f"RECIPE = {str(Path('recipes/moco.yaml').resolve())!r}\n"
-    name, characters, license, good, bad, token, offline = python(hub.url, recipe + REFUSED, tmp_path).splitlines()
+    printed = python(hub.url, recipe + REFUSED, tmp_path).splitlines()
+    name, characters, license, good, device, bad, token, offline = printed
+    assert device.startswith("Device: ")
     assert "hub_model_id='bob/model': the Hub refuses: 403" in name and "user/name of your own" in name
     assert "hub_model_id='ann/my model'" in characters
     assert license.startswith("license='mine'") and "apache-2.0" in license

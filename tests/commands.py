@@ -17,6 +17,9 @@ PROGRAMS = (
 )
 """What a line or a span of code begins with if it is a command."""
 
+NAMES = ("accelerate launch",)
+"""Spans that name a program and launch nothing."""
+
 SHELLS = ("", "bash", "sh", "shell", "console")
 """Languages of a fenced block in which every line is a command."""
 
@@ -40,7 +43,9 @@ class Command:
 def is_command(text: str) -> bool:
     """Whether a span of code is a command, or the arguments of one that name a task."""
     words = re.sub(r"^(?:[A-Z][A-Z0-9_]*=\S* )+", "", text).split()
-    return bool(words) and (words[0].startswith("task=") or (words[0] in PROGRAMS and len(words) > 1))
+    if " ".join(words) in NAMES or not words:
+        return False
+    return words[0].startswith("task=") or (words[0] in PROGRAMS and len(words) > 1)
 
 
 def joined(lines: list[str]) -> Iterator[str]:

@@ -192,7 +192,8 @@ def test_a_wrong_command_is_found(text, workplace, capsys):
 
 def test_commands_are_found_wherever_they_stand():
     text = (
-        "Do `make test` and\n`OMP_NUM_THREADS=1 python hf_accel/run.py\nRECIPE`, not `make`, `accelerate launch` or `seed=1`.\n\n"
+        "Do `make test` and\n`OMP_NUM_THREADS=1 python hf_accel/run.py\nRECIPE`, "
+        "not `make`, `accelerate launch` or `seed=1`.\n\n"
         "```\nmake lint  # both\n\n# a comment\nunknown \\\n  command\n```\n\n"
         "```bash\n$ pip install x\n```\n\n```python\npip = 1\n```\n\n"
         "    python -m a\n    x = y\n\nText\n    hf auth\n"

@@ -129,7 +129,8 @@ def dino_steps() -> Results:
 
 def probe(name: str, **settings: Any) -> Results:
     """A probe's gradient, of two micro-batches: images, views, kept tokens and negatives are those of one process."""
-    recipe = Recipe(**{**RECIPE, "objective": name, "objective_config": settings, "gradient_accumulation_steps": 2})
+    own = {"objective": name, "objective_config": settings, "gradient_accumulation_steps": 2, "mixed_precision": "no"}
+    recipe = Recipe(**{**RECIPE, **own})
     pixels = torch.randint(0, 256, (40, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     torch.manual_seed(0)
     gradient_of = GradientProbe(build_objective(recipe), recipe, ImageSource("set", pixels=pixels))

@@ -192,7 +192,7 @@ def test_the_files_for_several_processes_on_a_cpu_hide_gpus():
         assert hides == (bool(config["use_cpu"]) and config["num_processes"] > 1), path.name
 
 
-def test_the_first_line_names_device_processes_threads_and_precision(launched):
+def test_the_first_line_describes_the_launch(launched):
     launched({**CPU})
     arguments: Any = SimpleNamespace(device=torch.device("cpu"), world_size=2)
     line = engine.describe_launch(arguments, recipe(mixed_precision="bf16"))

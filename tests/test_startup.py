@@ -68,7 +68,7 @@ def test_one_process_prints_its_error_itself(monkeypatch):
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 @pytest.mark.parametrize("kind", [RecipeError, TrainingDiverged])
-def test_one_of_several_processes_leaves_its_error_to_the_launcher(kind, rank, monkeypatch, tmp_path, capsys):
+def test_one_of_several_leaves_its_error_to_the_launcher(kind, rank, monkeypatch, tmp_path, capsys):
     def fail(recipe):
         raise kind("what is wrong")
 
@@ -98,7 +98,7 @@ def test_one_of_several_processes_leaves_its_error_to_the_launcher(kind, rank, m
         ("ddp", "seed=3", "RecipeError: 2 processes on GPUs were asked for"),
     ],
 )
-def test_under_several_processes_an_error_is_printed_once_and_last(config, override, message, tmp_path):
+def test_an_error_of_several_is_printed_once_and_last(config, override, message, tmp_path):
     if config == "ddp" and torch.accelerator.is_available():
         pytest.skip("the launch is sound where there is a GPU")
     process = start_with(config, ROOT / "recipes/moco.yaml", tmp_path / "run", override, processes=2)

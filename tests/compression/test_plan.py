@@ -43,7 +43,7 @@ def test_plan_against_a_loop_that_spends_step_by_step(seed):
     assert plan.total_cost <= budget * (1 + 1e-9)
 
 
-def test_a_budget_that_pays_for_no_step_of_the_last_stage_is_known():
+def test_a_budget_too_small_for_the_last_stage_is_known():
     cheap, dear = Strategy(Compression(16)), Strategy(Compression(8))
     schedule = Schedule((Stage(0.5, dear), Stage(0.9, cheap), Stage(1.0, dear)))
     step = 10 * units(dear)

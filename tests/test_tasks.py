@@ -31,7 +31,6 @@ from hf_accel.progress_callback import ProgressCallback
 from hf_accel.recipe import Recipe
 from hf_accel.trainer import PretrainTrainer
 from tests.tiny_runs import (
-    IMAGES,
     RECIPE,
     SIZE,
     STEPS,
@@ -109,7 +108,7 @@ def test_a_stop_in_an_evaluation_changes_nothing(whole, folder, tmp_path, monkey
         if step:
             launch_until_stopped(folder, output, points)  # in the same evaluation, which it begins with
             assert f"Stopped at step {step} of {STEPS}; " in capsys.readouterr().out
-        assert IMAGES in batches and 30 not in batches, "the batch of training images, and none of validation"
+        assert len([size for size in batches if size > 1]) == (2 if step else 1), "no batch after the signal"
     assert not (output / "results.json").exists() and bool(list(output.glob("checkpoint-*"))) == bool(step)
     launch(folder, output, points)
     history = read(output / "log_history.json")["log_history"]

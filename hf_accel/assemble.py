@@ -85,6 +85,7 @@ def _locked(file: Any, until: float) -> bool:
     if fcntl is None:
         return True
     os.register_at_fork(after_in_child=file.close)  # else workers would hold it after the death of this process
+    waiting = False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,6 +95,11 @@ def _locked(file: Any, until: float) -> bool:
                 return True
             if time.monotonic() > until:
                 return False
+            if not waiting:
+                say(
+                    f"Another launch is at work in {Path(file.name).parent}: waiting for {LOCK_PATIENCE:g} s for its end"
+                )
+            waiting = True
             time.sleep(0.2)
 
 

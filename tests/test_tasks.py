@@ -468,7 +468,18 @@ def test_interrupted_by_hand_it_says_so_and_what_was_never_begun_can_be_changed(
             launch(folder, tmp_path / "run", "budget=4096", "seed=1")
 
 
-def test_a_second_launch_in_the_same_folder_is_refused_while_the_first_is_at_work(folder, tmp_path, monkeypatch):
+def test_workers_that_fail_end_a_run_with_a_remedy(folder, tmp_path, monkeypatch):
+    def fail(recipe):  # as torch's handler of SIGCHLD raises it, in the midst of anything
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...")
+
+    monkeypatch.setattr("hf_accel.pretrain_task.pretrain", fail)
+    with pytest.raises(SystemExit, match=r"^WorkersFailed: .* Bus error.*docker run --shm-size=8g.*num_workers: 0.*$"):
+        launch(folder, tmp_path / "run")
+
+
+def test_a_second_launch_in_the_same_folder_is_refused_while_the_first_is_at_work(
+    folder, tmp_path, monkeypatch, capsys
+):
     output = tmp_path / "run"
     output.mkdir()
     holder = ExitStack()
@@ -477,6 +488,7 @@ def test_a_second_launch_in_the_same_folder_is_refused_while_the_first_is_at_wor
         patch.setattr("hf_accel.assemble.time.sleep", lambda seconds: holder.close())
         with pytest.raises(SystemExit, match="only 120 images"):  # the one before was about to end
             launch(folder, output, "batch_size=128", "budget=4096")
+        assert f"Another launch is at work in {output}: waiting for 60 s" in capsys.readouterr().out
     monkeypatch.setattr("hf_accel.assemble.LOCK_PATIENCE", 0.1)
     with (
         sole_launch(output),

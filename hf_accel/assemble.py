@@ -96,9 +96,8 @@ def _locked(file: Any, until: float) -> bool:
             if time.monotonic() > until:
                 return False
             if not waiting:
-                say(
-                    f"Another launch is at work in {Path(file.name).parent}: waiting for {LOCK_PATIENCE:g} s for its end"
-                )
+                folder = Path(file.name).parent
+                say(f"Another launch is at work in {folder}: waiting for {LOCK_PATIENCE:g} s for its end")
             waiting = True
             time.sleep(0.2)
 

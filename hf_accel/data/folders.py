@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import PIL.Image
 
+from .class_folders import NAMED, name_classes, shorten
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -38,8 +40,6 @@ OTHER_IMAGES = {".heic", ".heif", ".jxl", ".svg", ".exr", ".cr2", ".cr3", ".nef"
 """Images of formats that Pillow alone does not open."""
 
 SKIPPED_FOLDERS = {"__MACOSX", "__pycache__"}
-NAMED = 5
-"""How many of the files and folders that are left out a warning names."""
 
 
 @dataclass
@@ -200,17 +200,6 @@ def _splits_at_the_top(name: str, parts: Iterable[tuple[str, ...]]) -> dict[str,
     return splits
 
 
-def name_classes(name: str, folders: Iterable[tuple[str, ...]]) -> list[str | None]:
-    """For each image of a split the class that its folders name; None for an image in no folder."""
-    folders = list(folders)
-    depths = {len(names) for names in folders if names}
-    if len(depths) > 1:
-        logger.warning(
-            "%s: images are in folders of different depth; the topmost folder is taken as the class of each", name
-        )
-    return [names[0 if len(depths) > 1 else -1] if names else None for names in folders]
-
-
 def read_image_folder(found: Found) -> "dict[str, Dataset]":
     """Every split of a folder of image files without metadata, with the column "label" where folders name classes."""
     layout = find_layout(found.root, found.images)
@@ -219,22 +208,23 @@ def read_image_folder(found: Found) -> "dict[str, Dataset]":
         rows.setdefault(split or "", []).append(row)
     warn_of_left_out(found, [found.images[row] for row in rows.pop("", [])])
     ordered = {split: rows[split] for split in SPLIT_WORDS if split in rows}
-    classes = {
-        split: name_classes(f"{found.root}/{split}", (layout.folders[row] for row in these))
-        for split, these in ordered.items()
-    }
+    classes = name_classes(
+        found.root, {split: [layout.folders[row] for row in these] for split, these in ordered.items()}
+    )
     known = [{name for name in names if name is not None} for names in classes.values()]
-    names = sorted(set().union(*(some for some in known if len(some) > 1)))  # a single folder tells nothing apart
+    names = set().union(*(some for some in known if len(some) > 1))  # a single folder tells nothing apart
     return {
         split: _build_table([os.path.join(found.root, found.images[row]) for row in these], classes[split], names)
         for split, these in ordered.items()
     }
 
 
-def _build_table(paths: list[str], classes: list[str | None], names: list[str]) -> "Dataset":
+def _build_table(paths: list[str], classes: list[str | None], telling: set[str]) -> "Dataset":
+    """The images of a split with its own classes, of those in `telling`; the numbers are not those of other splits."""
     import datasets
     import pyarrow as pa
 
+    names = sorted(telling.intersection(filter(None, classes)))
     number = {name: label for label, name in enumerate(names)}
     labels = [number.get(name) if name is not None else None for name in classes]
     empty = pa.nulls(len(paths), pa.binary())
@@ -253,12 +243,7 @@ def warn_of_left_out(found: Found, images: Sequence[str]) -> None:
         count = Counter(os.path.dirname(path) for path in images)
         folders = [f"{number} in {folder or '.'}/" for folder, number in count.most_common()]
         named = list(images) if len(images) <= NAMED else folders
-        logger.warning("%s: %d images are left out: %s", found.root, len(images), _shorten(named))
+        logger.warning("%s: %d images are left out: %s", found.root, len(images), shorten(named))
     for reason in dict.fromkeys(found.unusable.values()):
         named = [path for path, why in sorted(found.unusable.items()) if why == reason]
-        logger.warning("%s: left out, as %s: %s", found.root, reason, _shorten(named))
-
-
-def _shorten(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]).encode(errors="backslashreplace").decode() + more
+        logger.warning("%s: left out, as %s: %s", found.root, reason, shorten(named))

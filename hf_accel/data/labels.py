@@ -1,5 +1,6 @@
 """The labels of a table: numbers that mean the same class in every split, and -1 where an image has none."""
 
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -7,9 +8,12 @@ import torch
 from torch import Tensor
 
 from ..draws import generator
+from .class_folders import shorten
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 HELD_OUT = 10
 """One in so many training images is kept for validation where the data have no such split."""
@@ -19,7 +23,7 @@ UNLABELLED = -1
 
 
 def read_labels(
-    table: "Dataset", column: str, class_names: list[str] | None = None
+    table: "Dataset", column: str, class_names: list[str] | None = None, name: str = ""
 ) -> tuple[Tensor | None, list[str] | None]:
     """Return the labels int64 (N,) and the name of each class, or None first where no image has a label.
 
@@ -27,10 +31,12 @@ def read_labels(
     and other numbers name themselves.
 
     Args:
-        class_names: those of the training split, which the numbers of every other split have to follow.
+        class_names: those of the training split, which the numbers of every other split have to follow. An image of
+            another class has no label, and a warning says so: no accuracy can be measured on it.
+        name: of the table, for that warning.
 
     Raises:
-        ValueError: labels of another type, or a class that the training split lacks.
+        ValueError: labels of another type.
     """
     import datasets
 
@@ -53,20 +59,26 @@ def read_labels(
             raise ValueError(
                 f"label_column={column}: there is a label {wrong}, and {len(feature.names)} classes; {remedy}"
             )
-        name = dict(enumerate(feature.names))
+        name_of = {value: feature.names[value] for value in present}
         class_names = class_names or list(feature.names)
     else:
-        name = {value: str(value) for value in present}
-        class_names = class_names or list(name.values())
+        name_of = {value: str(value) for value in present}
+        class_names = class_names or list(name_of.values())
     number = {class_name: label for label, class_name in enumerate(class_names)}
-    unknown = sorted({name[value] for value in present} - set(number))
+    unknown = sorted({name_of[value] for value in present} - set(number))
+    label = {value: number.get(name_of[value], UNLABELLED) for value in present} | {None: UNLABELLED}
+    labels = torch.tensor([label[value] for value in values], dtype=torch.int64)
     if unknown:
-        raise ValueError(
-            f"label_column={column}: the training split lacks the classes {', '.join(unknown[:5])}; "
-            f"leave their images out, {remedy}"
+        count = sum(value is not None for value in values) - int((labels != UNLABELLED).sum())
+        logger.warning(
+            "%s: %d images are of classes that the training split lacks and count as images without a label: %s; "
+            "the training split has %s",
+            name or f"label_column={column}",
+            count,
+            shorten(unknown),
+            shorten(class_names),
         )
-    label = {value: number[name[value]] for value in present} | {None: UNLABELLED}
-    return torch.tensor([label[value] for value in values], dtype=torch.int64), class_names
+    return (labels if len(unknown) < len(set(name_of.values())) else None), class_names
 
 
 def _plain(value: Any) -> Any:

@@ -242,7 +242,8 @@ def load_sources(
     `data` is "bundled", a Hub data set, a folder of images (class folders, or train/ and validation/ with class folders
     in them), a parquet or arrow file or a folder of them, or what `datasets` saved with `save_to_disk`. Where there is
     no validation split but labels, a tenth of each class is held out, drawn from `seed`; without labels there is none.
-    Classes are matched by name between the splits; an image without a label has the label -1. `label_column="none"`
+    Classes are matched by name between the splits. An image without a label has the label -1, and so has a validation
+    image of a class that the training split lacks. `label_column="none"`
     reads no labels and takes no folders as classes. `config` is one of those that the README.md of a Hub data set or
     folder may declare.
 
@@ -260,10 +261,11 @@ def load_sources(
     if validation_split is not None:
         held, held_labels = take_part(tables, validation_split), None
         if label_column in held.column_names:
-            held_labels = read_labels(held, label_column, names)[0]
+            held_labels = read_labels(held, label_column, names, f"{data}/{validation_split}")[0]
         if labels is not None and held_labels is None:
             logger.warning(
-                "%s: the split %s has no labels, so no accuracy will be measured: set validation_split to one that has",
+                "%s: the split %s has no labels of the training split's classes, so no accuracy will be measured: set "
+                "validation_split to one that has",
                 data,
                 validation_split,
             )

@@ -72,9 +72,15 @@ def test_column_without_any_label_gives_none(values, feature):
     assert read_labels(column(values, feature), "label")[0] is None
 
 
-def test_classes_that_training_lacks_are_named_with_a_remedy():
-    with pytest.raises(ValueError, match=r"training split lacks the classes owl;.*label_column: none"):
-        read_labels(column([0, 1], class_label("dog", "owl")), "label", ["dog", "cat"])
+def test_images_of_classes_that_training_lacks_have_no_label(caplog):
+    labels, names = read_labels(column([0, 1, 0, 1], class_label("dog", "owl")), "label", ["dog", "cat"], "zoo/test")
+    assert labels is not None and labels.tolist() == [0, -1, 0, -1] and names == ["dog", "cat"]
+    assert "zoo/test: 2 images are of classes that the training split lacks" in caplog.text
+    assert "a label: owl; the training split has dog, cat" in caplog.text
+
+
+def test_split_without_any_class_of_training_has_no_labels():
+    assert read_labels(column([0, 1], class_label("fox", "owl")), "label", ["dog", "cat"])[0] is None
 
 
 def test_held_out_images_all_have_a_label():

@@ -74,6 +74,37 @@ def test_the_held_out_part_chooses():
     assert topk_accuracy(scores, labels, 1) > topk_accuracy(worse, labels, 1) + 0.05
 
 
+@pytest.mark.parametrize("method", ["linear", "logistic"])
+def test_ties_do_not_choose_what_has_hardly_learnt(method):
+    """Every setting classifies the held-out part of an easy set, and one class has an image more than the others."""
+    train, train_labels = blobs(121, 0.3, 1)
+    test, labels = blobs(80, 0.3, 2)
+    if method == "linear":
+        scores, chosen = linear_probe(train, train_labels, test, CLASSES, LinearConfig(epochs=20), seed=0)
+        assert chosen >= 0.1
+    else:
+        scores, chosen = logistic_regression(train, train_labels, test, CLASSES, seed=0)
+        assert chosen >= 1
+    assert topk_accuracy(scores, labels, 1) == 1
+
+
+@pytest.mark.parametrize("strength", linear.LOGISTIC_C)
+def test_intercepts_alone_do_not_decide_under_any_penalty(monkeypatch, strength):
+    monkeypatch.setattr(linear, "LOGISTIC_C", (strength,))
+    train, train_labels = blobs(121, 0.3, 1)
+    test, labels = blobs(80, 0.3, 2)
+    scores, _ = logistic_regression(train, train_labels, test, CLASSES, seed=0)
+    assert topk_accuracy(scores, labels, 1) == 1
+
+
+def test_a_class_whose_only_image_is_held_out_decides_no_ties():
+    train, labels = blobs(120, 0.3, 1)
+    train, labels = torch.cat([train, -train[:1]]), torch.cat([labels, torch.tensor([CLASSES])])
+    assert CLASSES in labels[linear._split(labels, seed=0)[1]]
+    _, strength = logistic_regression(train, labels, train, CLASSES + 1, seed=0)
+    assert strength >= 1
+
+
 def test_few_noisy_images_get_a_strong_penalty():
     source = torch.Generator().manual_seed(0)
     labels = torch.arange(120) % 2

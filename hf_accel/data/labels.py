@@ -27,8 +27,8 @@ def read_labels(
 ) -> tuple[Tensor | None, list[str] | None]:
     """Return the labels int64 (N,) and the name of each class, or None first where no image has a label.
 
-    Null, NaN and -1 mean that an image has no label. Classes are matched by name: a ClassLabel names its numbers, text
-    and other numbers name themselves.
+    Null, NaN and -1 mean that an image has no label, and so do empty text and "-1". Classes are matched by name: a
+    ClassLabel names its numbers, text and other numbers name themselves.
 
     Args:
         class_names: those of the training split, which the numbers of every other split have to follow. An image of
@@ -85,17 +85,22 @@ def _plain(value: Any) -> Any:
     """None for what means "no label"; a whole number for a float, as pandas makes of integers beside gaps."""
     if isinstance(value, float):
         value = None if math.isnan(value) else int(value) if value.is_integer() else value
+    if isinstance(value, str):  # as .csv files have it
+        return None if value.strip() in ("", str(UNLABELLED)) else value
     return None if type(value) is int and value == UNLABELLED else value
 
 
 def hold_out(labels: Tensor, seed: int, one_in: int = HELD_OUT) -> tuple[Tensor, Tensor]:
     """Return the indices that are kept and those held out, both ascending.
 
-    Every class gives one image in `one_in`, to within one. Images without a label are kept.
+    Every class of two images or more gives one in `one_in`, to within one, and never all that it has. Images without a
+    label and single images of their class are kept, so that nothing may be held out.
     """
     order = torch.randperm(len(labels), generator=generator(seed, "hold out"))
     order = order[labels[order] != UNLABELLED]
     order = order[labels[order].argsort(stable=True)]
+    classes, count = labels[order].unique(return_counts=True)
+    order = order[~torch.isin(labels[order], classes[count == 1])]
     held = torch.zeros(len(labels), dtype=torch.bool)
     held[order[::one_in]] = True
     return (~held).nonzero()[:, 0], held.nonzero()[:, 0]

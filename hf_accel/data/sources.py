@@ -30,6 +30,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MEMORY_BYTES = 2**31
 HEADER_SAMPLE = 64
 MAX_BAD = 0.01
+"""The share of a set that may be unreadable. One image always may be: a held-out tenth can be small."""
 
 Bad = tuple[int, str, str]
 """An image that could not be read: index, name, reason."""
@@ -92,9 +93,9 @@ class ImageSource:
 
         Raises ValueError if no image has one.
         """
-        if self.labels is None:
+        rows = () if self.labels is None else (self.labels != UNLABELLED).nonzero()[:, 0]
+        if self.labels is None or len(rows) == 0:
             raise ValueError(f"{self.name} has no labels")
-        rows = (self.labels != UNLABELLED).nonzero()[:, 0]
         if len(rows) == len(self):
             return self
         table = self._table.select(rows) if self._table is not None else None
@@ -145,7 +146,7 @@ class ImageSource:
         Raises CorruptDataError after as many failures in a row as condemn the set.
         """
         skipped: list[Bad] = []
-        while len(skipped) <= MAX_BAD * len(self):
+        while not self._is_condemned_by(len(skipped)):
             try:
                 image = self.read(index)
                 bad.extend(skipped)
@@ -156,7 +157,7 @@ class ImageSource:
         raise self._too_many(skipped)
 
     def report(self, bad: Iterable[Bad]) -> None:
-        """Count images that could not be read, and name each once. Raises CorruptDataError beyond 1% of the set."""
+        """Count images that could not be read, and name each once. Raises CorruptDataError where they are too many."""
         if self._whole is not None:
             whole, rows = self._whole
             return whole.report((int(rows[index]), name, reason) for index, name, reason in bad)
@@ -164,7 +165,7 @@ class ImageSource:
             if index not in self.bad:
                 self.bad[index] = (name, reason)
                 logger.warning("%s: image %d (%s) cannot be read and is skipped: %s", self.name, index, name, reason)
-        if len(self.bad) > MAX_BAD * len(self):
+        if self._is_condemned_by(len(self.bad)):
             raise self._too_many([(index, *what) for index, what in self.bad.items()])
 
     def gather_bad(self) -> None:
@@ -172,11 +173,16 @@ class ImageSource:
         for found in all_gather_objects(self.bad):
             self.bad.update(found)
 
+    def _is_condemned_by(self, unreadable: int) -> bool:
+        """Whether so many images are more than may be skipped."""
+        return unreadable > max(1, MAX_BAD * len(self)) or unreadable >= len(self)
+
     def _too_many(self, bad: Sequence[Bad]) -> CorruptDataError:
         examples = "\n".join(f"  {index}: {name}: {reason}" for index, name, reason in bad[:5])
         return CorruptDataError(
-            f"{self.name}: at least {len(bad)} of {len(self)} images cannot be read, and at most {MAX_BAD:.0%} may be "
-            f"skipped. For example:\n{examples}\nRemove these files from the data set or replace them by good copies."
+            f"{self.name}: at least {len(bad)} of {len(self)} images cannot be read, and at most {MAX_BAD:.0%}, or "
+            f"one, may be skipped. For example:\n{examples}\n"
+            "Remove these files from the data set or replace them by good copies."
         )
 
     def sample_sizes(self) -> list[tuple[int, int]]:
@@ -225,6 +231,8 @@ class ImageSource:
         if self.bad:
             pixels = pixels[kept]
             self.labels = self.labels[kept] if self.labels is not None else None
+            if self.labels is not None and (self.labels == UNLABELLED).all():  # none of those that are left has one
+                self.labels = None
         self.pixels, self._table = pixels, None
 
 
@@ -241,7 +249,8 @@ def load_sources(
 
     `data` is "bundled", a Hub data set, a folder of images (class folders, or train/ and validation/ with class folders
     in them), a parquet or arrow file or a folder of them, or what `datasets` saved with `save_to_disk`. Where there is
-    no validation split but labels, a tenth of each class is held out, drawn from `seed`; without labels there is none.
+    no validation split but labels, a tenth of each class is held out, drawn from `seed`, and nothing of a class of one
+    image; without labels there is none.
     Classes are matched by name between the splits. An image without a label has the label -1, and so has a validation
     image of a class that the training split lacks. `label_column="none"`
     reads no labels and takes no folders as classes. `config` is one of those that the README.md of a Hub data set or
@@ -273,7 +282,15 @@ def load_sources(
     elif labels is not None:
         kept, out = hold_out(labels, seed)
         parts = [(train.select(rows), labels[rows], part) for rows, part in ((kept, "train"), (out, "held-out"))]
-        logger.warning("%s has no validation split: %d of %d images are held out", data, len(out), len(labels))
+        if len(out):
+            logger.warning("%s has no validation split: %d of %d images are held out", data, len(out), len(labels))
+        else:
+            parts = [(train, labels, train_split)]
+            logger.warning(
+                "%s has no validation split, and no class has two images, of which one could be held out: no accuracy "
+                "will be measured; label more images",
+                data,
+            )
     else:
         parts = [(train, None, train_split)]
         logger.warning("%s has neither a validation split nor labels: no accuracy will be measured", data)

@@ -219,10 +219,10 @@ def logistic_regression(
 
 def _split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     kept, held = hold_out(labels, seed, one_in=HELD_OUT)
-    if len(labels[kept].unique()) < 2:
+    if len(labels[kept].unique()) < 2 or len(held) == 0:
         raise ValueError(
-            f"{len(labels)} training images leave fewer than two classes when one in {HELD_OUT} is held out to choose "
-            "a setting: label more images"
+            f"{len(labels)} training images are too few to choose a setting: one in {HELD_OUT} of each class is held "
+            "out for it, and two classes have to be left: label more images"
         )
     return kept, held
 

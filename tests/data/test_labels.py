@@ -53,6 +53,7 @@ def test_classes_are_matched_by_name_across_splits(train, validation):
     ("values", "feature"),
     [
         (["a", None, "b", None], TEXT),
+        (["a", "", "b", "-1"], TEXT),
         ([0, -1, 1, None], class_label("a", "b")),
         ([3, -1, 4, -1], NUMBER),
         ([3.0, None, 4.0, float("nan")], REAL),
@@ -88,6 +89,37 @@ def test_held_out_images_all_have_a_label():
     kept, held = hold_out(labels, seed=0)
     assert len(kept) + len(held) == 100 and set(labels[held].tolist()) == {0, 1}
     assert (labels[kept] == -1).sum() == 50
+
+
+def test_single_image_of_a_class_is_never_held_out():
+    labels = torch.tensor([0, 1, 2, 3, 3, -1])
+    for seed in range(5):
+        kept, held = hold_out(labels, seed, one_in=2)
+        assert labels[held].tolist() == [3] and len(kept) == 5
+    assert len(hold_out(labels[:3], 0)[1]) == 0
+
+
+@pytest.mark.parametrize("values", [[None, "a"] + [None] * 8, ["a", "b", "c"]], ids=["one label", "one of each class"])
+def test_nothing_to_hold_out_leaves_no_validation_images(tmp_path, caplog, values):
+    image_table(values, TEXT).save_to_disk(tmp_path / "set")
+    source, validation = load_sources(str(tmp_path / "set"), label_column="label")
+    assert validation is None and len(source) == len(values) and source.labels is not None
+    assert "no class has two images, of which one could be held out: no accuracy will be measured" in caplog.text
+
+
+def test_set_whose_labelled_image_is_unreadable_has_no_labels(tmp_path):
+    good = image_table([None] * 10, TEXT)
+    broken = datasets.Dataset.from_dict(
+        {"image": [{"bytes": b"", "path": None}], "label": ["a"]}, features=good.features
+    )
+    datasets.concatenate_datasets([good, broken]).save_to_disk(tmp_path / "set")
+    source, validation = load_sources(str(tmp_path / "set"), label_column="label")
+    assert source.labels is None and validation is None and list(source.bad) == [10]
+
+
+def test_source_of_unlabelled_images_alone_has_no_labelled_part():
+    with pytest.raises(ValueError, match="no labels"):
+        ImageSource("x", pixels=PIXELS, labels=torch.full((6,), -1)).labelled()
 
 
 def test_labelled_part_has_the_right_images():

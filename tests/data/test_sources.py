@@ -2,6 +2,7 @@ import io
 import logging
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -371,6 +372,22 @@ def test_many_corrupt_images_stop_with_an_error(tmp_path):
     table(300, broken=(7, 8, 100, 299)).save_to_disk(tmp_path / "set")
     with pytest.raises(CorruptDataError, match=r"4 of 300 images cannot be read(.|\n)*set/train\[7\]: OSError"):
         load_sources(str(tmp_path / "set"), validation_split="train")
+
+
+def test_one_corrupt_image_of_a_small_split_is_skipped(tmp_path, monkeypatch):
+    class_folders(tmp_path, 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "MEMORY_BYTES", 0)
+        Path(load_sources(str(tmp_path))[1].open(0).info["name"]).write_bytes(b"")
+    _, held = load_sources(str(tmp_path))
+    assert len(held) == 6 and list(held.bad) == [0]
+
+
+def test_set_of_unreadable_images_alone_is_an_error(tmp_path):
+    table(1, broken=(0,)).save_to_disk(tmp_path / "set")
+    with pytest.raises(CorruptDataError, match="1 of 1"):
+        source, _ = load_sources(str(tmp_path / "set"))
+        source.next_readable(0, [])
 
 
 def test_corrupt_files_one_by_one(tmp_path, monkeypatch):

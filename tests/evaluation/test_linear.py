@@ -211,7 +211,7 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match="NaN or infinite"):
             fit(broken, labels)
-        with pytest.raises(ValueError, match="2 training images leave fewer than two classes"):
+        with pytest.raises(ValueError, match="2 training images are too few"):
             fit(train[:2], labels[:2])
 
 

@@ -1,5 +1,6 @@
 """A folder of image files: what is in it, which files are which split, and what its folders say about classes."""
 
+import contextlib
 import logging
 import os
 import re
@@ -39,6 +40,12 @@ UNDECODABLE = {"BUFR", "GRIB", "HDF5", "MPEG"}
 OTHER_IMAGES = {".heic", ".heif", ".jxl", ".svg", ".exr", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf"}
 """Images of formats that Pillow alone does not open."""
 
+SNIFFED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
+"""Formats by which an image without an image's suffix is recognised."""
+
+SNIFFED = (3, 60)
+"""How many files of one suffix, and how many in all, are opened to see whether they are images."""
+
 SKIPPED_FOLDERS = {"__MACOSX", "__pycache__"}
 
 
@@ -63,30 +70,52 @@ def image_suffixes() -> frozenset[str]:
 
 
 def scan_folder(root: str | Path) -> Found:
-    """List what is below `root` in one walk that opens no file.
+    """List what is below `root` in one walk. Of files without an image's suffix it opens a few, and no others.
 
     Raises OSError for a folder that cannot be listed.
     """
     found, suffixes = Found(str(root)), image_suffixes()
+    others: dict[str, list[str]] = {}
     for path, entry in _walk(found, "", found.root, frozenset()):
         suffix = os.path.splitext(entry.name)[1].lower()
         if entry.name in METADATA_NAMES:
             found.metadata.append(path)
+        elif entry.name.lower() in METADATA_NAMES:
+            found.unusable[path] = f"metadata is read from {entry.name.lower()} only, in lower case: rename it"
         elif suffix in TABLE_SUFFIXES:
             found.tables.append(path)
         elif suffix in OTHER_IMAGES - suffixes:
             found.unusable[path] = f"Pillow does not open {suffix} files: convert them, to PNG for example"
         elif suffix not in suffixes:
-            continue
+            others.setdefault(suffix, []).append(path)
         elif entry.is_symlink() and not os.path.isfile(entry.path):
             found.unusable[path] = "the link leads nowhere: restore the file that it names"
         elif not _is_text(path):
             found.unusable[path] = "the name is not valid UTF-8: rename it"
         else:
             found.images.append(path)
+    _sniff(found, others)
     for paths in (found.images, found.metadata, found.tables):
         paths.sort()
     return found
+
+
+def _sniff(found: Found, others: dict[str, list[str]]) -> None:
+    """Add the files of a suffix to the unusable ones, if one of the few that are opened is an image.
+
+    Args:
+        others: the files by suffix, which is no image's.
+    """
+    each, left = SNIFFED
+    for suffix, paths in sorted(others.items()):  # "" first: files without a suffix
+        for path in sorted(paths)[: min(each, left)]:
+            left -= 1
+            with contextlib.suppress(Exception):  # of what is no image
+                PIL.Image.open(os.path.join(found.root, path), formats=SNIFFED_FORMATS).close()
+                what = f"the suffix {suffix}" if suffix else "no suffix"
+                reason = f"files with {what} are not loaded, and of these some are images: name them .jpg or .png"
+                found.unusable |= dict.fromkeys(paths, reason)
+                break
 
 
 def _walk(
@@ -207,6 +236,7 @@ def read_image_folder(found: Found) -> "dict[str, Dataset]":
     for row, split in enumerate(layout.split):
         rows.setdefault(split or "", []).append(row)
     warn_of_left_out(found, [found.images[row] for row in rows.pop("", [])])
+    warn_of_tables(found)
     ordered = {split: rows[split] for split in SPLIT_WORDS if split in rows}
     classes = name_classes(
         found.root, {split: [layout.folders[row] for row in these] for split, these in ordered.items()}
@@ -235,6 +265,17 @@ def _build_table(paths: list[str], classes: list[str | None], telling: set[str])
         features["label"] = datasets.ClassLabel(names=names)
     info = datasets.DatasetInfo(features=features, builder_name="imagefolder")
     return datasets.Dataset(pa.table(columns, schema=features.arrow_schema), info=info)
+
+
+def warn_of_tables(found: Found) -> None:
+    """Name the files that hold many images each, and are left out where image files are in the majority."""
+    if found.tables:
+        logger.warning(
+            "%s: left out, as a folder of image files is loaded without tables and archives: %s; unpack them, or set "
+            "data to a folder of them alone",
+            found.root,
+            shorten(found.tables),
+        )
 
 
 def warn_of_left_out(found: Found, images: Sequence[str]) -> None:

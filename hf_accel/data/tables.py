@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..causes import lacks_room, reason
-from .folders import Found, find_layout, read_image_folder, scan_folder, warn_of_left_out
+from .folders import Found, find_layout, read_image_folder, scan_folder, warn_of_left_out, warn_of_tables
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -80,6 +80,7 @@ def _load_folder(path: Path, config: str | None) -> "dict[str, Dataset]":
     found = Found(root) if "configs" in declared else scan_folder(root)
     if config is None and "dataset_info" not in declared and len(found.images) > len(found.tables):
         return _read_metadata(found) if found.metadata else read_image_folder(found)
+    warn_of_left_out(found, [])
     try:
         with _explained():
             loaded: Any = datasets.load_dataset(str(path), config)
@@ -92,7 +93,7 @@ def _load_folder(path: Path, config: str | None) -> "dict[str, Dataset]":
         ) from error
     if found.images:
         listed = {name for table in tables.values() for name in _image_paths(table, found.root)}
-        warn_of_left_out(found, [name for name in found.images if name not in listed])
+        warn_of_left_out(Found(root), [name for name in found.images if name not in listed])
     return tables
 
 
@@ -120,6 +121,7 @@ def _read_metadata(found: Found) -> "dict[str, Dataset]":
     listed = _image_paths(table, found.root)
     names = sorted({name for name in listed if name is not None})
     warn_of_left_out(found, sorted(set(found.images).difference(names)))
+    warn_of_tables(found)
     if not names:
         return {"train": table}
     split = dict(zip(names, find_layout(found.root, names).split, strict=True))

@@ -136,6 +136,50 @@ def test_images_that_pillow_does_not_open_are_named(tmp_path, caplog):
     assert "notes.txt" not in caplog.text and "._0" not in caplog.text
 
 
+@pytest.mark.parametrize(("suffix", "what"), [("", "no suffix"), (".orig", "the suffix .orig")])
+def test_images_without_an_images_suffix_are_named(tmp_path, caplog, suffix, what):
+    fill(tmp_path, "a", "b")
+    write(tmp_path, *(f"b/IMG_{number}{suffix}" for number in range(7)))
+    (tmp_path / "LICENSE").write_text("free")
+    (tmp_path / "a.txt").write_text("a caption")
+    loaded, _ = load(tmp_path)
+    assert len(flat(loaded)) == 6 and "a.txt" not in caplog.text
+    assert f"as files with {what} are not loaded, and of these some are images: name them .jpg" in caplog.text
+    assert all(f"b/IMG_{number}{suffix}" in caplog.text for number in range(4))
+
+
+def test_few_files_without_an_images_suffix_are_opened(tmp_path, monkeypatch):
+    fill(tmp_path, "a")
+    for number in range(200):
+        (tmp_path / f"notes{number}").write_text("x")
+        (tmp_path / f"notes.{number}").write_text("x")
+    opened, original = [], PIL.Image.open
+    monkeypatch.setattr("PIL.Image.open", lambda *args, **rest: opened.append(args) or original(*args, **rest))
+    assert scan_folder(tmp_path).unusable == {} and 3 < len(opened) <= 60
+
+
+def test_tables_and_archives_beside_images_are_named(tmp_path, caplog):
+    fill(tmp_path, "train/a", "train/b")
+    (tmp_path / "test.parquet").touch()
+    (tmp_path / "c.zip").touch()
+    load(tmp_path)
+    assert "without tables and archives: c.zip, test.parquet; unpack them" in caplog.text
+
+
+def test_metadata_in_capitals_is_named(tmp_path, caplog):
+    fill(tmp_path, "a", "b")
+    (tmp_path / "Metadata.CSV").write_text("file_name,kind\na/0.png,x\n")
+    load(tmp_path)
+    assert "metadata is read from metadata.csv only, in lower case: rename it: Metadata.CSV" in caplog.text
+
+
+def test_folder_of_unusable_images_alone_names_them(tmp_path, caplog):
+    write(tmp_path, "one", "two")
+    with pytest.raises((ValueError, OSError)):
+        load(tmp_path)
+    assert "files with no suffix are not loaded, and of these some are images: name them" in caplog.text
+
+
 def test_name_that_is_no_utf8_is_left_out(tmp_path, caplog):
     fill(tmp_path, "a", "b")
     name = os.fsencode(tmp_path / "a") + b"/caf\xe9.png"

@@ -21,6 +21,7 @@ from .engine import autocast_arguments, shards_weights
 from .evaluation import (
     FineTuneConfig,
     LinearConfig,
+    NotFineTunable,
     extract_features,
     finetune,
     input_of,
@@ -76,7 +77,8 @@ class Bench:
 def evaluate(recipe: Recipe) -> None:
     """Take each evaluation of the recipe, at each patch size, with each seed, and add it to `results.json` at once.
 
-    Patch sizes that an encoder or an evaluation does not have are skipped, and the table says so. What is there
+    Patch sizes that an encoder or an evaluation does not have are skipped, as is the fine-tuning of an encoder that
+    transformers has no classifier for, and the table says so. What is there
     already, of the same weights, images, settings and seed, is not taken again: the same command goes on where it was
     interrupted. The standard deviation over seeds is that of the probe's or the fine-tuning's own draws: the encoder
     stays. Every process computes the same; the main one writes.
@@ -97,10 +99,13 @@ def evaluate(recipe: Recipe) -> None:
     bench = Bench(recipe, arguments, encoder, processor, weights_digest(encoder), shown, source, validation)
     chosen, skipped = combinations(recipe, encoder)
     for name, patch_size in chosen:
-        for seed in recipe.eval_seeds if name != "knn" else [None]:
-            take(bench, name, patch_size, seed)
+        try:
+            for seed in recipe.eval_seeds if name != "knn" else [None]:
+                take(bench, name, patch_size, seed)
+        except NotFineTunable as error:
+            skipped.append((name, patch_size, str(error)))
     if is_main():
-        entries = read_results(recipe.output_dir)["evaluations"]
+        entries = read_results(recipe.output_dir).get("evaluations", [])
         same = [entry for entry in entries if (entry["data"], entry["validation"]) == (recipe.data, validation.name)]
         table = evaluation_table(same, [(str(recipe.checkpoint), *row) for row in skipped])
         say(f"\n{recipe.data}, {validation.name}, {len(validation)} images:\n{table}")
@@ -265,7 +270,7 @@ def encoder_of(recipe: Recipe, source: ImageSource) -> tuple[PreTrainedModel, An
 
 def combinations(
     recipe: Recipe, encoder: PreTrainedModel
-) -> tuple[list[tuple[str, int | None]], list[tuple[str, int, str]]]:
+) -> tuple[list[tuple[str, int | None]], list[tuple[str, int | None, str]]]:
     """The (evaluation, patch size) pairs to take, and those to skip with the reason.
 
     An evaluation that has none of the recipe's patch sizes is taken at the encoder's own, None where it has no such
@@ -278,7 +283,7 @@ def combinations(
         only = f"fine-tuning is at the base patch size, {base}"
     fixed = [name for name in recipe.evaluations if name == "finetune" or not takes_patch_size(encoder)]
     chosen: list[tuple[str, int | None]] = []
-    skipped: list[tuple[str, int, str]] = []
+    skipped: list[tuple[str, int | None, str]] = []
     for size in dict.fromkeys(recipe.eval_patch_sizes or [base]):
         for name in recipe.evaluations:
             if size is not None and size != base and name in fixed:
@@ -301,6 +306,6 @@ def naming(key: str, value: Any):
     try:
         yield
     except ValueError as error:
-        if isinstance(error, RecipeError):
+        if isinstance(error, RecipeError | NotFineTunable):
             raise
         raise RecipeError(f"{key}={value!r}: {error}") from error

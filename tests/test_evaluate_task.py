@@ -15,6 +15,8 @@ from transformers import (
     BertModel,
     Dinov2Config,
     Dinov2Model,
+    PoolFormerConfig,
+    PoolFormerModel,
     PreTrainedModel,
     ResNetConfig,
     ResNetModel,
@@ -250,8 +252,22 @@ def test_checkpoints_that_cannot_be_evaluated(dinov2, folder, tmp_path):
     }
     text = saved("text", BertModel(BertConfig(**sizes, vocab_size=20)))
     refused(folder, tmp_path / "2", "RecipeError: checkpoint=.*BertModel takes input_ids, not images", text)
-    mae = saved("mae", ViTMAEModel(ViTMAEConfig(**sizes, image_size=SIZE, patch_size=4)))
-    refused(folder, tmp_path / "5", "no image classification model of type 'vit_mae'", mae, "evaluations=[finetune]")
+
+
+def test_what_cannot_be_fine_tuned_is_skipped_with_the_reason(folder, tmp_path, capsys):
+    sizes = {**SIZES, "intermediate_size": 32, "image_size": SIZE}
+    poolformer = PoolFormerModel(PoolFormerConfig(depths=[1] * 4, hidden_sizes=[8] * 4))
+    for kind, model, reason in (
+        ("mae", ViTMAEModel(ViTMAEConfig(**sizes)), "no image classification model of type 'vit_mae'"),
+        ("poolformer", poolformer, "no numbered layers; set finetune_config.layer_decay=1.0"),
+    ):
+        model.save_pretrained(tmp_path / kind)
+        for names, rows in (("[finetune]", ["finetune"]), ("[finetune, knn]", ["knn", "finetune"])):
+            output = tmp_path / f"{kind}-{names}"
+            launch(folder, output, *TASK, f"evaluations={names}", f"checkpoint={tmp_path / kind}")
+            table = capsys.readouterr().out.split("30 images:\n")[-1].splitlines()[1:]
+            assert [line.split()[1] for line in table] == rows
+            assert "skipped" in table[-1] and reason in table[-1]
 
 
 def test_fine_tuning_under_an_engine_that_shards_is_refused(folder, tmp_path, monkeypatch):

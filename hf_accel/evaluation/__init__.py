@@ -10,7 +10,7 @@ from .encoders import (
     weights_digest,
 )
 from .features import extract_features, raw_pixel_features
-from .finetune import FineTuneConfig, finetune
+from .finetune import FineTuneConfig, NotFineTunable, finetune
 from .knn import knn_accuracy, knn_predict
 from .linear import LinearConfig, linear_probe, logistic_regression
 from .metrics import TopKAccuracy, topk_accuracy, topk_hits
@@ -18,6 +18,7 @@ from .metrics import TopKAccuracy, topk_accuracy, topk_hits
 __all__ = [
     "FineTuneConfig",
     "LinearConfig",
+    "NotFineTunable",
     "TopKAccuracy",
     "extract_features",
     "finetune",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageClassification,
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from .. import distributed
+from ..causes import reason
 from ..data import ImageSource, TrainSampler, ViewConfig, make_views, train_loader
 from ..draws import generator
 from ..stopping import stop_together
@@ -30,6 +32,10 @@ from .mixing import mix_batch
 
 DEPTH = re.compile(r"(?:^|\.)(?:layers?|blocks|stages)\.(\d+)\.")
 NOT_DECAYED = ("cls_token", "mask_token", "register_tokens", "position_embeddings")
+
+
+class NotFineTunable(ValueError):
+    """The encoder cannot be fine-tuned, or not with these settings, whatever the images are."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +99,21 @@ def classifier_of(
     Nothing of the encoder is frozen, and its stochastic depth is `drop_path_rate` where its config has that field.
 
     Raises:
-        ValueError: there is no classification model of the encoder's type, or it is built otherwise.
+        NotFineTunable: there is no classification model of the encoder's type, or it is built otherwise.
     """
+    try:
+        return _build_classifier(encoder, class_names, drop_path_rate, seed)
+    except NotFineTunable:
+        raise
+    except (ValueError, TypeError, AttributeError, RuntimeError, StrictDataclassError) as error:
+        raise NotFineTunable(f"{type(encoder).__name__} cannot be made a classifier: {reason(error)}") from error
+
+
+def _build_classifier(
+    encoder: PreTrainedModel, class_names: list[str], drop_path_rate: float, seed: int
+) -> PreTrainedModel:
     config = type(encoder.config).from_dict(encoder.config.to_dict())
+    config.architectures = []  # transformers reads them where a type has several classification models
     config.id2label = dict(enumerate(class_names))
     config.label2id = {name: label for label, name in enumerate(class_names)}
     for name, value in {"drop_path_rate": drop_path_rate, "freeze_patch_projection": False}.items():
@@ -106,15 +124,14 @@ def classifier_of(
         try:
             model = AutoModelForImageClassification.from_config(config)
         except ValueError as error:
-            raise ValueError(
-                f"transformers has no image classification model of type {config.model_type!r}, so it cannot be "
-                "fine-tuned: take evaluations=[knn, linear, logistic]"
+            raise NotFineTunable(
+                f"transformers has no image classification model of type {config.model_type!r}"
             ) from error
     inner = getattr(model, model.base_model_prefix)
     missing, left = inner.load_state_dict(encoder.state_dict(), strict=False)
     odd = [*missing, *(name for name in left if not name.startswith("pooler."))]
     if odd:
-        raise ValueError(f"{type(model).__name__} and {type(encoder).__name__} differ in {', '.join(odd[:3])}, ...")
+        raise NotFineTunable(f"{type(model).__name__} and {type(encoder).__name__} differ in {', '.join(odd[:3])}, ...")
     return model
 
 
@@ -122,12 +139,12 @@ def layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     """Factor on the learning rate of each parameter by name: `layer_decay ** (layers above it)`.
 
     As in BEiT and MAE: what comes before the L layers counts as layer 0, they as 1 to L, what follows them as L + 1. A
-    hierarchical encoder is cut by its stages. Raises ValueError where names tell of no layers and there is a decay.
+    hierarchical encoder is cut by its stages. Raises NotFineTunable where no name has a number and there is a decay.
     """
     names = [name for name, _ in model.named_parameters()]
     depths = {name: int(found[1]) for name in names if (found := DEPTH.search(name))}
     if not depths and layer_decay != 1:
-        raise ValueError(
+        raise NotFineTunable(
             f"layer_decay={layer_decay}: {type(model).__name__} has no numbered layers; "
             "set finetune_config.layer_decay=1.0"
         )
@@ -267,7 +284,8 @@ def finetune(
         arguments: more `TrainingArguments`, as bf16=True.
 
     Raises:
-        ValueError: a model, processor, batch size or layer decay that does not fit; the message says what to change.
+        NotFineTunable: an encoder that has no classifier, or none for this layer decay.
+        ValueError: a processor or batch size that does not fit; the message says what to change.
         Stopped: a stop was requested.
     """
     world_size = distributed.world_size()

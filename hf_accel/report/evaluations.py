@@ -60,13 +60,15 @@ def _same(entry: Mapping[str, Any], question: Mapping[str, Any]) -> bool:
     return all(name in entry and entry[name] == value for name, value in asked.items())
 
 
-def evaluation_table(entries: Sequence[Mapping[str, Any]], skipped: Sequence[tuple[str, str, int, str]] = ()) -> str:
+def evaluation_table(
+    entries: Sequence[Mapping[str, Any]], skipped: Sequence[tuple[str, str, int | None, str]] = ()
+) -> str:
     """Lines of text: encoder, evaluation, patch size, training images, top-1 mean and std over seeds, 95% interval.
 
     The evaluation's settings follow its name as far as entries differ in them.
 
     Args:
-        skipped: encoder, evaluation, patch size and reason of what was asked for and not taken.
+        skipped: what was asked for and not taken.
     """
     rows = [("encoder", "evaluation", "patch", "labels", "seeds", "top-1, %", "95% interval")]
     for entry in sorted(
@@ -87,7 +89,8 @@ def evaluation_table(entries: Sequence[Mapping[str, Any]], skipped: Sequence[tup
             )
         )
     rows += [
-        (encoder, name, str(patch_size), "", "", "skipped", reason) for encoder, name, patch_size, reason in skipped
+        (encoder, name, str(patch_size or ""), "", "", "skipped", reason)
+        for encoder, name, patch_size, reason in skipped
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(

@@ -9,7 +9,12 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTModel,
     Dinov2Config,
+    LevitConfig,
+    LevitModel,
     PreTrainedModel,
     ViTConfig,
     ViTMAEConfig,
@@ -18,7 +23,7 @@ from transformers import (
 
 import hf_accel
 from hf_accel.data import ImageSource, image_processor, load_sources
-from hf_accel.evaluation import FineTuneConfig, finetune
+from hf_accel.evaluation import FineTuneConfig, NotFineTunable, finetune
 from hf_accel.evaluation.finetune import FineTuneTrainer, classifier_of, layer_scales, parameter_groups
 from hf_accel.stopping import Stopped, clear_stop, request_stop
 from tests.tiny_runs import image_folder
@@ -113,7 +118,7 @@ def test_learning_rates_fall_with_depth(name):
 def test_no_decay_needs_no_layers_and_another_does():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     assert set(layer_scales(model, 1.0).values()) == {1.0}
-    with pytest.raises(ValueError, match=r"Sequential has no numbered layers; set finetune_config.layer_decay=1.0"):
+    with pytest.raises(NotFineTunable, match=r"Sequential has no numbered layers; set finetune_config.layer_decay=1.0"):
         layer_scales(model, 0.5)
 
 
@@ -141,8 +146,17 @@ def test_a_type_without_a_classifier_is_refused():
         "intermediate_size": 32,
     }
     mae = AutoModel.from_config(ViTMAEConfig(**sizes, image_size=16, patch_size=4))
-    with pytest.raises(ValueError, match=r"no image classification model of type 'vit_mae'.*evaluations=\[knn"):
+    with pytest.raises(NotFineTunable, match=r"no image classification model of type 'vit_mae'"):
         classifier_of(mae, ["a", "b"], 0.0, seed=0)
+    heads: dict[str, Any] = {"hidden_sizes": [16] * 3, "num_attention_heads": [1] * 3, "key_dim": [8] * 3}
+    levit = LevitModel(LevitConfig(image_size=16, depths=[1] * 3, patch_size=4, **heads))
+    with pytest.raises(NotFineTunable, match=r"LevitModel cannot be made a classifier: .*'drop_path_rate'"):
+        classifier_of(levit, ["a", "b"], 0.1, seed=0)
+
+
+def test_a_type_of_several_classifiers_is_fine_tuned():
+    deit = DeiTModel(DeiTConfig(**SIZES, intermediate_size=32))  # whose config names no architecture
+    assert type(classifier_of(deit, ["a", "b"], 0.0, seed=0)) is DeiTForImageClassification
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -15,6 +15,10 @@ TURNED = (5, 6, 7, 8)
 """The values of the orientation tag that swap width and height."""
 
 
+DEEP_RANGE = 2**16
+"""Pixels of 16 or 32 bits are taken to lie in [0, DEEP_RANGE)."""
+
+
 def image_tensor(image: Image) -> Tensor:
     """uint8 (3, H, W) of an RGB image."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a copy: what Pillow gives is read-only
@@ -30,6 +34,18 @@ def upright_size(image: Image) -> tuple[int, int]:
     return (image.height, image.width) if turned else (image.width, image.height)
 
 
+def is_deep(image: Image) -> bool:
+    """Whether pixels have 16 or 32 bits, from the header alone."""
+    return image.mode.startswith("I")
+
+
+def loses_contrast(image: Image) -> bool:
+    """Whether `upright_rgb` makes an image of 16 or 32 bits nearly black, or clips it. Raises what Pillow does."""
+    image.load()
+    low, high = np.asarray(image).min(), np.asarray(image).max()
+    return bool(low < 0 or 0 < high < DEEP_RANGE // 8 or high >= DEEP_RANGE)
+
+
 def upright_rgb(image: Image) -> Image:
     """8-bit RGB, turned as EXIF says. Raises what Pillow does of broken files; ValueError of floating-point pixels."""
     image.load()
@@ -37,7 +53,7 @@ def upright_rgb(image: Image) -> Image:
         raise ValueError("its pixels are floating-point numbers: save it with 8 or 16 bits")
     with contextlib.suppress(Exception):  # broken metadata beside a good image
         PIL.ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16 bits; Pillow would clip them at 255
+    if is_deep(image):  # 16 or 32 bits; Pillow would clip them at 255
         image = PIL.Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if "transparency" in image.info:  # Pillow asks for this step
         image = image.convert("RGBA")

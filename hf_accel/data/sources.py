@@ -2,8 +2,9 @@
 
 import contextlib
 import io
+import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..distributed import all_gather_objects
 from .bundled import MNIST_MEAN, MNIST_STD, digits
-from .decoding import image_tensor, upright_rgb, upright_size
+from .decoding import DEEP_RANGE, image_tensor, is_deep, loses_contrast, upright_rgb, upright_size
 from .labels import UNLABELLED, hold_out, read_labels
 from .tables import NO_LABELS, choose_columns, choose_splits, load_tables, name_origin, take_part, undecoded
 
@@ -29,6 +30,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 MEMORY_BYTES = 2**31
 HEADER_SAMPLE = 64
+DEEP_SAMPLE = 8
+"""How many images of 16 or 32 bits are decoded to see whether they use their range."""
 MAX_BAD = 0.01
 """The share of a set that may be unreadable. One image always may be: a held-out tenth can be small."""
 
@@ -187,11 +190,37 @@ class ImageSource:
 
     def sample_sizes(self) -> list[tuple[int, int]]:
         """(width, height) of up to HEADER_SAMPLE images spread over the set, from their headers."""
-        sizes = []
+        return [upright_size(image) for image in self._sample()]
+
+    def _sample(self) -> Iterator[Image]:
+        """Up to HEADER_SAMPLE images spread over the set, with their pixels not yet read."""
         for index in torch.linspace(0, len(self) - 1, min(len(self), HEADER_SAMPLE)).long().tolist():
             with contextlib.suppress(CorruptImage):
-                sizes.append(upright_size(self.open(index)))
-        return sizes
+                yield self.open(index)
+
+    def warn_of_lost_contrast(self) -> bool:
+        """Warn where images of 16 or 32 bits use little of their range, or more than it. Returns whether it did.
+
+        It looks at a few images.
+        """
+        deep = list(itertools.islice(filter(is_deep, self._sample()), DEEP_SAMPLE))
+        names = []
+        for image in deep:
+            with contextlib.suppress(Exception):  # of broken files, which decoding reports
+                if loses_contrast(image):
+                    names.append(str(image.info["name"]))
+        if names:
+            logger.warning(
+                "%s: pixels of 16 or 32 bits are taken as 0 to %d, and of %d images that were looked at %d stay below "
+                "an eighth of it or exceed it, so that they become nearly black or are clipped: rescale them to 8 bits, "
+                "for example %s",
+                self.name,
+                DEEP_RANGE - 1,
+                len(deep),
+                len(names),
+                names[0],
+            )
+        return bool(names)
 
     def hold_in_memory(self) -> None:
         """Decode the whole set into `pixels`, if its images share one size and take less than MEMORY_BYTES."""
@@ -280,28 +309,35 @@ def load_sources(
             )
         parts = [(train, labels, train_split), (held, held_labels, validation_split)]
     elif labels is not None:
-        kept, out = hold_out(labels, seed)
-        parts = [(train.select(rows), labels[rows], part) for rows, part in ((kept, "train"), (out, "held-out"))]
-        if len(out):
-            logger.warning("%s has no validation split: %d of %d images are held out", data, len(out), len(labels))
-        else:
-            parts = [(train, labels, train_split)]
-            logger.warning(
-                "%s has no validation split, and no class has two images, of which one could be held out: no accuracy "
-                "will be measured; label more images",
-                data,
-            )
+        parts = _held_out(data, train, labels, train_split, seed)
     else:
         parts = [(train, None, train_split)]
         logger.warning("%s has neither a validation split nor labels: no accuracy will be measured", data)
     origin = name_origin(train, label_column) if labels is not None else None
-    sources = []
+    sources, warned = [], False
     for table, part_labels, part in parts:
         name = "/".join(filter(None, (data, config, part)))
         source = ImageSource(name, undecoded(table, image_column), None, part_labels, names, labels_from=origin)
+        warned = warned or source.warn_of_lost_contrast()
         source.hold_in_memory()
         sources.append(source)
     return sources[0], sources[1] if len(sources) == 2 else None
+
+
+def _held_out(
+    data: str, train: "Dataset", labels: Tensor, split: str, seed: int
+) -> "list[tuple[Dataset, Tensor | None, str]]":
+    """Table, labels and name of the training images and of those held out of them, if any can be."""
+    kept, out = hold_out(labels, seed)
+    if len(out) == 0:
+        logger.warning(
+            "%s has no validation split, and no class has two images, of which one could be held out: no accuracy "
+            "will be measured; label more images",
+            data,
+        )
+        return [(train, labels, split)]
+    logger.warning("%s has no validation split: %d of %d images are held out", data, len(out), len(labels))
+    return [(train.select(rows), labels[rows], part) for rows, part in ((kept, "train"), (out, "held-out"))]
 
 
 def describe_labels(source: ImageSource, validation: ImageSource | None) -> str:

@@ -356,6 +356,28 @@ def test_modes_and_orientation(tmp_path):
         train.decode(0, PIL.Image.fromarray(np.zeros((4, 4), np.float32)))
 
 
+@pytest.mark.parametrize(
+    ("kind", "highest", "lost"),
+    [
+        (np.uint16, 4095, True),
+        (np.int32, 255, True),
+        (np.int32, 10**6, True),
+        (np.uint16, 65535, False),
+        (np.uint16, 0, False),
+        (np.uint8, 30, False),
+    ],
+)
+def test_pixels_that_lose_their_contrast_are_said_once(tmp_path, caplog, kind, highest, lost):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for number in range(20):
+            pixels = np.linspace(0, highest, 64).astype(kind).reshape(8, 8)
+            PIL.Image.fromarray(pixels).save(tmp_path / folder / f"{number}.tif")
+    (tmp_path / "a" / "0.tif").write_bytes((tmp_path / "a" / "1.tif").read_bytes()[:120])
+    load_sources(str(tmp_path))
+    assert caplog.text.count("rescale them to 8 bits") == lost
+
+
 def test_few_corrupt_images_are_skipped_and_named_once(tmp_path, caplog):
     table(300, broken=(7, 8, 299)).save_to_disk(tmp_path / "set")
     train, _ = load_sources(str(tmp_path / "set"), label_column="kind", validation_split="train")

@@ -212,8 +212,8 @@ class ImageSource:
         if names:
             logger.warning(
                 "%s: pixels of 16 or 32 bits are taken as 0 to %d, and of %d images that were looked at %d stay below "
-                "an eighth of it or exceed it, so that they become nearly black or are clipped: rescale them to 8 bits, "
-                "for example %s",
+                "an eighth of it or exceed it, so that they become nearly black or are clipped: rescale them to 8 "
+                "bits, for example %s",
                 self.name,
                 DEEP_RANGE - 1,
                 len(deep),

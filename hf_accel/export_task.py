@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,8 +26,8 @@ from transformers.utils.hub import cached_file
 
 from .assemble import output_of
 from .distributed import say
-from .evaluation import load_processor, refuse_run_folder
-from .hub import CARD_NAME, Export, export_card, stated_licence
+from .evaluation import load_processor, refuse_run_folder, weights_digest
+from .hub import CARD_NAME, Export, agreement, export_card, stated_licence
 from .models import AccelViTConfig, AccelViTForImageClassification, AccelViTModel
 from .models.conversion import State, from_dinov2, from_vit, to_dinov2, to_vit, with_learned_positions
 from .models.conversion_timm import from_timm, to_timm
@@ -57,7 +58,7 @@ class Source:
     state: State
     model: nn.Module
     processor: Any = None
-    licence: dict[str, str] = field(default_factory=dict)
+    licence: dict[str, str | list[str]] = field(default_factory=dict)
 
     def features(self, patch_size: int) -> Features:
         ours = isinstance(self.model, AccelViTModel | AccelViTForImageClassification)
@@ -102,6 +103,8 @@ def export(recipe: Recipe) -> None:
         about = Export(
             export_format=recipe.export_format,
             checkpoint=str(recipe.checkpoint),
+            weights=weights_digest(source.model),
+            date=datetime.now(timezone.utc).date().isoformat(),
             kind=source.kind,
             licence=source.licence,
             config=source.config,
@@ -116,7 +119,7 @@ def export(recipe: Recipe) -> None:
     processor = "with" if source.processor is not None else "without"
     say(
         f"{recipe.checkpoint} ({source.kind}) as {recipe.export_format} at patch {patch_size}, {processor} image "
-        f"processor: {target}. Read back, its features differ by {difference:.1e} at most (relative)"
+        f"processor: {target}. Read back, its features {agreement(difference)}"
     )
 
 
@@ -164,7 +167,9 @@ def read_source(recipe: Recipe) -> Source:
     checkpoint = str(recipe.checkpoint)
     try:
         if Path(checkpoint).is_file():
-            return timm_source(recipe, Path(checkpoint), {})
+            source = timm_source(recipe, Path(checkpoint), {})
+            source.licence = stated_licence(str(Path(checkpoint).parent), {})
+            return source
         refuse_run_folder(checkpoint)
         with opening(checkpoint):
             config = json.loads(Path(cast(str, cached_file(checkpoint, "config.json"))).read_text())

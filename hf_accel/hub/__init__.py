@@ -2,7 +2,7 @@
 
 from .accuracy import FINAL
 from .card import CARD_NAME, FIGURES, Run, card_text, read_run, schedule_of, write_card
-from .export_card import Export, export_card, stated_licence
+from .export_card import Export, agreement, export_card, stated_licence
 from .push import STATE_FOLDER, Files, HubRepository, PushFailed, PushRefused, patiently, push_failure, stage
 from .redact import without_local_paths
 
@@ -17,6 +17,7 @@ __all__ = [
     "PushFailed",
     "PushRefused",
     "Run",
+    "agreement",
     "card_text",
     "export_card",
     "patiently",

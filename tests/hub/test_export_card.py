@@ -2,19 +2,24 @@
 
 import importlib.util
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import AutoImageProcessor
 
 from hf_accel import AccelViTConfig, AccelViTForImageClassification, AccelViTModel
-from hf_accel.hub import stated_licence
+from hf_accel.evaluation import weights_digest
+from hf_accel.hub import Export, export_card, stated_licence
 from tests.real_timm import real_timm
 from tests.test_export import MLP, SIZES, export, saved
 
@@ -79,9 +84,36 @@ def test_the_code_for_timm_runs_and_gives_the_feature(tmp_path, fields):
     real_timm()
     source = encoder(tmp_path / "encoder", **fields)
     folder, found = export(source, tmp_path / "out", "timm"), {}
-    exec(code_of(folder / "README.md").replace("torch.zeros(", "torch.ones("), found)
-    ours = AccelViTModel.from_pretrained(source).eval()(torch.ones(1, 3, 32, 32)).pooler_output
+    exec(code_of(folder / "README.md"), found)
+    ours = AccelViTModel.from_pretrained(source).eval()(processed_blank(source)).pooler_output
     torch.testing.assert_close(found["features"], ours.detach(), rtol=1e-4, atol=1e-4)
+
+
+def processed_blank(source: Path) -> torch.Tensor:
+    processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+    return processor(Image.new("RGB", (32, 32)), return_tensors="pt")["pixel_values"]
+
+
+@pytest.mark.slow
+def test_the_code_for_onnx_runs_and_gives_the_feature(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    source = encoder(tmp_path / "encoder")
+    folder, found = export(source, tmp_path / "out", "onnx"), {}
+    exec(code_of(folder / "README.md"), found)
+    ours = AccelViTModel.from_pretrained(source).eval()(processed_blank(source)).pooler_output
+    torch.testing.assert_close(torch.from_numpy(found["features"]), ours.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("export_format", ["accel_vit", "vit", "dinov2", "timm", "onnx"])
+@pytest.mark.parametrize("processor", [True, False])
+def test_the_code_uses_the_image_processor_where_there_is_one(tmp_path, export_format, processor):
+    about = Export(
+        export_format, "a/b", "0", "2026-01-01", "vit", {}, AccelViTConfig(), 16, False, processor, 0.0, tmp_path
+    )
+    text = export_card(about)
+    assert ("AutoImageProcessor.from_pretrained(" in text) == processor and ("zeros(" in text) != processor
+    assert "its features equal the original's.\n" in text
 
 
 @pytest.mark.parametrize("export_format", ["vit", "dinov2"])
@@ -104,8 +136,11 @@ def test_origin_and_licence_are_those_of_the_source(tmp_path):
     text = (folder / "README.md").read_text()
     data = ModelCard(text).data.to_dict()
     assert (data["license"], data["license_name"]) == ("other", "own") and data["library_name"] == "transformers"
-    assert "That of the original: https://example.org/licence." in text
-    assert "from `…/encoder`, which is in the format of AccelViT" in text and "patches of 16" in text
+    assert "That of the original: own, https://example.org/licence." in text
+    name = f"{tmp_path.name}/encoder"  # "encoder" alone may be the name of many
+    assert f"# {name} as transformers' DINOv2" in text and f" from `{name}`" in text and "patches of 16" in text
+    digest, date = weights_digest(AccelViTModel.from_pretrained(source)), datetime.now(timezone.utc).date()
+    assert f"digest `{digest}`" in text and f" on {date} from" in text
     again = export(folder, tmp_path / "again", "accel_vit")  # the licence goes along
     assert ModelCard((again / "README.md").read_text()).data.to_dict()["license_name"] == "own"
     outside_code = text.split("```python")[0]
@@ -116,6 +151,49 @@ def test_a_licence_that_is_not_stated_is_not_made_up(tmp_path):
     folder = export(encoder(tmp_path / "encoder"), tmp_path / "out", "vit")
     text = (folder / "README.md").read_text()
     assert "license" not in ModelCard(text).data.to_dict() and "The original states none" in text
+
+
+def test_a_licence_file_of_the_source_is_named_as_such(tmp_path):
+    source = encoder(tmp_path / "encoder")
+    (source / "README.md").write_text("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n")
+    text = (export(source, tmp_path / "out", "vit") / "README.md").read_text()
+    assert "That of the original: own, its text is in the file LICENSE of the original." in text
+    data = ModelCard(text).data.to_dict()
+    assert data["license_name"] == "own" and "license_link" not in data  # there is no such file beside this card
+
+
+def test_several_licences_go_along(tmp_path):
+    source = encoder(tmp_path / "encoder")
+    (source / "README.md").write_text("---\nlicense:\n- mit\n- cc-by-nc-4.0\n---\n")
+    text = (export(source, tmp_path / "out", "vit") / "README.md").read_text()
+    assert "That of the original: mit, cc-by-nc-4.0." in text
+    assert ModelCard(text).data.to_dict()["license"] == ["mit", "cc-by-nc-4.0"]
+
+
+@pytest.mark.parametrize(
+    ("data", "warns"),
+    [
+        (b"\xef\xbb\xbf---\r\nlicense: mit\r\n---\r\n", False),
+        (b"---\nlicense: mit\n---\nh\xe9llo", True),
+        (b"---\nauthor: Ren\xe9\nlicense: mit\n---\n", True),
+        (b"\n--- \nlicense: mit\n---\n", False),
+        (b"---\ntitle: a: b\nlicense: 'mit'\n---\n", True),
+    ],
+    ids=["byte-order mark", "Latin-1 text", "Latin-1 metadata", "space", "invalid YAML"],
+)
+def test_a_licence_is_read_from_a_damaged_card(tmp_path, caplog, monkeypatch, data, warns):
+    (tmp_path / "README.md").write_bytes(data)
+    monkeypatch.setattr(logging.getLogger("hf_accel"), "propagate", True)
+    assert stated_licence(str(tmp_path), {}) == {"license": "mit"}
+    assert (str(tmp_path / "README.md") in caplog.text) == warns
+
+
+def test_the_licence_of_a_weight_file_is_that_of_its_folder(tmp_path):
+    source = encoder(tmp_path / "encoder")
+    weights = export(source, tmp_path / "out", "timm") / "model.safetensors"
+    (weights.parent / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    again = export(weights, tmp_path / "again", "vit", "model_config.num_attention_heads=3")
+    assert ModelCard((again / "README.md").read_text()).data.to_dict()["license"] == "cc-by-nc-4.0"
 
 
 @pytest.mark.parametrize(

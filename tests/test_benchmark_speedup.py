@@ -157,7 +157,7 @@ def bench(tmp_path, monkeypatch):
         code = speedup.main([str(path), "--runs", str(tmp_path / "runs"), "--jobs", "1", *words])
         return code, {file.stem: read(file) for file in (tmp_path / "results").glob("toy/*.json")}
 
-    monkeypatch.setattr(speedup.subprocess, "Popen", Process)
+    monkeypatch.setattr(speedup, "subprocess", SimpleNamespace(Popen=Process))
     monkeypatch.setattr(speedup, "RESULTS", tmp_path / "results")
     return SimpleNamespace(command=command, plan=plan["objectives"]["moco"], launched=launched, folder=tmp_path)
 

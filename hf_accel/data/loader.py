@@ -6,6 +6,7 @@ any step without replaying the ones before, and the number of workers changes no
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import PIL.Image
@@ -253,7 +254,7 @@ class ReportingLoader(DataLoader):
         self.source = source
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        with born_deaf_to_sigterm(), explained_failures():
+        with born_deaf_to_sigterm() if self.num_workers else nullcontext(), explained_failures():
             batches = super().__iter__()
         while True:
             with explained_failures():

@@ -136,6 +136,10 @@ def born_deaf_to_sigterm() -> Iterator[None]:
     if not hasattr(signal, "sigwaitinfo"):
         yield
         return
+    from multiprocessing import resource_tracker  # where there is `sigwaitinfo`, there is this
+
+    # Python starts this tracker with the first worker that is not forked, and then unblocks SIGTERM: start it before.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield

@@ -25,6 +25,7 @@ from .evaluation import (
     extract_features,
     finetune,
     input_of,
+    is_hierarchical,
     knn_accuracy,
     linear_probe,
     load_encoder,
@@ -277,7 +278,7 @@ def combinations(
     thing, so that one command serves encoders of every kind.
     """
     own = getattr(encoder.config, "patch_size", None)
-    base = own if isinstance(own, int) else None
+    base = own if isinstance(own, int) and not is_hierarchical(encoder.config) else None
     only = f"the encoder has one patch size, {base}" if base else "the encoder has no patch size to choose"
     if takes_patch_size(encoder):
         only = f"fine-tuning is at the base patch size, {base}"

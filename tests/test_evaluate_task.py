@@ -13,8 +13,12 @@ from safetensors.torch import load_file
 from transformers import (
     BertConfig,
     BertModel,
+    ConvNextConfig,
+    ConvNextModel,
     Dinov2Config,
     Dinov2Model,
+    MobileViTConfig,
+    MobileViTModel,
     PoolFormerConfig,
     PoolFormerModel,
     PreTrainedModel,
@@ -192,6 +196,20 @@ def test_combinations(sizes, patched, chosen, skipped):
         encoder = ResNetModel(ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic"))
     taken, left = evaluate_task.combinations(recipe, encoder)
     assert taken == chosen and [row[:2] for row in left] == skipped
+
+
+def test_hierarchical_encoders_have_no_patch_size():
+    """Their configs have a field of this name, which says how their first layer is built, or nothing."""
+    stages: Any = {"depths": [1] * 4, "hidden_sizes": [8] * 4}
+    mobile: Any = {"hidden_sizes": [16] * 3, "neck_hidden_sizes": [8] * 7}
+    for encoder in (
+        PoolFormerModel(PoolFormerConfig(**stages)),
+        ConvNextModel(ConvNextConfig(**stages)),
+        MobileViTModel(MobileViTConfig(image_size=32, patch_size=2, **mobile)),
+    ):
+        recipe = Recipe(task="evaluate", checkpoint="x", evaluations=["knn"], eval_patch_sizes=[16])
+        reason = "the encoder has no patch size to choose"
+        assert evaluate_task.combinations(recipe, encoder) == ([("knn", None)], [("knn", 16, reason)])
 
 
 @pytest.mark.slow

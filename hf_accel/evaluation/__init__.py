@@ -14,6 +14,7 @@ from .finetune import FineTuneConfig, NotFineTunable, finetune
 from .knn import knn_accuracy, knn_predict
 from .linear import LinearConfig, linear_probe, logistic_regression
 from .metrics import TopKAccuracy, topk_accuracy, topk_hits
+from .pooling import is_hierarchical
 
 __all__ = [
     "FineTuneConfig",
@@ -23,6 +24,7 @@ __all__ = [
     "extract_features",
     "finetune",
     "input_of",
+    "is_hierarchical",
     "knn_accuracy",
     "knn_predict",
     "linear_probe",

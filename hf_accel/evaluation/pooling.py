@@ -43,8 +43,7 @@ def pool(outputs: Any, model: nn.Module, image_size: tuple[int, int]) -> Tensor:
     config: Any = getattr(model, "config", None)
     if not getattr(config, "use_cls_token", True):
         return hidden.mean(1)
-    # hierarchical encoders merge patches, so that the number of their tokens says nothing
-    patches = None if (merges := hasattr(config, "depths")) else _num_patches(config, image_size)
+    patches = None if (merges := is_hierarchical(config)) else _num_patches(config, image_size)
     has_cls = any(parameter.endswith(CLS_NAMES) for parameter, _ in model.named_parameters())
     if has_cls and (patches is None or hidden.shape[1] > patches):
         return hidden[:, 0]
@@ -60,6 +59,14 @@ ENCODERS_ONLY = (
     "evaluation takes encoders with a pooler_output, a feature map, a CLS token, or one token for each patch; name "
     "one, or save a model whose pooler_output is the feature"
 )
+
+
+def is_hierarchical(config: Any) -> bool:
+    """Whether an encoder halves its map stage by stage, so that its tokens are no patches of the image.
+
+    What its config calls patch_size is then a setting of its first layers, or of none.
+    """
+    return hasattr(config, "depths") or isinstance(getattr(config, "hidden_sizes", None), list | tuple)
 
 
 def _num_patches(config: Any, image_size: tuple[int, int]) -> int | None:
@@ -90,8 +97,10 @@ def check_encoder(encode: Any, model: nn.Module, pixel_values: Tensor) -> None:
     except (NoFeature, torch.OutOfMemoryError):
         raise
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-        shape = tuple(pixel_values.shape[1:])
-        raise ValueError(f"{type(model).__name__} gives no feature of an image {shape}: {reason(error)}") from error
+        name, shape = type(model).__name__, tuple(pixel_values.shape[1:])
+        if hasattr(getattr(model, "config", None), "num_frames"):
+            raise ValueError(f"{name} takes videos, not single images: name an image encoder") from error
+        raise ValueError(f"{name} gives no feature of a single image {shape}: {reason(error)}") from error
     if (first - second).abs().max() > SAME * first.abs().max():  # not where both are NaN
         raise ValueError(
             f"{type(model).__name__} gives other features of the same image each time, as it draws at random in eval "

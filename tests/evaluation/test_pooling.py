@@ -136,8 +136,10 @@ def test_outputs_without_features_are_refused():
 
 
 def test_a_model_that_takes_no_image_alone_is_named():
-    with pytest.raises(ValueError, match=r"VideoMAEModel gives no feature of an image \(3, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"VideoMAEModel takes videos, not single images: name an image encoder$"):
         features(VideoMAEModel(VideoMAEConfig(**SIZES, num_frames=2)))
+    with pytest.raises(ValueError, match=r"ViTModel gives no feature of a single image \(3, 24, 24\): .*size"):
+        features(ViTModel(ViTConfig(**SIZES)), torch.zeros(1, 3, 24, 24))
 
 
 def test_diverged_features_are_not_called_random():

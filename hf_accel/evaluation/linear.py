@@ -161,9 +161,8 @@ def _merits(labels: Tensor, blocks: Iterable[Tensor]) -> list[tuple[float, float
     for scores in blocks:
         rows = labels[start : start + scores.shape[1]]
         start += len(rows)
-        # a label that no kept image has scores -inf in every setting, so it says nothing about them
-        finite = torch.nan_to_num(scores, neginf=-math.inf).double()
-        losses = [F.cross_entropy(own, rows, reduction="none").nan_to_num(posinf=0.0).sum() for own in finite]
+        finite = torch.nan_to_num(scores, neginf=-math.inf).double()  # classes without training images stay at -inf
+        losses = [F.cross_entropy(own, rows, reduction="sum") for own in finite]
         hits = [topk_accuracy(own, rows, 1) * len(rows) for own in finite]
         parts.append(torch.tensor([hits, losses], dtype=torch.float64))
     hits, losses = torch.stack(parts).sum(0).tolist()

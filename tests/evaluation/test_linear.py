@@ -97,10 +97,10 @@ def test_intercepts_alone_do_not_decide_under_any_penalty(monkeypatch, strength)
     assert topk_accuracy(scores, labels, 1) == 1
 
 
-def test_a_class_whose_only_image_is_held_out_decides_no_ties():
+def test_the_only_image_of_a_class_is_trained_on_and_decides_no_ties():
     train, labels = blobs(120, 0.3, 1)
     train, labels = torch.cat([train, -train[:1]]), torch.cat([labels, torch.tensor([CLASSES])])
-    assert CLASSES in labels[linear._split(labels, seed=0)[1]]
+    assert CLASSES in labels[linear._split(labels, seed=0)[0]]
     _, strength = logistic_regression(train, labels, train, CLASSES + 1, seed=0)
     assert strength >= 1
 

@@ -178,19 +178,25 @@ def format_report(report: Mapping[str, Any]) -> str:
     seconds = "seconds of one core" if report["clock"] == "cpu" else "seconds"
     lines = [f"# {report['title']}"]
     for entry in report["objectives"]:
-        units, time = (_speedup_text(entry[f"speedup_{amount}"]) for amount in ("units", "seconds"))
-        lines += ["", f"## {entry['objective']}", ""]
-        lines += [f"Speedup at equal kNN accuracy: {units} in units, {time} in seconds.", ""]
-        lines += [f"| runs | budget | steps | {seconds} | kNN top-1, % | mean | linear, % |"]
-        lines += ["|---|---:|---:|---:|---|---:|---|"]
+        lines += ["", f"## {entry['objective']}", "", _speedup_line(entry)]
         baselines = [entry["baseline"]] if entry["baseline"] else []
-        lines += [_line("uncompressed", row) for row in [*baselines, *entry["smaller_baselines"]]]
-        lines += [_line("accelerated", row) for row in entry["accelerated"]]
-        lines += [_line(row["name"], row) for row in entry["ablations"]]
-        lines += _references("the encoder before training", entry["random_knn"])
-        lines += _references("raw pixels", [entry["raw_pixels_knn"]])
+        rows = [_line("uncompressed", row) for row in [*baselines, *entry["smaller_baselines"]]]
+        rows += [_line("accelerated", row) for row in entry["accelerated"]]
+        rows += [_line(row["name"], row) for row in entry["ablations"]]
+        if rows:
+            lines += ["", f"| runs | budget | steps | {seconds} | kNN top-1, % | mean | linear, % |"]
+            lines += ["|---|---:|---:|---:|---|---:|---|", *rows]
+            lines += _references("the encoder before training", entry["random_knn"])
+            lines += _references("raw pixels", [entry["raw_pixels_knn"]])
         lines += _choices(entry["choices"], seconds)
     return "\n".join(lines)
+
+
+def _speedup_line(entry: Mapping[str, Any]) -> str:
+    if not (entry["baseline"] and entry["accelerated"]):
+        return "No speedup yet: it takes a finished baseline of the whole budget and a finished accelerated run."
+    units, time = (_speedup_text(entry[f"speedup_{amount}"]) for amount in ("units", "seconds"))
+    return f"Speedup at equal kNN accuracy: {units} in units, {time} in seconds."
 
 
 def _references(label: str, values: Sequence[float | None] | None) -> list[str]:

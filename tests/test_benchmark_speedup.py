@@ -80,6 +80,14 @@ def test_a_report_holds_what_it_prints(tmp_path):
     assert (tmp_path / "toy.png").stat().st_size > 10_000 and (tmp_path / "toy.md").read_text() == text + "\n"
 
 
+def test_without_a_baseline_a_report_names_no_speedup(tmp_path):
+    plan = {"title": "A title", "clock": "cpu", "objectives": {"moco": {}}}
+    tried = [record("choice", 200, 0, 47.0, 24, 4, "patch 16")]
+    text = speedup_report.write_report("toy", plan, tried, tmp_path)
+    assert "No speedup yet" in text and "not reached" not in text and "| patch 16 | 200 | 10 | 24 | 47.0 |" in text
+    assert read(tmp_path / "toy.json")["objectives"][0]["baseline"] is None and not (tmp_path / "toy.png").exists()
+
+
 PLAN = {
     "title": "Noise",
     "clock": "cpu",

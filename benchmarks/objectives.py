@@ -25,7 +25,8 @@ from benchmarks.peers import PEERS, Components, peer_components
 from hf_accel.compression import Compression, Strategy
 from hf_accel.models import PRESETS
 from hf_accel.objectives import OBJECTIVES, Draw, ObjectiveForPreTraining
-from hf_accel.report import environment, write_json
+from hf_accel.report import environment
+from hf_accel.run_folder import write_json
 
 SEED = 0
 

@@ -23,12 +23,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from benchmarks.options import parser_of
-from hf_accel.pilot import SCHEDULE_NAME
-from hf_accel.report import environment, write_json
+from hf_accel.recipe.task_keys import overrides_for, task_reads
+from hf_accel.report import environment
 from hf_accel.report.curves import STYLE
 from hf_accel.report.search_figures import STAGE_COLORS, STAGE_MARKERS
-from hf_accel.strict_yaml import load_yaml
-from hf_accel.task_keys import overrides_for, task_reads
+from hf_accel.run_folder import write_json
+from hf_accel.tasks.search import SCHEDULE_NAME
+from hf_accel.utils.strict_yaml import load_yaml
 
 ROOT = Path(__file__).parents[1]
 PILOT = "uncompressed"

@@ -20,14 +20,15 @@ import torch
 
 from benchmarks import cost
 from benchmarks.options import UNITS, add_shared_options, parse, parser_of, settings_of
-from hf_accel.assemble import build_objective
 from hf_accel.compression import Compression, Strategy, forward_cost
-from hf_accel.compression.gradient_error import chunks, estimate_gradient_errors
-from hf_accel.compression.search import search_grid
 from hf_accel.data import ImageSource
-from hf_accel.probe import GradientProbe
 from hf_accel.recipe import Recipe
-from hf_accel.report import environment, write_json
+from hf_accel.report import environment
+from hf_accel.run_folder import write_json
+from hf_accel.schedule_search.choose import search_grid
+from hf_accel.schedule_search.gradient_error import chunks, estimate_gradient_errors
+from hf_accel.schedule_search.gradient_probe import GradientProbe
+from hf_accel.tasks.setup import build_objective
 
 
 def seconds_per_unit(args: argparse.Namespace) -> float:

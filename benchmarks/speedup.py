@@ -30,9 +30,10 @@ import yaml
 
 from benchmarks.options import parser_of
 from benchmarks.speedup_report import write_report
-from hf_accel.report import read_results, write_json
-from hf_accel.strict_yaml import load_yaml
-from hf_accel.task_keys import overrides_for
+from hf_accel.recipe.task_keys import overrides_for
+from hf_accel.report import read_results
+from hf_accel.run_folder import write_json
+from hf_accel.utils.strict_yaml import load_yaml
 
 ROOT = Path(__file__).parents[1]
 PLANS, RESULTS = ROOT / "benchmarks" / "plans", ROOT / "docs" / "results"

@@ -22,12 +22,12 @@ from typing import NoReturn  # noqa: E402
 from hf_accel.recipe import Recipe, RecipeError, describe_keys, load_recipe  # noqa: E402
 
 TASKS = {
-    "pretrain": ("pretrain_task", "pretrain"),
-    "search": ("pilot", "search"),
-    "evaluate": ("evaluate_task", "evaluate"),
-    "export": ("export_task", "export"),
-    "card": ("publish", "card"),
-    "cost": ("cost_task", "cost_report"),
+    "pretrain": ("tasks.pretrain", "pretrain"),
+    "search": ("tasks.search", "search"),
+    "evaluate": ("tasks.evaluate", "evaluate"),
+    "export": ("tasks.export", "export"),
+    "card": ("tasks.card", "card"),
+    "cost": ("tasks.cost", "cost_report"),
 }
 """For each value of the key `task` the module of this package and the function in it."""
 
@@ -57,11 +57,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_task(recipe: Recipe) -> None:
-    from hf_accel.checkpoints import AGAIN, WriteFailed, writing
     from hf_accel.data import CorruptDataError, WorkersFailed, explained_failures
-    from hf_accel.engine import end_with_launcher
+    from hf_accel.distributed.launch import end_with_launcher
     from hf_accel.hub import PushFailed
-    from hf_accel.trainer import TrainingDiverged
+    from hf_accel.run_folder import AGAIN, WriteFailed, writing
+    from hf_accel.training.trainer import TrainingDiverged
 
     end_with_launcher()
     module, function = TASKS[recipe.task]

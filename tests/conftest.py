@@ -33,8 +33,8 @@ def blank_figures():
             path.with_suffix(suffix).touch()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_accel.pretrain_task.plot_curves", plot_curves)
-        patch.setattr("hf_accel.publish.plot_schedule", plot_schedule)
+        patch.setattr("hf_accel.tasks.pretrain.plot_curves", plot_curves)
+        patch.setattr("hf_accel.tasks.card.plot_schedule", plot_schedule)
         yield
 
 

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 import hf_accel.run as entry
 from hf_accel.recipe import Recipe, load_recipe
-from hf_accel.task_keys import TASKS, overrides_for
+from hf_accel.recipe.task_keys import TASKS, overrides_for
 from tests.commands import ROOT, Command, all_commands, code_blocks, commands_of_comments, commands_of_markdown
 from tests.tiny_runs import image_folder, read
 

@@ -11,7 +11,7 @@ import torch
 
 import hf_accel.run as entry
 from hf_accel.recipe import RecipeError
-from hf_accel.trainer import TrainingDiverged
+from hf_accel.training.trainer import TrainingDiverged
 from tests.engine_runs import start_with
 
 ROOT = Path(__file__).parents[1]
@@ -76,8 +76,8 @@ def test_one_of_several_leaves_its_error_to_the_launcher(kind, rank, monkeypatch
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     monkeypatch.setenv("LOCAL_RANK", rank)
     monkeypatch.setattr("time.sleep", slept.append)
-    monkeypatch.setattr("hf_accel.pretrain_task.pretrain", fail)
-    monkeypatch.setattr("hf_accel.engine.end_with_launcher", lambda: None)
+    monkeypatch.setattr("hf_accel.tasks.pretrain.pretrain", fail)
+    monkeypatch.setattr("hf_accel.distributed.launch.end_with_launcher", lambda: None)
     try:
         with pytest.raises(SystemExit) as end:
             entry.main(["recipes/moco.yaml"])

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .schedule import Plan, Schedule, Stage, Step
+from .plan import Plan, Step
+from .schedule import Schedule, Stage
 from .strategy import Compression, Strategy, check_compression, possible_patch_sizes
 
 if TYPE_CHECKING:

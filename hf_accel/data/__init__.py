@@ -1,8 +1,8 @@
 """Images: sources, batches, augmentation."""
 
+from .augment import AUGMENTATIONS, ViewConfig, crop_and_resize, crop_boxes, make_views
 from .loader import TrainSampler, eval_loader, image_processor, resize_edge, train_loader
 from .sources import CorruptDataError, CorruptImage, ImageSource, describe_labels, load_sources
-from .views import AUGMENTATIONS, ViewConfig, crop_and_resize, crop_boxes, make_views
 from .workers import WorkersFailed, explained_failures
 
 __all__ = [

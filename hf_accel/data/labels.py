@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..draws import generator
+from ..utils.seeding import generator
 from .class_folders import shorten
 
 if TYPE_CHECKING:

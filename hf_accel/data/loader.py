@@ -15,10 +15,10 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..draws import generator
+from ..utils.seeding import generator
+from .augment import ViewConfig, view_boxes
 from .decoding import image_tensor, upright_size
 from .sources import Bad, CorruptImage, ImageSource
-from .views import ViewConfig, view_boxes
 from .workers import BATCH_SECONDS, born_deaf_to_sigterm, explained_failures, outlive_sigterm, pass_on
 
 if TYPE_CHECKING:

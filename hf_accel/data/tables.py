@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..causes import lacks_room, reason
+from ..utils.causes import lacks_room, reason
 from .folders import Found, find_layout, read_image_folder, scan_folder, warn_of_left_out, warn_of_tables
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from ..causes import reason
 from ..data import ImageSource
 from ..data.loader import ReportingLoader
 from ..data.sources import Bad
-from ..weight_files import FAILURES, opening
+from ..utils.causes import reason
+from ..utils.weight_files import FAILURES, opening
 from .pooling import turn_masking_off
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from ..data.loader import ReportingLoader
 from ..distributed import all_gather, rank, world_size
-from ..stopping import until_stopped
+from ..distributed.stopping import until_stopped
 from .pooling import check_encoder, pool
 
 RAW_PIXEL_SIZE = 32

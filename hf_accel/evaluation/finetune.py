@@ -22,10 +22,10 @@ from transformers import (
 )
 
 from .. import distributed
-from ..causes import reason
 from ..data import ImageSource, TrainSampler, ViewConfig, make_views, train_loader
-from ..draws import generator
-from ..stopping import stop_together
+from ..distributed.stopping import stop_together
+from ..utils.causes import reason
+from ..utils.seeding import generator
 from .encoders import input_of, processed_loader
 from .metrics import topk_hits
 from .mixing import mix_batch

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed import all_reduce, rank, world_size
-from ..stopping import until_stopped
+from ..distributed.stopping import until_stopped
 from .metrics import topk_accuracy
 
 QUERY_BLOCK = 1024

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from ..data.labels import hold_out
 from ..distributed import is_main
-from ..draws import generator
-from ..stopping import until_stopped
+from ..distributed.stopping import until_stopped
+from ..utils.seeding import generator
 from .metrics import topk_accuracy
 
 HELD_OUT = 5

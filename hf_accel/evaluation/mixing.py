@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..draws import generator
+from ..utils.seeding import generator
 
 
 def mixup(images: Tensor, partners: Tensor, ratio: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..causes import reason
+from ..utils.causes import reason
 
 CLS_NAMES = ("cls_token", "class_token", "class_embedding", "cls_embedding")
 """Ends of the names that transformers' encoders give to a learnt CLS token."""

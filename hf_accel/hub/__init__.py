@@ -3,8 +3,8 @@
 from .accuracy import FINAL
 from .card import CARD_NAME, FIGURES, Run, card_text, read_run, schedule_of, write_card
 from .export_card import Export, agreement, export_card, stated_licence
-from .push import STATE_FOLDER, Files, HubRepository, PushFailed, PushRefused, patiently, push_failure, stage
 from .redact import without_local_paths
+from .repository import STATE_FOLDER, Files, HubRepository, PushFailed, PushRefused, patiently, push_failure, stage
 
 __all__ = [
     "CARD_NAME",

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult
 
 from ..compression import Compression, forward_cost
 from ..models import AccelViTConfig
-from ..telling import telling_settings
+from ..utils.telling import telling_settings
 
 METHODS = {
     "knn": "kNN",

@@ -16,7 +16,7 @@ from ..compression import Compression, Schedule, Strategy, forward_cost
 from ..compression.schedule import Stage
 from ..compression.strategy import possible_patch_sizes
 from ..models import AccelViTConfig
-from ..weight_files import opening
+from ..utils.weight_files import opening
 from .accuracy import FINAL, Accuracy, accuracies, eval_results
 from .redact import without_local_paths
 

@@ -12,9 +12,9 @@ from ..compression.cost import ForwardCost
 from ..compression.strategy import Compression, Strategy
 from ..data import ViewConfig
 from ..distributed import rank
-from ..draws import rows_generator
 from ..models import AccelViTModel
 from ..models.modeling_accel_vit import AccelViTPreTrainedModel
+from ..utils.seeding import rows_generator
 
 
 class Draw(NamedTuple):

@@ -12,9 +12,9 @@ from ..compression.cost import ForwardCost
 from ..compression.strategy import Compression, Strategy
 from ..data import ViewConfig
 from ..distributed import all_reduce
+from ..distributed.sharding import clip_each, drop_gradients
 from ..models import AccelViTConfig, AccelViTModel
-from ..progress import cosine, linear
-from ..sharding import clip_each, drop_gradients
+from ..utils.progress import cosine, linear
 from .base import Draw, ObjectiveForPreTraining, ObjectiveOutput, check_range, embedding_std, keep_default_init
 from .heads import PrototypeHead
 from .momentum import copy_to_target, update_momentum

@@ -7,7 +7,7 @@ from ..compression.cost import ForwardCost
 from ..compression.strategy import Strategy
 from ..distributed import all_gather, rank
 from ..models import AccelViTConfig, AccelViTModel
-from ..progress import cosine
+from ..utils.progress import cosine
 from .base import Draw, ObjectiveForPreTraining, ObjectiveOutput, check_range, embedding_std, keep_default_init
 from .heads import mlp
 from .momentum import copy_to_target, update_momentum

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..sharding import shards, writable_shards
+from ..distributed.sharding import shards, writable_shards
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ and results with their origin."""
 from .cost_figure import format_cost_table, plot_cost
 from .curves import plot_curves
 from .evaluations import add_run, evaluation_table, find_run, read_results, run_is_complete
-from .results import environment, write_json, write_text
+from .origin import environment
 from .search_figures import StrategyCosts, plot_schedule
 from .search_report import write_search_report
 
@@ -20,7 +20,5 @@ __all__ = [
     "plot_schedule",
     "read_results",
     "run_is_complete",
-    "write_json",
     "write_search_report",
-    "write_text",
 ]

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..telling import telling_settings
-from .results import write_json
+from ..run_folder import write_json
+from ..utils.telling import telling_settings
 
 RESULTS_NAME = "results.json"
 

@@ -18,9 +18,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from ..compression import Compression, Schedule, Strategy
-from ..progress import learning_rate_factor
+from ..schedule_search.error_table import ErrorTable, percent, short
+from ..utils.progress import learning_rate_factor
 from .curves import BLUE, GRAY, ORANGE, STYLE
-from .error_table import ErrorTable, percent, short
 
 STAGE_COLORS = [BLUE, ORANGE, "#009E73", "#CC79A7", GRAY, "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
 STAGE_MARKERS = "osDPX^pv"

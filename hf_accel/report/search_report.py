@@ -8,8 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from ..compression import Schedule
-from .error_table import ErrorTable, Row, percent, short, strategy_of
-from .results import environment
+from ..schedule_search.error_table import ErrorTable, Row, percent, short, strategy_of
+from .origin import environment
 from .search_figures import plot_ca_mse_heatmap, plot_gradient_error, plot_learning_rate, plot_schedule
 
 REPORT_NAME = "report.html"

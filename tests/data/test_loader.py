@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from hf_accel.data import loader, sources
+from hf_accel.data.augment import AUGMENTATIONS, ViewConfig, make_views, view_boxes
 from hf_accel.data.loader import StepBatches, TrainSampler, eval_loader, image_processor, resize_edge, train_loader
 from hf_accel.data.sources import CorruptDataError, ImageSource
-from hf_accel.data.views import AUGMENTATIONS, ViewConfig, make_views, view_boxes
-from hf_accel.draws import generator
+from hf_accel.utils.seeding import generator
 
 MOCO = AUGMENTATIONS["moco"]
 CROP_ONLY = ViewConfig(jitter=0, grayscale=0, blur=0)

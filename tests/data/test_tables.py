@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets.exceptions import DatasetGenerationError
 
-from hf_accel.assemble import images_of
 from hf_accel.data import load_sources
 from hf_accel.recipe import RecipeError, load_recipe
+from hf_accel.tasks.setup import images_of
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from hf_accel.data import eval_loader, load_sources
+from hf_accel.distributed.stopping import Stopped, clear_stop, request_stop
 from hf_accel.evaluation import extract_features, features, raw_pixel_features
-from hf_accel.stopping import Stopped, clear_stop, request_stop
 from tests.tiny_runs import image_folder
 
 SIZE = 8

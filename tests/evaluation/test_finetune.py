@@ -23,9 +23,9 @@ from transformers import (
 
 import hf_accel
 from hf_accel.data import ImageSource, image_processor, load_sources
+from hf_accel.distributed.stopping import Stopped, clear_stop, request_stop
 from hf_accel.evaluation import FineTuneConfig, NotFineTunable, finetune
 from hf_accel.evaluation.finetune import FineTuneTrainer, classifier_of, layer_scales, parameter_groups
-from hf_accel.stopping import Stopped, clear_stop, request_stop
 from tests.tiny_runs import image_folder
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads")

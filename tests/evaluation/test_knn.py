@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_accel.distributed.stopping import Stopped, clear_stop, request_stop
 from hf_accel.evaluation import knn
 from hf_accel.evaluation.knn import knn_accuracy, knn_predict
-from hf_accel.stopping import Stopped, clear_stop, request_stop
 
 
 def votes_by_loop(bank, bank_labels, queries, k, temperature, num_classes) -> np.ndarray:

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hf_accel.evaluation.linear as linear
-from hf_accel.draws import generator
+from hf_accel.distributed.stopping import Stopped, clear_stop, request_stop
 from hf_accel.evaluation import LinearConfig, linear_probe, logistic_regression, topk_accuracy
 from hf_accel.evaluation.linear import standardise, train_heads
-from hf_accel.stopping import Stopped, clear_stop, request_stop
+from hf_accel.utils.seeding import generator
 
 CLASSES, WIDTH = 4, 6
 

@@ -21,7 +21,7 @@ from hf_accel import AccelViTConfig, AccelViTForImageClassification, AccelViTMod
 from hf_accel.evaluation import weights_digest
 from hf_accel.hub import Export, export_card, stated_licence
 from tests.real_timm import real_timm
-from tests.test_export import MLP, SIZES, export, saved
+from tests.tasks.test_export import MLP, SIZES, export, saved
 
 HIDDEN = """
 import sys

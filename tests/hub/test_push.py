@@ -10,7 +10,8 @@ import httpx2
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from hf_accel.hub import HubRepository, PushFailed, PushRefused, patiently, push, push_failure, stage
+from hf_accel.hub import HubRepository, PushFailed, PushRefused, patiently, push_failure, stage
+from hf_accel.hub import repository as push
 
 MODEL = ["config.json", "model.safetensors", "modeling_accel_vit.py", "preprocessor_config.json"]
 STATE = ["optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin", "trainer_state.json", "run_state.json"]

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_accel.assemble import build_objective
 from hf_accel.compression import Compression, Strategy
 from hf_accel.data import AUGMENTATIONS, ImageSource
 from hf_accel.distributed import all_reduce, rank, world_size
@@ -27,8 +26,9 @@ from hf_accel.objectives.dino import DINOForPreTraining
 from hf_accel.objectives.heads import BatchNorm1d, mlp
 from hf_accel.objectives.moco import contrastive_loss
 from hf_accel.objectives.simclr import nt_xent_loss
-from hf_accel.probe import GradientProbe
 from hf_accel.recipe import Recipe
+from hf_accel.schedule_search.gradient_probe import GradientProbe
+from hf_accel.tasks.setup import build_objective
 from tests.tiny_runs import RECIPE
 from tests.two_processes import results_of
 

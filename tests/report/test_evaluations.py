@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from hf_accel.report import add_run, evaluation_table, find_run, read_results, run_is_complete, write_json
+from hf_accel.report import add_run, evaluation_table, find_run, read_results, run_is_complete
 from hf_accel.report.evaluations import wilson_interval
+from hf_accel.run_folder import write_json
 
 QUESTION: dict[str, Any] = {
     "evaluation": "linear",

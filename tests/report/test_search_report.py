@@ -9,10 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from hf_accel.compression import Schedule, Stage, Strategy
-from hf_accel.compression.search import schedule_of, search_grid
-from hf_accel.progress import learning_rate_factor
 from hf_accel.report import search_report, write_search_report
-from hf_accel.report.error_table import ErrorTable, short, strategy_of
 from hf_accel.report.search_figures import (
     compact,
     plot_ca_mse_heatmap,
@@ -20,6 +17,9 @@ from hf_accel.report.search_figures import (
     plot_learning_rate,
     plot_schedule,
 )
+from hf_accel.schedule_search.choose import schedule_of, search_grid
+from hf_accel.schedule_search.error_table import ErrorTable, short, strategy_of
+from hf_accel.utils.progress import learning_rate_factor
 
 TENTHS = [tenth / 10 for tenth in range(10)]
 GRIDS = {

@@ -1,0 +1,380 @@
+"""Two-view augmentation of a batch, as MoCo-v3 does it, in batched torch on whatever device the images are.
+
+Recipe: Chen et al., "An Empirical Study of Training Self-Supervised Vision Transformers", ICCV 2021 (arXiv 2104.02057),
+which takes it from BYOL (Grill et al., NeurIPS 2020, arXiv 2006.07733). In the order of the original code: crop, colour
+jitter, grayscale, blur, solarize, flip, normalise.
+
+Draws are made on the CPU for the whole global batch, each from its own `generator(seed, purpose, step, micro_step,
+view)`, and every process takes its rows. Which images an operation touches is thus known without asking the device, and
+rows are selected instead of computing every operation for every image. What the device has to be told of all views
+goes there at once.
+
+Images are float (B, 3, S, S) in [0, 1] between the operations; `rows` are positions in the batch.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..distributed.transfer import send
+from ..utils.seeding import generator
+
+CROP_ATTEMPTS = 10
+"""Boxes drawn per image before falling back to a centre crop, as in torchvision's RandomResizedCrop."""
+
+CACHE_BYTES = 2**22
+"""On a CPU, images are augmented in runs of this size, which stay in the cache from one operation to the next."""
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """How one view is drawn; the defaults are MoCo-v3's first view.
+
+    `jitter`, `grayscale`, `blur`, `solarize` and `flip` are probabilities.
+    """
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # area of the box, as a fraction of the image's
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the box
+    rotation: float = 0.0  # largest angle, degrees
+    shear: float = 0.0  # largest horizontal shear, degrees
+    jitter: float = 0.8
+    brightness: float = 0.4  # strengths: factors from [1 - strength, 1 + strength]
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1  # largest shift, in turns of the colour circle
+    grayscale: float = 0.2
+    blur: float = 1.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of a 224 px view
+    solarize: float = 0.0
+    flip: float = 0.5
+    size: int | None = None  # pixels of the view's side; None: the run's
+
+
+_DIGIT = ViewConfig(
+    crop_scale=(0.4, 1.0),
+    rotation=15,
+    shear=15,
+    saturation=0,
+    hue=0,
+    grayscale=0,
+    blur_sigma=(0.8, 8.0),
+    flip=0,
+)
+
+AUGMENTATIONS: dict[str, tuple[ViewConfig, ...]] = {
+    "moco": (ViewConfig(), ViewConfig(blur=0.1, solarize=0.2)),
+    "digits": (_DIGIT, _DIGIT),  # a mirrored digit is another shape, or none; there is no colour to jitter
+}
+
+
+# Crop
+
+
+def crop_boxes(
+    heights: Tensor, widths: Tensor, scale: tuple[float, float], ratio: tuple[float, float], draws: Tensor
+) -> Tensor:
+    """Random crops after Inception (Szegedy et al., CVPR 2015, arXiv 1409.4842), with torchvision's rejection rule.
+
+    `heights`, `widths`: (B,) pixels; `draws`: (B, attempts, 4) uniform in [0, 1) for area, aspect ratio, top, left.
+    Returns (B, 4) float boxes `left, top, right, bottom` on whole pixels, the first of the attempts that fits into its
+    image, or else the largest central box whose ratio is allowed.
+    """
+    draws, heights, widths = draws.double(), heights.double()[:, None], widths.double()[:, None]
+    area = heights * widths * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
+    log_ratio = math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * draws[..., 1]
+    box_width = (area * log_ratio.exp()).sqrt().round()
+    box_height = (area / log_ratio.exp()).sqrt().round()
+    fits = (box_width >= 1) & (box_width <= widths) & (box_height >= 1) & (box_height <= heights)
+    top = (draws[..., 2] * (heights - box_height + 1)).floor()
+    left = (draws[..., 3] * (widths - box_width + 1)).floor()
+    attempts = torch.stack([left, top, left + box_width, top + box_height], -1)
+    first = fits.int().argmax(1)
+    chosen = attempts[torch.arange(len(draws)), first]
+    return torch.where(fits.any(1, keepdim=True), chosen, _centre_boxes(heights[:, 0], widths[:, 0], ratio)).float()
+
+
+def _centre_boxes(heights: Tensor, widths: Tensor, ratio: tuple[float, float]) -> Tensor:
+    """(B, 4): the largest central box of each image whose width / height lies within `ratio`."""
+    box_width = torch.minimum(widths, (heights * ratio[1]).round()).clamp(min=1)
+    box_height = torch.minimum(heights, (widths / ratio[0]).round()).clamp(min=1)
+    left, top = ((widths - box_width) / 2).floor(), ((heights - box_height) / 2).floor()
+    return torch.stack([left, top, left + box_width, top + box_height], -1)
+
+
+def _triangle_filter(start: Tensor, stop: Tensor, length: int, size: int) -> Tensor:
+    """(B, size, length): weights that resample `length` pixels between `start` and `stop` (B,) into `size`.
+
+    The rule of Pillow's BILINEAR: a triangle as wide as the shrink factor, at least one pixel, around each output
+    pixel's centre; weights beyond the image are cut off and the rest sums to one.
+    """
+    step = ((stop - start) / size)[:, None, None]
+    centres = start[:, None, None] + (torch.arange(size, device=start.device)[:, None] + 0.5) * step
+    pixels = torch.arange(length, device=start.device) + 0.5
+    weights = (1 - (pixels - centres).abs() / step.abs().clamp(min=1)).clamp_(min=0)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Cut `boxes` (B, 4) out of uint8 `images` (B, C, H, W), antialiased: float (B, C, size, size) in [0, 1].
+
+    Equal to Pillow's `image.resize((size, size), BILINEAR, box=box)` but for its rounding to 8 bits (twice). The filter
+    is separable, so each image takes two matrix products. A box whose left exceeds its right gives the mirror image.
+    """
+    batch, channels, height, width = images.shape
+    left, top, right, bottom = boxes.unbind(1)
+    across = _triangle_filter(left, right, width, size).div_(255)
+    down = _triangle_filter(top, bottom, height, size)
+    lines = images.reshape(batch, channels * height, width).to(across.dtype) @ across.transpose(1, 2)
+    return down[:, None] @ lines.view(batch, channels, height, size)
+
+
+# Operations on (B, C, S, S) in [0, 1]; parameters are (B,) or (B, 1, 1, 1)
+
+
+def _gray(images: Tensor) -> Tensor:
+    """(B, 1, S, S): ITU-R 601 luma, Pillow's mode L."""
+    red, green, blue = images.unbind(1)
+    return (red * 0.299).add_(green, alpha=0.587).add_(blue, alpha=0.114)[:, None]
+
+
+def brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Colour jitter after SimCLR (Chen et al., ICML 2020, arXiv 2002.05709, appendix A), as are the next three."""
+    return (images * factor).clamp_(0, 1)
+
+
+def contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the image's mean gray."""
+    mean = images.mean((2, 3), keepdim=True)
+    return torch.lerp(_gray(mean) if images.shape[1] == 3 else mean, images, factor).clamp_(0, 1)
+
+
+def saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the gray image."""
+    return torch.lerp(_gray(images), images, factor).clamp_(0, 1)
+
+
+def hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue by `shift` turns, with value and saturation of the HSV model (Smith, SIGGRAPH 1978) kept.
+
+    With the hue h in turns and the chroma c = max - min, red is `min + c * clip(|6 h - 3| - 1, 0, 1)`, green and blue
+    are `min + c * clip(2 - |6 h - 2|, 0, 1)` and `min + c * clip(2 - |6 h - 4|, 0, 1)`. Masks are floats: on a CPU,
+    torch's comparisons to booleans and its `where` take ten times as long as arithmetic.
+    """
+    red, green, blue = images.unbind(1)
+    value, least = images.amax(1), images.amin(1)
+    chroma = (value - least).mul_(6)
+    scale = chroma.clamp(min=1e-12).reciprocal_()
+    turns = (red - green).mul_(scale).add_(4 / 6)  # where blue is largest
+    turns.lerp_((blue - red).mul_(scale).add_(2 / 6), (value - green).eq_(0))
+    turns.lerp_((green - blue).mul_(scale), (value - red).eq_(0))
+    turns.add_(shift[:, :, 0] + 1).frac_()
+    turned = torch.empty_like(images)
+    base = torch.add(least, chroma, alpha=-1 / 6)
+    torch.addcmul(base, chroma, (turns - 3 / 6).abs_().clamp_(1 / 6, 2 / 6), out=turned[:, 0])
+    base = least.add_(chroma, alpha=2 / 6)
+    torch.addcmul(base, chroma, (turns - 2 / 6).abs_().clamp_(1 / 6, 2 / 6), value=-1, out=turned[:, 1])
+    torch.addcmul(base, chroma, (turns - 4 / 6).abs_().clamp_(1 / 6, 2 / 6), value=-1, out=turned[:, 2])
+    return turned.clamp_(0, 1)
+
+
+def grayscale(images: Tensor) -> Tensor:
+    """Gray in all three channels."""
+    return _gray(images).repeat(1, 3, 1, 1)
+
+
+def solarize(images: Tensor) -> Tensor:
+    """Invert what is brighter than half (BYOL, arXiv 2006.07733, appendix B)."""
+    return torch.minimum(images, 1 - images)
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """Gaussian blur (SimCLR, arXiv 2002.05709, appendix A) of each image by its own `sigma` (B,) pixels.
+
+    The kernel ends at `radius` pixels; edges are repeated. On a CPU, adding shifted copies is quicker than a grouped
+    convolution or a product with banded matrices, up to the 13 taps of a 224 px view.
+    """
+    offsets = torch.arange(-radius, radius + 1, device=images.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True))[:, :, None, None, None]
+    for axis, padding in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
+        padded, length = F.pad(images, padding, mode="replicate"), images.shape[axis]
+        images = padded.narrow(axis, radius, length) * kernel[:, radius]
+        for tap in range(radius):  # the kernel is symmetric: both neighbours at a distance share their weight
+            pair = padded.narrow(axis, tap, length) + padded.narrow(axis, 2 * radius - tap, length)
+            images.addcmul_(pair, kernel[:, tap])
+    return images
+
+
+def rotate_and_shear(images: Tensor, angle: Tensor, shear: Tensor) -> Tensor:
+    """Turn and slant about the centre by `angle` and `shear` (B,) radians; bilinear, edges repeated."""
+    cos, sin, slant = angle.cos(), angle.sin(), shear.tan()
+    zero = torch.zeros_like(cos)
+    matrix = torch.stack([cos, sin + cos * slant, zero, -sin, cos - sin * slant, zero], 1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+# Views
+
+
+class _Change(NamedTuple):
+    """An operation on some rows, or on all where `rows` is None; its parameters hold an entry for each of them."""
+
+    operation: Callable[..., Tensor]
+    rows: Tensor | None
+    parameters: tuple[Tensor, ...]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """May write into `images`."""
+        if self.rows is None:
+            return self.operation(images, *self.parameters)
+        return images.index_copy_(0, self.rows, self.operation(images.index_select(0, self.rows), *self.parameters))
+
+
+def _change(chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> list[_Change]:
+    """`operation` where `chosen` (B,); none if it is nowhere. `parameters` are (B, ...)."""
+    rows = chosen.nonzero()[:, 0]
+    if len(rows) == len(chosen):
+        return [_Change(operation, None, parameters)]
+    return [_Change(operation, rows, tuple(parameter[rows] for parameter in parameters))] if len(rows) else []
+
+
+def _jitter(config: ViewConfig, draws: Tensor, gray: bool) -> list[_Change]:
+    """The colour operations in an order drawn per image; `draws` (B, 9) uniform. Gray images have no colour to turn."""
+    chosen, order, factors = draws[:, 0] < config.jitter, draws[:, 1:5].argsort(1), 2 * draws[:, 5:] - 1
+    operations = (brightness, contrast, saturation, hue)
+    strengths = (config.brightness, config.contrast, config.saturation, config.hue)
+    changes: list[_Change] = []
+    for position in range(4):
+        for number, (operation, strength) in enumerate(zip(operations, strengths, strict=True)):
+            if strength == 0 or (gray and operation in (saturation, hue)):
+                continue
+            amount = factors[:, number] * strength + (0 if operation is hue else 1)
+            rows = chosen & (order[:, position] == number)
+            changes += _change(rows, operation, amount[:, None, None, None])
+    return changes
+
+
+def _changes(config: ViewConfig, draws: dict[str, Tensor], channels: int, size: int) -> list[_Change]:
+    """Everything between the crop and the normalisation, in order. `draws` hold the rows of these images."""
+    changes: list[_Change] = []
+    if config.rotation or config.shear:
+        limits = torch.tensor([math.radians(config.rotation), math.radians(config.shear)])
+        angle, shear = ((2 * draws["rotate"] - 1) * limits).unbind(1)
+        changes += _change(torch.ones(len(angle), dtype=torch.bool), rotate_and_shear, angle, shear)
+    changes += _jitter(config, draws["jitter"], gray=channels == 1)
+    if channels == 3:
+        changes += _change(draws["grayscale"][:, 0] < config.grayscale, grayscale)
+    low, high = (sigma * size / 224 for sigma in config.blur_sigma)
+    sigma, radius = low + (high - low) * draws["blur"][:, 1], math.ceil(3 * high)
+    changes += _change(draws["blur"][:, 0] < config.blur, partial(gaussian_blur, radius=radius), sigma)
+    return changes + _change(draws["solarize"][:, 0] < config.solarize, solarize)
+
+
+def view_boxes(
+    config: ViewConfig,
+    heights: Tensor,
+    widths: Tensor,
+    seed: int,
+    step: int,
+    micro_step: int,
+    view: int,
+    rows: slice,
+    global_batch: int,
+) -> Tensor:
+    """(B, 4) boxes of one view of images of these sizes (B,); left and right are swapped where the view is mirrored."""
+    uniform = torch.rand(global_batch, CROP_ATTEMPTS, 4, generator=generator(seed, "crop", step, micro_step, view))
+    mirrored = torch.rand(global_batch, generator=generator(seed, "flip", step, micro_step, view)) < config.flip
+    boxes = crop_boxes(heights, widths, config.crop_scale, config.crop_ratio, uniform[rows])
+    return torch.where(mirrored[rows, None], boxes[:, [2, 1, 0, 3]], boxes)
+
+
+_DRAWS = {"rotate": 2, "jitter": 9, "grayscale": 1, "blur": 2, "solarize": 1}
+
+
+def make_views(
+    batch: dict,
+    configs: Sequence[ViewConfig],
+    size: int,
+    seed: int,
+    step: int,
+    micro_step: int = 0,
+    rows: slice | None = None,
+    global_batch: int | None = None,
+    mean: Sequence[float] = (0.0, 0.0, 0.0),
+    std: Sequence[float] = (1.0, 1.0, 1.0),
+) -> list[Tensor]:
+    """One normalised float (B, 3, S, S) per config, S its own size or else `size`, on the device of the batch.
+
+    `batch` holds "images", uint8 (B, C, H, W), to be cropped here, or "crops", a list of uint8 (B, C, S, S) that
+    a loader has cut with the same draws; C is 3, or 1 for gray images, which are then augmented once and repeated.
+    `rows` are this process's among the `global_batch` rows of the micro-batch (default: the batch is all there is).
+    A pure function of its arguments.
+    """
+    count = len(batch["images"]) if "images" in batch else len(batch["crops"][0])
+    rows, global_batch = rows or slice(0, count), global_batch or count
+    runs: list[_Run] = []
+    for view, config in enumerate(configs):
+        draws = {
+            name: torch.rand(global_batch, width, generator=generator(seed, name, step, micro_step, view))[rows]
+            for name, width in _DRAWS.items()
+        }
+        if "images" in batch:
+            source = batch["images"]
+            heights, widths = torch.tensor(source.shape[-2:])[:, None].expand(2, count)
+            draws["boxes"] = view_boxes(config, heights, widths, seed, step, micro_step, view, rows, global_batch)
+        else:
+            source = batch["crops"][view]
+        runs += _runs(source, config, config.size or size, draws)
+    return _made(runs, mean, std)
+
+
+class _Run(NamedTuple):
+    """Consecutive images of a view: cut `boxes` out of uint8 `source` (B, C, H, W), if given, change, normalise."""
+
+    source: Tensor
+    boxes: Tensor | None
+    changes: list[_Change]
+    output: Tensor  # (B, 3, S, S), a part of `view`
+    view: Tensor
+
+
+def _runs(source: Tensor, config: ViewConfig, size: int, draws: dict[str, Tensor]) -> list[_Run]:
+    """A view of `source` in runs, all at once on a device that has no cache to fill. `draws` without boxes: no crop."""
+    count, channels = source.shape[:2]
+    view = torch.empty(count, 3, size, size, device=source.device)
+    length = max(16, CACHE_BYTES // (4 * channels * size**2)) if source.device.type == "cpu" else count
+    runs = []
+    for part in (slice(start, start + length) for start in range(0, count, length)):
+        mine = {name: values[part] for name, values in draws.items()}
+        changes = _changes(config, mine, channels, size)
+        runs.append(_Run(source[part], mine.get("boxes"), changes, view[part], view))
+    return runs
+
+
+def _made(runs: list[_Run], mean: Sequence[float], std: Sequence[float]) -> list[Tensor]:
+    """The views, on the device of their source."""
+    device = runs[0].source.device
+    told: list[Tensor] = [torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)]
+    for run in runs:
+        told += [tensor for tensor in (run.boxes, *_tensors(run.changes)) if tensor is not None]
+    arrived = iter(send(told, device))
+    mean_there, std_there = next(arrived), next(arrived)
+    for run in runs:
+        size = run.output.shape[-1]
+        images = run.source / 255 if run.boxes is None else crop_and_resize(run.source, next(arrived), size)
+        for operation, rows, parameters in run.changes:
+            there = None if rows is None else next(arrived)
+            images = _Change(operation, there, tuple(next(arrived) for _ in parameters))(images)
+        torch.sub(images, mean_there, out=run.output).div_(std_there)
+    return list({id(run.view): run.view for run in runs}.values())
+
+
+def _tensors(changes: list[_Change]) -> list[Tensor | None]:
+    return [tensor for change in changes for tensor in (change.rows, *change.parameters)]

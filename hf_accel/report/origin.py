@@ -1,0 +1,71 @@
+"""Where a result comes from: command, versions, commit and hardware."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("hf-accel", "transformers", "accelerate", "datasets", "evaluate", "huggingface_hub", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """The command, versions of Python and the packages, git commit of the source (with "dirty") and hardware.
+
+    Entries that cannot be found out are None: the commit of an installed wheel, for one.
+    """
+    return {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),  # with its build, which the package's metadata may lack
+            **{name: _version(name) for name in PACKAGES},
+        },
+        **_git(Path(__file__).parent),
+        "hardware": {
+            "platform": platform.platform(),
+            "cpu": _cpu_name(),
+            "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+            "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(folder: Path) -> dict[str, Any]:
+    """{"commit", "dirty"} of the repository that tracks this file, not of one around a virtual environment."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+
+
+def _cpu_name() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or None

@@ -1,0 +1,1 @@
+"""Gradient errors, and the schedules that follow from them."""

@@ -1,0 +1,123 @@
+"""From gradient errors to a schedule: the best strategy of each stage, never more compressed than the one before."""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from ..compression.schedule import Schedule, Stage
+from ..compression.strategy import Compression, Strategy, possible_patch_sizes
+from .gradient_error import GradientError
+
+CRITERIA = ("ca_mse", "gain")
+"""What a schedule is to be best by: the paper's cost-adjusted error of a step, or the way that its price buys."""
+
+SYMMETRIES = ("paper", "symmetric", "asymmetric")
+"""Which of a strategy's compressions the target branch shares: the larger patch (the paper's), both, or none."""
+
+
+def search_grid(
+    image_size: int,
+    base_patch_size: int,
+    token_dropouts: Sequence[float],
+    patch_sizes: Sequence[int] | None = None,
+    symmetries: Sequence[str] = ("paper",),
+) -> list[Strategy]:
+    """Every strategy of the grid, the uncompressed one first; `patch_sizes` defaults to all possible ones.
+
+    Raises:
+        ValueError: a patch size is not possible, or a symmetry is unknown.
+    """
+    possible = possible_patch_sizes(image_size, base_patch_size)
+    grid = [Strategy(Compression(base_patch_size))]
+    for patch_size in patch_sizes or possible:
+        if patch_size not in possible:
+            raise ValueError(f"patch_size {patch_size}: at image_size {image_size} it must be one of {possible}")
+        for token_dropout in token_dropouts:
+            online = Compression(patch_size, token_dropout)
+            targets = {
+                "paper": Compression(patch_size),
+                "symmetric": online,
+                "asymmetric": Compression(base_patch_size),
+            }
+            for symmetry in symmetries:
+                if symmetry not in targets:
+                    raise ValueError(f"symmetry {symmetry!r}: must be one of {', '.join(SYMMETRIES)}")
+                grid.append(Strategy(online, targets[symmetry]))
+    return list(dict.fromkeys(grid))
+
+
+def choose_strategies(
+    stages: Sequence[Mapping[Strategy, GradientError]],
+    relative_cost: Mapping[Strategy, float],
+    criterion: str = "ca_mse",
+) -> list[Strategy]:
+    """One strategy a stage: the least sum of log ca_mse, or the largest of log gain, at which the cost never falls.
+
+    Strategies whose ca_mse lies within the best one's 95% interval count as tied with it, and of tied ones the cheaper
+    wins. Of gains, in which cost is contained in full, it is the lower end of the interval that counts, what is gained
+    for sure: where noise hides the differences, as at the end of training, the cheaper is not the safer, and a stage
+    without any sure gain is for the dearest strategy. The logarithm lets a stage weigh by its ratios: gradients shrink
+    by orders of magnitude over training.
+
+    Raises:
+        ValueError: no stage, stages of different strategies, or an unknown criterion.
+    """
+    if not stages or any(stage.keys() != stages[0].keys() for stage in stages):
+        raise ValueError("expected the errors of the same strategies at one stage or more")
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion {criterion!r}: must be one of {', '.join(CRITERIA)}")
+    strategies = sorted(stages[0], key=lambda strategy: relative_cost[strategy])
+    # best[k]: the least (sum of logs, sum of costs) of the stages so far that end with strategy k, and the way there
+    best: list[tuple[tuple[float, float], list[Strategy]]] = [((0.0, 0.0), []) for _ in strategies]
+    for stage in stages:
+        losses = _log_ca_mse(stage) if criterion == "ca_mse" else _minus_log_gain(stage, relative_cost)
+        reached: list[tuple[tuple[float, float], list[Strategy]]] = []
+        for k, strategy in enumerate(strategies):
+            before, way = min(best[: k + 1], key=lambda entry: entry[0])
+            reached.append(((before[0] + losses[strategy], before[1] + relative_cost[strategy]), [*way, strategy]))
+        best = reached
+    return min(best, key=lambda entry: (round(entry[0][0], 9), entry[0][1]))[1]
+
+
+def _log_ca_mse(stage: Mapping[Strategy, GradientError]) -> dict[Strategy, float]:
+    floor = min((error.ca_mse for error in stage.values() if error.ca_mse > 0), default=1.0)
+    least = min(stage.values(), key=lambda error: error.ca_mse)
+    tied_to = max(least.ca_mse, least.ca_mse_interval[1])
+    return {
+        strategy: math.log(max(least.ca_mse if error.ca_mse <= tied_to else error.ca_mse, floor))
+        for strategy, error in stage.items()
+    }
+
+
+def _minus_log_gain(
+    stage: Mapping[Strategy, GradientError], relative_cost: Mapping[Strategy, float]
+) -> dict[Strategy, float]:
+    """By the lower end of the interval; 0 or less counts as a thousandth of the best, or of the dearest if all are."""
+    sure = {strategy: error.gain_interval[0] for strategy, error in stage.items()}
+    best = max(sure.values())
+    if best <= 0:
+        sure, best = {max(stage, key=lambda strategy: relative_cost[strategy]): 1.0}, 1.0
+    return {strategy: -math.log(max(sure.get(strategy, 0.0), best / 1000)) for strategy in stage}
+
+
+def schedule_of(points: Sequence[float], strategies: Sequence[Strategy]) -> Schedule:
+    """A schedule in which each strategy holds around its point of progress, to halfway to the neighbouring points.
+
+    Raises:
+        ValueError: the points do not increase within [0, 1].
+    """
+    if list(points) != sorted(set(points)) or not points or points[0] < 0 or points[-1] > 1:
+        raise ValueError(f"points of progress must increase within [0, 1], got {list(points)}")
+    ends = [*((a + b) / 2 for a, b in pairwise(points)), 1.0]
+    stages: list[Stage] = []
+    for end, strategy in zip(ends, strategies, strict=True):
+        if stages and stages[-1].strategy == strategy:
+            stages.pop()
+        stages.append(Stage(round(end, 6), strategy))
+    return Schedule(tuple(stages))
+
+
+def schedule_file(schedule: Schedule, base_patch_size: int, **origin: Any) -> dict[str, Any]:
+    """What a schedule's YAML file holds: the stages, the base patch size that they are meant for, and their origin."""
+    return {**origin, "patch_size": base_patch_size, "stages": schedule.to_list()}

@@ -1,0 +1,355 @@
+"""How wrong a cheap gradient is: squared bias and cost-adjusted variance, estimated from paired draws.
+
+Lin et al., "Accelerating Augmentation Invariance Pretraining" (arXiv 2410.22364), section 4. With g a gradient of one
+uncompressed batch, g_a that of the same batch under a strategy a, G = E[g], and k_a the cost of a over uncompressed:
+
+    bias2(a) = || E[g_a] - G ||^2     var(a) = E || g_a - E[g_a] ||^2     ca_mse(a) = bias2(a) + k_a var(a)
+
+The bias is estimated from the differences d_i = g_a_i - g_i of n pairs (the same images, views and negatives) as the
+mean of <d_i, d_j> over i != j. The plain || mean d ||^2 also holds the noise, || d - E d ||^2 / n on average, and
+holds most of it for exactly the strategies whose bias is smallest.
+
+Beside it, and not the paper's, the gain: how far the price of one uncompressed step goes along G when the length of a
+step is the learning rate's and not the gradient's, as AdamW's is, and cheaper batches buy more steps:
+
+    gain(a) = <G, E[g_a]> / (k_a sqrt(E || g_a ||^2))
+
+To first order it is the decrease of the uncompressed loss per unit. Unlike ca_mse it does not mind that compressed
+gradients are longer or shorter, and it spends what is saved on steps instead of on averages.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from scipy.special import ndtri, stdtr, stdtrit
+from torch import Tensor
+
+from ..utils.seeding import generator
+
+SKETCH_SIZE = 8192
+"""Numbers that remain of a gradient for the leave-one-out; shorter gradients are kept as they are."""
+
+MAX_BLOCKS = 256
+"""Draws are left out one by one up to this many, then in blocks, so that memory does not grow with them."""
+
+CLEAR, MAX_SCORE = float(ndtri(0.975)), 10.0
+"""Evidence from which on it is clear, and no probe's is more: not even that of draws without noise."""
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+class GradientNotFinite(ValueError):
+    """A gradient holds NaN or infinity: nothing can be estimated from it."""
+
+
+@dataclass(frozen=True)
+class GradientError:
+    """Errors of one strategy's gradient, in squared units of the gradient; intervals are of 95%.
+
+    `ca_variance` is the variance of what the price of one uncompressed batch buys, over the horizon; `ca_mse` is
+    `bias2 + ca_variance`; `reference_norm2` is || G ||^2, to report them relative to; `gain` is in units of the
+    gradient.
+    """
+
+    bias2: float
+    variance: float
+    ca_variance: float
+    ca_mse: float
+    reference_norm2: float
+    bias2_interval: tuple[float, float]
+    ca_mse_interval: tuple[float, float]
+    gain: float
+    gain_interval: tuple[float, float]
+
+
+class GradientErrorAccumulator(Generic[Name]):
+    """Sums over paired draws. It knows no model, and its memory does not grow with the number of draws.
+
+    Args:
+        relative_cost: k_a of each strategy by name: its cost over the uncompressed one's.
+        horizon: batches that the optimizer averages over: ca_mse = bias2 + ca_variance / horizon. 1 is the paper's
+            and weighs a single batch; averaging shrinks variance but never bias.
+
+    Raises:
+        ValueError: a cost or the horizon is not above 0.
+    """
+
+    def __init__(self, relative_cost: Mapping[Name, float], horizon: float = 1.0):
+        if horizon <= 0 or any(cost <= 0 for cost in relative_cost.values()):
+            raise ValueError(f"costs and horizon must be above 0, got {dict(relative_cost)} and {horizon}")
+        self.relative_cost, self.horizon = dict(relative_cost), horizon
+        self.num_draws = 0
+        self._reference = _Sums()
+        self._differences = {name: _Sums() for name in self.relative_cost}
+        self._compressed_norm2 = {name: _Blocks() for name in self.relative_cost}
+
+    @torch.no_grad()
+    def add(self, reference: Tensor, compressed: Mapping[Name, Tensor]) -> None:
+        """Take one paired draw: flat gradients (D,), uncompressed and under every strategy.
+
+        Raises:
+            ValueError: a strategy is missing or unknown, or a shape differs.
+            GradientNotFinite: a gradient is not finite.
+        """
+        if compressed.keys() != self.relative_cost.keys():
+            raise ValueError(f"expected gradients of {list(self.relative_cost)}, got {list(compressed)}")
+        for name, gradient in [("the reference", reference), *compressed.items()]:
+            if gradient.ndim != 1 or gradient.shape != reference.shape:
+                raise ValueError(f"expected flat gradients of one size, got {tuple(gradient.shape)} from {name}")
+        # The device is asked twice for all gradients, and not several times for each.
+        names = list(compressed)
+        reference_norm, *norms = torch.stack([_norm(vector) for vector in (reference, *compressed.values())]).tolist()
+        for name, norm in zip(["the reference", *names], [reference_norm, *norms], strict=True):
+            if not math.isfinite(norm):
+                raise GradientNotFinite(f"the gradient of {name} is not finite")
+        self._reference.take(reference)
+        sketches, difference_norms = [_sketch(reference)], []
+        for name in names:
+            difference = compressed[name] - reference
+            self._differences[name].take(difference)
+            sketches.append(_sketch(difference))
+            difference_norms.append(_norm(difference))
+        reference_sketch, *of_differences = torch.stack(sketches).cpu()
+        self._reference.note(reference_norm**2, reference_sketch)
+        of_difference = zip(torch.stack(difference_norms).tolist(), of_differences, strict=True)
+        for name, norm, (difference_norm, sketch) in zip(names, norms, of_difference, strict=True):
+            self._differences[name].note(difference_norm**2, sketch)
+            self._compressed_norm2[name].add(norm**2)
+        self.num_draws += 1
+
+    def result(self) -> dict[Name, GradientError]:
+        """Errors by strategy.
+
+        Raises:
+            ValueError: fewer than three draws, of which no interval can be given.
+        """
+        if self.num_draws < 3:
+            raise ValueError(f"an estimate with an interval needs at least 3 draws, got {self.num_draws}")
+        return {name: self._of(name) for name in self.relative_cost}
+
+    def evidence(self, criterion: str, one: Name, other: Name) -> float:
+        """How surely "ca_mse" or "gain" of one strategy is above the other's, as a standard normal score.
+
+        Of the difference, as their noise is largely the same: estimate over deviation is Student's t, and the score is
+        as improbable as that. Above CLEAR the difference's 95% interval lies above 0. Scores of independent probes add
+        up to one of theirs, over the root of their number (Stouffer 1949), whatever scale each of them had.
+
+        Raises:
+            ValueError: fewer than three draws.
+        """
+        errors = self.result()
+        estimate = getattr(errors[one], criterion) - getattr(errors[other], criterion)
+        left_out = self._left_out(one)[criterion] - self._left_out(other)[criterion]
+        quotient = abs(estimate) / (_deviation(left_out) + 1e-300)
+        score = -float(ndtri(stdtr(len(left_out) - 1, -quotient)))
+        return math.copysign(min(score, MAX_SCORE), estimate)
+
+    def _of(self, name: Name) -> GradientError:
+        cost, draws = self.relative_cost[name], self.num_draws
+        difference, reference, norm2 = self._differences[name], self._reference, self._compressed_norm2[name]
+        mean = (difference.total + reference.total) / draws
+        variance = (norm2.total / draws - _norm2(mean)) * draws / (draws - 1)
+        bias2, reference_norm2 = difference.product_of_different_draws(), reference.product_of_different_draws()
+        ca_variance = cost / self.horizon * variance
+        # <G, E g_a> by || E g_a - G ||^2, of which each part is free of the noise of single draws
+        product = (norm2.total / draws - variance + reference_norm2 - bias2) / 2
+        gain = product / (cost * _root(norm2.total / draws))
+        left = self._left_out(name)
+        return GradientError(
+            bias2=bias2,
+            variance=variance,
+            ca_variance=ca_variance,
+            ca_mse=bias2 + ca_variance,
+            reference_norm2=reference_norm2,
+            bias2_interval=_jackknife(bias2, left["bias2"]),
+            ca_mse_interval=_jackknife(bias2 + ca_variance, left["ca_mse"]),
+            gain=gain,
+            gain_interval=_jackknife(gain, left["gain"]),
+        )
+
+    def _left_out(self, name: Name) -> dict[str, Tensor]:
+        """float64 (blocks,) each: bias2, ca_mse and gain of what remains without each block, by the sketches."""
+        difference, reference, norm2 = self._differences[name], self._reference, self._compressed_norm2[name]
+        cost = self.relative_cost[name]
+        rest = self.num_draws - torch.tensor(reference.blocks.counts, dtype=torch.float64)
+        without = difference.sketches_without() + reference.sketches_without()
+        mean_norm2 = (norm2.total - torch.tensor(norm2.values, dtype=torch.float64)) / rest
+        variance = (mean_norm2 - (without / rest[:, None]).square().sum(1)) * rest / (rest - 1)
+        bias2 = difference.product_without()
+        product = (mean_norm2 - variance + reference.product_without() - bias2) / 2
+        return {
+            "bias2": bias2,
+            "ca_mse": bias2 + cost / self.horizon * variance,
+            "gain": product / (cost * _root(mean_norm2)),
+        }
+
+
+class _Blocks:
+    """Values summed in at most MAX_BLOCKS blocks of consecutive draws; a full row of blocks is halved by pairs."""
+
+    def __init__(self):
+        self.values: list = []
+        self.counts: list[int] = []
+        self.size = 1
+
+    def add(self, value) -> None:
+        if self.counts and self.counts[-1] < self.size:
+            self.values[-1] = self.values[-1] + value
+            self.counts[-1] += 1
+            return
+        if len(self.values) == MAX_BLOCKS:
+            self.values = [a + b for a, b in zip(self.values[::2], self.values[1::2], strict=True)]
+            self.counts = [a + b for a, b in zip(self.counts[::2], self.counts[1::2], strict=True)]
+            self.size *= 2
+        self.values.append(value)
+        self.counts.append(1)
+
+    @property
+    def total(self):
+        return sum(self.values[1:], start=self.values[0])
+
+
+class _Sums:
+    """Of vectors x_i (D,): their sum and summed squared norms exactly, and sketches of both block by block."""
+
+    def __init__(self):
+        self.total = torch.zeros(())
+        self.norm2 = 0.0
+        self.blocks, self.block_norm2 = _Blocks(), _Blocks()
+        self.num_draws = 0
+
+    def take(self, vector: Tensor) -> None:
+        """The device's part of taking a vector; `note` is the host's."""
+        if self.num_draws == 0:
+            self.total = torch.zeros_like(vector, dtype=torch.promote_types(vector.dtype, torch.float32))
+        self.total += vector
+
+    def note(self, norm2: float, sketch: Tensor) -> None:
+        self.norm2 += norm2
+        self.blocks.add(sketch)
+        self.block_norm2.add(_norm2(sketch))
+        self.num_draws += 1
+
+    def product_of_different_draws(self) -> float:
+        """The mean of <x_i, x_j> over i != j: unbiased for || E[x] ||^2."""
+        return (_norm2(self.total) - self.norm2) / (self.num_draws * (self.num_draws - 1))
+
+    def sketches_without(self) -> Tensor:
+        """float64 (blocks, size): the sum of all sketches but those of each block."""
+        blocks = torch.stack(self.blocks.values)
+        return blocks.sum(0) - blocks
+
+    def product_without(self) -> Tensor:
+        """float64 (blocks,): `product_of_different_draws` of what remains without each block, by the sketches."""
+        counts = torch.tensor(self.blocks.counts, dtype=torch.float64)
+        rest = self.num_draws - counts
+        norm2 = torch.tensor(self.block_norm2.values, dtype=torch.float64)
+        left = self.sketches_without().square().sum(1) - (norm2.sum() - norm2)
+        return left / (rest * (rest - 1))
+
+
+def _norm(vector: Tensor) -> Tensor:
+    """float64 scalar."""
+    return torch.linalg.vector_norm(vector, dtype=torch.float64)
+
+
+def _norm2(vector: Tensor) -> float:
+    return float(_norm(vector)) ** 2
+
+
+def _root(norm2):
+    """Of squared norms; a gradient of zeros has no direction, and its product with G is 0 over this."""
+    return (norm2 + 1e-300) ** 0.5
+
+
+def _sketch(vector: Tensor) -> Tensor:
+    """float64 (min(D, SKETCH_SIZE),), whose inner products are those of the vectors, up to noise.
+
+    A count sketch (Charikar et al., ICALP 2002): every number gets a random sign and is added to one of the places,
+    here in turn, which needs no table of them.
+    """
+    if vector.numel() <= SKETCH_SIZE:
+        return vector.double()
+    rows = math.ceil(vector.numel() / SKETCH_SIZE)
+    folded = torch.nn.functional.pad(vector, (0, rows * SKETCH_SIZE - vector.numel())).view(rows, SKETCH_SIZE)
+    signs = _signs(rows, vector.device)
+    return (folded * signs).sum(0, dtype=torch.float64)
+
+
+_SIGNS: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _signs(rows: int, device: torch.device) -> Tensor:
+    """int8 (rows, SKETCH_SIZE) of +1 and -1, the same in every process."""
+    if (rows, device) not in _SIGNS:
+        _SIGNS.clear()
+        bits = torch.randint(0, 2, (rows, SKETCH_SIZE), generator=generator(0, "sketch"), dtype=torch.int8)
+        _SIGNS[rows, device] = (2 * bits - 1).to(device)
+    return _SIGNS[rows, device]
+
+
+def _jackknife(estimate: float, left_out: Tensor) -> tuple[float, float]:
+    """95% interval of `estimate` from what it is without each block (blocks,), by Student's t."""
+    margin = float(stdtrit(len(left_out) - 1, 0.975)) * _deviation(left_out)
+    return estimate - margin, estimate + margin
+
+
+def _deviation(left_out: Tensor) -> float:
+    """Standard deviation of an estimate from what it is without each block (blocks,): the jackknife (Tukey 1958)."""
+    blocks = len(left_out)
+    return float((left_out - left_out.mean()).square().sum() * (blocks - 1) / blocks) ** 0.5
+
+
+def estimate_gradient_errors(
+    gradient: Callable[[Name | None, int], Tensor],
+    relative_cost: Mapping[Name, float],
+    draws: Iterable[int],
+    horizon: float = 1.0,
+    max_bytes: float = 4e9,
+    progress: Callable[[int], object] = lambda computed: None,
+    uncompressed: Name | None = None,
+) -> dict[Name, GradientError]:
+    """Errors of every strategy from paired draws, in chunks of strategies that fit into memory.
+
+    Args:
+        gradient: `gradient(name, draw)` is the flat gradient (D,) of the draw under a strategy, `gradient(None, draw)`
+            the uncompressed one. A pure function: a chunk asks again for the uncompressed gradients.
+        relative_cost: k_a by strategy.
+        draws: numbers of the draws.
+        horizon: see `GradientErrorAccumulator`.
+        max_bytes: memory for the sums of the strategies of one chunk, two gradients a strategy while a draw is added.
+        progress: called with 1 for each gradient that has been computed.
+        uncompressed: the strategy, if any, whose gradient `gradient(None, draw)` is: it is not computed twice.
+
+    Raises:
+        ValueError: not even one strategy fits into `max_bytes`; fewer than three draws; a gradient is not finite.
+    """
+    draws = list(draws)
+    size = gradient(None, draws[0])
+    needed = 2 * size.numel() * max(4, size.element_size())
+    fitting = int(max_bytes // needed)
+    if fitting < 1:
+        raise ValueError(f"the sums of one strategy take {needed:.3g} bytes; the limit is {max_bytes:.3g}")
+    names = list(relative_cost)
+    errors: dict[Name, GradientError] = {}
+    for chunk in chunks(names, fitting):
+        accumulator = GradientErrorAccumulator({name: relative_cost[name] for name in chunk}, horizon)
+        for draw in draws:
+            reference = gradient(None, draw)
+            progress(1)
+            compressed = {}
+            for name in chunk:
+                compressed[name] = reference if name == uncompressed else gradient(name, draw)
+                progress(1)
+            accumulator.add(reference, compressed)
+        errors |= accumulator.result()
+    return errors
+
+
+def chunks(names: Sequence[Name], size: int) -> list[list[Name]]:
+    """`names` in lists of at most `size`, as even as possible."""
+    count = math.ceil(len(names) / size)
+    return [list(names[len(names) * i // count : len(names) * (i + 1) // count]) for i in range(count)]

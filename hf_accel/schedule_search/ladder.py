@@ -1,0 +1,185 @@
+"""`schedule: auto`: a run finds its schedule while it trains, and pays for the search out of its own budget.
+
+The rule. Strategies stand on a ladder, from the cheapest to the uncompressed one, each a good deal dearer than the one
+below. Before the first step all of them are probed, and the run starts on the cheapest that is not clearly worse than
+the best: one whose ca_mse is not above the least, or, by the criterion "gain", whose gain is not below the largest, at
+the 2.5% level. At evenly spaced points of progress it then probes the rung it stands on and the next one, with the same
+images under both, and climbs when the rung is clearly worse than the next one, by the evidence of the last four probes
+of this rung together. Without clear evidence it climbs, too, but at the rung's deadline: these divide the first 80% of
+progress evenly among the rungs, and the last 20% are uncompressed. It never climbs down, as compression never
+increases. There are as many points as the share of the budget pays for, and at most 20; where it pays for more than
+that, each probe takes more draws, and at most 64.
+
+Why deadlines: an error of single steps does not tell what a run is for. Training on a rung makes gradients there small
+and true, so that the next rung looks no better, while the encoder that is used at full length never gets used to it.
+
+Where it fails: on a budget so small that a probe is a sizeable part of it (an error says so); when the noise of few
+draws hides the difference, it climbs at its deadlines only, and by up to three probes late, as it looks back on those;
+and where staying on a cheap rung beyond its deadline would have been best.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any
+
+from ..compression.schedule import Schedule, Stage
+from ..compression.strategy import Strategy
+from .choose import search_grid
+from .gradient_error import CLEAR, GradientErrorAccumulator
+
+RUNG_RATIO = 0.5
+"""A rung costs at most this much of the next one."""
+
+LADDER_DROPOUTS = (0.0, 0.5)
+
+MAX_POINTS, MAX_DRAWS = 20, 64
+
+UNCOMPRESSED_FROM = 0.8
+"""Progress from which on the run is uncompressed, whatever is found: as by hand, where this did best."""
+
+POOLED = 4
+"""Probes of a rung whose evidence is taken together: more would see less noise, and more of what has passed."""
+
+
+def ladder_of(image_size: int, base_patch_size: int, units: Callable[[Strategy], float]) -> list[Strategy]:
+    """Strategies by rising cost, the last one uncompressed: possible patches, with and without half of the tokens."""
+    grid = search_grid(image_size, base_patch_size, LADDER_DROPOUTS)
+    ladder = [grid[0]]
+    for strategy in sorted(grid[1:], key=units, reverse=True):
+        tokens = strategy.online.kept_tokens(image_size)
+        if tokens >= 4 and units(strategy) <= RUNG_RATIO * units(ladder[-1]):
+            ladder.append(strategy)
+    return ladder[::-1]
+
+
+class OnlineController:
+    """Where on the ladder a run stands, and when it looks up.
+
+    Args:
+        ladder: strategies by rising cost, the last one uncompressed.
+        units_per_batch: cost of one training batch under a strategy, in units.
+        budget: of the whole run, in units.
+        share: of the budget that probes may spend.
+        draws: paired gradients of a probe, at least.
+        criterion: "ca_mse" or "gain" (of `GradientError`), by which strategies are compared.
+
+    Raises:
+        ValueError: the share does not pay for the first probe and one more.
+    """
+
+    def __init__(
+        self,
+        ladder: list[Strategy],
+        units_per_batch: Callable[[Strategy], float],
+        budget: float,
+        share: float = 0.03,
+        draws: int = 8,
+        criterion: str = "ca_mse",
+    ):
+        self.criterion = criterion
+        self.ladder, self.budget, self.draws, self.rung, self.probed = ladder, budget, draws, 0, 0
+        self.evidence: list[float] = []
+        self.score = 0.0
+        self.units = {strategy: units_per_batch(strategy) for strategy in ladder}
+        self.relative_cost = {strategy: units / self.units[ladder[-1]] for strategy, units in self.units.items()}
+        start = self.cost_of(ladder)
+        one = max((self.cost_of(pair) for pair in pairwise(ladder)), default=0.0)
+        if len(ladder) < 2:
+            raise ValueError(
+                "there is no strategy to choose from: of those with 4 tokens or more, none costs much less"
+            )
+        count = min(MAX_POINTS, math.floor((share * budget - start) / one))
+        if count < 1:
+            raise ValueError(
+                f"probes of {draws} draws take {start + one:,.0f} units, and a share of {share:g} of the budget is "
+                f"{share * budget:,.0f}: raise auto_share or the budget, lower auto_draws, or name a schedule"
+            )
+        if count == MAX_POINTS:
+            of_all = (start + MAX_POINTS * one) / draws
+            self.draws = max(draws, min(MAX_DRAWS, math.floor(share * budget / of_all)))
+        self.points = [0.0, *(UNCOMPRESSED_FROM * (point + 1) / (count + 1) for point in range(count))]
+        self.deadlines = [UNCOMPRESSED_FROM * (rung + 1) / (len(ladder) - 1) for rung in range(len(ladder) - 1)]
+
+    @property
+    def strategy(self) -> Strategy:
+        return self.ladder[self.rung]
+
+    def schedule(self) -> Schedule:
+        """From where it stands up the ladder, each rung until its deadline."""
+        return Schedule(self._stages()[self.rung :])
+
+    def _stages(self) -> tuple[Stage, ...]:
+        return tuple(map(Stage, [*self.deadlines, 1.0], self.ladder))
+
+    def cost_of(self, strategies) -> float:
+        """Units of a probe of these strategies; the uncompressed gradient that they are compared with is also one."""
+        base = self.ladder[-1]
+        return self.draws * (self.units[base] + sum(self.units[s] for s in strategies if s != base))
+
+    def due(self, progress: float, left: float) -> list[Strategy]:
+        """The strategies to probe now; none if it is too early, nothing is left to climb, or too little to spend.
+
+        Past its deadline a rung has been left, as `schedule` says.
+
+        Args:
+            progress: of the plan's next step.
+            left: units of the budget that are not spent.
+        """
+        passed = sum(progress >= deadline - 1e-9 for deadline in self.deadlines)
+        if passed > self.rung:
+            self.rung, self.evidence = passed, []
+        if self.probed == len(self.points) or progress < self.points[self.probed] or self.rung == len(self.ladder) - 1:
+            return []
+        strategies = self.ladder if self.probed == 0 else self.ladder[self.rung : self.rung + 2]
+        cost = self.cost_of(strategies)
+        if cost >= left:
+            return []
+        # A step must be left to take, where the plan then stands or one rung up. The first probe's cost is no progress
+        after = self.schedule()(min(1.0, progress + (1 - progress) * cost / left) if self.probed else 0.0)
+        return strategies if cost + max(self.units[after], self.units[strategies[-1]]) <= left else []
+
+    def decide(self, accumulator: GradientErrorAccumulator[Strategy], progress: float) -> Strategy:
+        """Take the errors of the strategies that were due, and give the one to follow from now on."""
+        if self.probed == 0:
+            self.rung = self.ladder.index(self._first(accumulator))
+        else:
+            this, above = self.ladder[self.rung : self.rung + 2]
+            self.evidence = [*self.evidence, self._worse(accumulator, this, above)][-POOLED:]
+            self.score = sum(self.evidence) / math.sqrt(len(self.evidence))
+            if self.score > CLEAR:
+                self.rung, self.evidence = self.rung + 1, []
+        while self.probed < len(self.points) and self.points[self.probed] <= progress:
+            self.probed += 1
+        return self.strategy
+
+    def _first(self, accumulator: GradientErrorAccumulator[Strategy]) -> Strategy:
+        """The cheapest that is not clearly worse than the best: a run can climb later, but never down."""
+        errors = accumulator.result()
+        better = max if self.criterion == "gain" else min
+        best = better(self.ladder, key=lambda strategy: getattr(errors[strategy], self.criterion))
+        return next(s for s in self.ladder if s == best or self._worse(accumulator, s, best) <= CLEAR)
+
+    def _worse(self, accumulator: GradientErrorAccumulator[Strategy], one: Strategy, other: Strategy) -> float:
+        """How surely one strategy is worse than the other, as a standard normal score."""
+        score = accumulator.evidence(self.criterion, one, other)
+        return -score if self.criterion == "gain" else score
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON can hold it."""
+        ladder = [f"{stage.strategy} until {stage.until:g}" for stage in self._stages()]
+        return {"ladder": ladder, "rung": self.rung, "probed": self.probed, "evidence": self.evidence}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            ValueError: it counts rungs of another ladder, as another version of this rule may have built it.
+        """
+        ladder = self.state()["ladder"]
+        if state.get("ladder") != ladder:
+            raise ValueError(
+                f"the checkpoint's run climbs another ladder, {state.get('ladder', 'unknown')}, than this version's, "
+                f"{ladder}. Resume with the version that it was started by, or start anew in another output_dir"
+            )
+        self.rung, self.probed, self.evidence = state["rung"], state["probed"], list(state["evidence"])

@@ -1,0 +1,312 @@
+"""`task=evaluate`: kNN, linear probe, logistic regression, fine-tuning of any encoder; adds to `results.json`."""
+
+import re
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TrainingArguments, set_seed
+
+from ..data import ImageSource, image_processor
+from ..distributed import barrier, broadcast_object, is_main, say, world_size
+from ..distributed.launch import autocast_arguments, shards_weights
+from ..evaluation import (
+    FineTuneConfig,
+    LinearConfig,
+    NotFineTunable,
+    extract_features,
+    finetune,
+    input_of,
+    is_hierarchical,
+    knn_accuracy,
+    linear_probe,
+    load_encoder,
+    load_processor,
+    logistic_regression,
+    processed_loader,
+    takes_patch_size,
+    topk_accuracy,
+    weights_digest,
+)
+from ..recipe import Recipe, RecipeError
+from ..report import add_run, environment, evaluation_table, find_run, read_results
+from .setup import build_objective, images_of, output_of, start
+
+RANDOM = "random"
+"""As `checkpoint`: the recipe's own encoder, as a run with its `seed` starts from."""
+
+
+@dataclass
+class Bench:
+    """An encoder and the images that it is measured on."""
+
+    recipe: Recipe
+    arguments: TrainingArguments
+    encoder: PreTrainedModel
+    processor: Any
+    weights: str
+    input: dict[str, Any]
+    source: ImageSource
+    validation: ImageSource
+    _features: dict[int | None, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.source.class_names or [])
+
+    def features(self, patch_size: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Features and labels of the training, then of the validation images, taken once for each patch size."""
+        if patch_size not in self._features:
+            self._features.clear()  # evaluations of one patch size follow each other
+            option = patch_size if takes_patch_size(self.encoder) else None
+            pairs: list[Tensor] = []
+            for images in (self.source, self.validation):
+                loader = processed_loader(images, self.processor, 256, self.recipe.num_workers)
+                pairs += extract_features(self.encoder, loader, self.arguments.device, option)
+            self._features[patch_size] = tuple(pairs)
+        train, train_labels, test, labels = self._features[patch_size]
+        return train, train_labels, test, labels
+
+
+def evaluate(recipe: Recipe) -> None:
+    """Take each evaluation of the recipe, at each patch size, with each seed, and add it to `results.json` at once.
+
+    Patch sizes that an encoder or an evaluation does not have are skipped, as is the fine-tuning of an encoder that
+    transformers has no classifier for, and the table says so. What is there
+    already, of the same weights, images, settings and seed, is not taken again: the same command goes on where it was
+    interrupted. The standard deviation over seeds is that of the probe's or the fine-tuning's own draws: the encoder
+    stays. Every process computes the same; the main one writes.
+    """
+    output_of(recipe)
+    if "finetune" in recipe.evaluations and shards_weights():
+        raise RecipeError(
+            f"evaluations={recipe.evaluations} under DeepSpeed or FSDP: fine-tuning holds whole weights in each "
+            "process; launch with accelerate_configs/ddp.yaml, or in one process"
+        )
+    arguments = start(recipe)
+    source, validation = labelled_images(recipe)
+    with naming("checkpoint", recipe.checkpoint):
+        encoder, processor = encoder_of(recipe, source)
+        size, mean, std = input_of(processor)
+    shown = {"image_size": size, "mean": [round(x, 4) for x in mean], "std": [round(x, 4) for x in std]}
+    encoder.to(arguments.device)  # pyright: ignore[reportArgumentType]
+    bench = Bench(recipe, arguments, encoder, processor, weights_digest(encoder), shown, source, validation)
+    chosen, skipped = combinations(recipe, encoder)
+    for name, patch_size in chosen:
+        try:
+            for seed in recipe.eval_seeds if name != "knn" else [None]:
+                take(bench, name, patch_size, seed)
+        except NotFineTunable as error:
+            skipped.append((name, patch_size, str(error)))
+    if is_main():
+        entries = read_results(recipe.output_dir).get("evaluations", [])
+        same = [entry for entry in entries if (entry["data"], entry["validation"]) == (recipe.data, validation.name)]
+        table = evaluation_table(same, [(str(recipe.checkpoint), *row) for row in skipped])
+        say(f"\n{recipe.data}, {validation.name}, {len(validation)} images:\n{table}")
+    barrier()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def take(bench: Bench, name: str, patch_size: int | None, seed: int | None) -> None:
+    """One evaluation with one seed (None: nothing is drawn), unless `results.json` holds it."""
+    recipe = bench.recipe
+    settings, run = EVALUATIONS[name]
+    question = {
+        "evaluation": name,
+        "checkpoint": recipe.checkpoint,
+        "weights": bench.weights,
+        "data": recipe.data,
+        "train": bench.source.name,
+        "train_images": len(bench.source),
+        "validation": bench.validation.name,
+        "validation_images": len(bench.validation),
+        "image_column": recipe.image_column,
+        "label_column": recipe.label_column,
+        "data_seed": recipe.seed,
+        "input": bench.input,
+        "patch_size": patch_size,
+        "settings": settings(recipe),
+    }
+    label = f"{name} of {recipe.checkpoint}" + f" at patch {patch_size}" * (patch_size is not None)
+    label += f", seed {seed}" * (seed is not None)
+    if broadcast_object(is_main() and find_run(recipe.output_dir, question, seed) is not None):
+        say(f"{label}: found in {recipe.output_dir}/results.json")
+        return
+    started = time.perf_counter()
+    with naming(f"{name} of checkpoint", recipe.checkpoint):
+        results = run(bench, patch_size, seed or 0, folder_name(question, seed))
+    for images in (bench.source, bench.validation):
+        images.gather_bad()
+    if is_main():
+        about = {
+            "unreadable_images": len(bench.source.bad),
+            "unreadable_validation_images": len(bench.validation.bad),
+            "seconds": time.perf_counter() - started,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "processes": world_size(),
+            "environment": environment(),
+        }
+        add_run(recipe.output_dir, question, {"seed": seed, **results, **about})
+    say(f"{label}: top-1 {results['top1']:.2%}, top-5 {results['top5']:.2%}")
+
+
+# The evaluations: each gives "top1" and "top5" as fractions, and what it chose
+
+
+def _knn(bench: Bench, patch_size: int | None, seed: int, folder: str) -> dict[str, Any]:
+    return dict(knn_accuracy(*bench.features(patch_size), bench.recipe.knn_k, bench.recipe.knn_temperature))
+
+
+def _linear(bench: Bench, patch_size: int | None, seed: int, folder: str) -> dict[str, Any]:
+    train, train_labels, test, labels = bench.features(patch_size)
+    config = LinearConfig(**bench.recipe.linear_config)
+    device = bench.arguments.device
+    scores, chosen = linear_probe(train, train_labels, test, bench.num_classes, config, seed, device)
+    return {**_accuracy(scores, labels), "learning_rate": chosen}
+
+
+def _logistic(bench: Bench, patch_size: int | None, seed: int, folder: str) -> dict[str, Any]:
+    train, train_labels, test, labels = bench.features(patch_size)
+    scores, chosen = logistic_regression(train, train_labels, test, bench.num_classes, seed)
+    return {**_accuracy(scores, labels), "C": chosen}
+
+
+def _finetune(bench: Bench, patch_size: int | None, seed: int, folder: str) -> dict[str, Any]:
+    recipe = bench.recipe
+    output = Path(recipe.output_dir) / folder
+    accuracy = finetune(
+        bench.encoder,
+        bench.processor,
+        bench.source,
+        bench.validation,
+        FineTuneConfig(**recipe.finetune_config),
+        seed,
+        output,
+        use_cpu=bench.arguments.use_cpu,
+        logging_steps=recipe.logging_steps,
+        report_to=recipe.report_to,
+        dataloader_num_workers=recipe.num_workers,
+        **autocast_arguments(recipe),
+    )
+    return {**accuracy, "folder": folder}
+
+
+def _accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    return {f"top{n}": topk_accuracy(scores, labels, n) for n in (1, 5)}
+
+
+Run = Callable[[Bench, int | None, int, str], dict[str, Any]]
+EVALUATIONS: dict[str, tuple[Callable[[Recipe], dict[str, Any]], Run]] = {
+    "knn": (lambda recipe: {"k": recipe.knn_k, "temperature": recipe.knn_temperature}, _knn),
+    "linear": (lambda recipe: asdict(LinearConfig(**recipe.linear_config)), _linear),
+    "logistic": (lambda recipe: {}, _logistic),
+    "finetune": (
+        lambda recipe: {
+            **asdict(FineTuneConfig(**recipe.finetune_config)),
+            "mixed_precision": recipe.mixed_precision,
+        },
+        _finetune,
+    ),
+}
+"""By name: the settings that a result depends on, and what takes it."""
+
+
+# What is evaluated on what, checked
+
+
+def labelled_images(recipe: Recipe) -> tuple[ImageSource, ImageSource]:
+    """The training and validation images that have a label, with labels that can be learnt.
+
+    Raises:
+        RecipeError: no labels, fewer than two classes, or a class in validation that training lacks.
+    """
+    source, validation = images_of(recipe)
+    about = f"data={recipe.data!r}"
+    if source.labels is None or validation is None or validation.labels is None:
+        raise RecipeError(
+            f"{about}: task=evaluate needs labels of training and validation images; name their column with "
+            "label_column=, and splits that have them with train_split= and validation_split="
+        )
+    source, validation = source.labelled(), validation.labelled()
+    names = source.class_names or []
+    present, asked = (set(cast(Tensor, images.labels).unique().tolist()) for images in (source, validation))
+    if len(present) < 2:
+        raise RecipeError(
+            f"{about}: {source.name} has the one class {names[present.pop()]!r}, and telling apart takes two: choose a "
+            "label_column with more, or a train_split of shuffled images"
+        )
+    unseen = sorted(asked - present)
+    if unseen:
+        listed = ", ".join(names[label] for label in unseen[:5])
+        raise RecipeError(
+            f"{about}: {len(unseen)} classes of {validation.name} are not in {source.name} ({listed}): choose a "
+            "train_split that has images of every class"
+        )
+    return source, validation
+
+
+def encoder_of(recipe: Recipe, source: ImageSource) -> tuple[PreTrainedModel, Any]:
+    """The recipe's `checkpoint` and its image processor; one that has none is shown images as `source` describes them.
+
+    Raises ValueError for what is no vision encoder.
+    """
+    if recipe.checkpoint == RANDOM:
+        set_seed(recipe.seed)
+        return build_objective(recipe).encoder, image_processor(source, recipe.image_size)
+    encoder = load_encoder(str(recipe.checkpoint))
+    processor = load_processor(str(recipe.checkpoint))
+    if processor is None:
+        size = getattr(encoder.config, "image_size", None)
+        processor = image_processor(source, size if isinstance(size, int) else recipe.image_size)
+    return encoder, processor
+
+
+def combinations(
+    recipe: Recipe, encoder: PreTrainedModel
+) -> tuple[list[tuple[str, int | None]], list[tuple[str, int | None, str]]]:
+    """The (evaluation, patch size) pairs to take, and those to skip with the reason.
+
+    An evaluation that has none of the recipe's patch sizes is taken at the encoder's own, None where it has no such
+    thing, so that one command serves encoders of every kind.
+    """
+    own = getattr(encoder.config, "patch_size", None)
+    base = own if isinstance(own, int) and not is_hierarchical(encoder.config) else None
+    only = f"the encoder has one patch size, {base}" if base else "the encoder has no patch size to choose"
+    if takes_patch_size(encoder):
+        only = f"fine-tuning is at the base patch size, {base}"
+    fixed = [name for name in recipe.evaluations if name == "finetune" or not takes_patch_size(encoder)]
+    chosen: list[tuple[str, int | None]] = []
+    skipped: list[tuple[str, int | None, str]] = []
+    for size in dict.fromkeys(recipe.eval_patch_sizes or [base]):
+        for name in recipe.evaluations:
+            if size is not None and size != base and name in fixed:
+                skipped.append((name, size, only))
+            else:
+                chosen.append((name, size))
+    return chosen + [(name, base) for name in fixed if (name, base) not in chosen], skipped
+
+
+def folder_name(question: dict[str, Any], seed: int | None) -> str:
+    """Of a fine-tuned model: another one for each encoder, data set and settings."""
+    name = re.sub(r"[^0-9A-Za-z.]+", "-", str(question["checkpoint"])).strip("-.")[-40:]
+    digest = blake2b(repr(sorted(question.items())).encode(), digest_size=3).hexdigest()
+    return f"finetuned-{name}-{digest}-seed{seed}"
+
+
+@contextmanager
+def naming(key: str, value: Any):
+    """Turn a ValueError of what is below into a RecipeError that names the key."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, RecipeError | NotFineTunable):
+            raise
+        raise RecipeError(f"{key}={value!r}: {error}") from error

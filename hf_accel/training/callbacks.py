@@ -1,0 +1,73 @@
+"""What happens around each step of a run: settings that are functions of progress, the target branch, a clean stop."""
+
+from typing import Any, cast
+
+from transformers import TrainerCallback
+
+from ..distributed.sharding import skip_step
+from ..distributed.stopping import stop_agreed
+from ..utils.progress import cosine, learning_rate_factor
+
+
+class ProgressCallback(TrainerCallback):
+    """Sets what is a function of progress, updates the target branch, and answers a request to stop."""
+
+    def __init__(self, trainer: Any):
+        self.trainer, self.seen = trainer, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.seen = self.share_done(state)
+        if self.trainer.is_deepspeed_enabled:
+            self.wrap_engine_step(self.trainer.deepspeed, state)
+        if state.global_step == 0 and 0 in self.trainer.recipe.keep_points:
+            self.trainer.keep_start()
+
+    def share_done(self, state) -> float:
+        """The tolerance is for points that rounding puts just above their step."""
+        return self.trainer.plan.share_done(state.global_step) + 1e-12
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        recipe, progress = self.trainer.recipe, self.trainer.plan[state.global_step].progress
+        end = recipe.weight_decay if recipe.weight_decay_end is None else recipe.weight_decay_end
+        frozen = bool(self.trainer.objective.frozen_parameters(progress))
+        for group in cast(Any, self.trainer.optimizer).param_groups:
+            group["lr"] = recipe.learning_rate * learning_rate_factor(progress, recipe.lr_schedule, recipe.warmup)
+            if frozen and group.get("freezable"):
+                group["lr"] = 0.0
+            if group["weight_decay"] > 0:
+                group["weight_decay"] = cosine(recipe.weight_decay, end, progress)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer.is_deepspeed_enabled:  # its engine has stepped together with the backward
+            return
+        # fp16's gradients are true to scale: the Trainer, which has just taken their norm, has unscaled them for that
+        self.before_step(state)
+
+    def before_step(self, state) -> None:
+        self.trainer.objective.before_optimizer_step(self.trainer.plan[state.global_step].progress)
+
+    def wrap_engine_step(self, engine: Any, state) -> None:
+        """DeepSpeed calls its `step` itself: do before and after it what is ours to do."""
+        step = engine.step
+
+        def wrapped(*args, **kwargs):
+            self.before_step(state)
+            step(*args, **kwargs)
+            if self.trainer.objective.frozen_parameters(self.trainer.plan[state.global_step].progress):
+                skip_step(engine.optimizer)
+
+        engine.step = wrapped
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.objective.update_target(self.trainer.plan[state.global_step].progress)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        state.epoch = state.global_step * trainer.plan.batch_size / len(trainer.source)
+        before, self.seen = self.seen, self.share_done(state)
+        control.should_evaluate = any(before < point <= self.seen for point in trainer.recipe.eval_points)
+        trainer.keep_now = any(before < point <= self.seen for point in trainer.recipe.keep_points)
+        control.should_save |= trainer.keep_now
+        control.should_log |= state.global_step == state.max_steps  # what came after the last full window, too
+        if stop_agreed():
+            trainer.stopped = control.should_save = control.should_training_stop = True

@@ -1,0 +1,264 @@
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+
+from hf_accel.compression import Schedule
+from hf_accel.evaluation import FineTuneConfig, LinearConfig
+from hf_accel.objectives import OBJECTIVES
+from hf_accel.recipe import Recipe, RecipeError, describe_keys, load_recipe, recipe_types, task_keys
+from hf_accel.recipe.checks import objective_settings
+from hf_accel.recipe.task_keys import TASKS, task_reads, tasks_that_read
+from hf_accel.utils.strict_yaml import load_yaml
+
+FOLDER = Path(__file__).parents[2] / "recipes"
+SCHEDULES = sorted((FOLDER / "schedules").glob("*.yaml"))
+RECIPES = sorted(set(FOLDER.rglob("*.yaml")) - set(SCHEDULES))
+
+
+NEEDED = {task: [f"task={task}", "checkpoint=folder"] for task in ("evaluate", "export", "card")}
+NEEDED |= {"pretrain": [], "search": ["task=search", "pilot=folder"], "cost": ["task=cost"]}
+"""For each task, what must be said beside a recipe of pretraining."""
+
+
+def load(*overrides: str) -> Recipe:
+    """The quickstart's recipe with these keys, under the first task that reads the first of them."""
+    key = overrides[0].partition("=")[0].partition(".")[0]
+    task = next((task for task in TASKS if key in Recipe.__dataclass_fields__ and task_reads(task, key)), "pretrain")
+    return load_recipe("recipes/moco.yaml", [*NEEDED[task], *overrides])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_reads_and_comes_back_from_its_resolved_form(path, tmp_path):
+    recipe = load_recipe(path)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("bacth_size=3", ["bacth_size", "batch_size"]),
+        ("batch_size=many", ["batch_size", "many", "int"]),
+        ("batch_size=true", ["batch_size", "True"]),
+        ("learning_rate=fast", ["learning_rate", "fast", "float"]),
+        ("learning_rate=1e", ["learning_rate", "1e", "float"]),
+        ("batch_size=1e3", ["batch_size", "1e3", "int"]),
+        ("model=vit_tny", ["vit_tny", "vit_tiny"]),
+        ("objective=mocko", ["mocko", "moco"]),
+        ("patch_size=5", ["patch_size=5", "image_size=28"]),
+        ("model_config.hiden_size=3", ["hiden_size", "hidden_size"]),
+        ("model_config.patch_size=7", ["patch_size", "key of its own"]),
+        ("schedule=[{until: 1.0, patch_size: 5}]", ["patch_size 5", "[4, 7, 14]"]),
+        ("schedule=[{until: 0.5}]", ["1.0", "0.5"]),
+        ("objective_config.temprature=0.1", ["temprature", "temperature"]),
+        ("objective_config.temperature=hot", ["objective_config.temperature", "hot", "float"]),
+        ("model_config.num_hidden_layers=two", ["model_config.num_hidden_layers", "two", "int"]),
+        ("model_config.pooling=max", ["model_config.pooling", "max", "cls, mean"]),
+        ("schedule=[{until: 1.0, local_patch_size: 7}]", ["local crops", "none"]),
+        ("schedule=nowhere.yaml", ["nowhere.yaml"]),
+        ("budget=-1", ["budget", "negative"]),
+        ("budget=0", ["budget", "units"]),
+        ("save_total_limit=1", ["save_total_limit", "2"]),
+        ("task=pretain", ["pretain", "pretrain"]),
+        ("task=evaluate", ["checkpoint"]),
+        ("evaluations=[knn, liner]", ["liner", "did you mean 'linear'"]),
+        ("evaluations=[]", ["evaluations=[]", "at least one"]),
+        ("eval_patch_sizes=[0]", ["eval_patch_sizes=[0]", "from 1"]),
+        ("eval_seeds=[a]", ["eval_seeds='a'", "int"]),
+        ("report_to=5", ["report_to=5", "str"]),
+        ("linear_config.epoch=3", ["linear_config.epoch=3", "did you mean 'epochs'"]),
+        ("linear_config.learning_rates=[0.1, low]", ["linear_config.learning_rates", "low", "float"]),
+        ("linear_config.learning_rates=[0.1, -1.0]", ["linear_config", "[0.1, -1.0]", "above 0"]),
+        ("finetune_config.layer_decy=0.5", ["finetune_config.layer_decy", "did you mean 'layer_decay'"]),
+        ("finetune_config.epochs=ten", ["finetune_config.epochs", "ten", "int"]),
+        ("finetune_config.layer_decay=2", ["finetune_config", "layer_decay=2.0", "at most 1"]),
+        ("seed", ["key=value"]),
+        ("seed=[1", ["seed=[1", "not valid YAML", "quotes"]),
+        ("seed=-1", ["seed=-1", "from 0"]),
+        ("eval_seeds=[4294967296]", ["eval_seeds=[4294967296]", "whole numbers"]),
+        ("budget=.inf", ["budget=inf", "finite"]),
+        ("learning_rate=.nan", ["learning_rate=nan", "finite"]),
+        ("objective.temperature=3", ["objective.temperature=3", "'moco'", "no mapping"]),
+        ("batch_size=1", ["batch_size=1", "moco", "at least 2"]),
+        ("model_config.num_hidden_layers=0", ["num_hidden_layers", "at least 1"]),
+        ("schedule=recipes/simclr.yaml", ["schedule='recipes/simclr.yaml'", "stages=None"]),
+        ("eval_points=[2]", ["eval_points"]),
+    ],
+)
+def test_a_bad_value_is_an_error_that_names_it_and_the_fix(override, words):
+    with pytest.raises(RecipeError) as error:
+        load(override)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+ABOVE_0 = (
+    "image_size patch_size batch_size gradient_accumulation_steps learning_rate knn_k search_horizon search_memory"
+)
+ABOVE_0 += " knn_temperature logging_steps save_steps"
+
+
+@pytest.mark.parametrize(
+    ("keys", "last", "beyond"),
+    [
+        (ABOVE_0, None, ["0", "-1"]),
+        ("weight_decay max_grad_norm num_workers", "0", ["-1"]),
+        ("seed", "0", ["-1"]),
+        ("seed", "4294967295", ["4294967296"]),
+        ("warmup", "0", ["-0.01"]),
+        ("warmup", "1", ["1.01"]),
+        ("search_draws auto_draws", "3", ["2"]),
+        ("auto_share", "0.999", ["1"]),
+        ("auto_share", "0.001", ["0"]),
+        ("save_total_limit", "2", ["1"]),
+        ("eval_points keep_points", "[0, 1]", ["[-0.01]", "[1.01]", "[a]"]),
+        ("eval_seeds", "[0, 4294967295]", ["[-1]", "[4294967296]", "[1.5]"]),
+        ("eval_patch_sizes", "[1]", ["[0]"]),
+    ],
+)
+def test_the_last_good_value_and_the_first_bad_one(keys, last, beyond):
+    for key in keys.split():
+        if last is not None:
+            load(f"{key}={last}")
+        for value in beyond:
+            with pytest.raises(RecipeError, match=rf"^{key}="):
+                load(f"{key}={value}")
+
+
+def test_what_auto_cannot_do_is_refused_where_it_is_followed():
+    auto = ["schedule=auto", "auto_share=0.5"]
+    with pytest.raises(RecipeError, match=r"search_metric='adam'.* compares plain gradients"):
+        load_recipe("recipes/moco.yaml", [*auto, "search_metric=adam"])
+    load_recipe("recipes/moco.yaml", ["schedule=auto", "search_metric=adam", "task=search", "pilot=runs/moco"])
+    with pytest.raises(RecipeError, match=r"view_resolution='matched'.* known beforehand"):
+        load_recipe("recipes/moco.yaml", [*auto, "view_resolution=matched"])
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(RecipeError, match="no recipe"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(tmp_path / "broken.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: 1\na: 2", "b: {c: 1, c: 2}", "b: [{c: 1}, {c: 1, d: 2, c: 3}]", '"a": 1\na: 2'])
+def test_a_key_given_twice_is_refused_at_any_depth(text):
+    with pytest.raises(yaml.YAMLError, match=r"the key '[ac]' is given twice"):
+        load_yaml(text)
+    assert load_yaml("a: &x {c: 1}\nb: {<<: *x, c: 2}") == {"a": {"c": 1}, "b": {"c": 2}}  # a merge is no second key
+
+
+def test_a_key_given_twice_is_refused_wherever_yaml_is_read(tmp_path):
+    recipe, schedule = tmp_path / "recipe.yaml", tmp_path / "schedule.yaml"
+    recipe.write_text("budget: 1000\nseed: 1\nseed: 2\n")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml.*'seed' is given twice"):
+        load_recipe(recipe)
+    schedule.write_text("[{until: 1.0, token_dropout: 0.5, token_dropout: 0.9}]")
+    with pytest.raises(RecipeError, match=r"schedule=.*'token_dropout' is given twice"):
+        load(f"schedule={schedule}")
+    with pytest.raises(RecipeError, match=r"'num_hidden_layers' is given twice"):
+        load("model_config={num_hidden_layers: 3, num_hidden_layers: 4}")
+
+
+@pytest.mark.parametrize("number", ["1e-3", "1E-3", "1.0e-3", "1.e-3", ".1e-2", "+1e-03"])
+def test_numbers_in_exponent_form_are_numbers(number):
+    assert load(f"learning_rate={number}").learning_rate == 1e-3
+    assert load(f"objective_config.temperature={number}").objective_config == {
+        **load("seed=0").objective_config,
+        "temperature": 1e-3,
+    }
+    assert load(f"linear_config.learning_rates=[0.1, {number}]").linear_config == {"learning_rates": [0.1, 1e-3]}
+    assert load(f"eval_points=[{number}, 1]").eval_points == [1e-3, 1.0]
+    assert load(f"model_config.drop_path_rate={number}").encoder_config().drop_path_rate == 1e-3
+    schedule = f"schedule=[{{until: {number}, token_dropout: {number}}}, {{until: 1.0}}]"
+    first = load(schedule).compression_schedule().stages[0]
+    assert (first.until, first.strategy.online.token_dropout) == (1e-3, 1e-3)
+
+
+def test_budgets_in_exponent_form_and_names_that_look_like_it():
+    assert [load(f"budget={text}").budget for text in ("1e5", "1.0e15", "1.0e+5")] == [1e5, 1e15, 1e5]
+    assert load("output_dir=1e5").output_dir == "1e5"
+
+
+def test_a_single_value_may_stand_where_a_list_belongs():
+    assert load("report_to=wandb").report_to == ["wandb"] and load("report_to=none").report_to == ["none"]
+    assert load("evaluations=linear").evaluations == ["linear"] and load("eval_seeds=3").eval_seeds == [3]
+
+
+# Keys and tasks
+
+
+def test_every_key_is_read_by_a_task_and_no_task_reads_another():
+    known = set(Recipe.__dataclass_fields__)
+    assert get_args(recipe_types()["task"]) == TASKS
+    assert all(tasks_that_read(key) for key in known)
+    assert {key for keys in task_keys._OTHER_TASKS.values() for key in keys} | task_keys._NOT_OF_PRETRAINING <= known
+
+
+def test_a_key_that_the_task_does_not_read_is_refused():
+    with pytest.raises(RecipeError, match=r"^checkpoint='x': task=pretrain does not read .*evaluate, export, card"):
+        load_recipe("recipes/moco.yaml", ["checkpoint=x"])
+    with pytest.raises(RecipeError, match=r"^linear_config=\{'epochs': 3\}: task=pretrain does not read"):
+        load_recipe("recipes/moco.yaml", ["linear_config.epochs=3"])
+    for task, needed in NEEDED.items():
+        for key in Recipe.__dataclass_fields__:
+            value = yaml.safe_dump(getattr(Recipe(budget=1.0), key), default_flow_style=True).removesuffix("\n...\n")
+            if not task_reads(task, key):
+                with pytest.raises(RecipeError, match=rf"^{key}=.*task={task} does not read"):
+                    load_recipe("recipes/moco.yaml", [*needed, f"{key}={value}"])
+
+
+def test_in_a_file_such_a_key_has_no_effect_and_is_not_recorded(tmp_path):
+    text = Path("recipes/moco.yaml").read_text() + "\ncheckpoint: runs/other/final\nlinear_config: {epochs: 0}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    written = yaml.safe_load(recipe.to_yaml())
+    assert "checkpoint" not in written and "linear_config" not in written
+    assert written.keys() == {key for key in Recipe.__dataclass_fields__ if task_reads("pretrain", key)}
+    (tmp_path / "written.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "written.yaml").to_yaml() == recipe.to_yaml()
+
+
+@pytest.mark.parametrize("task", ["evaluate", "cost"])
+def test_what_a_task_does_not_read_cannot_stop_it(task, tmp_path):
+    text = Path("recipes/moco.yaml").read_text().replace("batch_size: 256", "batch_size: 10")
+    (tmp_path / "recipe.yaml").write_text(text + "\ngradient_accumulation_steps: 3\n")
+    overrides = [*NEEDED[task], "image_size=30", "patch_size=5"]  # at which the schedule's patch 7 is none
+    recipe = load_recipe(tmp_path / "recipe.yaml", overrides)
+    assert (recipe.image_size, recipe.patch_size, recipe.schedule, recipe.batch_size) == (30, 5, None, 256)
+    with pytest.raises(RecipeError, match=r"^(schedule|batch_size)="):
+        load_recipe(tmp_path / "recipe.yaml", overrides[len(NEEDED[task]) :])
+
+
+def test_overrides_win_and_whole_numbers_become_floats():
+    recipe = load_recipe("recipes/moco.yaml", ["budget=7", "model_config.hidden_size=64", "mixed_precision=no"])
+    assert recipe.budget == 7.0 and isinstance(recipe.budget, float)
+    assert recipe.encoder_config().hidden_size == 64
+    written = yaml.safe_load(Path("recipes/moco.yaml").read_text())["model_config"]
+    assert recipe.encoder_config().num_hidden_layers == written["num_hidden_layers"]
+    assert recipe.mixed_precision == "no"
+
+
+def test_the_home_folder_in_a_file_is_meant():
+    recipe = Recipe(budget=1.0, output_dir="~/runs/a", checkpoint="~/b")
+    assert recipe.output_dir == str(Path.home() / "runs/a") and recipe.checkpoint == str(Path.home() / "b")
+
+
+def test_help_lists_every_key():
+    text = describe_keys()
+    assert all(f"  {key} (" in text for key in Recipe.__dataclass_fields__)
+    for name in OBJECTIVES:
+        settings = text.split(f"objective_config of {name}:")[1]
+        assert all(f"  {key} (" in settings for key in objective_settings(name)), name
+    for name, kind in {"linear_config": LinearConfig, "finetune_config": FineTuneConfig}.items():
+        settings = text.split(f"\n{name}:")[1]
+        assert all(f"  {key} (" in settings and f"  {key}: " in settings for key in kind.__dataclass_fields__), name
+
+
+@pytest.mark.parametrize("path", SCHEDULES, ids=lambda path: path.stem)
+def test_every_schedule_says_where_it_comes_from_and_fits_there(path):
+    origin = yaml.safe_load(path.read_text())
+    assert {"data", "model", "objective", "image_size", "command", "date"} <= origin.keys()
+    Schedule.parse(str(path), origin["patch_size"]).validate(origin["image_size"], origin["patch_size"])

@@ -1,0 +1,182 @@
+"""The probe: gradients of the whole batch for any draw and strategy, which leave no trace."""
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from hf_accel.compression import Compression, Strategy
+from hf_accel.data import AUGMENTATIONS, ImageSource, TrainSampler, ViewConfig, make_views, train_loader
+from hf_accel.objectives import OBJECTIVES, Draw
+from hf_accel.recipe import Recipe, load_recipe
+from hf_accel.schedule_search.gradient_error import estimate_gradient_errors
+from hf_accel.schedule_search.gradient_probe import GradientProbe, adam_scale, probed_parameters
+from hf_accel.tasks.setup import build_objective, images_of
+
+SMALL = [
+    "model_config.hidden_size=16",
+    "model_config.num_hidden_layers=2",
+    "model_config.intermediate_size=32",
+    "model_config.num_attention_heads=2",
+    "batch_size=32",
+    "budget=10000",
+]
+
+
+def small(objective: str = "moco", *overrides: str) -> Recipe:
+    return load_recipe(f"recipes/{objective}.yaml", ["mixed_precision=no", *SMALL, *overrides])
+
+
+def everything(objective: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in objective.state_dict(keep_vars=False).items()}
+
+
+def random_states() -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_probe_leaves_the_objective_and_the_next_step_bit_for_bit(name, device):
+    recipe = small(name, "model_config.drop_path_rate=0.2")
+    source, _ = images_of(recipe)
+    torch.manual_seed(0)
+    objective: Any = build_objective(recipe).train()
+    objective.to(device)
+    sizes = [config.size or 28 for config in objective.view_configs(AUGMENTATIONS["digits"])]
+    views = [torch.randn(32, 3, size, size, device=device) for size in sizes]
+    states = random_states()
+
+    def training_step() -> tuple[Any, dict[str, torch.Tensor]]:
+        output = objective(views, Strategy(Compression(4, 0.5)), Draw(0, 3), 0.3)
+        output.loss.backward()
+        return output.loss.detach(), {n: p.grad.clone() for n, p in objective.named_parameters() if p.grad is not None}
+
+    before = everything(objective)
+    alone = training_step()
+    objective.load_state_dict(before)
+    objective.zero_grad()
+    torch.set_rng_state(states[0])
+    torch.cuda.set_rng_state_all(states[1:])
+    probe = GradientProbe(objective, recipe, source, progress=0.3)
+    gradients = [probe(strategy, draw) for strategy in (None, Strategy(Compression(7))) for draw in (0, 1)]
+    assert all(gradient.shape == gradients[0].shape and gradient.norm() > 0 for gradient in gradients)
+    assert all(torch.equal(a, b) for a, b in zip(random_states(), states, strict=True)) and objective.training
+    after = everything(objective)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    again = training_step()
+    assert alone[1].keys() == again[1].keys()
+    for one, other in [(alone[0], again[0]), *((alone[1][key], again[1][key]) for key in alone[1])]:
+        # some of a GPU's backward passes add in any order
+        torch.testing.assert_close(one, other, rtol=0, atol=0 if device == "cpu" else 1e-5 * one.abs().max().item())
+
+
+def test_what_a_step_freezes_is_not_probed():
+    recipe = small("dino", "objective_config.freeze_last_layer=0.1")
+    source, _ = images_of(recipe)
+    objective = build_objective(recipe)
+    during, after = (GradientProbe(objective, recipe, source, progress) for progress in (0.05, 0.1))
+    frozen = objective.frozen_parameters(0.05)
+    assert len(frozen) == 1
+    assert len(during(None, 0)) == len(after(None, 0)) - frozen[0].numel()
+
+
+def test_the_gradient_is_that_of_the_batch_loss():
+    recipe = small("moco", "gradient_accumulation_steps=2")
+    source, _ = images_of(recipe)
+    objective = build_objective(recipe)
+    strategy, draw = Strategy(Compression(4, 0.5)), 5
+    probe = GradientProbe(objective, recipe, source)
+    found = probe(strategy, draw)
+    objective.train()
+    configs = objective.view_configs(AUGMENTATIONS[recipe.augmentation])
+    first = draw * (len(source) // 32)  # a permutation of the images for each draw
+    sampler = TrainSampler(len(source), 16, 1, 0, 2, probe.seed, first_step=first, last_step=first + 1)
+    total: Any = 0.0
+    for batch in train_loader(source, sampler, configs, lambda step: 28, 0, probe.seed):
+        where = (batch["step"], batch["micro_step"], batch["rows"], batch["global_batch"])
+        views = make_views(batch, configs, 28, probe.seed, *where, source.mean, source.std)
+        total = total + objective(views, strategy, Draw(probe.seed, draw, batch["micro_step"])).loss / 2
+    expected = torch.autograd.grad(total, probe.parameters)
+    torch.testing.assert_close(found, torch.cat([part.flatten() for part in expected]))
+    assert len(probe.parameters) == len([p for p in objective.parameters() if p.requires_grad])
+
+
+def test_draws_are_paired_and_repeat():
+    recipe = small()
+    source, _ = images_of(recipe)
+    probe = GradientProbe(build_objective(recipe), recipe, source)
+    first, base = probe(None, 0), Strategy(Compression(4))
+    assert torch.equal(probe(base, 0), first)  # the same images, views and tokens
+    assert not torch.equal(probe(None, 1), first)
+    assert torch.equal(probe(None, 0), first)
+    assert not torch.equal(probe(Strategy(Compression(4, 0.5)), 0), first)
+
+
+def test_bias_grows_with_compression_and_the_uncompressed_strategy_has_none():
+    recipe = small("moco", "batch_size=128")
+    source, _ = images_of(recipe)
+    torch.manual_seed(1)
+    objective = build_objective(recipe)
+    base, half, most = (Strategy(Compression(4, ratio)) for ratio in (0.0, 0.5, 0.9))
+    probe = GradientProbe(objective, recipe, source)
+    errors = estimate_gradient_errors(probe, {base: 1.0, half: 0.6, most: 0.3}, range(8))
+    assert errors[base].bias2 == 0 and errors[base].bias2_interval == (0, 0)
+    assert errors[half].bias2 < errors[most].bias2
+    assert errors[base].variance < errors[half].variance < errors[most].variance
+
+
+def test_parameters_of_the_encoder_alone():
+    objective = build_objective(small())
+    encoder = probed_parameters(objective, "encoder")
+    assert [id(p) for p in encoder] == [id(p) for p in objective.encoder.parameters() if p.requires_grad]
+    assert len(probed_parameters(objective, "all")) > len(encoder)
+    with pytest.raises(ValueError, match="must be one of all, encoder"):
+        probed_parameters(objective, "head")
+
+
+def test_adam_scale_is_what_adamw_multiplies_a_gradient_by():
+    parameters = [torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(4))]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.0, betas=(0.0, 0.9))  # beta1 = 0: no averaging
+    for _ in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        before = [parameter.detach().clone() for parameter in parameters]
+        optimizer.step()
+    moved = torch.cat([(old - new.detach()).flatten() for old, new in zip(before, parameters, strict=True)])
+    gradient = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
+    torch.testing.assert_close(0.1 * gradient * adam_scale(parameters, optimizer), moved)
+    with pytest.raises(ValueError, match="search_metric=plain"):
+        adam_scale([torch.nn.Parameter(torch.zeros(1))], optimizer)
+
+
+class MeanPixel(torch.nn.Module):
+    """An objective whose gradient is the mean pixel of its batch, and zero under any compression."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def view_configs(self, augmentation):
+        return [ViewConfig((1.0, 1.0), (1.0, 1.0), jitter=0, grayscale=0, blur=0, flip=0)]
+
+    def frozen_parameters(self, progress):
+        return []
+
+    def forward(self, views, strategy, draw, progress):
+        return SimpleNamespace(loss=self.weight * views[0].mean() * (strategy == Strategy(Compression(4))))
+
+
+def test_draws_of_a_small_set_are_independent_so_that_the_bias_is_unbiased():
+    """Of eight images, half black and half white: draws that shared an epoch would make up for each other."""
+    recipe = small("moco", "image_size=8", "batch_size=4", "schedule=null")
+    pixels = torch.tensor([0, 255], dtype=torch.uint8).repeat(4)[:, None, None, None].expand(-1, 3, 8, 8).contiguous()
+    source = ImageSource("set", pixels=pixels, mean=(0.5,) * 3, std=(0.5,) * 3)
+    probe = GradientProbe(cast(Any, MeanPixel()), recipe, source)
+    in_a_batch = (8 - 4) / (8 - 1) / 4  # variance of the mean of four of the eight, without replacement
+    cheap = Strategy(Compression(4, 0.5))
+    biases = [
+        estimate_gradient_errors(probe, {cheap: 0.5}, range(4 * i, 4 * i + 4))[cheap].bias2 for i in range(40)
+    ]  # its truth is 0: the mean pixel of the set
+    assert abs(sum(biases) / len(biases)) < in_a_batch / 6  # three standard errors

@@ -1,0 +1,294 @@
+"""`task=search` as a whole, on a pilot of eight steps: what it writes, that a killed one continues, how it refuses."""
+
+import shutil
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pyarrow.parquet
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import hf_accel.tasks.search
+from hf_accel.compression import Compression, Schedule, Strategy, forward_cost
+from hf_accel.objectives import OBJECTIVES
+from hf_accel.recipe import RecipeError, load_recipe
+from hf_accel.schedule_search.choose import choose_strategies
+from hf_accel.schedule_search.gradient_error import GradientErrorAccumulator, estimate_gradient_errors
+from hf_accel.schedule_search.gradient_probe import GradientProbe
+from hf_accel.tasks.setup import build_objective, images_of
+from tests.tiny_runs import STEPS, WEIGHTS, image_folder, launch, read
+
+pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
+
+DRAWS = 3
+SEARCH = ["task=search", f"search_draws={DRAWS}", "search_token_dropout=[0.0, 0.5]"]
+GRID = [Strategy(Compression(p, r)) for p, r in product([4, 8], [0.0, 0.5])]
+POINTS = [0.0, 0.5, 1.0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def pilot(folder, tmp_path_factory) -> Path:
+    return launch(folder, tmp_path_factory.mktemp("pilot") / "run", f"keep_points={POINTS}", "eval_points=[]")
+
+
+@pytest.fixture(scope="module")
+def found(pilot, folder, tmp_path_factory) -> Path:
+    """A search left alone."""
+    return launch(folder, tmp_path_factory.mktemp("search") / "run", *SEARCH, f"pilot={pilot}")
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    return pyarrow.parquet.read_table(output / "gradient_error.parquet").to_pylist()
+
+
+def test_a_pilot_keeps_its_checkpoints(pilot):
+    kept = {path.name: path for path in (pilot / "kept").iterdir()}
+    assert set(kept) == {"checkpoint-0", f"checkpoint-{STEPS // 2}", f"checkpoint-{STEPS}"}
+    assert {path.name for path in pilot.glob("checkpoint-*")} == {f"checkpoint-{STEPS - 2}", f"checkpoint-{STEPS}"}
+    assert [read(kept[name] / "run_state.json")["progress"] for name in sorted(kept)] == POINTS
+    weights = [load_file(kept[name] / WEIGHTS) for name in sorted(kept)]
+    torch.manual_seed(0)
+    recipe = load_recipe(pilot / "recipe.yaml")
+    for name, value in build_objective(recipe).state_dict().items():
+        assert torch.equal(weights[0][name], value), name  # as it was initialised
+    assert not torch.equal(weights[1]["encoder.layernorm.weight"], weights[2]["encoder.layernorm.weight"])
+
+
+def test_the_table_has_a_row_for_each_strategy_and_stage(found, pilot):
+    rows = rows_of(found)
+    recipe = load_recipe(pilot / "recipe.yaml")
+    config = recipe.encoder_config()
+    assert len(rows) == len(GRID) * len(POINTS)
+    for progress in POINTS:
+        stage = [row for row in rows if row["progress"] == progress]
+        assert {hf_accel.tasks.search.strategy_of(row) for row in stage} == set(GRID)
+        assert sum(row["chosen"] for row in stage) == 1
+    for row in rows:
+        strategy = hf_accel.tasks.search.strategy_of(row)
+        units = 3 * forward_cost(config, strategy.online) + forward_cost(config, strategy.target_branch)
+        assert row["relative_cost"] == pytest.approx(units / 4) and row["draws"] == DRAWS
+        assert row["tokens"] == strategy.online.kept_tokens(16)
+        if strategy == GRID[0]:
+            assert row["bias2"] == row["bias2_low"] == row["bias2_high"] == 0
+    costs = [next(row["relative_cost"] for row in rows if row["progress"] == p and row["chosen"]) for p in POINTS]
+    assert costs == sorted(costs)
+
+
+def test_the_errors_are_those_at_the_checkpoint(found, pilot, folder):
+    recipe = load_recipe(found / "recipe.yaml")
+    objective = build_objective(recipe)
+    objective.load_state_dict(load_file(pilot / "kept" / f"checkpoint-{STEPS // 2}" / WEIGHTS))
+    source, _ = images_of(recipe)
+    stage = {hf_accel.tasks.search.strategy_of(row): row for row in rows_of(found) if row["progress"] == 0.5}
+    cost = {strategy: row["relative_cost"] for strategy, row in stage.items()}
+    errors = estimate_gradient_errors(GradientProbe(objective, recipe, source, 0.5), cost, range(DRAWS))
+    for strategy, error in errors.items():
+        for name in ("bias2", "variance", "ca_variance", "ca_mse", "reference_norm2"):
+            assert stage[strategy][name] == pytest.approx(getattr(error, name)), (strategy, name)
+
+
+@pytest.mark.slow
+def test_the_schedule_file_is_taken_by_a_recipe_in_one_line(found, folder, tmp_path):
+    path = found / "schedule.yaml"
+    written = yaml.safe_load(path.read_text())
+    assert {"data", "model", "objective", "command", "date", "pilot", "patch_size", "stages"} <= set(written)
+    schedule = Schedule.parse(str(path), 4)
+    chosen = [hf_accel.tasks.search.strategy_of(row) for row in rows_of(found) if row["chosen"]]
+    assert schedule.strategies == list(dict.fromkeys(chosen))
+    output = launch(folder, tmp_path / "run", f"schedule={path}", "eval_points=[]")
+    assert Schedule.parse(read(output / "results.json")["schedule"], 4).strategies == schedule.strategies
+
+
+def test_the_report_holds_every_figure(found):
+    page = (found / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4 and "moco on" in page
+    for name in ("gradient_error", "ca_mse_heatmap", "schedule", "learning_rate"):
+        assert (found / f"{name}.svg").stat().st_size > 1000
+        with PIL.Image.open(found / f"{name}.png") as image:
+            assert min(image.size) > 200
+
+
+@pytest.mark.slow
+def test_a_killed_search_continues_and_finds_the_same(found, pilot, folder, tmp_path, monkeypatch, capsys):
+    true_errors, seen = hf_accel.tasks.search.errors_at, []
+
+    def errors_at(trainer, folder, progress, *rest):
+        seen.append(progress)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return true_errors(trainer, folder, progress, *rest)
+
+    monkeypatch.setattr(hf_accel.tasks.search, "errors_at", errors_at)
+    monkeypatch.setattr(hf_accel.tasks.search, "write_search_report", lambda *_: None)
+    with pytest.raises(SystemExit, match="Interrupted"):
+        launch(folder, tmp_path / "run", *SEARCH, f"pilot={pilot}")
+    assert len(rows_of(tmp_path / "run")) == len(GRID) and not (tmp_path / "run" / "schedule.yaml").exists()
+    output = launch(folder, tmp_path / "run", *SEARCH, f"pilot={pilot}", "search_memory=1.0")  # as after running out
+    assert seen == [0.0, 0.5, 0.5, 1.0] and rows_of(output) == rows_of(found)
+    one, other = (yaml.safe_load((path / "schedule.yaml").read_text()) for path in (found, output))
+    assert one["stages"] == other["stages"]
+    launch(folder, output, *SEARCH, f"pilot={pilot}")  # a finished one has nothing left to compute
+    assert len(seen) == 4 and rows_of(output) == rows_of(found)
+    capsys.readouterr()
+    launch(folder, output, *SEARCH, f"pilot={pilot}", "search_criterion=gain")  # chosen anew from the same table
+    told = [line for line in capsys.readouterr().out.splitlines() if "of uncompressed)" in line]
+    bases = [row for row in rows_of(found) if hf_accel.tasks.search.strategy_of(row) == GRID[0]]
+    assert ["noise" in line for line in told] == [DRAWS * r["reference_norm2"] < r["variance"] for r in bases]
+    table = [hf_accel.tasks.search.errors_of(rows_of(found), progress, GRID) for progress in POINTS]
+    cost = {hf_accel.tasks.search.strategy_of(row): row["relative_cost"] for row in rows_of(found)}
+    chosen = [hf_accel.tasks.search.strategy_of(row) for row in rows_of(output) if row["chosen"]]
+    assert len(seen) == 4 and chosen == choose_strategies(table, cost, "gain")
+    assert yaml.safe_load((output / "schedule.yaml").read_text())["criterion"] == "gain"
+    with pytest.raises(SystemExit, match=r"search_draws=5: .* holds a run with search_draws=3"):
+        launch(folder, output, *SEARCH, f"pilot={pilot}", "search_draws=5")
+
+
+@pytest.mark.slow
+def test_only_rows_of_the_pilots_present_weights_are_taken_over(found, pilot, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hf_accel.tasks.search, "write_search_report", lambda *_: None)
+    changed, run = tmp_path / "pilot", tmp_path / "run"
+    shutil.copytree(pilot, changed)
+    launch(folder, run, *SEARCH, f"pilot={changed}")
+    assert rows_of(run) == rows_of(found)
+    shutil.rmtree(changed / "kept" / f"checkpoint-{STEPS}")  # as after training it anew
+    path = changed / "kept" / f"checkpoint-{STEPS // 2}" / WEIGHTS
+    save_file({name: 1.1 * value for name, value in load_file(path).items()}, path)
+    capsys.readouterr()
+    launch(folder, run, *SEARCH, f"pilot={changed}")
+    said = capsys.readouterr().out
+    assert "progress 0%: found in" in said and "progress 50%: found in" not in said
+    before, after = ({row["progress"]: row for row in rows_of(path)} for path in (found, run))
+    assert set(after) == {0.0, 0.5} and after[0.0]["variance"] == before[0.0]["variance"]
+    assert after[0.5]["variance"] != pytest.approx(before[0.5]["variance"])
+
+
+@pytest.mark.parametrize(("draws", "doubtful"), [(3, True), (4, False), (64, False)])
+def test_a_stage_of_more_noise_than_gradient_is_told_of(draws, doubtful):
+    """The mean of n draws has the variance of one over n, here 2 / n beside a squared gradient of 0.5."""
+    rng = np.random.default_rng(0)
+    accumulator = GradientErrorAccumulator({"whole": 1.0})
+    for _ in range(20_000):
+        gradient = torch.from_numpy(np.array([0.5, 0.5]) + rng.normal(size=2))
+        accumulator.add(gradient, {"whole": gradient})
+    error = accumulator.result()["whole"]
+    assert (error.reference_norm2, error.variance) == (pytest.approx(0.5, rel=0.05), pytest.approx(2.0, rel=0.05))
+    error = replace(error, reference_norm2=0.5, variance=2.0)
+    assert (f"{draws} draws is more noise" in hf_accel.tasks.search.doubt_of(error, draws)) == doubtful
+
+
+def test_a_table_that_cannot_be_read_is_named(found, pilot, folder, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    table = (found / "gradient_error.parquet").read_bytes()
+    (run / "gradient_error.parquet").write_bytes(table[: len(table) // 2])
+    message = refused(folder, run, f"pilot={pilot}")
+    assert "gradient_error.parquet cannot be read; remove it to measure anew" in message
+
+
+def test_a_pilot_of_other_settings_is_told_of(found, pilot, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hf_accel.tasks.search, "errors_at", lambda *_: (_ for _ in ()).throw(RecipeError("enough")))
+    refused(folder, tmp_path / "run", f"pilot={pilot}", "objective_config.temperature=0.5", "augmentation=digits")
+    said = capsys.readouterr().out
+    assert "trained with augmentation='moco', and is searched with 'digits'" in said
+    assert "trained with objective_config={" in said and "'temperature': 0.5" in said
+    assert "trained with data" not in said and "seed" not in said
+
+
+@pytest.mark.slow
+def test_divided_by_the_second_moments(found, pilot, folder, tmp_path, monkeypatch):
+    """Of the checkpoint's own optimizer, each parameter by its own: found by name and shape."""
+    monkeypatch.setattr(hf_accel.tasks.search, "write_search_report", lambda *_: None)
+    output = launch(folder, tmp_path / "run", *SEARCH, f"pilot={pilot}", "search_metric=adam")
+    plain, adam = (rows_of(path) for path in (found, output))
+    assert [row["variance"] for row in adam[: len(GRID)]] == [row["variance"] for row in plain[: len(GRID)]]
+    recipe = load_recipe(found / "recipe.yaml")
+    objective, (source, _) = build_objective(recipe), images_of(recipe)
+    checkpoint = pilot / "kept" / f"checkpoint-{STEPS // 2}"
+    objective.load_state_dict(load_file(checkpoint / WEIGHTS))
+    stored = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    trained = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
+    matrices, vectors = ([name for name, p in trained if (p.ndim > 1) == decayed] for decayed in (True, False))
+    assert [len(group["params"]) for group in stored["param_groups"]] == [len(matrices), len(vectors)]
+    order = [*matrices, *vectors]
+    moments = {name: stored["state"][number]["exp_avg_sq"] for number, name in enumerate(order)}
+    steps, beta2 = STEPS // 2, stored["param_groups"][0]["betas"][1]
+    scale = torch.cat([1 / ((moments[name] / (1 - beta2**steps)).sqrt() + 1e-8).flatten() for name, _ in trained])
+    probe = GradientProbe(objective, recipe, source, 0.5)
+    stage = {hf_accel.tasks.search.strategy_of(row): row for row in adam if row["progress"] == 0.5}
+    cost = {strategy: row["relative_cost"] for strategy, row in stage.items()}
+    errors = estimate_gradient_errors(lambda strategy, draw: scale * probe(strategy, draw), cost, range(DRAWS))
+    for strategy, error in errors.items():
+        assert stage[strategy]["variance"] == pytest.approx(error.variance, rel=1e-4)
+        assert stage[strategy]["bias2"] == pytest.approx(error.bias2, rel=1e-3, abs=1e-6 * error.variance)
+
+
+@pytest.mark.slow
+def test_all_three_symmetries(pilot, folder, tmp_path):
+    symmetries = "search_symmetry=[paper, symmetric, asymmetric]"
+    output = launch(folder, tmp_path / "run", *SEARCH, f"pilot={pilot}", symmetries)
+    expected = {
+        Strategy(Compression(p, r), Compression(*target))
+        for p, r in product([4, 8], [0.0, 0.5])
+        for target in ((p, 0.0), (p, r), (4, 0.0))
+    }
+    for progress in POINTS:
+        stage = [row for row in rows_of(output) if row["progress"] == progress]
+        assert {hf_accel.tasks.search.strategy_of(row) for row in stage} == expected and len(stage) == len(
+            expected
+        ) == 8
+        assert sum(row["chosen"] for row in stage) == 1
+    schedule = Schedule.parse(str(output / "schedule.yaml"), 4)
+    assert set(schedule.strategies) <= expected and (output / "report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", ["plain", "adam"])
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "moco"])
+def test_every_objective_can_be_searched(objective, metric, folder, tmp_path):
+    heads = {"simclr": "{projector_hidden_size: 32, projection_size: 16}"}
+    own = "{num_prototypes: 64, num_local_crops: 2, local_crop_size: 8}"
+    settings = [f"objective={objective}", f"objective_config={heads.get(objective, own)}"]
+    pilot = launch(folder, tmp_path / "pilot", *settings, f"keep_points={POINTS}", "eval_points=[]", "budget=1200")
+    output = launch(folder, tmp_path / "run", *settings, *SEARCH, f"pilot={pilot}", f"search_metric={metric}")
+    rows = rows_of(output)
+    points = sorted({row["progress"] for row in rows})
+    assert len(points) == 3 and len(rows) == len(GRID) * 3 and sum(row["chosen"] for row in rows) == 3
+    assert all(row["variance"] > 0 for row in rows)
+    assert Schedule.parse(str(output / "schedule.yaml"), 4).stages[-1].until == 1
+
+
+def refused(folder: Path, output: Path, *overrides: str) -> str:
+    """The message, of one line, with which the search ends."""
+    with pytest.raises(SystemExit) as stopped:
+        launch(folder, output, *SEARCH, *overrides)
+    message = str(stopped.value)
+    assert message.startswith("RecipeError: ") and "\n" not in message
+    return message
+
+
+def test_a_search_that_cannot_be_done_says_why_in_a_line(pilot, folder, tmp_path):
+    assert "task=search needs the output_dir of a pilot run" in refused(folder, tmp_path / "none")
+    missing = refused(folder, tmp_path / "missing", f"pilot={tmp_path / 'nothing'}")
+    assert f"pilot='{tmp_path / 'nothing'}': no checkpoints" in missing and "keep_points=" in missing
+    assert not (tmp_path / "missing").exists()
+    (tmp_path / "plain").mkdir()
+    assert "train the pilot with keep_points=" in refused(folder, tmp_path / "run", f"pilot={tmp_path / 'plain'}")
+    at = f"pilot={pilot}"
+    wider = refused(folder, tmp_path / "wider", at, "model_config.intermediate_size=128")
+    assert "fc1.weight is (64, 32) there and (128, 32) here" in wider and "checkpoint-0" in wider
+    deeper = refused(folder, tmp_path / "deeper", at, "model_config.num_hidden_layers=3")
+    assert "encoder.layers.2." in deeper and "missing there" in deeper
+    assert "missing here" in refused(folder, tmp_path / "other", at, "model_config.num_hidden_layers=1")
+    assert "patch_size 5" in refused(folder, tmp_path / "grid", at, "search_patch_size=[5]")
+    assert "the limit is" in refused(folder, tmp_path / "memory", at, "search_memory=1.0e-6")

@@ -1,0 +1,59 @@
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hf_accel.compression import Compression, Plan, Schedule, Strategy
+from hf_accel.recipe import load_recipe
+from hf_accel.training.callbacks import ProgressCallback
+from hf_accel.utils.progress import cosine, learning_rate_factor
+
+
+def test_learning_rate_against_a_transcription():
+    for progress in np.random.default_rng(0).random(50):
+        for warmup in (0.0, 0.1, 0.4):
+            rise = min(1, progress / warmup) if warmup else 1
+            poly = rise * (1 - progress**2)
+            decay = 0.5 * (1 + math.cos(math.pi * max(0, (progress - warmup) / (1 - warmup))))
+            assert learning_rate_factor(progress, "poly", warmup) == pytest.approx(poly)
+            assert learning_rate_factor(progress, "cosine", warmup) == pytest.approx(rise * decay)
+
+
+def test_cosine_ends_where_it_should():
+    assert cosine(0.99, 1.0, 0.0) == pytest.approx(0.99)
+    assert cosine(0.99, 1.0, 1.0) == pytest.approx(1.0)
+    assert cosine(0.0, 1.0, 0.5) == pytest.approx(0.5)
+
+
+def test_matched_views_have_base_patches():
+    full = load_recipe("recipes/moco.yaml")
+    matched = load_recipe("recipes/moco.yaml", ["view_resolution=matched"])
+    symmetric, asymmetric = Strategy(Compression(7)), Strategy(Compression(7), Compression(4))
+    assert full.view_size(symmetric) == 28
+    assert matched.view_size(symmetric) == 16
+    assert matched.view_size(asymmetric) == 28
+
+
+def test_a_point_that_rounding_puts_above_its_step_is_evaluated_once_and_not_again_after_a_resume():
+    plan = Plan(8 * 4.0, Schedule.constant(Strategy(Compression(4))), 1, lambda strategy: 4.0)
+    recipe = SimpleNamespace(eval_points=[0.25 + 5e-13], keep_points=[])
+    trainer: Any = SimpleNamespace(
+        plan=plan, recipe=recipe, source=range(10), keep_now=False, is_deepspeed_enabled=False
+    )
+
+    def evaluated(first_step: int) -> list[int]:
+        callback: Any = ProgressCallback(trainer)
+        state = SimpleNamespace(global_step=first_step, max_steps=8)
+        callback.on_train_begin(None, state, None)
+        steps = []
+        while state.global_step < 8:
+            state.global_step += 1
+            names = ("should_evaluate", "should_save", "should_log", "should_training_stop")
+            control = SimpleNamespace(**dict.fromkeys(names, False))
+            callback.on_step_end(None, state, control)
+            steps += [state.global_step] if control.should_evaluate else []
+        return steps
+
+    assert evaluated(0) == [2] and evaluated(1) == [2] and evaluated(2) == []

@@ -7,16 +7,10 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+from ..utils.errors import SettingError as RecipeError
+from ..utils.errors import fail
 from ..utils.strict_yaml import as_number
 from .declarations import Setting
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be run; the message names the key, the value and the fix."""
-
-
-def fail(key: str, value: Any, problem: str) -> typing.NoReturn:
-    raise RecipeError(f"{key}={value!r}: {problem}")
 
 
 def did_you_mean(name: Any, names: Iterable[str], cutoff: float = 0.6) -> str:

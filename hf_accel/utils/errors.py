@@ -1,0 +1,12 @@
+"""The error of a setting that cannot be followed."""
+
+from typing import Any, NoReturn
+
+
+class SettingError(ValueError):
+    """A setting that cannot be followed. The message names the setting, its value, and what to do instead."""
+
+
+def fail(name: str, value: Any, problem: str) -> NoReturn:
+    """Raise SettingError for a setting with this name and value."""
+    raise SettingError(f"{name}={value!r}: {problem}")

@@ -1,0 +1,100 @@
+"""The settings of pretraining that transformers' `TrainingArguments` do not have.
+
+`PretrainConfig` and the recipes of pretraining have them in common: names, types, defaults, help texts and checks. This
+module imports no torch, so that a recipe is checked, and `--help` answered, before anything slow is imported.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import fail
+
+EPOCHS = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*epochs?\s*")
+
+
+def setting(default: Any, text: str, group: str = "") -> Any:
+    """A dataclass field with its help text, and for a recipe the heading that it opens in `--help`."""
+    metadata = {"help": text, "group": group}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class PretrainSettings:
+    """What a budget, its schedule and the kNN accuracy need."""
+
+    budget: float | str | None = setting(
+        None,
+        "units to spend, or 'N epochs': what so many epochs cost without compression (a unit is a forward pass of the "
+        "encoder on one uncompressed image)",
+        "budget",
+    )
+    schedule: list[Any] | str | None = setting(
+        None, "list of stages, path of a YAML file of them, or auto; default: no compression"
+    )
+    cost: Literal["analytic", "measured"] = setting("analytic", "units from FLOPs, or timed on this device")
+    auto_share: float = setting(0.03, "share of the budget that the probes of schedule=auto may spend")
+    auto_draws: int = setting(8, "paired gradients of a probe of schedule=auto; up to 64 if auto_share pays for them")
+    search_criterion: Literal["ca_mse", "gain"] = setting(
+        "ca_mse",
+        "what a strategy is chosen by: ca_mse, the paper's cost-adjusted error, or gain, the decrease of the loss per "
+        "unit to first order",
+    )
+    batch_size: int = setting(256, "images of a step, over all processes and micro-batches", "optimisation")
+    lr_schedule: Literal["cosine", "poly"] = setting(
+        "cosine", "learning rate after the warm-up: cosine, or poly, which is base x (1 - progress^2)"
+    )
+    warmup: float = setting(0.1, "progress over which the learning rate rises linearly")
+    weight_decay_end: float | None = setting(
+        None, "weight decay at the end, reached along a cosine of progress; default: weight_decay throughout"
+    )
+    augmentation: str = setting(
+        "moco", "how views are drawn: moco, or digits, which neither mirrors nor colours them", "views"
+    )
+    view_resolution: Literal["full", "matched"] = setting(
+        "full",
+        "pixels of the views: full, or matched, which makes the views of larger patches at a proportionally lower "
+        "resolution (same tokens, less data work)",
+    )
+    eval_points: list[float] = setting(
+        [0.0, 0.25, 0.5, 0.75, 1.0], "progress at which kNN accuracy is measured", "evaluation"
+    )
+    keep_points: list[float] = setting([], "progress at which a checkpoint is kept for good, in kept/ of output_dir")
+    knn_k: int = setting(20, "neighbours of the kNN accuracy")
+    knn_temperature: float = setting(0.07, "temperature of the neighbours' votes")
+
+    def check_pretraining(self) -> None:
+        """Take numbers that were written as text for numbers.
+
+        Raises:
+            SettingError: a value or a combination that is not possible.
+        """
+        if isinstance(self.budget, str) and not EPOCHS.fullmatch(self.budget):
+            try:
+                self.budget = float(self.budget)
+            except ValueError:
+                fail("budget", self.budget, "must be a number of units or, as '100 epochs', a number of epochs")
+        if self.budget is None or (isinstance(self.budget, int | float) and not 0 < self.budget < float("inf")):
+            fail("budget", self.budget, "pretraining needs a budget, e.g. '100 epochs' or 400000 (units)")
+        for name in ("batch_size", "knn_k", "knn_temperature"):
+            if getattr(self, name) <= 0:
+                fail(name, getattr(self, name), "must be above 0")
+        if not 0 <= self.warmup <= 1:
+            fail("warmup", self.warmup, "must lie in [0, 1]")
+        if not 0 < self.auto_share < 1:
+            fail("auto_share", self.auto_share, "must lie between 0 and 1")
+        if self.auto_draws < 3:
+            fail("auto_draws", self.auto_draws, "an estimate with an interval needs at least 3")
+        for name in ("eval_points", "keep_points"):
+            if any(not isinstance(p, int | float) or not 0 <= p <= 1 for p in getattr(self, name)):
+                fail(name, getattr(self, name), "must be numbers in [0, 1]")
+        if self.schedule == "auto" and self.view_resolution == "matched":
+            fail("view_resolution", "matched", "needs a schedule known beforehand; schedule=auto makes full views")
+
+
+def budget_in_units(budget: float | str, images: int, units_per_image: float) -> float:
+    """`budget` in units; "N epochs" is what N passes over `images` cost at `units_per_image`, uncompressed."""
+    epochs = EPOCHS.fullmatch(budget) if isinstance(budget, str) else None
+    return float(epochs[1]) * images * units_per_image if epochs else float(budget)

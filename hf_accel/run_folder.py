@@ -1,19 +1,32 @@
 """Which checkpoints can be resumed from, and which are removed: a kill or a full disk never costs the last one."""
 
+import errno
 import json
 import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .distributed import broadcast_object, is_main, say
 from .utils.causes import lacks_room
+from .utils.errors import SettingError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # pyright: ignore[reportAssignmentType]
+
+LOCK_NAME = ".lock"
+LOCK_PATIENCE = 60.0
+"""Seconds in which a run whose launcher has ended should have saved, or ended by itself as it gives no answer."""
 
 RUN_STATE_NAME = "run_state.json"
 """Written last into a checkpoint: what has none was interrupted while it was saved and is not resumed from."""
@@ -46,6 +59,43 @@ def writing(path: Path, remedy: str, *, reads_too: bool = False) -> Iterator[Non
         free = shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
         why = str(error).splitlines()[0].rstrip(".")
         raise WriteFailed(f"{path} cannot be written ({free / 1e6:,.0f} MB are free there): {why}. {remedy}") from error
+
+
+@contextmanager
+def sole_launch(output: Path) -> Iterator[None]:
+    """Keep other launches out of `output`. The lock is the system's: it ends with the process, however that ends.
+
+    Every process must enter. Raises SettingError if another launch is still at work there after LOCK_PATIENCE seconds.
+    """
+    with (output / LOCK_NAME).open("w") if is_main() else nullcontext() as file:
+        taken = file is not None and not _locked(file, time.monotonic() + LOCK_PATIENCE)
+        if broadcast_object(taken):
+            raise SettingError(
+                f"output_dir={str(output)!r}: another launch is at work there; wait for its end, or stop it"
+            )
+        yield
+
+
+def _locked(file: Any, until: float) -> bool:
+    """Whether the lock is ours, or the system has none. False if it is another's until then."""
+    if fcntl is None:
+        return True
+    os.register_at_fork(after_in_child=file.close)  # else workers would hold it after the death of this process
+    waiting = False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno != errno.EWOULDBLOCK:  # a file system without locks
+                return True
+            if time.monotonic() > until:
+                return False
+            if not waiting:
+                folder = Path(file.name).parent
+                say(f"Another launch is at work in {folder}: waiting for {LOCK_PATIENCE:g} s for its end")
+            waiting = True
+            time.sleep(0.2)
 
 
 def seal(checkpoint: Path, state: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from ..evaluation import raw_pixel_features, weights_digest
 from ..objectives import ObjectiveForPreTraining
 from ..recipe import Recipe
 from ..report import environment, plot_curves, read_results, run_is_complete
-from ..run_folder import AGAIN, checkpoints, damage, write_json, write_text, writing
+from ..run_folder import AGAIN, checkpoints, damage, sole_launch, write_json, write_text, writing
 from ..training.trainer import PretrainTrainer, knn_of
 from .card import PushCallback, complete_final, describe_data, publish, start_hub
 from .setup import (
@@ -26,7 +26,6 @@ from .setup import (
     images_of,
     output_of,
     plan_of,
-    sole_launch,
     start,
 )
 

@@ -1,12 +1,9 @@
 """What a recipe names, built: images, objective, costs, and the arguments of the Trainer."""
 
-import errno
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from ..compression import CostTable, Plan, Strategy, forward_cost, measure_costs
 from ..compression.cost import TABLE_NAME, ForwardCost
 from ..data import CorruptDataError, ImageSource, describe_labels, load_sources
 from ..data.tables import NO_LABELS
-from ..distributed import barrier, broadcast_object, is_main, say, world_size
+from ..distributed import barrier, is_main, say, world_size
 from ..distributed.launch import (
     autocast_arguments,
     check_launch,
@@ -37,15 +34,6 @@ from ..run_folder import last_complete_checkpoint
 from ..schedule_search.choose import search_grid
 from ..schedule_search.ladder import LADDER_DROPOUTS, OnlineController, ladder_of
 from ..utils.causes import reason
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # pyright: ignore[reportAssignmentType]
-
-LOCK_NAME = ".lock"
-LOCK_PATIENCE = 60.0
-"""Seconds in which a run whose launcher has ended should have saved, or ended by itself as it gives no answer."""
 
 # Keys that may change between an interrupted run and its continuation: none has a part in the result.
 FREE_KEYS = {
@@ -70,43 +58,6 @@ def output_of(recipe: Recipe) -> Path:
     except OSError as error:
         raise RecipeError(f"output_dir={recipe.output_dir!r}: nothing can be written there: {error}") from error
     return output
-
-
-@contextmanager
-def sole_launch(output: Path) -> Iterator[None]:
-    """Keep other launches out of `output`. The lock is the system's: it ends with the process, however that ends.
-
-    Every process must enter. Raises RecipeError if another launch is still at work there after LOCK_PATIENCE seconds.
-    """
-    with (output / LOCK_NAME).open("w") if is_main() else nullcontext() as file:
-        taken = file is not None and not _locked(file, time.monotonic() + LOCK_PATIENCE)
-        if broadcast_object(taken):
-            raise RecipeError(
-                f"output_dir={str(output)!r}: another launch is at work there; wait for its end, or stop it"
-            )
-        yield
-
-
-def _locked(file: Any, until: float) -> bool:
-    """Whether the lock is ours, or the system has none. False if it is another's until then."""
-    if fcntl is None:
-        return True
-    os.register_at_fork(after_in_child=file.close)  # else workers would hold it after the death of this process
-    waiting = False
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError as error:
-            if error.errno != errno.EWOULDBLOCK:  # a file system without locks
-                return True
-            if time.monotonic() > until:
-                return False
-            if not waiting:
-                folder = Path(file.name).parent
-                say(f"Another launch is at work in {folder}: waiting for {LOCK_PATIENCE:g} s for its end")
-            waiting = True
-            time.sleep(0.2)
 
 
 def start(recipe: Recipe) -> TrainingArguments:

@@ -11,9 +11,9 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_accel.report import add_run
+from hf_accel.run_folder import LOCK_NAME
 from hf_accel.tasks import pretrain as pretrain_task
 from hf_accel.tasks.card import published_card
-from hf_accel.tasks.setup import LOCK_NAME
 from tests.hub.clients import ended, launch, python, start
 from tests.hub.hub_server import Hub, Repository, free_port
 from tests.tiny_runs import STEPS, WEIGHTS, assert_same_weights, image_folder, read

@@ -26,9 +26,9 @@ import hf_accel.run_folder
 from hf_accel.compression import Compression, CostTable, Plan
 from hf_accel.models import AccelViTModel
 from hf_accel.recipe import Recipe
+from hf_accel.run_folder import sole_launch
 from hf_accel.tasks import cost as cost_task
 from hf_accel.tasks import pretrain as pretrain_task
-from hf_accel.tasks.setup import sole_launch
 from hf_accel.training.callbacks import ProgressCallback
 from hf_accel.training.trainer import PretrainTrainer
 from tests.tiny_runs import (
@@ -486,11 +486,11 @@ def test_a_second_launch_in_the_same_folder_is_refused_while_the_first_is_at_wor
     holder = ExitStack()
     holder.enter_context(sole_launch(output))
     with monkeypatch.context() as patch:
-        patch.setattr("hf_accel.tasks.setup.time.sleep", lambda seconds: holder.close())
+        patch.setattr("hf_accel.run_folder.time.sleep", lambda seconds: holder.close())
         with pytest.raises(SystemExit, match="only 120 images"):  # the one before was about to end
             launch(folder, output, "batch_size=128", "budget=4096")
         assert f"Another launch is at work in {output}: waiting for 60 s" in capsys.readouterr().out
-    monkeypatch.setattr("hf_accel.tasks.setup.LOCK_PATIENCE", 0.1)
+    monkeypatch.setattr("hf_accel.run_folder.LOCK_PATIENCE", 0.1)
     with (
         sole_launch(output),
         pytest.raises(SystemExit, match=r"output_dir='.*run': another launch is at work there; wait for its end"),

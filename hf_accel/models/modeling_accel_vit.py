@@ -167,12 +167,9 @@ class AccelViTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": AccelViTLayer, "attentions": AccelViTAttention}
     _input_embed_layer = "patch_embeddings"
-    # what a training checkpoint holds besides the encoder: of these the report on loading need not warn
-    _keys_to_ignore_on_load_unexpected = [
-        r"^(momentum|student)_encoder\.",
-        r"^(projector|predictor|momentum_projector|student_head|teacher_head)\.",
-        r"^center$",
-    ]
+    # A training checkpoint also holds heads and other branches, whatever its objective names them. The report on
+    # loading need not name those; what is missing, or of another shape, it names in any case.
+    _keys_to_ignore_on_load_unexpected = [r"^(?!(encoder|embeddings|layers|layernorm|classifier)\.)"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

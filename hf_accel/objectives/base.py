@@ -1,6 +1,7 @@
 """What every objective shares: how a view is encoded under a compression, and what the Trainer may ask of it."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -15,6 +16,12 @@ from ..distributed import rank
 from ..models import AccelViTModel
 from ..models.modeling_accel_vit import AccelViTPreTrainedModel
 from ..utils.seeding import rows_generator
+
+POINT = 0.02
+"""An `embedding_std` below this is a point; a random initialisation has ten times as much."""
+
+POINT_REMEDY = "a lower learning_rate, a longer warmup, model_config.freeze_patch_projection=true"
+"""What usually helps (arXiv 2104.02057, section 4.2)."""
 
 
 class Draw(NamedTuple):
@@ -37,15 +44,40 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
     """Base of the `...ForPreTraining` models.
 
     `self.encoder` is the encoder that is evaluated and saved in `final/`, under the prefix by which a training
-    checkpoint opens as an `AccelViTModel` directly. A subclass gives `forward` and `units_per_image`, and what it needs
-    of the rest; the keyword arguments of its `__init__` are the keys of a recipe's `objective_config`.
+    checkpoint opens as an `AccelViTModel` directly. A subclass has `forward` and `units_per_image`, and overrides what
+    else it needs; the keyword arguments of its `__init__` are the keys of a recipe's `objective_config`.
+
+    Attributes:
+        settings: the keyword arguments that the model was made with, defaults included.
     """
 
     encoder: AccelViTModel
+    settings: dict[str, Any]
+    name: ClassVar[str] = ""
+    """The name in recipes and results; default: the class's."""
+    display_name: ClassVar[str] = ""
+    """The name on a model card; default: `name`."""
+    citation: ClassVar[str] = ""
+    """The paper as BibTeX, for the model card."""
+    has_target_branch: ClassVar[bool] = True
+    """Whether a second branch, which gets no gradient, encodes views under `Strategy.target_branch`."""
     encoder_defaults: ClassVar[dict[str, Any]] = {}
     """AccelViTConfig fields over the preset's, unless a recipe's `model_config` says otherwise."""
     least_batch: ClassVar[int] = 1
     """Images that a micro-batch of all processes must have; 2 where they are contrasted with each other."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = cls.__dict__.get("name") or cls.__name__
+        cls.display_name = cls.__dict__.get("display_name") or cls.name
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        model = super().__new__(cls)
+        if args or kwargs:  # A copy is made without arguments, and takes over the attributes of its original.
+            bound = inspect.signature(cls.__init__).bind(model, *args, **kwargs)
+            bound.apply_defaults()
+            model.settings = dict([*bound.arguments.items()][2:])
+        return model
 
     def view_configs(self, augmentation: Sequence[ViewConfig]) -> list[ViewConfig]:
         """The views to be made of an image; `augmentation` holds how the first and the second one are drawn."""
@@ -61,10 +93,19 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
         """Cost of training on one image under `strategy`, in units; the backward counts as two forwards."""
         raise NotImplementedError
 
-    @property
-    def uniform_loss(self) -> float | None:
-        """The loss that tells of collapse to uniform outputs, where an objective has one."""
-        return None
+    def collapse_symptoms(self, logs: Mapping[str, float]) -> dict[str, tuple[str, str]]:
+        """What in a log line looks like collapse.
+
+        Args:
+            logs: with "loss" and the objective's own metrics.
+
+        Returns:
+            For each kind of collapse that shows, a sentence that says what was seen, and the settings that may help.
+        """
+        if logs.get("embedding_std", 1.0) >= POINT:
+            return {}
+        seen = f"embedding_std stays at {logs['embedding_std']:.2g}: every image has the same embedding"
+        return {"point": (seen, POINT_REMEDY)}
 
     def frozen_parameters(self, progress: float) -> list[nn.Parameter]:
         """Those that the step at `progress` leaves as they are; at a progress of 0, all that are ever frozen."""

@@ -1,7 +1,7 @@
 """DINO: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (arXiv 2104.14294)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -18,6 +18,12 @@ from ..utils.progress import cosine, linear
 from .base import Draw, ObjectiveForPreTraining, ObjectiveOutput, check_range, embedding_std, keep_default_init
 from .heads import PrototypeHead
 from .momentum import copy_to_target, update_momentum
+
+TOLERANCE = 0.02
+"""How near to ln K or 0, relative to ln K, a loss or an entropy counts as being there."""
+
+FREEZE = "a longer freeze_last_layer"
+"""Helps against collapse (arXiv 2104.14294, section 5.3, and notes in its code)."""
 
 
 def dino_loss(
@@ -79,6 +85,16 @@ class DINOForPreTraining(ObjectiveForPreTraining):
         num_local_crops, local_crop_size: small crops for the student, and their side in pixels.
         local_crop_scale, global_crop_scale: areas of crops where there are local ones; else the augmentation's.
     """
+
+    name, display_name = "dino", "DINO"
+    citation = """
+@inproceedings{caron2021emerging,
+  title     = {Emerging Properties in Self-Supervised Vision Transformers},
+  author    = {Caron, Mathilde and Touvron, Hugo and Misra, Ishan and J{\'e}gou, Herv{\'e} and Mairal, Julien and
+               Bojanowski, Piotr and Joulin, Armand},
+  booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision (ICCV)},
+  year      = {2021}
+}"""
 
     def __init__(
         self,
@@ -226,7 +242,20 @@ class DINOForPreTraining(ObjectiveForPreTraining):
         self.encoder.eval()
         return self
 
-    @property
-    def uniform_loss(self) -> float:
-        """The loss of a student, or the entropy of a teacher, that finds all prototypes equally likely."""
-        return math.log(self.student_head.prototypes.shape[0])
+    def collapse_symptoms(self, logs: Mapping[str, float]) -> dict[str, tuple[str, str]]:
+        """As the base's. The loss of a student, and the entropy of a teacher, that find all prototypes equally likely
+        are ln K; a teacher that gives every image the same prototype has no entropy."""
+        found, uniform = super().collapse_symptoms(logs), math.log(self.student_head.prototypes.shape[0])
+        share = {name: logs[name] / uniform for name in ("loss", "teacher_entropy") if name in logs}
+        pinned = [name.replace("_", "'s ") for name, value in share.items() if abs(value - 1) < TOLERANCE]
+        if pinned:
+            stays = " and ".join(pinned) + (" stays" if len(pinned) == 1 else " stay")
+            seen = f"the {stays} at ln(prototypes) = {uniform:.2f}: all prototypes are equally likely"
+            found["uniform"] = (seen, f"a lower learning_rate, a lower teacher_temperature_start, {FREEZE}")
+        if share.get("teacher_entropy", 1.0) < TOLERANCE:
+            remedy = f"a lower learning_rate, a higher teacher_temperature reached later, {FREEZE}"
+            found["one"] = (
+                "the teacher's entropy stays at 0: one prototype takes every image",
+                f"{remedy}; and see that the centre moves (center_momentum below 1)",
+            )
+        return found

@@ -47,6 +47,14 @@ class MoCoForPreTraining(ObjectiveForPreTraining):
         momentum, momentum_end: weight kept by the momentum encoder, from progress 0 to 1 along a cosine.
     """
 
+    name, display_name = "moco", "MoCo-v3"
+    citation = """
+@inproceedings{chen2021empirical,
+  title     = {An Empirical Study of Training Self-Supervised Vision Transformers},
+  author    = {Chen, Xinlei and Xie, Saining and He, Kaiming},
+  booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision (ICCV)},
+  year      = {2021}
+}"""
     encoder_defaults = {"freeze_patch_projection": True}  # the stability trick of section 4.2
     least_batch = 2
 

@@ -51,6 +51,15 @@ class SimCLRForPreTraining(ObjectiveForPreTraining):
         temperature: T of the loss.
     """
 
+    name, display_name = "simclr", "SimCLR"
+    citation = """
+@inproceedings{chen2020simple,
+  title     = {A Simple Framework for Contrastive Learning of Visual Representations},
+  author    = {Chen, Ting and Kornblith, Simon and Norouzi, Mohammad and Hinton, Geoffrey},
+  booktitle = {Proceedings of the International Conference on Machine Learning (ICML)},
+  year      = {2020}
+}"""
+    has_target_branch = False
     least_batch = 2
 
     def __init__(

@@ -78,7 +78,7 @@ class PretrainTrainer(Trainer):
         if controller:
             self.add_callback(AutoScheduleCallback(self, controller))
         self.add_callback(ProgressCallback(self))
-        self.add_callback(CollapseMonitor(model.uniform_loss))
+        self.add_callback(CollapseMonitor(model.collapse_symptoms))
 
     @property
     def objective(self) -> ObjectiveForPreTraining:

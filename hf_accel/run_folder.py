@@ -1,4 +1,4 @@
-"""Which checkpoints can be resumed from, and which are removed: a kill or a full disk never costs the last one."""
+"""The folder of a run: its paths, its lock, its checkpoints, and writing that a kill or a full disk cannot tear."""
 
 import errno
 import json
@@ -6,48 +6,244 @@ import math
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import yaml
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .distributed import broadcast_object, is_main, say
 from .utils.causes import lacks_room
-from .utils.errors import SettingError
+from .utils.errors import SettingError, fail
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # pyright: ignore[reportAssignmentType]
-
-LOCK_NAME = ".lock"
 LOCK_PATIENCE = 60.0
-"""Seconds in which a run whose launcher has ended should have saved, or ended by itself as it gives no answer."""
+"""Seconds to wait for a lock: a run whose launcher has ended saves a checkpoint, or ends itself, within this time."""
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""The errors of a file system that has no locks."""
 
 RUN_STATE_NAME = "run_state.json"
-"""Written last into a checkpoint: what has none was interrupted while it was saved and is not resumed from."""
+"""The seal of a checkpoint. It is written last: a checkpoint without it was interrupted while it was saved."""
 
 TORCH_WRITER = ("PytorchStreamWriter", "unexpected pos", "iostream error")
-"""Of the messages of torch.save's RuntimeErrors when a file cannot be written."""
+"""Words in the RuntimeErrors that torch.save raises when it cannot write a file."""
 
 AGAIN = "Make room, and launch the same command again"
 """The remedy for a full disk where nothing else needs to be said."""
 
+Rule = Literal["fixed", "correction", "free"]
+"""Whether a setting may change between an interrupted run and its continuation.
+
+A fixed one may not. A correction may change from a checkpoint on, because everything before it stays as it was. A free
+one may always change, because the result does not depend on it.
+"""
+
 
 class WriteFailed(RuntimeError):
-    """The disk is full, or cannot be written to for another reason."""
+    """A file cannot be written, because the disk is full or for another reason."""
+
+
+class RunFolder:
+    """The `output_dir` of a run: the one place that knows which file lies where.
+
+    Example:
+        >>> run = RunFolder("runs/moco")
+        >>> run.is_complete(), run.read_results().get("knn_top1")
+        (True, 0.92)
+        >>> run.final
+        PosixPath('runs/moco/final')
+
+    Attributes:
+        path: the folder itself.
+        recipe: the settings of the run, as it was started.
+        results: what the run measured, and every later evaluation.
+        log_history: the Trainer's log.
+        cost_table: measured costs of compressions.
+        curves: the figure of the training.
+        final: the folder of the exported encoder.
+        kept: the folder of the checkpoints at `keep_points`, which are never removed.
+        hub: the folder of what waits to be uploaded, and of the note of what was uploaded.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.yaml"
+        self.results = self.path / "results.json"
+        self.log_history = self.path / "log_history.json"
+        self.cost_table = self.path / "cost_table.json"
+        self.curves = self.path / "curves.png"
+        self.final = self.path / "final"
+        self.kept = self.path / "kept"
+        self.hub = self.path / ".hub"
+        self.lock_file = self.path / ".lock"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    # Checkpoints
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the folder of the checkpoint at a step."""
+        return self.path / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+    def kept_checkpoint(self, step: int) -> Path:
+        """Return the folder of the copy that is kept of the checkpoint at a step."""
+        return self.kept / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+    def checkpoints(self) -> list[Path]:
+        """Return the folders of all checkpoints, complete or not, the newest first."""
+        pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+        found = {path: pattern.fullmatch(path.name) for path in self.path.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+        steps = {path: int(match[1]) for path, match in found.items() if match and path.is_dir()}
+        return sorted(steps, key=lambda path: steps[path], reverse=True)
+
+    def last_complete_checkpoint(self) -> Path | None:
+        """Return the newest checkpoint whose saving was not interrupted and whose files are all there."""
+        return next((path for path in self.checkpoints() if find_damage(path) is None), None)
+
+    @staticmethod
+    def seal(checkpoint: Path, state: dict[str, Any]) -> None:
+        """Mark a checkpoint as complete once all of its files are there: write `state` and the size of each file."""
+        files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != RUN_STATE_NAME)
+        sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
+        write_json(checkpoint / RUN_STATE_NAME, {**state, "files": sizes})
+
+    def remove_interrupted(self, step: int) -> None:
+        """Make room for the checkpoint at `step`: remove what its folder holds, and all that was saved only in part."""
+        for path in self.checkpoints():
+            if not (path / RUN_STATE_NAME).exists() or path == self.checkpoint(step):
+                _remove(path)
+
+    def remove_old(self, limit: int) -> None:
+        """Keep the newest `limit` complete checkpoints, and none that is damaged. Call it after sealing one."""
+        complete = [path for path in self.checkpoints() if find_damage(path) is None]
+        for path in self.checkpoints():
+            if path not in complete[:limit]:
+                _remove(path)
+
+    # Results and settings
+
+    def read_results(self) -> dict[str, Any]:
+        """Return what results.json holds, or nothing if there is none."""
+        return json.loads(self.results.read_text()) if self.results.exists() else {}
+
+    def is_complete(self) -> bool:
+        """Whether a training run has ended here. A folder that holds evaluations only is not complete."""
+        return "units" in self.read_results()
+
+    def read_recipe(self) -> dict[str, Any]:
+        """Return the settings that the run was started with, or nothing if no run was started."""
+        return yaml.safe_load(self.recipe.read_text()) if self.recipe.exists() else {}
+
+    def compare_settings(self, now: Mapping[str, Any], rules: Mapping[str, Rule]) -> list[str]:
+        """Refuse to continue the run in this folder under other settings than those it was started with.
+
+        Args:
+            now: the settings of this launch, in plain YAML values.
+            rules: for every key of `now`, whether it may change.
+
+        Returns:
+            What to tell the user about settings that change from the last checkpoint on.
+
+        Raises:
+            SettingError: the run was started with another value of a key that its result depends on.
+        """
+        started, notes = self.read_recipe(), []
+        checkpoint, complete = self.last_complete_checkpoint(), self.is_complete()
+        for key, value in now.items():  # in their order, so that every process names the same key
+            if rules[key] == "free" or key not in started or started[key] == value:
+                continue
+            if rules[key] == "correction" and checkpoint and not complete:
+                notes.append(f"Continuing with {key}={value!r} (until here {started[key]!r})")
+                continue
+            begun = checkpoint or complete
+            raise SettingError(
+                f"{key}={value!r}: {self} holds a run with {key}={started[key]!r}"
+                + ("" if begun else ", of which no checkpoint was saved")
+                + "; choose another output_dir, "
+                + ("or restore the key to continue that run" if begun else "or remove this one")
+            )
+        return notes
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other launches out of this folder. Every process of a launch must enter.
+
+        The lock belongs to the process and ends with it, however it ends. Forked workers do not hold it. Where the file
+        system has no locks, nothing is kept out.
+
+        Raises:
+            SettingError: another launch is still at work here after LOCK_PATIENCE seconds.
+        """
+        lock, is_taken = FileLock(self.lock_file, fallback_to_soft=False), False
+        if is_main():
+            try:
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    say(f"Another launch is at work in {self}: waiting for {LOCK_PATIENCE:g} s for its end")
+                    lock.acquire(timeout=LOCK_PATIENCE, poll_interval=0.2)
+            except Timeout:
+                is_taken = True
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+        if broadcast_object(is_taken):
+            fail("output_dir", str(self), "another launch is at work there; wait for its end, or stop it")
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+# One checkpoint
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Return the state that a checkpoint was sealed with."""
+    return json.loads((checkpoint / RUN_STATE_NAME).read_text())
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Say why a checkpoint cannot be resumed from, with the file's path. Return None if it can."""
+    path = checkpoint / RUN_STATE_NAME
+    if not path.exists():
+        return f"it was interrupted while it was saved ({path} is missing)"
+    try:
+        sizes = read_state(checkpoint).get("files", {})  # earlier versions did not write the sizes
+    except ValueError as error:
+        return f"{path} is no JSON: {error}"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size:
+            return f"{path} has {path.stat().st_size} bytes, and had {size} when it was saved"
+    return None
+
+
+def _remove(checkpoint: Path) -> None:
+    # The seal goes first, so that a kill in between leaves no seal on the rest.
+    (checkpoint / RUN_STATE_NAME).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+# Writing
 
 
 @contextmanager
 def writing(path: Path, remedy: str, *, reads_too: bool = False) -> Iterator[None]:
-    """Whoever writes a file or folder. Who also reads, whose errors may be of that, is told of a full disk alone.
+    """Turn the errors of writing a file or folder into one that names it, and says what to do.
+
+    Args:
+        reads_too: also reads, so that only the errors of a full disk are certain to come from writing.
 
     Raises:
-        WriteFailed: instead of what was raised because it could not be written; names it, and the remedy.
+        WriteFailed: instead of the error of what could not be written.
     """
     try:
         yield
@@ -61,113 +257,11 @@ def writing(path: Path, remedy: str, *, reads_too: bool = False) -> Iterator[Non
         raise WriteFailed(f"{path} cannot be written ({free / 1e6:,.0f} MB are free there): {why}. {remedy}") from error
 
 
-@contextmanager
-def sole_launch(output: Path) -> Iterator[None]:
-    """Keep other launches out of `output`. The lock is the system's: it ends with the process, however that ends.
-
-    Every process must enter. Raises SettingError if another launch is still at work there after LOCK_PATIENCE seconds.
-    """
-    with (output / LOCK_NAME).open("w") if is_main() else nullcontext() as file:
-        taken = file is not None and not _locked(file, time.monotonic() + LOCK_PATIENCE)
-        if broadcast_object(taken):
-            raise SettingError(
-                f"output_dir={str(output)!r}: another launch is at work there; wait for its end, or stop it"
-            )
-        yield
-
-
-def _locked(file: Any, until: float) -> bool:
-    """Whether the lock is ours, or the system has none. False if it is another's until then."""
-    if fcntl is None:
-        return True
-    os.register_at_fork(after_in_child=file.close)  # else workers would hold it after the death of this process
-    waiting = False
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError as error:
-            if error.errno != errno.EWOULDBLOCK:  # a file system without locks
-                return True
-            if time.monotonic() > until:
-                return False
-            if not waiting:
-                folder = Path(file.name).parent
-                say(f"Another launch is at work in {folder}: waiting for {LOCK_PATIENCE:g} s for its end")
-            waiting = True
-            time.sleep(0.2)
-
-
-def seal(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Mark a checkpoint as complete: write `state`, and the size of each of its files, once all of them are there."""
-    sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in sorted(files_of(checkpoint))}
-    write_json(checkpoint / RUN_STATE_NAME, {**state, "files": sizes})
-
-
-def files_of(checkpoint: Path) -> Iterator[Path]:
-    return (path for path in checkpoint.rglob("*") if path.is_file() and path.name != RUN_STATE_NAME)
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / RUN_STATE_NAME).read_text())
-
-
-def damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, with the file's path; None if it can."""
-    path = checkpoint / RUN_STATE_NAME
-    if not path.exists():
-        return f"it was interrupted while it was saved ({path} is missing)"
-    try:
-        sizes = read_state(checkpoint).get("files", {})  # of earlier versions they are not known
-    except ValueError as error:
-        return f"{path} is no JSON: {error}"
-    for name, size in sizes.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != size:
-            return f"{path} has {path.stat().st_size} bytes, and had {size} when it was saved"
-    return None
-
-
-def checkpoints(output_dir: str | Path) -> list[Path]:
-    """Folders of checkpoints, complete or not, the newest first."""
-    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    found = {path: pattern.fullmatch(path.name) for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
-    steps = {path: int(match[1]) for path, match in found.items() if match and path.is_dir()}
-    return sorted(steps, key=lambda path: steps[path], reverse=True)
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint whose saving was not interrupted and whose files are all there."""
-    return next((path for path in checkpoints(output_dir) if damage(path) is None), None)
-
-
-def remove_interrupted(output_dir: str | Path, step: int) -> None:
-    """Make room for a checkpoint, and what its folder may hold of an earlier attempt. Complete ones stay."""
-    for path in checkpoints(output_dir):
-        if not (path / RUN_STATE_NAME).exists() or path.name == f"{PREFIX_CHECKPOINT_DIR}-{step}":
-            _remove(path)
-
-
-def remove_old(output_dir: str | Path, limit: int) -> None:
-    """Keep the newest `limit` complete checkpoints, and none that is damaged. For after one has been completed."""
-    complete = [path for path in checkpoints(output_dir) if damage(path) is None]
-    for path in checkpoints(output_dir):
-        if path not in complete[:limit]:
-            _remove(path)
-
-
-def _remove(checkpoint: Path) -> None:
-    (checkpoint / RUN_STATE_NAME).unlink(missing_ok=True)  # first: a kill in between leaves no seal on what is left
-    shutil.rmtree(checkpoint, ignore_errors=True)
-
-
 def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
     """Write `values` as JSON, all or nothing. NaN and infinities, which JSON lacks, become null.
 
     Raises:
-        TypeError: a value that is no JSON, path, NumPy or torch scalar; the file is as it was before.
+        TypeError: a value is no JSON, path, NumPy or torch scalar; the file is as it was before.
         OSError: the disk is full or the like; the file is as it was before.
     """
     write_text(path, json.dumps(_plain(values), indent=2, allow_nan=False) + "\n")
@@ -203,3 +297,29 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+# Names that other modules still use. Each goes once they use RunFolder.
+
+
+def sole_launch(output: Path):
+    return RunFolder(output).lock()
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    return RunFolder(output_dir).checkpoints()
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    return RunFolder(output_dir).last_complete_checkpoint()
+
+
+def remove_interrupted(output_dir: str | Path, step: int) -> None:
+    RunFolder(output_dir).remove_interrupted(step)
+
+
+def remove_old(output_dir: str | Path, limit: int) -> None:
+    RunFolder(output_dir).remove_old(limit)
+
+
+seal, damage = RunFolder.seal, find_damage

@@ -1,25 +1,24 @@
-"""What is resumed from, what is removed and when, and what is said where nothing can be written."""
+"""A run folder: which checkpoints are resumed from and removed, its lock, its settings, and errors of writing."""
 
 import errno
 import json
+import os
 import re
 import resource
+import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from hf_accel.run_folder import (
-    WriteFailed,
-    damage,
-    last_complete_checkpoint,
-    remove_interrupted,
-    remove_old,
-    seal,
-    writing,
-)
+from hf_accel.run_folder import RunFolder, WriteFailed, find_damage, write_json, writing
+from hf_accel.utils.errors import SettingError
 
 SHARD = "global_step2/zero_pp_rank_1_mp_rank_00_optim_states.pt"
 
@@ -30,7 +29,7 @@ def checkpoint(output: Path, step: int, sealed: bool = True) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     if sealed:
-        seal(folder, {"step": step})
+        RunFolder.seal(folder, {"step": step})
     return folder
 
 
@@ -38,56 +37,56 @@ def names(output: Path) -> set[str]:
     return {path.name for path in output.iterdir()}
 
 
-def test_a_checkpoint_torn_by_a_kill_is_not_resumed_from(tmp_path):
-    assert last_complete_checkpoint(tmp_path) is None
+def test_checkpoint_torn_by_a_kill_is_not_resumed_from(tmp_path):
+    assert RunFolder(tmp_path).last_complete_checkpoint() is None
     for step in (5, 10, 100):
         checkpoint(tmp_path, step, sealed=step < 100)
     (tmp_path / "checkpoint-of-mine").mkdir()
     (tmp_path / "checkpoint-of-mine" / "run_state.json").write_text("{}")
-    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert "checkpoint-100/run_state.json" in str(damage(tmp_path / "checkpoint-100"))
+    assert RunFolder(tmp_path).last_complete_checkpoint() == tmp_path / "checkpoint-10"
+    assert "checkpoint-100/run_state.json" in str(find_damage(tmp_path / "checkpoint-100"))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", SHARD, "run_state.json"])
 @pytest.mark.parametrize("how", ["missing", "cut"])
-def test_a_checkpoint_that_was_damaged_later_is_not_resumed_from_and_the_file_is_named(tmp_path, name, how):
+def test_damaged_checkpoint_is_not_resumed_and_names_the_file(tmp_path, name, how):
     whole, torn = checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)
-    assert damage(torn) is None and last_complete_checkpoint(tmp_path) == torn
+    assert find_damage(torn) is None and RunFolder(tmp_path).last_complete_checkpoint() == torn
     if how == "missing":
         (torn / name).unlink()
     else:
         (torn / name).write_bytes((torn / name).read_bytes()[:-3])
-    assert str(torn / name) in str(damage(torn))
-    assert last_complete_checkpoint(tmp_path) == whole
+    assert str(torn / name) in str(find_damage(torn))
+    assert RunFolder(tmp_path).last_complete_checkpoint() == whole
 
 
-def test_checkpoints_of_earlier_versions_have_no_sizes_and_are_resumed_from(tmp_path):
+def test_checkpoint_without_sizes_is_resumed_from(tmp_path):
     (checkpoint(tmp_path, 1) / "run_state.json").write_text(json.dumps({"step": 1}))
-    assert last_complete_checkpoint(tmp_path) is not None
+    assert RunFolder(tmp_path).last_complete_checkpoint() is not None
 
 
-def test_no_complete_checkpoint_makes_room_for_one_that_is_not(tmp_path):
+def test_only_interrupted_checkpoints_make_room(tmp_path):
     # As after a SIGTERM whose checkpoint-13 was not finished in time
     for step in (8, 10, 13):
         checkpoint(tmp_path, step, sealed=step < 13)
-    remove_interrupted(tmp_path, 20)
+    RunFolder(tmp_path).remove_interrupted(20)
     assert names(tmp_path) == {"checkpoint-8", "checkpoint-10"}
     checkpoint(tmp_path, 20, sealed=False)
-    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    seal(tmp_path / "checkpoint-20", {"step": 20})
-    remove_old(tmp_path, 2)
+    assert RunFolder(tmp_path).last_complete_checkpoint() == tmp_path / "checkpoint-10"
+    RunFolder.seal(tmp_path / "checkpoint-20", {"step": 20})
+    RunFolder(tmp_path).remove_old(2)
     assert names(tmp_path) == {"checkpoint-10", "checkpoint-20"}
 
 
-def test_a_damaged_one_is_no_reason_to_remove_a_complete_one(tmp_path):
+def test_damaged_checkpoints_do_not_count_towards_the_limit(tmp_path):
     for step in (2, 4, 6, 8):
         checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-6" / SHARD).unlink()
     (tmp_path / "checkpoint-8" / SHARD).unlink()
-    remove_interrupted(tmp_path, 6)  # written anew, of nothing but new files
+    RunFolder(tmp_path).remove_interrupted(6)  # it is written again, from new files only
     assert names(tmp_path) == {"checkpoint-2", "checkpoint-4", "checkpoint-8"}
     checkpoint(tmp_path, 6)
-    remove_old(tmp_path, 2)
+    RunFolder(tmp_path).remove_old(2)
     assert names(tmp_path) == {"checkpoint-4", "checkpoint-6"}
 
 
@@ -100,7 +99,7 @@ def of_safetensors(path: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [of_torch, of_safetensors])
-def test_whoever_saves_what_cannot_be_written_is_named_with_the_path(save, tmp_path):
+def test_error_of_a_library_that_saves_names_the_path(save, tmp_path):
     path, limits = tmp_path / "weights", resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.raises(WriteFailed) as caught, writing(path, "Do this"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
@@ -111,7 +110,7 @@ def test_whoever_saves_what_cannot_be_written_is_named_with_the_path(save, tmp_p
     assert re.match(rf"{path} cannot be written \([\d,]+ MB are free there\): .*\. Do this$", str(caught.value))
 
 
-def test_an_error_without_a_path_gets_one_and_others_pass(tmp_path):
+def test_write_error_gets_a_path_and_others_pass(tmp_path):
     path = tmp_path / "not" / "yet"
     message = r"not/yet cannot be written .*No space left on device\. Do this"
     with pytest.raises(WriteFailed, match=message), writing(path, "Do this"):
@@ -129,7 +128,7 @@ def test_an_error_without_a_path_gets_one_and_others_pass(tmp_path):
         RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
     ],
 )
-def test_who_reads_too_is_told_of_a_full_disk(error, tmp_path):
+def test_full_disk_is_told_to_who_also_reads(error, tmp_path):
     with pytest.raises(WriteFailed, match=r"run .*\. Do this"), writing(tmp_path / "run", "Do this", reads_too=True):
         raise error
 
@@ -137,7 +136,105 @@ def test_who_reads_too_is_told_of_a_full_disk(error, tmp_path):
 @pytest.mark.parametrize(
     "error", [FileNotFoundError(errno.ENOENT, "No such file", "x"), SafetensorError("Error while deserializing header")]
 )
-def test_who_reads_too_hears_of_what_cannot_be_read_as_it_is(error, tmp_path):
+def test_read_error_passes_for_who_also_reads(error, tmp_path):
     with pytest.raises(type(error)) as caught, writing(tmp_path, "Do this", reads_too=True):
         raise error
     assert caught.value is error
+
+
+# Settings
+
+
+@pytest.mark.parametrize("state", ["begun", "saved", "complete"])
+def test_settings_that_may_change_and_when(state: str, tmp_path: Path):
+    run = RunFolder(tmp_path)
+    rules: Any = {"budget": "fixed", "learning_rate": "correction", "num_workers": "free", "of_later": "fixed"}
+    now = {"budget": 64, "learning_rate": 0.1, "num_workers": 2, "of_later": [1]}
+    assert run.compare_settings(now, rules) == []  # no run was started
+    run.recipe.write_text("{budget: 64, learning_rate: 0.1, num_workers: 2, of_old: 1}")
+    if state != "begun":
+        checkpoint(tmp_path, 1)
+    if state == "complete":
+        write_json(run.results, {"units": 1.0})
+    assert run.compare_settings(now | {"num_workers": 0}, rules) == []
+    remedy = "remove this one" if state == "begun" else "restore the key"
+    with pytest.raises(SettingError, match=rf"^budget=65: .* holds a run with budget=64.*{remedy}"):
+        run.compare_settings(now | {"budget": 65}, rules)
+    slower = now | {"learning_rate": 0.01}
+    if state == "saved":
+        assert run.compare_settings(slower, rules) == ["Continuing with learning_rate=0.01 (until here 0.1)"]
+    else:
+        with pytest.raises(SettingError, match=rf"^learning_rate=0.01: .*{remedy}"):
+            run.compare_settings(slower, rules)
+    with pytest.raises(KeyError, match="undeclared"):
+        run.compare_settings({"undeclared": 1}, rules)
+
+
+# The lock
+
+
+@pytest.fixture
+def impatient(monkeypatch) -> None:
+    monkeypatch.setattr("hf_accel.run_folder.LOCK_PATIENCE", 0.2)
+
+
+def fork(act: Callable[[], Any]) -> int:
+    """Run `act` in a forked process, which ends without a word to pytest; its id."""
+    child = os.fork()
+    if not child:
+        try:
+            act()
+        finally:
+            os._exit(0)
+    return child
+
+
+def test_lock_is_held_until_its_launch_ends(tmp_path: Path, impatient: None, capsys):
+    with RunFolder(tmp_path).lock():
+        os.waitpid(fork(lambda: None), 0)  # a worker that ends releases nothing
+        with pytest.raises(SettingError, match="another launch is at work there"), RunFolder(tmp_path).lock():
+            pass
+        assert f"Another launch is at work in {tmp_path}: waiting for 0.2 s" in capsys.readouterr().out
+    with RunFolder(tmp_path).lock():
+        pass
+
+
+def test_lock_does_not_outlive_a_killed_launch_in_its_workers(tmp_path: Path, impatient: None):
+    worker_file = tmp_path / "worker"
+
+    def launch() -> None:
+        with RunFolder(tmp_path).lock():
+            worker = fork(lambda: time.sleep(60))
+            (tmp_path / "part").write_text(str(worker))
+            (tmp_path / "part").rename(worker_file)
+            time.sleep(60)
+
+    launched = fork(launch)
+    while not worker_file.exists():
+        time.sleep(0.01)
+    try:
+        with pytest.raises(SettingError, match="at work"), RunFolder(tmp_path).lock():
+            pass
+        os.kill(launched, signal.SIGKILL)
+        os.waitpid(launched, 0)
+        with RunFolder(tmp_path).lock():
+            pass
+    finally:
+        os.kill(int(worker_file.read_text()), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_file_system_without_locks_keeps_nothing_out(number: int, tmp_path: Path, impatient: None, monkeypatch):
+    def fail(*_):
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(RunFolder(tmp_path).lock())
+
+
+def test_lock_file_that_cannot_be_written_is_an_error(tmp_path: Path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(IsADirectoryError), RunFolder(tmp_path).lock():
+        pass

@@ -6,21 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..run_folder import write_json
+from ..run_folder import RunFolder, write_json
 from ..utils.telling import telling_settings
-
-RESULTS_NAME = "results.json"
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:
     """What `results.json` in this folder holds; nothing, if there is none."""
-    path = Path(folder) / RESULTS_NAME
-    return json.loads(path.read_text()) if path.exists() else {}
+    return RunFolder(folder).read_results()
 
 
 def run_is_complete(folder: str | Path) -> bool:
     """Whether a pretraining run in this folder has come to its end: evaluations alone do not say so."""
-    return "units" in read_results(folder)
+    return RunFolder(folder).is_complete()
 
 
 def find_run(folder: str | Path, question: Mapping[str, Any], seed: int | None) -> dict[str, Any] | None:
@@ -52,7 +49,7 @@ def add_run(folder: str | Path, question: Mapping[str, Any], run: Mapping[str, A
         entry[name] = mean
         entry[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
         entry[f"{name}_ci95"] = list(wilson_interval(mean, entry["validation_images"]))
-    write_json(Path(folder) / RESULTS_NAME, results)
+    write_json(RunFolder(folder).results, results)
 
 
 def _same(entry: Mapping[str, Any], question: Mapping[str, Any]) -> bool:

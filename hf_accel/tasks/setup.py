@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
@@ -29,8 +28,7 @@ from ..distributed.launch import (
 from ..models import AccelViTModel
 from ..objectives import OBJECTIVES, ObjectiveForPreTraining
 from ..recipe import Recipe, RecipeError
-from ..report import run_is_complete
-from ..run_folder import last_complete_checkpoint
+from ..run_folder import Rule, RunFolder, last_complete_checkpoint
 from ..schedule_search.choose import search_grid
 from ..schedule_search.ladder import LADDER_DROPOUTS, OnlineController, ladder_of
 from ..utils.causes import reason
@@ -252,23 +250,10 @@ def continue_recipe(recipe: Recipe) -> list[str]:
     Raises:
         RecipeError: the run there was started with another value of a key that its result depends on.
     """
-    path = Path(recipe.output_dir) / "recipe.yaml"
-    started = yaml.safe_load(path.read_text()) if path.exists() else {}
-    settle_precision(recipe, started.get("mixed_precision"))
-    now, notes = recipe.used(), []
-    checkpoint, complete = last_complete_checkpoint(recipe.output_dir), run_is_complete(recipe.output_dir)
-    free = FREE_OF_A_SEARCH if recipe.task == "search" else FREE_KEYS
-    for key in now:  # in the recipe's order: every process and every launch names the same one
-        if key in free or key not in started or started[key] == now[key]:
-            continue
-        if key in CORRECTIONS and checkpoint and not complete:
-            notes.append(f"Continuing with {key}={now[key]!r} (until here {started[key]!r})")
-            continue
-        begun = checkpoint or complete
-        raise RecipeError(
-            f"{key}={now[key]!r}: {recipe.output_dir} holds a run with {key}={started[key]!r}"
-            + ("" if begun else ", of which no checkpoint was saved")
-            + "; choose another output_dir, "
-            + ("or restore the key to continue that run" if begun else "or remove this one")
-        )
-    return notes
+    run = RunFolder(recipe.output_dir)
+    settle_precision(recipe, run.read_recipe().get("mixed_precision"))
+    now, free = recipe.used(), FREE_OF_A_SEARCH if recipe.task == "search" else FREE_KEYS
+    rules: dict[str, Rule] = {
+        key: "free" if key in free else "correction" if key in CORRECTIONS else "fixed" for key in now
+    }
+    return run.compare_settings(now, rules)

@@ -11,7 +11,6 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_accel.report import add_run
-from hf_accel.run_folder import LOCK_NAME
 from hf_accel.tasks import pretrain as pretrain_task
 from hf_accel.tasks.card import published_card
 from tests.hub.clients import ended, launch, python, start
@@ -249,7 +248,7 @@ def test_what_the_hub_refuses_ends_a_run_before_it_begins_and_names_the_fix(hub,
     assert good == "None"
     refused = "RecipeError: push_to_hub=true, hub_model_id='bad': the Hub refuses: 401: Invalid username or password."
     assert bad.startswith(refused) and "is the token valid" in bad
-    assert {path.name for path in (tmp_path / "bad").glob("*")} == {LOCK_NAME}
+    assert {path.name for path in (tmp_path / "bad").glob("*")} == {".lock"}
     assert "hf auth login" in token
     assert "HF_HUB_OFFLINE" in offline and "push_to_hub=false" in offline
 

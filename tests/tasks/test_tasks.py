@@ -486,7 +486,7 @@ def test_a_second_launch_in_the_same_folder_is_refused_while_the_first_is_at_wor
     holder = ExitStack()
     holder.enter_context(sole_launch(output))
     with monkeypatch.context() as patch:
-        patch.setattr("hf_accel.run_folder.time.sleep", lambda seconds: holder.close())
+        patch.setattr("time.sleep", lambda seconds: holder.close())
         with pytest.raises(SystemExit, match="only 120 images"):  # the one before was about to end
             launch(folder, output, "batch_size=128", "budget=4096")
         assert f"Another launch is at work in {output}: waiting for 60 s" in capsys.readouterr().out

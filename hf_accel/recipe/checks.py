@@ -100,7 +100,6 @@ def _check_numbers(recipe: Any) -> None:
         "gradient_accumulation_steps",
         "learning_rate",
         "knn_k",
-        "search_horizon",
         "search_memory",
         "knn_temperature",
         "logging_steps",
@@ -133,8 +132,6 @@ def _check_numbers(recipe: Any) -> None:
         fail("auto_share", recipe.auto_share, "must lie between 0 and 1")
     if recipe.schedule == "auto" and recipe.view_resolution == "matched":
         fail("view_resolution", "matched", "needs a schedule known beforehand; schedule=auto makes full views")
-    if recipe.schedule == "auto" and recipe.task == "pretrain" and recipe.search_metric != "plain":
-        fail("search_metric", recipe.search_metric, "schedule=auto compares plain gradients; leave it out")
     if recipe.save_total_limit < 2:
         fail("save_total_limit", recipe.save_total_limit, "must be at least 2, so that a kill during a save loses none")
     for key in ("eval_points", "keep_points"):

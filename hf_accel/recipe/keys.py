@@ -148,13 +148,10 @@ class Recipe:
     search_token_dropout: list[float] = _key([tenth / 10 for tenth in range(10)], "ratios of the grid")
     search_patch_size: list[int] | None = _key(None, "patch sizes of the grid; default: every possible one")
     search_symmetry: list[str] = _key(["paper"], f"what the target branch shares: {', '.join(SYMMETRIES)}")
-    search_parameters: Literal["all", "encoder"] = _key("all", "whose gradient: all that is trained, or the encoder's")
-    search_metric: Literal["plain", "adam"] = _key("plain", "adam: divided by the root of AdamW's second moments")
     search_criterion: Literal["ca_mse", "gain"] = _key(
         "ca_mse",
         "what a strategy is chosen by, in auto, too; gain: first-order decrease of the loss a unit, not the paper's",
     )
-    search_horizon: float = _key(1.0, "batches an optimizer averages over; above 1 bias weighs more than variance")
     search_memory: float = _key(4.0, "GB for sums of gradients; fewer cost passes more")
 
     def __post_init__(self):

@@ -6,7 +6,6 @@ _ALWAYS = ("task",)
 _IMAGES = ("data", "data_config", "train_split", "validation_split", "image_column", "label_column")
 _SIZES = ("model", "model_config", "image_size", "patch_size")
 _OBJECTIVE = ("attn_implementation", "torch_compile", "objective", "objective_config")
-_AUTO = ("search_parameters", "search_metric", "search_criterion", "search_horizon")
 _HUB = ("push_to_hub", "hub_model_id", "hub_private", "hub_optimizer", "license")
 
 _NOT_OF_PRETRAINING = {
@@ -18,8 +17,9 @@ _NOT_OF_PRETRAINING = {
 _OTHER_TASKS = {
     "search": {
         *("output_dir", "seed", *_IMAGES, "augmentation", "view_resolution", *_SIZES, *_OBJECTIVE),
-        *("schedule", "cost", "batch_size", "gradient_accumulation_steps", "warmup", "mixed_precision", *_AUTO),
-        *("pilot", "search_draws", "search_memory", "search_token_dropout", "search_patch_size", "search_symmetry"),
+        *("schedule", "cost", "batch_size", "gradient_accumulation_steps", "warmup", "mixed_precision", "pilot"),
+        *("search_criterion", "search_draws", "search_memory"),
+        *("search_token_dropout", "search_patch_size", "search_symmetry"),
     },
     "evaluate": {
         *("output_dir", "seed", *_IMAGES, "num_workers", *_SIZES, *_OBJECTIVE, "mixed_precision"),

@@ -49,7 +49,7 @@ class GradientNotFinite(ValueError):
 class GradientError:
     """Errors of one strategy's gradient, in squared units of the gradient; intervals are of 95%.
 
-    `ca_variance` is the variance of what the price of one uncompressed batch buys, over the horizon; `ca_mse` is
+    `ca_variance` is the variance of what the price of one uncompressed batch buys; `ca_mse` is
     `bias2 + ca_variance`; `reference_norm2` is || G ||^2, to report them relative to; `gain` is in units of the
     gradient.
     """
@@ -70,17 +70,15 @@ class GradientErrorAccumulator(Generic[Name]):
 
     Args:
         relative_cost: k_a of each strategy by name: its cost over the uncompressed one's.
-        horizon: batches that the optimizer averages over: ca_mse = bias2 + ca_variance / horizon. 1 is the paper's
-            and weighs a single batch; averaging shrinks variance but never bias.
 
     Raises:
-        ValueError: a cost or the horizon is not above 0.
+        ValueError: a cost is not above 0.
     """
 
-    def __init__(self, relative_cost: Mapping[Name, float], horizon: float = 1.0):
-        if horizon <= 0 or any(cost <= 0 for cost in relative_cost.values()):
-            raise ValueError(f"costs and horizon must be above 0, got {dict(relative_cost)} and {horizon}")
-        self.relative_cost, self.horizon = dict(relative_cost), horizon
+    def __init__(self, relative_cost: Mapping[Name, float]):
+        if any(cost <= 0 for cost in relative_cost.values()):
+            raise ValueError(f"costs must be above 0, got {dict(relative_cost)}")
+        self.relative_cost = dict(relative_cost)
         self.num_draws = 0
         self._reference = _Sums()
         self._differences = {name: _Sums() for name in self.relative_cost}
@@ -153,7 +151,7 @@ class GradientErrorAccumulator(Generic[Name]):
         mean = (difference.total + reference.total) / draws
         variance = (norm2.total / draws - _norm2(mean)) * draws / (draws - 1)
         bias2, reference_norm2 = difference.product_of_different_draws(), reference.product_of_different_draws()
-        ca_variance = cost / self.horizon * variance
+        ca_variance = cost * variance
         # <G, E g_a> by || E g_a - G ||^2, of which each part is free of the noise of single draws
         product = (norm2.total / draws - variance + reference_norm2 - bias2) / 2
         gain = product / (cost * _root(norm2.total / draws))
@@ -182,7 +180,7 @@ class GradientErrorAccumulator(Generic[Name]):
         product = (mean_norm2 - variance + reference.product_without() - bias2) / 2
         return {
             "bias2": bias2,
-            "ca_mse": bias2 + cost / self.horizon * variance,
+            "ca_mse": bias2 + cost * variance,
             "gain": product / (cost * _root(mean_norm2)),
         }
 
@@ -307,7 +305,6 @@ def estimate_gradient_errors(
     gradient: Callable[[Name | None, int], Tensor],
     relative_cost: Mapping[Name, float],
     draws: Iterable[int],
-    horizon: float = 1.0,
     max_bytes: float = 4e9,
     progress: Callable[[int], object] = lambda computed: None,
     uncompressed: Name | None = None,
@@ -319,7 +316,6 @@ def estimate_gradient_errors(
             the uncompressed one. A pure function: a chunk asks again for the uncompressed gradients.
         relative_cost: k_a by strategy.
         draws: numbers of the draws.
-        horizon: see `GradientErrorAccumulator`.
         max_bytes: memory for the sums of the strategies of one chunk, two gradients a strategy while a draw is added.
         progress: called with 1 for each gradient that has been computed.
         uncompressed: the strategy, if any, whose gradient `gradient(None, draw)` is: it is not computed twice.
@@ -336,7 +332,7 @@ def estimate_gradient_errors(
     names = list(relative_cost)
     errors: dict[Name, GradientError] = {}
     for chunk in chunks(names, fitting):
-        accumulator = GradientErrorAccumulator({name: relative_cost[name] for name in chunk}, horizon)
+        accumulator = GradientErrorAccumulator({name: relative_cost[name] for name in chunk})
         for draw in draws:
             reference = gradient(None, draw)
             progress(1)

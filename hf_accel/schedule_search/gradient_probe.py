@@ -8,12 +8,9 @@ from torch import Tensor
 from .. import distributed
 from ..compression import Compression, Strategy
 from ..data import AUGMENTATIONS, ImageSource, TrainSampler, ViewConfig, make_views, train_loader
-from ..models import AccelViTModel
 from ..objectives import Draw, ObjectiveForPreTraining
 from ..recipe import Recipe
 from ..utils.seeding import generator
-
-PARAMETERS = ("all", "encoder")
 
 
 class GradientProbe:
@@ -28,8 +25,6 @@ class GradientProbe:
         recipe: batch size, accumulation, augmentation, precision and seed.
         source: training images.
         progress: where in training these parameters stand; the objective may depend on it.
-        parameters: "all" that are trained at this progress, or those of the "encoder" alone.
-        scale: (D,) factors of the gradient's numbers, or None: an optimizer's preconditioner (`adam_scale`).
     """
 
     def __init__(
@@ -38,13 +33,10 @@ class GradientProbe:
         recipe: Recipe,
         source: ImageSource,
         progress: float = 0.0,
-        parameters: str = "all",
-        scale: Tensor | None = None,
     ):
         self.objective, self.recipe, self.source, self.progress = objective, recipe, source, progress
         frozen = set(objective.frozen_parameters(progress))
-        self.parameters = [p for p in probed_parameters(objective, parameters) if p not in frozen]
-        self.scale = scale
+        self.parameters = [p for p in objective.parameters() if p.requires_grad and p not in frozen]
         self.device = next(objective.parameters()).device
         self.precision = recipe.precision()
         self.loss_scale = 2.0**12 if self.precision == torch.float16 else 1.0  # fp16 loses small gradients
@@ -83,8 +75,7 @@ class GradientProbe:
             loss = loss.float() * (self.loss_scale / len(micro_batches))
             pieces = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
             total += torch.cat([piece.float().flatten() for piece in pieces])
-        gradient = distributed.all_reduce(total) / (distributed.world_size() * self.loss_scale)
-        return gradient if self.scale is None else gradient * self.scale.to(gradient)
+        return distributed.all_reduce(total) / (distributed.world_size() * self.loss_scale)
 
     def _micro_batches(self, draw: int, size: int) -> list[list[Tensor]]:
         """The views of each micro-batch; those of the latest draw are kept for the next strategy."""
@@ -120,35 +111,3 @@ class GradientProbe:
             where = (batch["step"], batch["micro_step"], batch["rows"], batch["global_batch"])
             made.append(make_views(batch, configs, size, self.seed, *where, source.mean, source.std))
         return made
-
-
-def probed_parameters(objective: ObjectiveForPreTraining, which: str) -> list[torch.nn.Parameter]:
-    """The parameters that are trained, or those of them that are an encoder's.
-
-    Raises:
-        ValueError: `which` is not one of PARAMETERS.
-    """
-    if which not in PARAMETERS:
-        raise ValueError(f"parameters {which!r}: must be one of {', '.join(PARAMETERS)}")
-    modules = [objective]
-    if which == "encoder":
-        modules = [module for module in objective.modules() if isinstance(module, AccelViTModel)]
-    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-
-
-def adam_scale(parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> Tensor:
-    """(D,): 1 / (sqrt(v) + eps), by which AdamW multiplies a gradient, from its second moments v.
-
-    Raises:
-        ValueError: the optimizer keeps no second moments of a parameter.
-    """
-    group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    pieces = []
-    for parameter in parameters:
-        state = optimizer.state.get(parameter, {})
-        if "exp_avg_sq" not in state:
-            raise ValueError("the optimizer keeps no second moments of some parameter: use search_metric=plain")
-        group = group_of[parameter]
-        corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-        pieces.append((corrected.sqrt() + group["eps"]).reciprocal().flatten())
-    return torch.cat(pieces)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -25,9 +24,8 @@ from ..run_folder import RUN_STATE_NAME, write_text
 from ..schedule_search.choose import choose_strategies, schedule_file, schedule_of
 from ..schedule_search.error_table import strategy_of
 from ..schedule_search.gradient_error import GradientError, chunks, estimate_gradient_errors
-from ..schedule_search.gradient_probe import GradientProbe, adam_scale
+from ..schedule_search.gradient_probe import GradientProbe
 from ..training.trainer import KEPT_NAME, PretrainTrainer
-from ..utils.weight_files import opening
 from .setup import build_objective, continue_recipe, cost_function, grid_of, images_of, output_of, start
 
 ERRORS_NAME = "gradient_error.parquet"
@@ -168,25 +166,19 @@ def errors_at(
     """Errors of every strategy at the parameters of one checkpoint, with a progress bar.
 
     Raises:
-        RecipeError: search_memory is too small, a gradient is not finite, or there are no second moments to divide by.
+        RecipeError: search_memory is too small, or a gradient is not finite.
     """
     recipe = trainer.recipe
-    probe = GradientProbe(trainer.objective, recipe, source, progress, recipe.search_parameters)
+    probe = GradientProbe(trainer.objective, recipe, source, progress)
     memory = recipe.search_memory * 1e9
     size = sum(parameter.numel() for parameter in probe.parameters)
     passes = len(chunks(list(cost), max(1, int(memory // (8 * size)))))
     total = recipe.search_draws * (len(cost) + passes)
     try:
-        if recipe.search_metric == "adam" and progress > 0:  # at the start no moments have been gathered
-            optimizer = trainer.create_optimizer()
-            with opening(str(folder / "optimizer.pt")):
-                state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-            optimizer.load_state_dict(state)
-            probe.scale = adam_scale(probe.parameters, optimizer)
         with tqdm(total=total, desc=f"progress {progress:.0%}", disable=not is_main(), file=sys.stderr) as bar:
             draws = range(recipe.search_draws)
-            return estimate_gradient_errors(probe, cost, draws, recipe.search_horizon, memory, bar.update, probe.base)
-    except (ValueError, OSError) as error:
+            return estimate_gradient_errors(probe, cost, draws, memory, bar.update, probe.base)
+    except ValueError as error:
         raise RecipeError(f"the search at {folder}: {error}") from error
 
 

@@ -49,8 +49,8 @@ class AutoScheduleCallback(TrainerCallback):
     def _probe(self, due, step: int, progress: float) -> GradientErrorAccumulator:
         trainer, controller, recipe = self.trainer, self.controller, self.trainer.recipe
         cost = {strategy: controller.relative_cost[strategy] for strategy in due}
-        accumulator = GradientErrorAccumulator(cost, recipe.search_horizon)
-        probe = GradientProbe(trainer.whole_objective(), recipe, trainer.source, progress, recipe.search_parameters)
+        accumulator = GradientErrorAccumulator(cost)
+        probe = GradientProbe(trainer.whole_objective(), recipe, trainer.source, progress)
         for draw in range(step * controller.draws, (step + 1) * controller.draws):
             stop_together()  # the launch that resumes probes from the first draw on
             reference = probe(None, draw)

@@ -11,7 +11,7 @@ from hf_accel.data import AUGMENTATIONS, ImageSource, TrainSampler, ViewConfig, 
 from hf_accel.objectives import OBJECTIVES, Draw
 from hf_accel.recipe import Recipe, load_recipe
 from hf_accel.schedule_search.gradient_error import estimate_gradient_errors
-from hf_accel.schedule_search.gradient_probe import GradientProbe, adam_scale, probed_parameters
+from hf_accel.schedule_search.gradient_probe import GradientProbe
 from hf_accel.tasks.setup import build_objective, images_of
 
 SMALL = [
@@ -125,30 +125,6 @@ def test_bias_grows_with_compression_and_the_uncompressed_strategy_has_none():
     assert errors[base].bias2 == 0 and errors[base].bias2_interval == (0, 0)
     assert errors[half].bias2 < errors[most].bias2
     assert errors[base].variance < errors[half].variance < errors[most].variance
-
-
-def test_parameters_of_the_encoder_alone():
-    objective = build_objective(small())
-    encoder = probed_parameters(objective, "encoder")
-    assert [id(p) for p in encoder] == [id(p) for p in objective.encoder.parameters() if p.requires_grad]
-    assert len(probed_parameters(objective, "all")) > len(encoder)
-    with pytest.raises(ValueError, match="must be one of all, encoder"):
-        probed_parameters(objective, "head")
-
-
-def test_adam_scale_is_what_adamw_multiplies_a_gradient_by():
-    parameters = [torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(4))]
-    optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.0, betas=(0.0, 0.9))  # beta1 = 0: no averaging
-    for _ in range(3):
-        for parameter in parameters:
-            parameter.grad = torch.randn_like(parameter)
-        before = [parameter.detach().clone() for parameter in parameters]
-        optimizer.step()
-    moved = torch.cat([(old - new.detach()).flatten() for old, new in zip(before, parameters, strict=True)])
-    gradient = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
-    torch.testing.assert_close(0.1 * gradient * adam_scale(parameters, optimizer), moved)
-    with pytest.raises(ValueError, match="search_metric=plain"):
-        adam_scale([torch.nn.Parameter(torch.zeros(1))], optimizer)
 
 
 class MeanPixel(torch.nn.Module):

@@ -206,34 +206,6 @@ def test_a_pilot_of_other_settings_is_told_of(found, pilot, folder, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_divided_by_the_second_moments(found, pilot, folder, tmp_path, monkeypatch):
-    """Of the checkpoint's own optimizer, each parameter by its own: found by name and shape."""
-    monkeypatch.setattr(hf_accel.tasks.search, "write_search_report", lambda *_: None)
-    output = launch(folder, tmp_path / "run", *SEARCH, f"pilot={pilot}", "search_metric=adam")
-    plain, adam = (rows_of(path) for path in (found, output))
-    assert [row["variance"] for row in adam[: len(GRID)]] == [row["variance"] for row in plain[: len(GRID)]]
-    recipe = load_recipe(found / "recipe.yaml")
-    objective, (source, _) = build_objective(recipe), images_of(recipe)
-    checkpoint = pilot / "kept" / f"checkpoint-{STEPS // 2}"
-    objective.load_state_dict(load_file(checkpoint / WEIGHTS))
-    stored = torch.load(checkpoint / "optimizer.pt", weights_only=True)
-    trained = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
-    matrices, vectors = ([name for name, p in trained if (p.ndim > 1) == decayed] for decayed in (True, False))
-    assert [len(group["params"]) for group in stored["param_groups"]] == [len(matrices), len(vectors)]
-    order = [*matrices, *vectors]
-    moments = {name: stored["state"][number]["exp_avg_sq"] for number, name in enumerate(order)}
-    steps, beta2 = STEPS // 2, stored["param_groups"][0]["betas"][1]
-    scale = torch.cat([1 / ((moments[name] / (1 - beta2**steps)).sqrt() + 1e-8).flatten() for name, _ in trained])
-    probe = GradientProbe(objective, recipe, source, 0.5)
-    stage = {hf_accel.tasks.search.strategy_of(row): row for row in adam if row["progress"] == 0.5}
-    cost = {strategy: row["relative_cost"] for strategy, row in stage.items()}
-    errors = estimate_gradient_errors(lambda strategy, draw: scale * probe(strategy, draw), cost, range(DRAWS))
-    for strategy, error in errors.items():
-        assert stage[strategy]["variance"] == pytest.approx(error.variance, rel=1e-4)
-        assert stage[strategy]["bias2"] == pytest.approx(error.bias2, rel=1e-3, abs=1e-6 * error.variance)
-
-
-@pytest.mark.slow
 def test_all_three_symmetries(pilot, folder, tmp_path):
     symmetries = "search_symmetry=[paper, symmetric, asymmetric]"
     output = launch(folder, tmp_path / "run", *SEARCH, f"pilot={pilot}", symmetries)
@@ -253,14 +225,13 @@ def test_all_three_symmetries(pilot, folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("metric", ["plain", "adam"])
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "moco"])
-def test_every_objective_can_be_searched(objective, metric, folder, tmp_path):
+def test_every_objective_can_be_searched(objective, folder, tmp_path):
     heads = {"simclr": "{projector_hidden_size: 32, projection_size: 16}"}
     own = "{num_prototypes: 64, num_local_crops: 2, local_crop_size: 8}"
     settings = [f"objective={objective}", f"objective_config={heads.get(objective, own)}"]
     pilot = launch(folder, tmp_path / "pilot", *settings, f"keep_points={POINTS}", "eval_points=[]", "budget=1200")
-    output = launch(folder, tmp_path / "run", *settings, *SEARCH, f"pilot={pilot}", f"search_metric={metric}")
+    output = launch(folder, tmp_path / "run", *settings, *SEARCH, f"pilot={pilot}")
     rows = rows_of(output)
     points = sorted({row["progress"] for row in rows})
     assert len(points) == 3 and len(rows) == len(GRID) * 3 and sum(row["chosen"] for row in rows) == 3
@@ -273,7 +244,7 @@ def refused(folder: Path, output: Path, *overrides: str) -> str:
     with pytest.raises(SystemExit) as stopped:
         launch(folder, output, *SEARCH, *overrides)
     message = str(stopped.value)
-    assert message.startswith("RecipeError: ") and "\n" not in message
+    assert message.startswith(f"{RecipeError.__name__}: ") and "\n" not in message
     return message
 
 

@@ -11,7 +11,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test test-slow test-gpu lint clean
+.PHONY: help quickstart test test-slow test-gpu lint docs clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -37,8 +37,11 @@ lint: $(INSTALLED) ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(INSTALLED) ## build the documentation into site/; broken links are errors
+	$(BIN)/mkdocs build --strict --quiet
+
 clean: ## remove .venv and caches, keep runs
-	rm -rf .venv .pytest_cache .ruff_cache build hf_accel.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache build site hf_accel.egg-info
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

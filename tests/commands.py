@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-DOCUMENTS = ("README.md", "docs/*.md", "benchmarks/README.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/*.md", "benchmarks/README.md")
 RECIPES = "recipes/**/*.yaml"
 
 PROGRAMS = (

@@ -1,0 +1,118 @@
+"""The documentation: its links, paths, tables, code and figures agree with the rest of the repository."""
+
+import ast
+import importlib
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands import ROOT, code_blocks
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/**/*.md")]
+NOTEBOOK = ROOT / "notebooks/quickstart.ipynb"
+
+PATHS = re.compile(r"`((?:recipes|accelerate_configs|benchmarks|docs|hf_accel|notebooks|tests)/[\w./-]+)`")
+NOT_THERE = {
+    "docs/results/PLAN/",
+    "recipes/NAME.yaml",
+    "hf_accel/objectives/byol.py",
+    "recipes/byol.yaml",
+    "tests/objectives/test_byol.py",
+}
+"""Paths that a page asks its reader to make."""
+
+
+def page_name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def load_script(path: Path):
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification and specification.loader
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def anchors(text: str) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    assert "github.com/../" not in (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert 'href="../CONTRIBUTING' not in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_links_and_paths_of_a_page_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page if not path else page.parent / path
+        assert file.exists(), f"{page_name(page)}: no file {target}"
+        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), f"{page_name(page)}: no {target}"
+    for path in PATHS.findall(text):
+        assert path in NOT_THERE or (ROOT / path).exists(), f"{page_name(page)}: no file {path}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_imports_in_python_examples_exist(page):
+    for block in code_blocks(page.read_text(encoding="utf-8"), "python"):
+        if "PretrainConfig" in block:
+            pytest.importorskip("hf_accel.training.config")
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("hf_accel"):
+                module = importlib.import_module(str(node.module))
+                for name in node.names:
+                    assert hasattr(module, name.name), f"{page_name(page)}: {node.module} has no {name.name}"
+
+
+def test_readme_is_short_and_shows_a_picture_and_the_install_line_first():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 150
+    first_screen = "\n".join(lines[:20])
+    assert re.search(r"!\[[^\]]{20,}\]\(.*\.png\)", first_screen) and "pip install" in first_screen
+
+
+def test_key_tables_agree_with_the_code():
+    """After a change of a key run `python docs/key_tables.py`."""
+    script = load_script(ROOT / "docs/key_tables.py")
+    page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    assert script.insert_tables(page) == page, test_key_tables_agree_with_the_code.__doc__
+
+
+def test_every_recipe_key_and_setting_is_in_the_tables():
+    from dataclasses import fields
+
+    from hf_accel.recipe import Recipe
+    from hf_accel.recipe.checks import configured_classes
+
+    page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"`(\w+)`", "\n".join(line for line in page.splitlines() if line.startswith("| `"))))
+    settings = {setting for declared in configured_classes().values() for setting in declared.settings}
+    assert {key.name for key in fields(Recipe)} | settings <= described
+
+
+def test_numbers_of_the_overview_figure_are_in_the_results():
+    results = json.loads((ROOT / "docs/results/cifar10_moco.json").read_text(encoding="utf-8"))
+    rows = (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines()
+    for name, words in (("short sequences first", "by hand"), ("full sequences throughout", "uncompressed")):
+        for seeds in results[name].values():
+            cell = f"| {' '.join(map(str, seeds))} | **{sum(seeds) / 3:.1f}** |"
+            assert any(row.startswith(f"| {words}") and row.endswith(cell) for row in rows), cell
+
+
+def test_notebook_is_committed_without_outputs():
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    assert all(not cell.get("outputs") and not cell.get("execution_count") for cell in cells)

@@ -1,7 +1,7 @@
 #!/bin/bash
-# A run on several machines under Slurm. Warned (SIGTERM) of its time limit or of preemption, it writes a checkpoint and
-# stops, with a code other than 0, the job queues itself again, and the same command resumes. In the repository's root,
-# with `accelerate` on the PATH:
+# A run on several machines under Slurm. When SIGTERM warns it of its time limit or of preemption, it writes a checkpoint and
+# stops with a code other than 0. The job then queues itself again, and the same command resumes. Submit it in the repository's
+# root, with `accelerate` on the PATH:
 #   sbatch --nodes 4 accelerate_configs/slurm.sh recipes/imagenet1k/moco_vit_b16.yaml [key=value ...]
 # `scancel --batch --signal=TERM JOB` warns it by hand; `scancel JOB` ends it for good.
 #SBATCH --job-name=hf_accel

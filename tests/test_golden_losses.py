@@ -1,6 +1,7 @@
 """Three short runs on the bundled digits give the losses that were recorded before: no change of the code moved them.
 
-On one machine and one thread they are the same to the last bit, on others they differ by about 1e-5 of their value.
+On one machine and one thread they are the same to the last bit. Two threads, or a CPU's older instructions, changed
+them by up to 2e-5 of their value.
 Where a change is meant to move them, record them again and say in the commit why they moved:
 `OMP_NUM_THREADS=1 python -m tests.test_golden_losses` writes tests/golden/losses.json.
 """

@@ -66,10 +66,7 @@ class CostTable:
             ) from None
 
     def save(self, path: Path) -> None:
-        entries = [
-            {"patch_size": c.patch_size, "token_dropout": c.token_dropout, "units": units}
-            for c, units in self.costs.items()
-        ]
+        entries = [{**compression.to_dict(), "units": units} for compression, units in self.costs.items()]
         # A kill must not leave half a table, which the resumed run would trip over.
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(json.dumps({"device": self.device, "costs": entries}, indent=1))
@@ -78,7 +75,7 @@ class CostTable:
     @classmethod
     def load(cls, path: Path) -> "CostTable":
         stored: dict[str, Any] = json.loads(path.read_text())
-        costs = {Compression(e["patch_size"], e["token_dropout"]): e["units"] for e in stored["costs"]}
+        costs = {Compression.from_dict(entry): entry["units"] for entry in stored["costs"]}
         return cls(costs, stored["device"])
 
 
@@ -127,7 +124,7 @@ def _time_forwards(
             _synchronize(device)
             start = time.perf_counter()
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                model(images, compression.patch_size, compression.token_dropout)
+                model(images, **compression.to_dict())
             _synchronize(device)
             if repeat:
                 seconds[compression].append(time.perf_counter() - start)
@@ -149,8 +146,7 @@ def cost_rows(config: AccelViTConfig, table: CostTable) -> list[dict[str, Any]]:
     """One row a compression of `table`: tokens, analytic and measured cost."""
     return [
         {
-            "patch_size": compression.patch_size,
-            "token_dropout": compression.token_dropout,
+            **compression.to_dict(),
             "tokens": compression.kept_tokens(config.image_size) + config.num_prefix_tokens,
             "analytic": forward_cost(config, compression),
             "measured": measured,

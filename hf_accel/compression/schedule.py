@@ -2,19 +2,17 @@
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..utils.strict_yaml import as_number, load_yaml
-from .strategy import Compression, Strategy, check_compression
+from .strategy import BRANCHES, Compression, Strategy, check_compression
 
-COMPRESSION_KEYS = ("patch_size", "token_dropout")
-STAGE_KEYS = (
-    "until",
-    *COMPRESSION_KEYS,
-    *(f"{branch}_{key}" for branch in ("target", "local") for key in COMPRESSION_KEYS),
-)
+
+def list_stage_keys() -> list[str]:
+    """The keys of a stage in a recipe or a schedule's file."""
+    return ["until", *Strategy.keys()]
 
 
 @dataclass(frozen=True)
@@ -77,11 +75,11 @@ class Schedule:
 
     @classmethod
     def parse(cls, value: Any, base_patch_size: int, folder: Path | None = None) -> "Schedule":
-        """From the form that recipes use: a list of stages, or the path of a YAML file that holds such a list.
+        """Read the form that recipes use: a list of stages, or the path of a YAML file that holds such a list.
 
-        A stage is a mapping with STAGE_KEYS, all but `until` optional; patch_size defaults to the base patch,
-        token_dropout to 0, the target's to the paper's (same patch, no dropout), local crops to being left whole. A
-        file may hold `{patch_size, stages}`: stages meant for another base patch size are brought to this one.
+        A stage is a mapping with the keys of `list_stage_keys`. All but `until` are optional and have the defaults of
+        `Strategy.from_dict`. A file may hold `{patch_size, stages}`: stages meant for another base patch size are
+        transferred to this one.
         """
         if value is None:
             return cls.constant(Strategy(Compression(base_patch_size)))
@@ -120,48 +118,32 @@ class Schedule:
                     f"{compression.patch_size * new_patch_size / old_patch_size:g} pixels at base patch "
                     f"{new_patch_size}; search a schedule for this base patch"
                 )
-            return Compression(pixels, compression.token_dropout)
+            return replace(compression, patch_size=pixels)
 
         stages = []
         for stage in self.stages:
             old = stage.strategy
-            local = move(old.local) if old.local else None
-            stages.append(Stage(stage.until, Strategy(move(old.online), move(old.target_branch), local)))
+            branches = {name: move(branch) for name in BRANCHES if (branch := getattr(old, name))}
+            stages.append(Stage(stage.until, replace(old, **branches)))
         return Schedule(tuple(stages))
 
     def to_list(self) -> list[dict[str, Any]]:
         """The recipe's form of this schedule, every key spelled out."""
-        written = []
-        for stage in self.stages:
-            entry: dict[str, Any] = {"until": stage.until}
-            branches = {
-                "": stage.strategy.online,
-                "target_": stage.strategy.target_branch,
-                "local_": stage.strategy.local,
-            }
-            for prefix, compression in branches.items():
-                if compression:
-                    entry |= {prefix + key: getattr(compression, key) for key in COMPRESSION_KEYS}
-            written.append(entry)
-        return written
+        return [{"until": stage.until, **stage.strategy.to_dict()} for stage in self.stages]
 
 
 def _parse_stage(stage: Any, number: int, base_patch_size: int) -> Stage:
+    keys = list_stage_keys()
     if not isinstance(stage, Mapping):
-        raise ValueError(f"stage {number} of the schedule: expected a mapping with keys {STAGE_KEYS}, got {stage!r}")
-    unknown = set(stage) - set(STAGE_KEYS)
+        raise ValueError(f"stage {number} of the schedule: expected a mapping with keys {keys}, got {stage!r}")
+    unknown = set(stage) - set(keys)
     if unknown:
-        raise ValueError(f"stage {number} of the schedule: unknown key {sorted(unknown)[0]!r}; keys are {STAGE_KEYS}")
+        raise ValueError(f"stage {number} of the schedule: unknown key {sorted(unknown)[0]!r}; keys are {keys}")
     stage = {key: as_number(value) for key, value in stage.items()}
     until = stage.get("until")
     if isinstance(until, bool) or not isinstance(until, int | float):
         raise ValueError(f"stage {number} of the schedule: `until` must be a number in (0, 1], got {until!r}")
     try:
-        online = Compression(stage.get("patch_size", base_patch_size), stage.get("token_dropout", 0.0))
-        target = Compression(stage.get("target_patch_size", online.patch_size), stage.get("target_token_dropout", 0.0))
-        local = None
-        if "local_patch_size" in stage or "local_token_dropout" in stage:
-            local = Compression(stage.get("local_patch_size", base_patch_size), stage.get("local_token_dropout", 0.0))
+        return Stage(float(until), Strategy.from_dict(stage, base_patch_size))
     except ValueError as error:
         raise ValueError(f"stage {number} of the schedule: {error}") from None
-    return Stage(float(until), Strategy(online, target, local))

@@ -1,6 +1,11 @@
 """What is shortened: the `Compression` of one view, and the `Strategy` of a step, one compression a branch."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+BRANCHES = {"online": "", "target": "target_", "local": "local_"}
+"""The branches of a strategy, and what stands before the name of a compression's field in a record of the strategy."""
 
 
 @dataclass(frozen=True, order=True)
@@ -30,6 +35,16 @@ class Compression:
 
         return num_kept_tokens((image_size // self.patch_size) ** 2, self.token_dropout)
 
+    def to_dict(self, prefix: str = "") -> dict[str, Any]:
+        """The fields by name, each name after `prefix`."""
+        return {prefix + field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any], prefix: str = "") -> "Compression":
+        """Read the fields from a record, which may hold other keys; a field that it lacks has its default."""
+        names = [field.name for field in fields(cls) if prefix + field.name in record]
+        return cls(**{name: record[prefix + name] for name in names})
+
     def __str__(self):
         return f"patch {self.patch_size}, dropout {self.token_dropout:g}"
 
@@ -55,6 +70,34 @@ class Strategy:
         """`target`, which `__post_init__` has filled in."""
         assert self.target is not None
         return self.target
+
+    def to_dict(self) -> dict[str, Any]:
+        """A flat record of every field of every branch: "patch_size", "target_patch_size" and so on.
+
+        A stage of a schedule, a plan and a table of errors hold it. Local crops that are left whole have no keys.
+        """
+        record = self.online.to_dict() | self.target_branch.to_dict(BRANCHES["target"])
+        return record | (self.local.to_dict(BRANCHES["local"]) if self.local else {})
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any], base_patch_size: int | None = None) -> "Strategy":
+        """Read a record, which may hold other keys; a key that it lacks has its default.
+
+        Patches default to `base_patch_size`, those of the target branch to those of the online branch. Local crops
+        are left whole unless a key speaks of them.
+        """
+        base = {} if base_patch_size is None else {"patch_size": base_patch_size, "local_patch_size": base_patch_size}
+        online = Compression.from_dict({**base, **record})
+        target = Compression.from_dict({"target_patch_size": online.patch_size, **record}, BRANCHES["target"])
+        local = None
+        if any(BRANCHES["local"] + field.name in record for field in fields(Compression)):
+            local = Compression.from_dict({**base, **record}, BRANCHES["local"])
+        return cls(online, target, local)
+
+    @staticmethod
+    def keys() -> list[str]:
+        """The keys that a record can have."""
+        return [prefix + field.name for prefix in BRANCHES.values() for field in fields(Compression)]
 
     def __str__(self):
         return f"{self.online} | target {self.target}" + (f" | local {self.local}" if self.local else "")

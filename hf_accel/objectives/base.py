@@ -137,13 +137,8 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
         if compression.token_dropout > 0:
             first_row = rank() * view.shape[0]
             generator = rows_generator(first_row, grid**2, draw.seed, "tokens", draw.step, draw.micro_step, branch)
-        output = encoder(
-            view,
-            patch_size=view.shape[-1] // grid,
-            token_dropout=compression.token_dropout,
-            generator=generator,
-        )
-        return output.pooler_output
+        options = {**compression.to_dict(), "patch_size": view.shape[-1] // grid}
+        return encoder(view, generator=generator, **options).pooler_output
 
     def encode_views(
         self,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from ..compression import Schedule, Strategy
-from ..compression.schedule import STAGE_KEYS
+from ..compression.schedule import list_stage_keys
 from ..utils.strict_yaml import load_yaml
 from .checks import (
     AUGMENTATIONS,
@@ -88,7 +88,7 @@ class Recipe:
         "budget",
     )
     schedule: list[Any] | str | None = _key(
-        None, f"stages of {', '.join(STAGE_KEYS)}, a YAML file of them, or auto; default: uncompressed"
+        None, f"stages of {', '.join(list_stage_keys())}, a YAML file of them, or auto; default: uncompressed"
     )
     auto_share: float = _key(0.03, "schedule=auto: share of the budget that probes may spend")
     auto_draws: int = _key(8, "schedule=auto: paired gradients of a probe, or up to 64 if the share pays for them")

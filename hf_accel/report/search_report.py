@@ -7,8 +7,8 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
-from ..compression import Schedule
-from ..schedule_search.error_table import ErrorTable, Row, percent, short, strategy_of
+from ..compression import Schedule, Strategy
+from ..schedule_search.error_table import ErrorTable, Row, percent, short
 from .origin import environment
 from .search_figures import plot_ca_mse_heatmap, plot_gradient_error, plot_learning_rate, plot_schedule
 
@@ -60,21 +60,19 @@ tr.first td { border-top: 2px solid #999; } code { overflow-wrap: anywhere; } su
 
 
 def write_search_report(
-    rows: Sequence[Row], schedule: Schedule, output: Path, title: str, warmup: float = 0.1, criterion: str = "ca_mse"
+    table: ErrorTable, schedule: Schedule, output: Path, title: str, warmup: float = 0.1, criterion: str = "ca_mse"
 ) -> None:
     """Write gradient_error, ca_mse_heatmap, schedule and learning_rate (.png and .svg) and report.html into `output`.
 
     Args:
-        rows: see `ErrorTable`.
         schedule: of strategies that the table holds.
         title: of the page and the figures.
         warmup: progress over which the learning rate rises.
         criterion: "ca_mse" or "gain", by which the schedule was chosen.
 
     Raises:
-        ValueError: no rows, none without token dropout, or a strategy of the schedule has no row.
+        ValueError: the table has no row without token dropout, or a strategy of the schedule has no row.
     """
-    table = ErrorTable(rows)
     unknown = [str(strategy) for strategy in schedule.strategies if strategy not in table.cost]
     if unknown:
         raise ValueError(f"the schedule's strategies have no row in the error table: {'; '.join(unknown)}")
@@ -178,7 +176,7 @@ def _best_table(table: ErrorTable, criterion: str) -> str:
 
 
 def _best_cells(table: ErrorTable, row: Row) -> list[str]:
-    strategy = strategy_of(row)
+    strategy = Strategy.from_dict(row)
 
     def relative(*names: str) -> str:
         return " to ".join(f"{row[name] / table.unit(row, name):#.3g}".rstrip(".") for name in names)

@@ -101,8 +101,8 @@ def _minus_log_gain(
     return {strategy: -math.log(max(sure.get(strategy, 0.0), best / 1000)) for strategy in stage}
 
 
-def schedule_of(points: Sequence[float], strategies: Sequence[Strategy]) -> Schedule:
-    """A schedule in which each strategy holds around its point of progress, to halfway to the neighbouring points.
+def build_schedule(points: Sequence[float], strategies: Sequence[Strategy]) -> Schedule:
+    """Build the schedule in which each strategy holds around its point of progress, halfway to the neighbouring points.
 
     Raises:
         ValueError: the points do not increase within [0, 1].

@@ -2,50 +2,132 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 
 from ..compression import Compression, Strategy
 from .choose import SYMMETRIES, search_grid
+from .gradient_error import GradientError
 
 Row = Mapping[str, Any]
 
+NUMBERS = [field.name for field in fields(GradientError) if not field.name.endswith("_interval")]
+INTERVALS = [field.name.removesuffix("_interval") for field in fields(GradientError) if field.name not in NUMBERS]
+
 
 class ErrorTable:
-    """Rows of a search, one a stage and strategy.
+    """The errors of a search: a row for each stage and strategy. It is the one place that reads and writes rows.
+
+    A row holds "progress", the keys of `Strategy.to_dict`, "tokens" (of the online branch's patches), "relative_cost"
+    (to uncompressed), the numbers of `GradientError` with both ends of each interval ("bias2_low", "bias2_high"),
+    "draws", "weights" (a digest of the weights that were probed) and "chosen".
 
     Args:
-        rows: of "progress", "patch_size", "token_dropout", "target_patch_size", "target_token_dropout", "tokens" (of
-            the online branch's patches), "relative_cost" (to uncompressed), "bias2", "variance", "ca_variance",
-            "ca_mse", "reference_norm2", "gain", "bias2_low", "bias2_high", "ca_mse_low", "ca_mse_high", "gain_low",
-            "gain_high", "draws", "chosen".
+        rows: as `build_row` makes them. A table without rows can be saved and searched for weights only.
 
     Attributes:
+        rows: {(progress, strategy): row}.
         points: progress of each stage, in order.
-        strategies: from the cheapest to the dearest.
-        symmetries: {name: the strategies that have it}, as few as hold all strategies of `search_grid`. One without
-            dropout, or with the base patch, can be in more than one.
-        uncompressed: the base patch on both branches, without dropout; by measured costs it need not be the dearest.
-        relative: whether `values` are relative to || G ||^2, gains to the uncompressed one; not if the estimate of
-            || G ||^2 is not above 0 at some stage.
-
-    Raises:
-        ValueError: no rows, or none without token dropout, which tells the image size.
+        strategies: in the order of their cost, the cheapest first.
+        cost: {strategy: its relative cost}, in the same order.
+        symmetries: {name: the strategies that have it}, as few as hold all strategies of `search_grid`. A strategy
+            without dropout, or with the base patch, can be in more than one.
+        uncompressed: the base patch on both branches, without dropout. By measured costs another may cost more.
+        relative: whether `values` are relative to || G ||^2, and gains to the uncompressed one. They are not if the
+            estimate of || G ||^2 is not above 0 at some stage.
     """
 
-    def __init__(self, rows: Sequence[Row]):
-        if not rows:
-            raise ValueError("the error table has no rows")
-        self.rows = {(row["progress"], strategy_of(row)): row for row in rows}
+    def __init__(self, rows: Sequence[Row] = ()):
+        self.rows = {(row["progress"], Strategy.from_dict(row)): row for row in rows}
         self.points = sorted({progress for progress, _ in self.rows})
         cost = {strategy: row["relative_cost"] for (_, strategy), row in self.rows.items()}
-        self.strategies = sorted(cost, key=lambda strategy: (cost[strategy], strategy))
+        self.strategies = sorted(cost, key=lambda s: (cost[s], s.online, s.target_branch, str(s.local)))
         self.cost = {strategy: cost[strategy] for strategy in self.strategies}
-        self.uncompressed = Strategy(Compression(min(strategy.online.patch_size for strategy in cost)))
-        self.image_size = _image_size(rows)
-        self.symmetries = self._symmetries()
         self.relative = all(row["reference_norm2"] > 0 for row in rows)
+
+    @staticmethod
+    def build_row(
+        progress: float,
+        strategy: Strategy,
+        error: GradientError,
+        cost: float,
+        image_size: int,
+        draws: int,
+        weights: str = "",
+    ) -> dict[str, Any]:
+        """Write the errors of one strategy at one stage as a row."""
+        intervals = {name: getattr(error, f"{name}_interval") for name in INTERVALS}
+        return {
+            "progress": progress,
+            **strategy.to_dict(),
+            "tokens": strategy.online.kept_tokens(image_size),
+            "relative_cost": cost,
+            **{name: getattr(error, name) for name in NUMBERS},
+            **{f"{name}_low": low for name, (low, _) in intervals.items()},
+            **{f"{name}_high": high for name, (_, high) in intervals.items()},
+            "draws": draws,
+            "weights": weights,
+            "chosen": False,
+        }
+
+    def errors(self, progress: float) -> dict[Strategy, GradientError]:
+        """Read the errors of one stage, by strategy."""
+        found = {}
+        for (at, strategy), row in self.rows.items():
+            if at == progress:
+                values: dict[str, Any] = {name: row[name] for name in NUMBERS}
+                values |= {f"{name}_interval": (row[f"{name}_low"], row[f"{name}_high"]) for name in INTERVALS}
+                found[strategy] = GradientError(**values)
+        return found
+
+    def choose(self, strategies: Sequence[Strategy]) -> "ErrorTable":
+        """The same table with one chosen strategy for each point."""
+        chosen = set(zip(self.points, strategies, strict=True))
+        return ErrorTable([{**row, "chosen": key in chosen} for key, row in self.rows.items()])
+
+    @classmethod
+    def load(cls, path: Path) -> "ErrorTable":
+        """Read a table; one without rows if there is no file.
+
+        Raises:
+            ValueError: the file cannot be read.
+        """
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist() if path.exists() else []
+        except (pyarrow.ArrowException, OSError) as error:
+            cause = str(error).splitlines()[0]
+            raise ValueError(f"{path} cannot be read. Remove it to measure again. Cause: {cause}") from None
+        return cls([{name: value for name, value in row.items() if value is not None} for row in rows])
+
+    def save(self, path: Path) -> None:
+        """Write the table. A kill on the way leaves the earlier file whole."""
+        names = dict.fromkeys(name for row in self.rows.values() for name in row)
+        columns = {name: [row.get(name) for row in self.rows.values()] for name in names}
+        temporary = path.with_suffix(".partial")
+        pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
+        temporary.replace(path)
+
+    @property
+    def uncompressed(self) -> Strategy:
+        return Strategy(Compression(min(strategy.online.patch_size for strategy in self.strategies)))
+
+    @cached_property
+    def image_size(self) -> int:
+        """Pixels of a view.
+
+        Raises:
+            ValueError: no row is without token dropout, from which the size follows.
+        """
+        for row in self.rows.values():
+            if row["token_dropout"] == 0:
+                return int(row["patch_size"]) * math.isqrt(int(row["tokens"]))
+        raise ValueError("the error table has no strategy without token dropout, not even the uncompressed one")
 
     def row(self, progress: float, strategy: Strategy) -> Row | None:
         return self.rows.get((progress, strategy))
@@ -76,7 +158,8 @@ class ErrorTable:
         online, target = short(strategy.online), short(strategy.target_branch)
         return online if len(self.symmetries) == 1 or target == online else f"{online} | {target}"
 
-    def _symmetries(self) -> dict[str, list[Strategy]]:
+    @cached_property
+    def symmetries(self) -> dict[str, list[Strategy]]:
         online = [strategy.online for strategy in self.strategies]
         patch_sizes = sorted({compression.patch_size for compression in online})
         dropouts = sorted({compression.token_dropout for compression in online})
@@ -90,12 +173,6 @@ class ErrorTable:
         return {name: found[name] for name in SYMMETRIES if name in shown}
 
 
-def strategy_of(row: Row) -> Strategy:
-    """The strategy that a row is about."""
-    online = Compression(int(row["patch_size"]), float(row["token_dropout"]))
-    return Strategy(online, Compression(int(row["target_patch_size"]), float(row["target_token_dropout"])))
-
-
 def short(compression: Compression) -> str:
     """As "p8 d0.5": patch size in pixels, token dropout."""
     return f"p{compression.patch_size} d{compression.token_dropout:g}"
@@ -103,10 +180,3 @@ def short(compression: Compression) -> str:
 
 def percent(progress: float) -> str:
     return f"{100 * progress:.3g}%"
-
-
-def _image_size(rows: Sequence[Row]) -> int:
-    for row in rows:
-        if row["token_dropout"] == 0:
-            return int(row["patch_size"]) * math.isqrt(int(row["tokens"]))
-    raise ValueError("the error table has no strategy without token dropout, not even the uncompressed one")

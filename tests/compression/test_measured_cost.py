@@ -43,8 +43,8 @@ def test_costs_are_relative_to_the_base_and_those_of_the_tokens_that_a_forward_h
     now: list[float] = [0.0]
     true_forward: Any = AccelViTModel.forward
 
-    def forward(self, *args):
-        output = true_forward(self, *args)
+    def forward(self, *args, **options):
+        output = true_forward(self, *args, **options)
         now[0] += output.last_hidden_state.shape[1]  # a second a token
         return output
 
@@ -60,7 +60,7 @@ def test_the_median_of_the_rounds_after_the_warm_up_is_taken(monkeypatch):
     rounds = [(1000, 1), (10, 4), (10, 4), (70, 5), (10, 60), (10, 5)]  # seconds at the base patch and at patch 8
     durations, now = itertools.chain(*rounds), [0.0]
 
-    def forward(self, *_):
+    def forward(self, *_, **__):
         now[0] += next(durations)
 
     monkeypatch.setattr(AccelViTModel, "forward", forward)

@@ -17,8 +17,9 @@ from hf_accel.report.search_figures import (
     plot_learning_rate,
     plot_schedule,
 )
-from hf_accel.schedule_search.choose import schedule_of, search_grid
-from hf_accel.schedule_search.error_table import ErrorTable, short, strategy_of
+from hf_accel.schedule_search.choose import build_schedule, search_grid
+from hf_accel.schedule_search.error_table import ErrorTable, short
+from hf_accel.schedule_search.gradient_error import GradientError
 from hf_accel.utils.progress import learning_rate_factor
 
 TENTHS = [tenth / 10 for tenth in range(10)]
@@ -48,37 +49,25 @@ def search_of(name: str = "two stages") -> tuple[list[dict], Schedule]:
         chosen.append(grid[rng.integers(len(grid))])
         norm2 = rng.uniform(1e-3, 1e3)
         for number, strategy in enumerate(grid):
-            online, target = strategy.online, strategy.target_branch
             bias2 = norm2 * (rng.uniform(-0.2, 2) if number else 0.0)
             variance = norm2 * rng.uniform(3, 9)
             margin = norm2 * rng.uniform(0, 0.1)
             ca_mse = bias2 + cost[strategy] * variance
-            rows.append(
-                {
-                    "progress": progress,
-                    "patch_size": online.patch_size,
-                    "token_dropout": online.token_dropout,
-                    "target_patch_size": target.patch_size,
-                    "target_token_dropout": target.token_dropout,
-                    "tokens": online.kept_tokens(image_size),
-                    "relative_cost": cost[strategy],
-                    "bias2": bias2,
-                    "variance": variance,
-                    "ca_variance": cost[strategy] * variance,
-                    "ca_mse": ca_mse,
-                    "reference_norm2": norm2,
-                    "bias2_low": bias2 - margin,
-                    "bias2_high": bias2 + margin,
-                    "ca_mse_low": ca_mse - 2 * margin,
-                    "ca_mse_high": ca_mse + 2 * margin,
-                    "gain": norm2 / (cost[strategy] * (norm2 + variance) ** 0.5),
-                    "gain_low": 0.8 * norm2 / (cost[strategy] * (norm2 + variance) ** 0.5),
-                    "gain_high": 1.3 * norm2 / (cost[strategy] * (norm2 + variance) ** 0.5),
-                    "draws": 16,
-                    "chosen": strategy == chosen[-1],
-                }
+            gain = norm2 / (cost[strategy] * (norm2 + variance) ** 0.5)
+            error = GradientError(
+                bias2=bias2,
+                variance=variance,
+                ca_variance=cost[strategy] * variance,
+                ca_mse=ca_mse,
+                reference_norm2=norm2,
+                bias2_interval=(bias2 - margin, bias2 + margin),
+                ca_mse_interval=(ca_mse - 2 * margin, ca_mse + 2 * margin),
+                gain=gain,
+                gain_interval=(0.8 * gain, 1.3 * gain),
             )
-    return rows, schedule_of(points, chosen)
+            row = ErrorTable.build_row(progress, strategy, error, cost[strategy], image_size, draws=16)
+            rows.append({**row, "chosen": strategy == chosen[-1]})
+    return rows, build_schedule(points, chosen)
 
 
 class Page(HTMLParser):
@@ -125,7 +114,7 @@ TITLE = """<script src="http://x/y.js">MoCo</script> & $5 "two" $6"""
 def written(tmp_path_factory) -> tuple[Path, list[dict], Schedule]:
     rows, schedule = search_of("three symmetries")
     output = tmp_path_factory.mktemp("reports") / "new"
-    write_search_report(rows, schedule, output, TITLE)
+    write_search_report(ErrorTable(rows), schedule, output, TITLE)
     return output, rows, schedule
 
 
@@ -155,7 +144,7 @@ def test_tables_hold_the_rows(written) -> None:
     names = [name for name in rows[0] if isinstance(rows[0][name], float) and name in full[0]]
     assert len(names) == 13
     for row in rows:
-        strategy = strategy_of(row)
+        strategy = Strategy.from_dict(row)
         line = lines[f"{100 * row['progress']:g}%", short(strategy.online), short(strategy.target_branch)]
         np.testing.assert_allclose([float(line[name]) for name in names], [row[name] for name in names], rtol=1e-5)
         assert int(line["tokens"]) == row["tokens"]
@@ -178,7 +167,7 @@ def test_tables_hold_the_rows(written) -> None:
 
 def test_images_for_the_same_budget(written) -> None:
     output, rows, schedule = written
-    cost = {strategy_of(row): row["relative_cost"] for row in rows}
+    cost = {Strategy.from_dict(row): row["relative_cost"] for row in rows}
     progress = np.linspace(0, 1, 10_001)[:-1] + 5e-5
     images = np.mean([1 / cost[schedule(at)] for at in progress])
     assert len(schedule.stages) > 1
@@ -243,7 +232,7 @@ def test_gradient_errors_are_drawn_as_they_are(drawn) -> None:
         marked = [line for line in axes.lines if line.get_marker() == "<"]
         clipped = 0
         for line, progress in zip(lines, table.points, strict=True):
-            stage = {strategy_of(row): row for row in rows if row["progress"] == progress}
+            stage = {Strategy.from_dict(row): row for row in rows if row["progress"] == progress}
             unit = stage[table.strategies[-1]]["gain" if name == "gain" else "reference_norm2"]
             values = np.array([stage[s][name] / unit for s in table.strategies])
             x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
@@ -255,7 +244,7 @@ def test_gradient_errors_are_drawn_as_they_are(drawn) -> None:
         assert sum(len(np.asarray(line.get_xdata())) for line in marked) >= clipped
         assert (clipped > 0) == (name == "bias2") == bool(marked)
         shown = [table.strategies[round(float(np.asarray(ring.get_ydata())[0]))] for ring in rings]
-        assert shown == [strategy_of(row) for row in rows if row["chosen"]]
+        assert shown == [Strategy.from_dict(row) for row in rows if row["chosen"]]
 
 
 def test_heatmaps_hold_each_symmetry(drawn) -> None:
@@ -264,7 +253,7 @@ def test_heatmaps_hold_each_symmetry(drawn) -> None:
     panels = {axes.get_title(): axes for axes in figure.axes if axes.axison}
     assert len(panels) == 9
     for row in rows:
-        strategy = strategy_of(row)
+        strategy = Strategy.from_dict(row)
         online, target = strategy.online, strategy.target_branch
         fits = {
             "paper": target == Strategy(online).target,
@@ -320,7 +309,7 @@ def test_norm_lost_in_noise_leaves_values_as_they_are(drawn) -> None:
     figure = drawn(plot_gradient_error, table)
     assert figure.axes[2].get_xlabel() == "CA-MSE"
     x = np.asarray(figure.axes[1].lines[0].get_xdata())
-    values = {strategy_of(row): row["ca_variance"] for row in rows[:9]}
+    values = {Strategy.from_dict(row): row["ca_variance"] for row in rows[:9]}
     np.testing.assert_allclose(x, [values[strategy] for strategy in table.strategies])
 
 
@@ -349,13 +338,13 @@ def test_gains_are_relative_to_the_uncompressed_strategy_even_if_another_was_mea
     rows, _ = search_of()
     dear = next(row for row in rows if row["token_dropout"] and row["patch_size"] == 4)
     for row in rows:
-        if strategy_of(row) == strategy_of(dear):
+        if Strategy.from_dict(row) == Strategy.from_dict(dear):
             row["relative_cost"] = 1.1
     table = ErrorTable(rows)
-    assert table.strategies[-1] == strategy_of(dear) and table.uncompressed == strategy_of(rows[0])
+    assert table.strategies[-1] == Strategy.from_dict(dear) and table.uncompressed == Strategy.from_dict(rows[0])
     for progress in table.points:
         gains = dict(zip(table.strategies, table.values("gain", progress), strict=True))
-        assert gains[table.uncompressed] == 1 and gains[strategy_of(dear)] != 1
+        assert gains[table.uncompressed] == 1 and gains[Strategy.from_dict(dear)] != 1
 
 
 @pytest.mark.parametrize(
@@ -371,11 +360,9 @@ def test_compact_numbers(value: float, text: str) -> None:
 
 def test_errors(tmp_path) -> None:
     rows, schedule = search_of()
-    with pytest.raises(ValueError, match="no rows"):
-        write_search_report([], schedule, tmp_path, "")
     with pytest.raises(ValueError, match="without token dropout"):
-        write_search_report([row for row in rows if row["token_dropout"]], schedule, tmp_path, "")
+        write_search_report(ErrorTable([row for row in rows if row["token_dropout"]]), schedule, tmp_path, "")
     other = Schedule.constant(Strategy(search_grid(28, 4, [0.9], [7])[1].online))
     with pytest.raises(ValueError, match=re.escape("patch 7, dropout 0.9")):
-        write_search_report(rows, other, tmp_path, "")
+        write_search_report(ErrorTable(rows), other, tmp_path, "")
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from hf_accel.compression import Compression, Schedule, Strategy
-from hf_accel.schedule_search.choose import choose_strategies, schedule_file, schedule_of, search_grid
+from hf_accel.schedule_search.choose import build_schedule, choose_strategies, schedule_file, search_grid
 from hf_accel.schedule_search.gradient_error import GradientError
 
 
@@ -128,19 +128,19 @@ def test_compression_never_increases():
 
 def test_stages_reach_halfway_to_their_neighbours_and_equal_ones_merge():
     a, b, c = (Strategy(Compression(p)) for p in (14, 7, 4))
-    schedule = schedule_of([0.0, 0.25, 0.5, 0.75, 1.0], [a, a, b, c, c])
+    schedule = build_schedule([0.0, 0.25, 0.5, 0.75, 1.0], [a, a, b, c, c])
     assert [(stage.until, stage.strategy) for stage in schedule.stages] == [(0.375, a), (0.625, b), (1.0, c)]
-    assert schedule_of([0.4], [b]) == Schedule.constant(b)
+    assert build_schedule([0.4], [b]) == Schedule.constant(b)
     for points in ([0.5, 0.25], [0.5, 0.5], [-0.1, 0.5], [0.5, 1.1]):
         with pytest.raises(ValueError, match="increase"):
-            schedule_of(points, [a, b])
+            build_schedule(points, [a, b])
     with pytest.raises(ValueError, match="increase"):
-        schedule_of([], [])
+        build_schedule([], [])
     assert Schedule(list(schedule.stages)) == schedule  # pyright: ignore[reportArgumentType]
 
 
 def test_a_schedule_file_is_read_at_its_own_base_patch_and_at_another(tmp_path):
-    found = schedule_of([0.0, 0.5, 1.0], [Strategy(Compression(p, r)) for p, r in ((32, 0.5), (24, 0.0), (16, 0.0))])
+    found = build_schedule([0.0, 0.5, 1.0], [Strategy(Compression(p, r)) for p, r in ((32, 0.5), (24, 0.0), (16, 0.0))])
     path = tmp_path / "schedule.yaml"
     path.write_text(yaml.safe_dump(schedule_file(found, 16, data="x", command="y")))
     assert Schedule.parse(str(path), 16) == found

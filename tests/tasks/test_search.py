@@ -14,13 +14,14 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-import hf_accel.tasks.search
 from hf_accel.compression import Compression, Schedule, Strategy, forward_cost
 from hf_accel.objectives import OBJECTIVES
 from hf_accel.recipe import RecipeError, load_recipe
 from hf_accel.schedule_search.choose import choose_strategies
+from hf_accel.schedule_search.error_table import ErrorTable
 from hf_accel.schedule_search.gradient_error import GradientErrorAccumulator, estimate_gradient_errors
 from hf_accel.schedule_search.gradient_probe import GradientProbe
+from hf_accel.tasks import search
 from hf_accel.tasks.setup import build_objective, images_of
 from tests.tiny_runs import STEPS, WEIGHTS, image_folder, launch, read
 
@@ -72,10 +73,10 @@ def test_the_table_has_a_row_for_each_strategy_and_stage(found, pilot):
     assert len(rows) == len(GRID) * len(POINTS)
     for progress in POINTS:
         stage = [row for row in rows if row["progress"] == progress]
-        assert {hf_accel.tasks.search.strategy_of(row) for row in stage} == set(GRID)
+        assert {Strategy.from_dict(row) for row in stage} == set(GRID)
         assert sum(row["chosen"] for row in stage) == 1
     for row in rows:
-        strategy = hf_accel.tasks.search.strategy_of(row)
+        strategy = Strategy.from_dict(row)
         units = 3 * forward_cost(config, strategy.online) + forward_cost(config, strategy.target_branch)
         assert row["relative_cost"] == pytest.approx(units / 4) and row["draws"] == DRAWS
         assert row["tokens"] == strategy.online.kept_tokens(16)
@@ -90,7 +91,7 @@ def test_the_errors_are_those_at_the_checkpoint(found, pilot, folder):
     objective = build_objective(recipe)
     objective.load_state_dict(load_file(pilot / "kept" / f"checkpoint-{STEPS // 2}" / WEIGHTS))
     source, _ = images_of(recipe)
-    stage = {hf_accel.tasks.search.strategy_of(row): row for row in rows_of(found) if row["progress"] == 0.5}
+    stage = {Strategy.from_dict(row): row for row in rows_of(found) if row["progress"] == 0.5}
     cost = {strategy: row["relative_cost"] for strategy, row in stage.items()}
     errors = estimate_gradient_errors(GradientProbe(objective, recipe, source, 0.5), cost, range(DRAWS))
     for strategy, error in errors.items():
@@ -104,7 +105,7 @@ def test_the_schedule_file_is_taken_by_a_recipe_in_one_line(found, folder, tmp_p
     written = yaml.safe_load(path.read_text())
     assert {"data", "model", "objective", "command", "date", "pilot", "patch_size", "stages"} <= set(written)
     schedule = Schedule.parse(str(path), 4)
-    chosen = [hf_accel.tasks.search.strategy_of(row) for row in rows_of(found) if row["chosen"]]
+    chosen = [Strategy.from_dict(row) for row in rows_of(found) if row["chosen"]]
     assert schedule.strategies == list(dict.fromkeys(chosen))
     output = launch(folder, tmp_path / "run", f"schedule={path}", "eval_points=[]")
     assert Schedule.parse(read(output / "results.json")["schedule"], 4).strategies == schedule.strategies
@@ -121,16 +122,16 @@ def test_the_report_holds_every_figure(found):
 
 @pytest.mark.slow
 def test_a_killed_search_continues_and_finds_the_same(found, pilot, folder, tmp_path, monkeypatch, capsys):
-    true_errors, seen = hf_accel.tasks.search.errors_at, []
+    true_errors, seen = search.measure_errors, []
 
-    def errors_at(trainer, folder, progress, *rest):
+    def measure_errors(trainer, folder, progress, *rest):
         seen.append(progress)
         if len(seen) == 2:
             raise KeyboardInterrupt
         return true_errors(trainer, folder, progress, *rest)
 
-    monkeypatch.setattr(hf_accel.tasks.search, "errors_at", errors_at)
-    monkeypatch.setattr(hf_accel.tasks.search, "write_search_report", lambda *_: None)
+    monkeypatch.setattr(search, "measure_errors", measure_errors)
+    monkeypatch.setattr(search, "write_search_report", lambda *_: None)
     with pytest.raises(SystemExit, match="Interrupted"):
         launch(folder, tmp_path / "run", *SEARCH, f"pilot={pilot}")
     assert len(rows_of(tmp_path / "run")) == len(GRID) and not (tmp_path / "run" / "schedule.yaml").exists()
@@ -143,11 +144,11 @@ def test_a_killed_search_continues_and_finds_the_same(found, pilot, folder, tmp_
     capsys.readouterr()
     launch(folder, output, *SEARCH, f"pilot={pilot}", "search_criterion=gain")  # chosen anew from the same table
     told = [line for line in capsys.readouterr().out.splitlines() if "of uncompressed)" in line]
-    bases = [row for row in rows_of(found) if hf_accel.tasks.search.strategy_of(row) == GRID[0]]
+    bases = [row for row in rows_of(found) if Strategy.from_dict(row) == GRID[0]]
     assert ["noise" in line for line in told] == [DRAWS * r["reference_norm2"] < r["variance"] for r in bases]
-    table = [hf_accel.tasks.search.errors_of(rows_of(found), progress, GRID) for progress in POINTS]
-    cost = {hf_accel.tasks.search.strategy_of(row): row["relative_cost"] for row in rows_of(found)}
-    chosen = [hf_accel.tasks.search.strategy_of(row) for row in rows_of(output) if row["chosen"]]
+    table = [ErrorTable(rows_of(found)).errors(progress) for progress in POINTS]
+    cost = {Strategy.from_dict(row): row["relative_cost"] for row in rows_of(found)}
+    chosen = [Strategy.from_dict(row) for row in rows_of(output) if row["chosen"]]
     assert len(seen) == 4 and chosen == choose_strategies(table, cost, "gain")
     assert yaml.safe_load((output / "schedule.yaml").read_text())["criterion"] == "gain"
     with pytest.raises(SystemExit, match=r"search_draws=5: .* holds a run with search_draws=3"):
@@ -156,7 +157,7 @@ def test_a_killed_search_continues_and_finds_the_same(found, pilot, folder, tmp_
 
 @pytest.mark.slow
 def test_only_rows_of_the_pilots_present_weights_are_taken_over(found, pilot, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(hf_accel.tasks.search, "write_search_report", lambda *_: None)
+    monkeypatch.setattr(search, "write_search_report", lambda *_: None)
     changed, run = tmp_path / "pilot", tmp_path / "run"
     shutil.copytree(pilot, changed)
     launch(folder, run, *SEARCH, f"pilot={changed}")
@@ -174,7 +175,7 @@ def test_only_rows_of_the_pilots_present_weights_are_taken_over(found, pilot, fo
 
 
 @pytest.mark.parametrize(("draws", "doubtful"), [(3, True), (4, False), (64, False)])
-def test_a_stage_of_more_noise_than_gradient_is_told_of(draws, doubtful):
+def test_a_stage_of_more_noise_than_gradient_is_named(draws, doubtful):
     """The mean of n draws has the variance of one over n, here 2 / n beside a squared gradient of 0.5."""
     rng = np.random.default_rng(0)
     accumulator = GradientErrorAccumulator({"whole": 1.0})
@@ -184,7 +185,7 @@ def test_a_stage_of_more_noise_than_gradient_is_told_of(draws, doubtful):
     error = accumulator.result()["whole"]
     assert (error.reference_norm2, error.variance) == (pytest.approx(0.5, rel=0.05), pytest.approx(2.0, rel=0.05))
     error = replace(error, reference_norm2=0.5, variance=2.0)
-    assert (f"{draws} draws is more noise" in hf_accel.tasks.search.doubt_of(error, draws)) == doubtful
+    assert (f"{draws} draws is more noise" in search.describe_doubt(error, draws)) == doubtful
 
 
 def test_a_table_that_cannot_be_read_is_named(found, pilot, folder, tmp_path):
@@ -193,11 +194,11 @@ def test_a_table_that_cannot_be_read_is_named(found, pilot, folder, tmp_path):
     table = (found / "gradient_error.parquet").read_bytes()
     (run / "gradient_error.parquet").write_bytes(table[: len(table) // 2])
     message = refused(folder, run, f"pilot={pilot}")
-    assert "gradient_error.parquet cannot be read; remove it to measure anew" in message
+    assert "gradient_error.parquet cannot be read. Remove it to measure again" in message
 
 
-def test_a_pilot_of_other_settings_is_told_of(found, pilot, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(hf_accel.tasks.search, "errors_at", lambda *_: (_ for _ in ()).throw(RecipeError("enough")))
+def test_settings_that_differ_from_the_pilots_are_named(found, pilot, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(search, "measure_errors", lambda *_: (_ for _ in ()).throw(RecipeError("enough")))
     refused(folder, tmp_path / "run", f"pilot={pilot}", "objective_config.temperature=0.5", "augmentation=digits")
     said = capsys.readouterr().out
     assert "trained with augmentation='moco', and is searched with 'digits'" in said
@@ -216,9 +217,7 @@ def test_all_three_symmetries(pilot, folder, tmp_path):
     }
     for progress in POINTS:
         stage = [row for row in rows_of(output) if row["progress"] == progress]
-        assert {hf_accel.tasks.search.strategy_of(row) for row in stage} == expected and len(stage) == len(
-            expected
-        ) == 8
+        assert {Strategy.from_dict(row) for row in stage} == expected and len(stage) == len(expected) == 8
         assert sum(row["chosen"] for row in stage) == 1
     schedule = Schedule.parse(str(output / "schedule.yaml"), 4)
     assert set(schedule.strategies) <= expected and (output / "report.html").exists()

@@ -11,13 +11,13 @@ from .modeling_accel_vit import (
     AccelViTPreTrainedModel,
 )
 
-# Whoever has these classes has them registered: `AutoModel` opens their checkpoints.
+# Importing these classes registers them, so that `AutoModel` opens their checkpoints.
 AutoConfig.register("accel_vit", AccelViTConfig, exist_ok=True)
 AutoModel.register(AccelViTConfig, AccelViTModel, exist_ok=True)
 AutoBackbone.register(AccelViTConfig, AccelViTBackbone, exist_ok=True)
 AutoModelForImageClassification.register(AccelViTConfig, AccelViTForImageClassification, exist_ok=True)
-# Shortest-edge resize and centre crop, as in evaluation. The PIL form, by its own module: `from transformers import
-# BitImageProcessor` wants torchvision and says so.
+# It resizes the shortest edge and crops the centre, as evaluation does. The PIL form comes from its own module, because
+# `from transformers import BitImageProcessor` asks for torchvision.
 AutoImageProcessor.register(AccelViTConfig, image_processor_classes={"pil": BitImageProcessorPil}, exist_ok=True)
 
 __all__ = [

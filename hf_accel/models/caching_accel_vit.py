@@ -1,4 +1,4 @@
-"""Derived tensors that are kept between calls, within a number of bytes and apart from what a model saves."""
+"""A cache for derived tensors, which are kept between calls up to a number of bytes and never saved with a model."""
 
 import re
 import threading
@@ -10,13 +10,13 @@ import torch
 from transformers.utils.import_utils import is_fake_tensor
 
 TABLE_BYTES = 8 * 2**20
-"""The most that the process keeps of one kind of table. A table is small: it describes one side of a grid or patch."""
+"""Limit of one kind of table in the process. A table is small: it describes one side of a grid or a patch."""
 
 
 class TensorCache:
-    """Tensors by key. Beyond `max_bytes` in all, those that were used longest ago are dropped.
+    """Tensors by key. Above `max_bytes` in total, the least recently used ones are dropped.
 
-    Copying or pickling gives an empty cache, so the copies of a model that holds one share nothing.
+    A copied or unpickled cache is empty, so the copies of a model that holds one share nothing.
     """
 
     def __init__(self, max_bytes: int):
@@ -32,12 +32,12 @@ class TensorCache:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def get(self, key: Hashable, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The tensor of this key, from `compute()` if it is not kept. It carries no gradient."""
+        """Return the tensor of this key, from `compute()` if it is not cached. It carries no gradient."""
         with self.lock:
             if key in self.tensors:
-                self.tensors[key] = self.tensors.pop(key)  # the one used last stands last
+                self.tensors[key] = self.tensors.pop(key)  # the one used last comes last
                 return self.tensors[key]
-        # A tensor first made under inference mode could never take part in a backward pass.
+        # A tensor that was made under inference mode could never take part in a backward pass.
         with torch.inference_mode(False), torch.no_grad():
             tensor = compute()
         if tensor.nbytes > self.max_bytes or is_fake_tensor(tensor):
@@ -50,16 +50,16 @@ class TensorCache:
 
 
 def is_dynamic(*numbers: int) -> bool:
-    """Whether `torch.export` is to leave one of these numbers open."""
+    """Whether one of these numbers is dynamic under `torch.export`."""
     return any(isinstance(number, torch.SymInt) for number in numbers)
 
 
 def cached_table(shape: Callable[..., tuple[int, ...]]) -> Callable[[Callable[..., torch.Tensor]], Any]:
     """Turn `compute(*numbers)`, in float64 on the CPU, into a cached `table(*numbers, device=, dtype=)` of that shape.
 
-    The cache belongs to the process. To `torch.compile` a table is an opaque operator: a graph neither computes it
-    again nor is tied to one image size. Nobody else knows that operator, so an exported graph holds the table itself
-    or, where a number is dynamic, computes it.
+    The cache belongs to the process. For `torch.compile` a table is an opaque operator: a graph neither computes it
+    again nor depends on one image size. Other programs do not know this operator, so an exported graph contains the
+    table itself or, if a number is dynamic, computes it.
     """
 
     def decorate(compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -69,8 +69,8 @@ def cached_table(shape: Callable[..., tuple[int, ...]]) -> Callable[[Callable[..
             *numbers, device, dtype = key
             return cache.get(key, lambda: compute(*numbers).to(device, dtype).contiguous())
 
-        # The Hub's copy of this file may be loaded beside the package's: each has operators of its own. Its module is
-        # called after the folder, which may hold blanks and umlauts.
+        # The Hub's copy of this file may be loaded beside the package's, so each has its own operators. The name of its
+        # module contains the folder's name, in which any character may occur.
         operator = torch.library.custom_op(
             f"{re.sub(r'[^0-9A-Za-z_]', '_', compute.__module__)}::{compute.__name__}",
             lambda numbers, device, dtype: cached(*numbers, device, dtype).clone(),
@@ -81,7 +81,7 @@ def cached_table(shape: Callable[..., tuple[int, ...]]) -> Callable[[Callable[..
 
         @torch.compiler.assume_constant_result
         def constant(*key: Any) -> torch.Tensor:
-            # While it exports, torch turns the tensors of this thread into fake ones. A new thread makes real ones.
+            # During an export, torch turns the tensors of this thread into fake ones. A new thread makes real ones.
             with ThreadPoolExecutor(max_workers=1) as executor:
                 return executor.submit(cached, *key).result()
 

@@ -12,15 +12,15 @@ from transformers.configuration_utils import PreTrainedConfig, strict  # pyright
 from transformers.utils import logging
 
 if TYPE_CHECKING:
-    # Needed at run time by name only. With `trust_remote_code=True`, transformers caches this file under a hash of it
-    # and of what its lines import by a relative path, and `AutoModel` keeps one model class for each configuration
-    # class. As this line reaches every model file, checkpoints share these classes only where all their code agrees.
+    # Only the name is needed at run time. With `trust_remote_code=True`, transformers caches this file under a hash of
+    # it and of the files that it imports by a relative path, and `AutoModel` keeps one model class per configuration
+    # class. As this line reaches every model file, checkpoints share these classes only if all their code agrees.
     from .modeling_accel_vit import AccelViTModel  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
 CHANGEABLE_AT_LOAD = ("default_patch_size", "pooling", "drop_path_rate", "freeze_patch_projection", "initializer_range")
-"""What `from_pretrained` may change of a checkpoint's configuration: nothing here alters what the weights compute."""
+"""Fields of a checkpoint that `from_pretrained` may change. None of them alters what the weights compute."""
 
 AUTO_MAP = {
     "AutoConfig": "configuration_accel_vit.AccelViTConfig",
@@ -42,10 +42,10 @@ class AccelViTConfig(BackboneConfigMixin, PreTrainedConfig):  # pyright: ignore[
         image_size (`int`, *optional*, defaults to 224):
             Side in pixels of the images that the positions are laid out for. Images of any size are accepted.
         patch_size (`int`, *optional*, defaults to 16):
-            Base patch size p0 in pixels: that of the stored kernel. Divides `image_size`.
+            Base patch size p0 in pixels, which is that of the stored kernel. It divides `image_size`.
         default_patch_size (`int`, *optional*):
-            Patch size in pixels of calls that name none; `None` is the base. `from_pretrained(..., patch_size=32)` sets
-            it: the stored kernel keeps its base patch size.
+            Patch size in pixels of calls that name none; `None` means the base. `from_pretrained(..., patch_size=32)`
+            sets it, and the stored kernel keeps its base patch size.
         use_cls_token (`bool`, *optional*, defaults to `True`):
             Whether the sequence opens with a CLS token.
         num_register_tokens (`int`, *optional*, defaults to 0):
@@ -55,13 +55,13 @@ class AccelViTConfig(BackboneConfigMixin, PreTrainedConfig):  # pyright: ignore[
         pooling (`str`, *optional*, defaults to `"cls"`):
             What `pooler_output` is: the `"cls"` token or the `"mean"` of the patch tokens, after the last LayerNorm.
         layerscale_value (`float`, *optional*):
-            Initial value of LayerScale (arXiv 2103.17239); `None` is none.
+            Initial value of LayerScale (arXiv 2103.17239); `None` means no LayerScale.
         drop_path_rate (`float`, *optional*, defaults to 0.0):
             Stochastic depth (arXiv 1603.09382) of the last layer in [0, 1); it grows linearly from 0 at the first.
         freeze_patch_projection (`bool`, *optional*, defaults to `False`):
-            Keep the patch projection at its random initialisation, MoCo-v3's cure for unstable training.
+            Keep the patch projection at its random initialisation, which is MoCo-v3's remedy for unstable training.
         out_features (`list[str]`, *optional*), out_indices (`list[int]`, *optional*):
-            Of a backbone: the stages that are returned, of `"stem"`, `"stage1"`, ... `"stageN"`. Default: the last.
+            Stages that a backbone returns, out of `"stem"`, `"stage1"`, ... `"stageN"`. The default is the last.
 
     Raises:
         ValueError: an impossible combination; the message names the fields, their values and the fix.
@@ -143,12 +143,12 @@ class AccelViTConfig(BackboneConfigMixin, PreTrainedConfig):  # pyright: ignore[
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "AccelViTConfig":
         """Build the configuration of a checkpoint. The keywords are those of `from_pretrained`.
 
-        `patch_size` is that of calls, not the kernel's. `image_size` changes nothing: the positions stay those of the
-        images that were trained with, and the model takes images of any size.
+        `patch_size` sets the patch size of calls and not the kernel's. `image_size` changes nothing: the positions stay
+        those of the training images, and the model takes images of any size.
 
         Raises:
-            ValueError: a keyword redefines what the weights were trained as, or is no positive whole number where it
-                counts pixels.
+            ValueError: a keyword redefines what the weights were trained as, or a number of pixels is not a positive
+                whole number.
         """
         for name in ("patch_size", "image_size"):
             size = kwargs.get(name)
@@ -181,7 +181,7 @@ class AccelViTConfig(BackboneConfigMixin, PreTrainedConfig):  # pyright: ignore[
         return super().from_dict({**config_dict, **changes}, **kwargs)  # pyright: ignore[reportReturnType]
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save the configuration and the model's code, by which a checkpoint opens where this package is missing."""
+        """Save the configuration and the model's code, with which a checkpoint opens without this package."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         for path in Path(__file__).parent.glob("*_accel_vit.py"):

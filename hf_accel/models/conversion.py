@@ -1,10 +1,10 @@
-"""State dicts to and from transformers' ViT and DINOv2, every tensor accounted for; timm's have a file of their own.
+"""Convert state dicts to and from transformers' ViT and DINOv2; `conversion_timm.py` does so for timm.
 
-Ours are those of an [`AccelViTModel`], or of an [`AccelViTForImageClassification`] where the other side has the same
-classifier. A tensor that is missing, unknown or of another shape is an error, and so is whatever the other side cannot
-express. Converted models have the same features at `config.image_size`. At other sizes they do not: ViT (if asked
-to) and DINOv2 interpolate positions bicubically, AccelViT bilinearly, timm refuses or resamples. What acts in training
-only (dropout, stochastic depth) is not carried over.
+Our side is an [`AccelViTModel`], or an [`AccelViTForImageClassification`] if the other side has the same classifier.
+A tensor that is missing, unknown or of another shape is an error, and so is anything that the other side cannot
+express. Converted models have the same features at `config.image_size`. At other sizes they differ: ViT (on request)
+and DINOv2 interpolate positions bicubically, AccelViT bilinearly, and timm refuses or resamples. Settings that act in
+training only (dropout, stochastic depth) are not converted.
 """
 
 from collections.abc import Iterable, Mapping
@@ -35,12 +35,12 @@ SHARED_FIELDS = (
     "id2label",
     "label2id",
 )
-"""Of one name and meaning in AccelViTConfig, ViTConfig and Dinov2Config."""
+"""Fields with the same name and meaning in AccelViTConfig, ViTConfig and Dinov2Config."""
 
 KERNEL, POSITIONS = "embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings"
 
 DINOV2_NAMES = (("layers.", "encoder.layer."), ("layernorm_before.", "norm1."), ("layernorm_after.", "norm2."))
-"""Parts of names, ours and theirs, replaced in this order."""
+"""Parts of our names and of theirs, which are replaced in this order."""
 
 
 # What all conversions share
@@ -60,25 +60,25 @@ def check_tensors(what: str, state: Mapping[str, torch.Tensor], expected: Mappin
 
 
 def expected_tensors(config: AccelViTConfig, classifier: bool = False) -> State:
-    """Names and shapes of our tensors, without memory."""
+    """Our tensors by name, with their shapes and without memory."""
     with torch.device("meta"):
         return (AccelViTForImageClassification if classifier else AccelViTModel)(config).state_dict()
 
 
 def split_state(config: AccelViTConfig, state: Mapping[str, torch.Tensor]) -> tuple[State, State]:
-    """Our checked state in two: of the encoder, and "classifier.*" (empty without one)."""
+    """Check our state and split it into the encoder's tensors and "classifier.*" (empty without a classifier)."""
     classifier = any(name.startswith("encoder.") for name in state)
     check_tensors("the AccelViT", state, expected_tensors(config, classifier))
     head = {name: tensor for name, tensor in state.items() if name.startswith("classifier.")}
     return {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name not in head}, head
 
 
-def joined_state(encoder: State, head: Mapping[str, torch.Tensor]) -> State:
+def join_state(encoder: State, head: Mapping[str, torch.Tensor]) -> State:
     """The inverse of `split_state`."""
     return {**{f"encoder.{name}": tensor for name, tensor in encoder.items()}, **head} if head else encoder
 
 
-def renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+def rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:
     for ours, theirs in pairs:
         name = name.replace(ours, theirs)
     return name
@@ -90,21 +90,21 @@ def refuse(target: str, reasons: Mapping[str, bool]) -> None:
         raise ValueError(f"{target} cannot express {' nor '.join(found)}; the formats accel_vit and onnx can")
 
 
-def _side(name: str, value: Any) -> int:
-    """The one number of what transformers gives as a number or as (height, width)."""
+def _read_side(name: str, value: Any) -> int:
+    """The side of a square that transformers gives as one number or as (height, width)."""
     sides = set(value) if isinstance(value, list | tuple) else {value}
     if len(sides) > 1:
         raise ValueError(f"{name}={value!r}: AccelViT has square base patches and a square base image")
     return int(sides.pop())
 
 
-def _fields(config: Any) -> dict[str, Any]:
+def _shared_fields(config: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in SHARED_FIELDS}
 
 
 def _from_transformers(config: ViTConfig | Dinov2Config, **fields: Any) -> AccelViTConfig:
-    sizes: dict[str, Any] = {name: _side(name, getattr(config, name)) for name in ("image_size", "patch_size")}
-    return AccelViTConfig(**_fields(config), **sizes, position_embedding_type="learned", **fields)
+    sizes: dict[str, Any] = {name: _read_side(name, getattr(config, name)) for name in ("image_size", "patch_size")}
+    return AccelViTConfig(**_shared_fields(config), **sizes, position_embedding_type="learned", **fields)
 
 
 def _warn_of_pooling(config: AccelViTConfig, target: str) -> None:
@@ -118,10 +118,10 @@ def _warn_of_pooling(config: AccelViTConfig, target: str) -> None:
 def with_learned_positions(
     config: AccelViTConfig, state: Mapping[str, torch.Tensor], patch_size: int | None = None
 ) -> tuple[AccelViTConfig, State]:
-    """The same encoder at one patch size: the kernel resized to it, its positions as a learned table.
+    """Convert an encoder to one patch size, with the kernel resized to it and its positions as a learned table.
 
-    Features are those of the given encoder under `patch_size` (default: its base) at `config.image_size`. This is the
-    form that other libraries have.
+    The features are those of the given encoder under `patch_size` (default: its base) at `config.image_size`. Other
+    libraries have this form.
 
     Raises:
         ValueError: a tensor is not accounted for, or `patch_size` does not divide the image size.
@@ -141,7 +141,7 @@ def with_learned_positions(
     if POSITIONS in encoder:
         prefix = encoder[POSITIONS][:, : prefix.shape[1]].cpu()
     positions = torch.cat([prefix, patches.cpu()], dim=1).to(encoder[KERNEL].device)
-    return plain, joined_state({**encoder, KERNEL: kernel, POSITIONS: positions}, head)
+    return plain, join_state({**encoder, KERNEL: kernel, POSITIONS: positions}, head)
 
 
 # transformers' ViT
@@ -150,9 +150,9 @@ def with_learned_positions(
 def to_vit(
     config: AccelViTConfig, state: Mapping[str, torch.Tensor], patch_size: int | None = None
 ) -> tuple[ViTConfig, State]:
-    """To `ViTModel`, or with a classifier to `ViTForImageClassification`, at `patch_size` (default: the base).
+    """Convert to `ViTModel`, or with a classifier to `ViTForImageClassification`, at `patch_size` (default: the base).
 
-    LayerScale goes into the projections before it. The pooler becomes the identity, so that `pooler_output` is CLS.
+    LayerScale is multiplied into the projections before it. The pooler becomes the identity: `pooler_output` is CLS.
 
     Raises:
         ValueError: registers, no CLS token, a classifier on the mean; or a tensor is not accounted for.
@@ -170,7 +170,7 @@ def to_vit(
                 encoder[weight], encoder[bias] = encoder[weight] * factor[:, None], encoder[bias] * factor
     sizes: dict[str, Any] = {"image_size": config.image_size, "patch_size": config.patch_size}
     vit = ViTConfig(
-        **_fields(config),
+        **_shared_fields(config),
         **sizes,
         intermediate_size=config.intermediate_size,
         encoder_stride=config.patch_size,
@@ -184,10 +184,10 @@ def to_vit(
 
 
 def from_vit(config: ViTConfig, state: Mapping[str, torch.Tensor]) -> tuple[AccelViTConfig, State]:
-    """From `ViTModel` or `ViTForImageClassification`.
+    """Convert from `ViTModel` or `ViTForImageClassification`.
 
-    A pooler other than the identity and a mask token are left out: neither has a part in `last_hidden_state`, and
-    `pooler_output` becomes CLS, as the classifier has it. Of the pooler a warning tells.
+    The mask token and a pooler other than the identity are left out. Neither affects `last_hidden_state`, and
+    `pooler_output` becomes CLS, which the classifier uses. A warning says so about the pooler.
 
     Raises:
         ValueError: patches or images that are not square, or a tensor is not accounted for.
@@ -215,11 +215,11 @@ def from_vit(config: ViTConfig, state: Mapping[str, torch.Tensor]) -> tuple[Acce
 def to_dinov2(
     config: AccelViTConfig, state: Mapping[str, torch.Tensor], patch_size: int | None = None
 ) -> tuple[Dinov2Config, State]:
-    """To `Dinov2Model` without a mask token, at `patch_size` (default: the base). Without LayerScale its factors are 1.
+    """Convert to `Dinov2Model` without a mask token, at `patch_size` (default: the base); absent LayerScales become 1.
 
     Raises:
-        ValueError: registers, no CLS token, a classifier, an MLP that is no multiple of the width; or a tensor is not
-            accounted for.
+        ValueError: registers, no CLS token, a classifier, an MLP that is not a multiple of the width; or a tensor is
+            not accounted for.
     """
     reasons = {
         "register tokens": config.num_register_tokens > 0,
@@ -238,18 +238,18 @@ def to_dinov2(
     _warn_of_pooling(config, "DINOv2")
     scale = config.layerscale_value
     dinov2 = Dinov2Config(
-        **_fields(config),
+        **_shared_fields(config),
         image_size=config.image_size,
         patch_size=config.patch_size,
         mlp_ratio=config.intermediate_size // config.hidden_size,
         layerscale_value=1.0 if scale is None else float(scale),
         use_mask_token=False,
     )
-    return dinov2, {renamed(name, DINOV2_NAMES): tensor for name, tensor in encoder.items()}
+    return dinov2, {rename(name, DINOV2_NAMES): tensor for name, tensor in encoder.items()}
 
 
 def from_dinov2(config: Dinov2Config, state: Mapping[str, torch.Tensor]) -> tuple[AccelViTConfig, State]:
-    """From `Dinov2Model`. The mask token, which masked pretraining alone uses, is left out.
+    """Convert from `Dinov2Model`. The mask token, which only masked pretraining uses, is left out.
 
     Raises:
         ValueError: SwiGLU, patches or images that are not square, or a tensor is not accounted for.
@@ -263,8 +263,8 @@ def from_dinov2(config: Dinov2Config, state: Mapping[str, torch.Tensor]) -> tupl
     )
     state = {name: tensor for name, tensor in state.items() if name != "embeddings.mask_token"}
     ours = expected_tensors(accel)
-    check_tensors("DINOv2", state, {renamed(name, DINOV2_NAMES): tensor for name, tensor in ours.items()})
-    return accel, {name: state[renamed(name, DINOV2_NAMES)] for name in ours}
+    check_tensors("DINOv2", state, {rename(name, DINOV2_NAMES): tensor for name, tensor in ours.items()})
+    return accel, {name: state[rename(name, DINOV2_NAMES)] for name in ours}
 
 
 __all__ = ["from_dinov2", "from_vit", "to_dinov2", "to_vit", "with_learned_positions"]

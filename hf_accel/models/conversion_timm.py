@@ -1,4 +1,4 @@
-"""State dicts to and from timm's VisionTransformer, every tensor accounted for, on the terms of `conversion.py`."""
+"""Convert state dicts to and from timm's VisionTransformer, by the rules of `conversion.py`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +10,9 @@ from .conversion import (
     State,
     check_tensors,
     expected_tensors,
-    joined_state,
+    join_state,
     refuse,
-    renamed,
+    rename,
     split_state,
     with_learned_positions,
 )
@@ -30,7 +30,7 @@ TIMM_NAMES = (
     ("layer_scale1.lambda1", "ls1.gamma"),
     ("layer_scale2.lambda1", "ls2.gamma"),
 )
-"""Parts of names, ours and theirs, replaced in this order."""
+"""Parts of our names and of theirs, which are replaced in this order."""
 
 TIMM_REASONS = {
     "norm_pre.": "a LayerNorm before the first layer (pre_norm)",
@@ -39,11 +39,11 @@ TIMM_REASONS = {
     "attn_pool.": "attention pooling (global_pool='map')",
     "attn.q_norm.": "normalised queries and keys (qk_norm)",
 }
-"""What AccelViT does not have, by the tensors that tell of it."""
+"""What AccelViT does not have, by the tensors that show it."""
 
 
-def _timm_tensors(encoder: Mapping[str, torch.Tensor]) -> State:
-    """Ours under timm's names, queries, keys and values fused. Positions of registers are not there yet."""
+def _name_for_timm(encoder: Mapping[str, torch.Tensor]) -> State:
+    """Our tensors under timm's names, with queries, keys and values fused and without positions of registers."""
     tensors = {}
     for name, tensor in encoder.items():
         if ".attention.q_proj." in name:
@@ -57,15 +57,15 @@ def _timm_tensors(encoder: Mapping[str, torch.Tensor]) -> State:
 def _timm_name(name: str) -> str:
     for part in "qkv":
         name = name.replace(f"attention.{part}_proj.", "attn.qkv.")
-    return renamed(name, TIMM_NAMES)
+    return rename(name, TIMM_NAMES)
 
 
 def to_timm(
     config: AccelViTConfig, state: Mapping[str, torch.Tensor], patch_size: int | None = None
 ) -> tuple[dict[str, Any], State]:
-    """Arguments of timm's `VisionTransformer` and its state dict, at `patch_size` (default: the base).
+    """Return the arguments of timm's `VisionTransformer` and its state dict, at `patch_size` (default: the base).
 
-    A classifier becomes timm's head, `pooling` its `global_pool`.
+    A classifier becomes timm's head, and `pooling` becomes its `global_pool`.
 
     Raises:
         ValueError: an activation other than "gelu", an epsilon of LayerNorm other than timm's 1e-6; or a tensor is not
@@ -76,7 +76,7 @@ def to_timm(
     refuse("timm", {**reasons, other_eps: config.layer_norm_eps != 1e-6})
     config, state = with_learned_positions(config, state, patch_size)
     encoder, head = split_state(config, state)
-    tensors = _timm_tensors(encoder)
+    tensors = _name_for_timm(encoder)
     cls = int(config.use_cls_token)
     prefix, patches = tensors["pos_embed"][:, :cls], tensors["pos_embed"][:, cls:]
     registers = patches.new_zeros(1, config.num_register_tokens, config.hidden_size)
@@ -98,7 +98,7 @@ def to_timm(
         "fc_norm": False,
     }
     if config.layerscale_value is not None:
-        arguments["init_values"] = float(config.layerscale_value) or 1e-5  # timm takes 0 for none
+        arguments["init_values"] = float(config.layerscale_value) or 1e-5  # timm treats 0 as no LayerScale
     return arguments, tensors
 
 
@@ -108,15 +108,15 @@ def from_timm(
     global_pool: str = "token",
     no_embed_class: bool | None = None,
 ) -> tuple[AccelViTConfig, State]:
-    """From timm's `VisionTransformer` with GELU and LayerNorms of epsilon 1e-6, as `vit_*_patch*` and DINOv2 have them.
+    """Convert from timm's `VisionTransformer` with GELU and an epsilon of 1e-6, as in `vit_*_patch*` and DINOv2.
 
-    All else is read off the tensors: a head becomes the classifier, and positions of registers go into the registers.
+    Everything else follows from the tensors: a head becomes the classifier, and registers take up their positions.
 
     Args:
-        num_attention_heads: no tensor tells of it.
-        global_pool: timm's, "token" or "avg".
-        no_embed_class: timm's: prefix tokens have no position. None reads it off the number of positions if there are
-            registers, and is timm's default, False, otherwise.
+        num_attention_heads: no tensor shows this number.
+        global_pool: timm's setting, "token" or "avg".
+        no_embed_class: timm's setting, with which prefix tokens have no position. With registers, None infers it from
+            the number of positions. Otherwise None is timm's default, False.
 
     Raises:
         ValueError: something that AccelViT does not have, or a tensor is not accounted for.
@@ -135,7 +135,7 @@ def from_timm(
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
     prefix = int("cls_token" in state) + registers
     no_embed_class = False if no_embed_class is None and not registers else no_embed_class
-    grid, positioned = _timm_grid(positions.shape[1], prefix, no_embed_class)
+    grid, positioned = _find_timm_grid(positions.shape[1], prefix, no_embed_class)
     if kernel.shape[-1] != kernel.shape[-2]:
         raise ValueError(f"patch_embed.proj.weight {tuple(kernel.shape)}: AccelViT has square base patches")
     labels: dict[str, Any] = {"num_labels": len(state["head.weight"])} if "head.weight" in state else {}
@@ -155,11 +155,11 @@ def from_timm(
         layerscale_value=next((float(x.mean()) for name, x in state.items() if name.endswith("ls1.gamma")), None),
         **labels,
     )
-    return config, _from_timm_tensors(config, state, positioned)
+    return config, _rename_timm_tensors(config, state, positioned)
 
 
-def _timm_grid(num_positions: int, num_prefix_tokens: int, no_embed_class: bool | None) -> tuple[int, bool]:
-    """Patches along a side, and whether prefix tokens have positions."""
+def _find_timm_grid(num_positions: int, num_prefix_tokens: int, no_embed_class: bool | None) -> tuple[int, bool]:
+    """Return the patches along a side, and whether prefix tokens have positions."""
     found = []
     for prefix in {False: [num_prefix_tokens], True: [0], None: [num_prefix_tokens, 0]}[no_embed_class]:
         side = round(max(0, num_positions - prefix) ** 0.5)
@@ -173,7 +173,7 @@ def _timm_grid(num_positions: int, num_prefix_tokens: int, no_embed_class: bool 
     return found[0]
 
 
-def _from_timm_tensors(config: AccelViTConfig, state: Mapping[str, torch.Tensor], positioned: bool) -> State:
+def _rename_timm_tensors(config: AccelViTConfig, state: Mapping[str, torch.Tensor], positioned: bool) -> State:
     cls, registers = int(config.use_cls_token), config.num_register_tokens
     head = {name.replace("head.", "classifier."): x for name, x in state.items() if name.startswith("head.")}
     tensors = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
@@ -187,12 +187,12 @@ def _from_timm_tensors(config: AccelViTConfig, state: Mapping[str, torch.Tensor]
     ours = expected_tensors(config, bool(head))
     parts = {name: tensor for name, tensor in ours.items() if name.startswith("classifier.")}
     encoder = {name.removeprefix("encoder."): tensor for name, tensor in ours.items() if name not in parts}
-    check_tensors("timm's VisionTransformer", {**tensors, **head}, {**_timm_tensors(encoder), **parts})
+    check_tensors("timm's VisionTransformer", {**tensors, **head}, {**_name_for_timm(encoder), **parts})
     converted = {}
     for name in encoder:
         tensor, number = tensors[_timm_name(name)], [f".attention.{part}_proj." in name for part in "qkv"]
         converted[name] = tensor.chunk(3)[number.index(True)].clone() if any(number) else tensor
-    return joined_state(converted, head)
+    return join_state(converted, head)
 
 
 __all__ = ["from_timm", "to_timm"]

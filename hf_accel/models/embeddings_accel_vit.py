@@ -7,7 +7,7 @@ from transformers.utils.generic import maybe_autocast
 from .caching_accel_vit import TensorCache, is_dynamic
 from .configuration_accel_vit import AccelViTConfig
 from .shortening_accel_vit import (
-    checked_patch_size,
+    check_patch_size,
     position_resize_matrix,
     resize_patch_kernel,
     resize_patches,
@@ -15,11 +15,11 @@ from .shortening_accel_vit import (
 )
 
 POSITION_BYTES = 32 * 2**20
-"""The most that an encoder keeps of sin-cos positions. In ViT-B/16, 55 image sizes of about 224 px need as much."""
+"""Limit of the sin-cos positions that an encoder caches. In ViT-B/16, 55 image sizes of about 224 px need as much."""
 
 
 def split_patches(pixel_values: torch.Tensor, patch_size: int, kept_tokens: torch.Tensor | None) -> torch.Tensor:
-    """(B, C, H, W) -> (B, L, C, p, p) with L = (H / p) (W / p), or (B, K, C, p, p) of `kept_tokens` (B, K) alone."""
+    """(B, C, H, W) -> (B, L, C, p, p) with L = (H / p) (W / p), or (B, K, C, p, p) for `kept_tokens` (B, K) only."""
     batch_size, channels, height, width = pixel_values.shape
     rows, columns = height // patch_size, width // patch_size
     patches = pixel_values.reshape(batch_size, channels, rows, patch_size, columns, patch_size)
@@ -31,15 +31,15 @@ def split_patches(pixel_values: torch.Tensor, patch_size: int, kept_tokens: torc
 
 
 class AccelViTPatchProjection(nn.Conv2d):
-    """The patch kernel at the base patch size p0; each call may name a patch size, and derives the kernel of that."""
+    """The patch kernel at the base patch size p0. A call with another patch size derives the kernel of that size."""
 
     def forward(
         self, pixel_values: torch.Tensor, patch_size: int | None = None, kept_tokens: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(B, C, H, W) -> (B, L, D) with L = (H / p) (W / p), or (B, K, D) of the `kept_tokens` (B, K) alone.
+        """(B, C, H, W) -> (B, L, D) with L = (H / p) (W / p), or (B, K, D) for the `kept_tokens` (B, K) only.
 
-        Dropped patches are gone before the projection: they cost nothing. Without a patch size this is a convolution
-        like any other, (B, D, H / p0, W / p0): libraries such as peft call it so, or build more of its class.
+        Dropped patches are removed before the projection and cost nothing. Without a patch size this is an ordinary
+        convolution, (B, D, H / p0, W / p0): libraries such as peft call it so, or create instances of its class.
         """
         if patch_size is None:
             return super().forward(pixel_values)
@@ -70,7 +70,7 @@ class AccelViTPatchEmbeddings(nn.Module):
             raise ValueError(f"pixel_values must be {expected}, got {tuple(pixel_values.shape)}")
         if isinstance(self.projection, AccelViTPatchProjection):
             return self.projection(pixel_values, patch_size, kept_tokens)
-        # Another module has been put in its place, such as LoRA around it, and knows the base patch size alone.
+        # Another module, such as LoRA around the projection, has replaced it and knows the base patch size only.
         if patch_size == self.patch_size and kept_tokens is None:
             return self.projection(pixel_values).flatten(2).transpose(1, 2)
         patches = split_patches(pixel_values, patch_size, kept_tokens)
@@ -90,7 +90,7 @@ class AccelViTEmbeddings(nn.Module):
             nn.Parameter(torch.zeros(1, config.num_register_tokens, size)) if config.num_register_tokens else None
         )
         self.patch_embeddings = AccelViTPatchEmbeddings(config)
-        # as in ViT, the position of CLS comes first; sin-cos gives it none, as in MoCo-v3
+        # As in ViT, the position of CLS comes first. With sin-cos it has none, as in MoCo-v3.
         num_positions = config.grid_size**2 + int(config.use_cls_token)
         learned = config.position_embedding_type == "learned"
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, size)) if learned else None
@@ -99,9 +99,9 @@ class AccelViTEmbeddings(nn.Module):
         self.position_tables = TensorCache(POSITION_BYTES)
 
     def patch_positions(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
-        """(height * width, hidden_size): positions of a grid, which spans the image whatever its size.
+        """(height * width, hidden_size): positions of a grid that spans the image, whatever the image's size.
 
-        Fixed ones get the device and the dtype of `like`. That is no parameter: offloaded ones have no device.
+        Fixed positions get the device and dtype of `like`. It is not a parameter, as offloaded ones have no device.
         """
         grid_size, hidden_size = self.grid_size, self.config.hidden_size
         if self.position_embeddings is None:
@@ -121,7 +121,7 @@ class AccelViTEmbeddings(nn.Module):
         return sampled.flatten(0, 1).to(stored.dtype)
 
     def prefix_tokens(self, batch_size: int) -> list[torch.Tensor]:
-        """Of (batch_size, n, hidden_size) each: CLS and registers, as far as there are any."""
+        """CLS and registers, if there are any, each (batch_size, n, hidden_size)."""
         prefix = []
         if self.cls_token is not None:
             cls_token = self.cls_token
@@ -136,7 +136,7 @@ class AccelViTEmbeddings(nn.Module):
         self, pixel_values: torch.Tensor, patch_size: int, kept_tokens: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(B, C, H, W) -> (B, num_prefix_tokens + L, hidden_size), or K for L if `kept_tokens` (B, K) are given."""
-        patch_size = checked_patch_size(patch_size)
+        patch_size = check_patch_size(patch_size)
         batch_size, (height, width) = pixel_values.shape[0], pixel_values.shape[-2:]
         positions = self.patch_positions(height // patch_size, width // patch_size, like=pixel_values)
         if kept_tokens is not None:

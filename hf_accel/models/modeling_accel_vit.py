@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_accel_vit import AccelViTConfig
 from .embeddings_accel_vit import AccelViTEmbeddings, AccelViTPatchProjection
 from .shortening_accel_vit import (
-    checked_patch_size,
+    check_patch_size,
     num_kept_tokens,
     resize_patch_kernel,
     resize_to_multiple,
@@ -67,7 +67,7 @@ class AccelViTAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, N, D) -> (B, N, D), and the weights (B, heads, N, N) where the implementation gives them."""
+        """(B, N, D) -> (B, N, D), and the weights (B, heads, N, N) if the attention implementation returns them."""
         batch_size, length, _ = hidden_states.shape
         heads = (batch_size, length, self.num_attention_heads, self.head_dim)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -152,7 +152,7 @@ class AccelViTLayer(GradientCheckpointingLayer):
 
 
 class AccelViTPreTrainedModel(PreTrainedModel):
-    """Base of the models. One that holds an encoder names it `encoder`, by which `AutoModel` opens its checkpoint."""
+    """Base class of the models. A model that holds an encoder calls it `encoder`; `AutoModel` finds it by this name."""
 
     config: AccelViTConfig
     config_class = AccelViTConfig
@@ -167,13 +167,13 @@ class AccelViTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": AccelViTLayer, "attentions": AccelViTAttention}
     _input_embed_layer = "patch_embeddings"
-    # A training checkpoint also holds heads and other branches, whatever its objective names them. The report on
-    # loading need not name those; what is missing, or of another shape, it names in any case.
+    # A training checkpoint also holds heads and other branches, under names that its objective chooses. The report on
+    # loading need not list these. It always lists weights that are missing or have another shape.
     _keys_to_ignore_on_load_unexpected = [r"^(?!(encoder|embeddings|layers|layernorm|classifier)\.)"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As MoCo-v3: Xavier uniform, the patch kernel seen as a Linear of its pixels, a CLS token of almost zero."""
+        """Initialise as MoCo-v3: Xavier uniform (the patch kernel as a Linear of its pixels), and CLS close to zero."""
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
@@ -190,7 +190,7 @@ class AccelViTPreTrainedModel(PreTrainedModel):
                     init.trunc_normal_(parameter, std=self.config.initializer_range)
 
     def initialize_weights(self) -> None:
-        """Also the last step of `from_pretrained`, which puts new parameters in the place of frozen ones."""
+        """Also freeze the patch projection. `from_pretrained` calls this last, after it has replaced the parameters."""
         super().initialize_weights()
         if self.config.freeze_patch_projection:
             for module in self.modules():
@@ -204,7 +204,7 @@ class AccelViTModel(AccelViTPreTrainedModel):
     def __init__(self, config: AccelViTConfig):
         super().__init__(config)
         self.embeddings = AccelViTEmbeddings(config)
-        # plain numbers: a torch.linspace would be on the meta device in from_pretrained
+        # These are plain numbers, because a torch.linspace would be on the meta device in from_pretrained.
         steps = max(config.num_hidden_layers - 1, 1)
         drop_probs = [config.drop_path_rate * layer / steps for layer in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList([AccelViTLayer(config, drop_prob) for drop_prob in drop_probs])
@@ -223,12 +223,12 @@ class AccelViTModel(AccelViTPreTrainedModel):
         pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
             Normalised images of any size. Sides that `patch_size` does not divide are resized to the nearest multiple.
         patch_size (`int`, *optional*):
-            Side of a patch in pixels; `None` is `config.default_patch_size`, which `patch_size=` at load time sets, or
-            else the base patch size.
+            Side of a patch in pixels. `None` means `config.default_patch_size`, which `patch_size=` at load time sets,
+            or otherwise the base patch size.
         token_dropout (`float`, *optional*, defaults to 0.0):
-            Ratio of patch tokens dropped, in [0, 1). CLS and registers stay.
+            Ratio of patch tokens to drop, in [0, 1). CLS and registers stay.
         generator (`torch.Generator`, *optional*):
-            Draws the tokens that are kept; `None` is the default generator of the pixels' device.
+            Draws the tokens that are kept. `None` means the default generator of the pixels' device.
         output_hidden_states, output_attentions (`bool`, *optional*):
             Also return the input and the output of every layer, or the attention weights (eager attention has them).
 
@@ -237,7 +237,7 @@ class AccelViTModel(AccelViTPreTrainedModel):
 
         Raises `ValueError` if `patch_size` or `token_dropout` is impossible.
         """
-        pixel_values, patch_size = self.whole_patches(pixel_values, patch_size)
+        pixel_values, patch_size = self.fit_to_patches(pixel_values, patch_size)
         num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
         kept_tokens = None
         if token_dropout != 0 and num_kept_tokens(num_patches, token_dropout) < num_patches:
@@ -246,16 +246,16 @@ class AccelViTModel(AccelViTPreTrainedModel):
             )
         return self.encode(pixel_values, patch_size, kept_tokens, **kwargs)
 
-    def whole_patches(self, pixel_values: torch.Tensor, patch_size: int | None) -> tuple[torch.Tensor, int]:
-        """The pixels in the weights' dtype, with sides that the patch size of this call divides; that patch size."""
+    def fit_to_patches(self, pixel_values: torch.Tensor, patch_size: int | None) -> tuple[torch.Tensor, int]:
+        """Return the pixels in the weights' dtype, resized so that the patch size divides them, and that patch size."""
         if patch_size is None:
             patch_size = self.config.default_patch_size or self.config.patch_size
-        patch_size = checked_patch_size(patch_size)
+        patch_size = check_patch_size(patch_size)
         dtype = self.embeddings.patch_embeddings.projection.weight.dtype
         return resize_to_multiple(pixel_values.to(dtype), patch_size), patch_size
 
-    # Apart from `forward`, so that the break which a generator makes in a compiled graph is outside of the capturing of
-    # outputs: inside, it would break the graph again at every layer.
+    # A generator breaks a compiled graph. This method is apart from `forward` so that the break lies outside of the
+    # capturing of outputs. Inside, it would break the graph again at every layer.
     @capture_outputs(tie_last_hidden_states=False)
     def encode(
         self,
@@ -264,7 +264,7 @@ class AccelViTModel(AccelViTPreTrainedModel):
         kept_tokens: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        """`forward` with the kept tokens (batch_size, K) given, or all of them, and sides that `patch_size` divides."""
+        """`forward` for given kept tokens (batch_size, K), or all of them, and for sides that `patch_size` divides."""
         hidden_states = self.embeddings(pixel_values, patch_size, kept_tokens)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
@@ -293,10 +293,10 @@ class AccelViTForImageClassification(AccelViTPreTrainedModel):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """The mean over `num_items_in_batch`, the labels of all micro-batches of a step; `None` means those given here.
+        """The loss, as a mean over `num_items_in_batch` labels, which are those of all micro-batches of a step.
 
-        transformers' losses for several labels and for regression are means over what they are given. A Trainer that
-        passes the number adds up the losses of the micro-batches and divides no more.
+        transformers' losses for several labels and for regression are means over the labels that they get. A Trainer
+        that passes the number adds up the losses of the micro-batches and does not divide again.
         """
         if num_items_in_batch is None:
             return self.loss_function(labels, logits, self.config, **kwargs)
@@ -316,10 +316,10 @@ class AccelViTForImageClassification(AccelViTPreTrainedModel):
     ) -> ImageClassifierOutput:
         r"""
         labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
-            Classes; `loss` is their cross-entropy, or what `config.problem_type` says. Several labels an image and
-            values of a regression are in floating point, of shape `(batch_size, num_labels)`.
+            Classes; `loss` is their cross-entropy, or what `config.problem_type` says. Several labels per image, and
+            values of a regression, are floating-point numbers of shape `(batch_size, num_labels)`.
 
-        The others are those of [`AccelViTModel`].
+        The other arguments are those of [`AccelViTModel`].
         """
         outputs: BaseModelOutputWithPooling = self.encoder(pixel_values, patch_size, token_dropout, generator, **kwargs)
         logits = self.classifier(outputs.pooler_output)
@@ -332,7 +332,7 @@ class AccelViTForImageClassification(AccelViTPreTrainedModel):
 
 
 class AccelViTBackbone(BackboneMixin, AccelViTModel):
-    """The encoder as a backbone of detectors and segmenters: the output of chosen layers as feature maps.
+    """The encoder as a backbone of detectors and segmentation models, with the output of chosen layers as feature maps.
 
     Its weights are those of an [`AccelViTModel`] under the same names.
     """
@@ -347,13 +347,13 @@ class AccelViTBackbone(BackboneMixin, AccelViTModel):
         self, pixel_values: torch.Tensor, patch_size: int | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> BackboneOutput:
         r"""
-        The arguments are those of [`AccelViTModel`], but that no token can be dropped from a map.
+        The arguments are those of [`AccelViTModel`], except that no token can be dropped from a map.
 
         Returns `feature_maps`: for each stage in `config.out_features` (`"stem"`, what enters the first layer, or
         `"stage1"`, the output of the first layer, and so on) its patch tokens after the last LayerNorm, (batch_size,
         hidden_size, height / patch_size, width / patch_size).
         """
-        pixel_values, patch_size = self.whole_patches(pixel_values, patch_size)
+        pixel_values, patch_size = self.fit_to_patches(pixel_values, patch_size)
         grid = (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size)
         outputs: Any = self.encode(pixel_values, patch_size, **kwargs)
         feature_maps = tuple(

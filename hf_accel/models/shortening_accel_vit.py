@@ -1,7 +1,7 @@
 """How a sequence is shortened: patch kernels of any size, positions between patches, and the tokens that are kept.
 
-Plain functions of shapes. Beyer et al., "FlexiViT" (arXiv 2212.08013), for kernels and positions; Lin et al.,
-"Accelerating Augmentation Invariance Pretraining" (arXiv 2410.22364), for token dropout.
+These are plain functions of shapes. Kernels and positions follow Beyer et al., "FlexiViT" (arXiv 2212.08013), and token
+dropout Lin et al., "Accelerating Augmentation Invariance Pretraining" (arXiv 2410.22364).
 """
 
 from operator import index
@@ -17,9 +17,9 @@ logger = logging.get_logger(__name__)
 
 
 def interpolation_matrix(old_size: int, new_size: int) -> torch.Tensor:
-    """(new_size, old_size), float64: linear resize of a line of pixels, half-pixel centres, no antialias.
+    """(new_size, old_size), float64: linear resize of a line of pixels with half-pixel centres and no antialiasing.
 
-    Bilinear resize is separable: of an image `x` (old_size, old_size) it is `A @ x @ A.T`.
+    Bilinear resize is separable: for an image `x` (old_size, old_size) it is `A @ x @ A.T`.
     """
     eye = torch.eye(old_size, dtype=torch.float64, device="cpu")
     return nn.functional.interpolate(eye[None], size=new_size, mode="linear", align_corners=False)[0].T
@@ -27,7 +27,7 @@ def interpolation_matrix(old_size: int, new_size: int) -> torch.Tensor:
 
 @cached_table(lambda old_size, new_size: (new_size, old_size))
 def kernel_resize_matrix(old_size: int, new_size: int) -> torch.Tensor:
-    """(new_size, old_size): pinv(A^T). As B = A (x) A, the pseudo-inverse of B^T is that of A^T on either axis."""
+    """(new_size, old_size): pinv(A^T). As B = A (x) A, the pseudo-inverse of B^T is that of A^T on each axis."""
     return torch.linalg.pinv(interpolation_matrix(old_size, new_size).T)
 
 
@@ -68,16 +68,16 @@ def resize_patch_kernel(kernel: torch.Tensor, patch_size: int) -> torch.Tensor:
     smaller p it is the least-squares solution of `B^T w_p = w`.
 
     Args:
-        kernel: (D, C, p0, p0). The result is differentiable with respect to it, and computed in fp32 or better.
+        kernel: (D, C, p0, p0). The result is differentiable with respect to it and computed in fp32 or better.
         patch_size: p in pixels.
 
     Returns:
-        (D, C, p, p), of the kernel's dtype; the kernel itself if p = p0.
+        (D, C, p, p) in the kernel's dtype; the kernel itself if p = p0.
 
     Raises:
-        ValueError: `patch_size` is no positive whole number, or the kernel is not square.
+        ValueError: `patch_size` is not a positive whole number, or the kernel is not square.
     """
-    patch_size = checked_patch_size(patch_size)
+    patch_size = check_patch_size(patch_size)
     if kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3]:
         raise ValueError(f"the kernel must be (D, C, p0, p0), got {tuple(kernel.shape)}")
     if kernel.shape[-1] == patch_size:
@@ -89,10 +89,10 @@ def resize_patch_kernel(kernel: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def resize_patches(patches: torch.Tensor, base_patch_size: int) -> torch.Tensor:
-    """(..., p, p) -> (..., p0, p0): a kernel gives on the result what its `resize_patch_kernel` gives on `patches`.
+    """(..., p, p) -> (..., p0, p0): a kernel on the result equals its `resize_patch_kernel` on `patches`.
 
-    With M the matrix of `resize_patch_kernel`, `<x, M w M^T> = <M^T x M, w>`. This costs more than resizing the kernel
-    and is for projections whose kernel is out of reach.
+    With M the matrix of `resize_patch_kernel`, `<x, M w M^T> = <M^T x M, w>`. This costs more than resizing the
+    kernel and serves projections whose kernel cannot be accessed.
     """
     if patches.shape[-1] == base_patch_size:
         return patches
@@ -102,11 +102,11 @@ def resize_patches(patches: torch.Tensor, base_patch_size: int) -> torch.Tensor:
         return (matrix.T @ patches.to(dtype) @ matrix).to(patches.dtype)
 
 
-def checked_patch_size(patch_size: int) -> int:
-    """The patch size, which `operator.index` makes a constant of a compiled graph: inductor fails on a dynamic one.
+def check_patch_size(patch_size: int) -> int:
+    """Return the patch size, which `operator.index` makes constant for `torch.compile`: inductor fails on a dynamic one.
 
     Raises:
-        ValueError: it is no positive whole number.
+        ValueError: it is not a positive whole number.
     """
     if isinstance(patch_size, bool) or not isinstance(patch_size, int) or patch_size < 1:
         raise ValueError(
@@ -116,9 +116,9 @@ def checked_patch_size(patch_size: int) -> int:
 
 
 def num_kept_tokens(num_patches: int, token_dropout: float) -> int:
-    """max(1, int(num_patches * (1 - token_dropout))): the patch tokens that remain.
+    """Number of patch tokens that remain: max(1, int(num_patches * (1 - token_dropout))).
 
-    1e-9 is added before rounding down, as 10 * (1 - 0.9) is 0.9999999999999998 in floating point.
+    1e-9 is added before rounding down, because 10 * (1 - 0.9) is 0.9999999999999998 in floating point.
 
     Raises:
         ValueError: `token_dropout` is not in [0, 1).
@@ -133,7 +133,7 @@ def num_kept_tokens(num_patches: int, token_dropout: float) -> int:
 
 @torch.compiler.disable()
 def draw(rows: int, columns: int, generator: torch.Generator, device: torch.device | str | None = None) -> torch.Tensor:
-    """Uniform (rows, columns), drawn where the generator is, on `device`. `torch.compile` cannot trace a generator."""
+    """Draw uniform (rows, columns) on the generator's device, for `device`. `torch.compile` cannot trace generators."""
     noise = torch.rand(rows, columns, generator=generator, device=generator.device)
     if noise.device.type == "cpu" and torch.device(device or "cpu").type != "cpu":
         return noise.pin_memory().to(device, non_blocking=True)  # the host need not wait for the device
@@ -147,10 +147,10 @@ def sample_kept_tokens(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Which patch tokens to keep: drawn uniformly without replacement, afresh for each image.
+    """Draw the patch tokens to keep, uniformly without replacement, for each image separately.
 
-    The tokens with the smallest of `torch.rand(batch_size, num_patches, generator=generator)`, which is drawn on the
-    generator's device (without one, on `device`): a CPU generator gives the same tokens on every device.
+    They are the tokens with the smallest values of `torch.rand(batch_size, num_patches, generator=generator)`, drawn on
+    the generator's device (without one, on `device`), so a CPU generator gives the same tokens on every device.
 
     Returns:
         (batch_size, num_kept_tokens) int64 on `device`, ascending in each row.
@@ -169,7 +169,7 @@ _resize_was_reported = False
 
 @torch.compiler.disable()
 def warn_of_resize(old_size: tuple[int, int], new_size: tuple[int, int], patch_size: int) -> None:
-    """Once in the life of the process."""
+    """Warn once per process."""
     global _resize_was_reported
     if not _resize_was_reported:
         logger.warning(
@@ -180,9 +180,9 @@ def warn_of_resize(old_size: tuple[int, int], new_size: tuple[int, int], patch_s
 
 
 def resize_to_multiple(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """(B, C, H, W), resized (bilinear, antialiased) to the nearest multiples of `patch_size`, at least one patch.
+    """Resize (B, C, H, W), bilinear and antialiased, to the nearest multiples of `patch_size`, at least one patch.
 
-    It is computed in fp32 or better: on a CPU, torch has no antialiased resize in half precision.
+    It is computed in fp32 or better, because torch has no antialiased resize in half precision on a CPU.
     """
     height, width = pixel_values.shape[-2:]
     if height % patch_size == 0 and width % patch_size == 0:

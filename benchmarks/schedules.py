@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from benchmarks.options import parser_of
-from hf_accel.recipe.task_keys import overrides_for, task_reads
+from hf_accel.recipe import overrides_for, task_reads
 from hf_accel.report import environment
 from hf_accel.report.curves import STYLE
 from hf_accel.report.search_figures import STAGE_COLORS, STAGE_MARKERS

@@ -22,7 +22,7 @@ from benchmarks import cost
 from benchmarks.options import UNITS, add_shared_options, parse, parser_of, settings_of
 from hf_accel.compression import Compression, Strategy, forward_cost
 from hf_accel.data import ImageSource
-from hf_accel.recipe import Recipe
+from hf_accel.recipe import PretrainRecipe, Recipe
 from hf_accel.report import environment
 from hf_accel.run_folder import write_json
 from hf_accel.schedule_search.choose import search_grid
@@ -66,7 +66,7 @@ class TimedProbe:
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
-    return Recipe(
+    return PretrainRecipe(
         budget=1.0,
         model=args.model,
         image_size=args.image_size,

@@ -30,7 +30,7 @@ import yaml
 
 from benchmarks.options import parser_of
 from benchmarks.speedup_report import write_report
-from hf_accel.recipe.task_keys import overrides_for
+from hf_accel.recipe import overrides_for
 from hf_accel.report import read_results
 from hf_accel.run_folder import write_json
 from hf_accel.utils.strict_yaml import load_yaml

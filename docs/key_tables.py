@@ -2,15 +2,14 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-from hf_accel.recipe import Recipe
+from hf_accel.recipe import RECIPES
 from hf_accel.recipe.checks import configured_classes
 from hf_accel.recipe.declarations import Declaration
-from hf_accel.recipe.keys import recipe_types
-from hf_accel.recipe.task_keys import TASKS, tasks_that_read
+from hf_accel.recipe.keys import default_of
+from hf_accel.recipe.loading import group_keys
 from hf_accel.recipe.values import type_name
 
 PAGE = Path(__file__).with_name("recipes.md")
@@ -29,15 +28,18 @@ def insert_tables(page: str) -> str:
 
 
 def _key_tables() -> Iterator[str]:
-    hints = recipe_types()
-    for key in fields(Recipe):
-        if key.metadata["group"]:
-            group = key.metadata["group"]
-            yield f"\n### {group[0].upper()}{group[1:]}\n"
-            yield "| key | type | default | meaning | tasks |\n|---|---|---|---|---|"
-        readers = tasks_that_read(key.name)
-        tasks = "all" if len(readers) == len(TASKS) else ", ".join(readers)
-        yield _row(f"`{key.name}`", type_name(hints[key.name]), _show(_default(key)), key.metadata["help"], tasks)
+    groups: dict[str, dict[tuple[str, str], list[str]]] = {}
+    for task in RECIPES:
+        for heading, keys in group_keys(task).items():
+            for key in keys:
+                groups.setdefault(heading, {}).setdefault((key.name, key.metadata["help"]), []).append(task)
+    for heading, keys in groups.items():
+        yield f"\n### {heading[0].upper()}{heading[1:]}\n"
+        yield "| key | type | default | meaning | tasks |\n|---|---|---|---|---|"
+        for (key, text), tasks in keys.items():
+            kind = RECIPES[tasks[0]]
+            readers = "all" if len(tasks) == len(RECIPES) else ", ".join(tasks)
+            yield _row(f"`{key}`", type_name(kind.types()[key]), _show(default_of(kind, key)), text, readers)
 
 
 def _setting_tables() -> Iterator[str]:
@@ -70,10 +72,6 @@ def _show(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return f"`{str(value).lower() if value is not None else 'null'}`"
     return f"`{list(value) if isinstance(value, tuple) else value}`" if value != "" else ""
-
-
-def _default(key: Field) -> Any:
-    return key.default_factory() if key.default_factory is not MISSING else key.default
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .distributed import broadcast_object, is_main, say
 from .utils.causes import lacks_room
 from .utils.errors import SettingError, fail
+from .utils.pretrain_settings import Rule
 
 LOCK_PATIENCE = 60.0
 """Seconds to wait for a lock: a run whose launcher has ended saves a checkpoint, or ends itself, within this time."""
@@ -34,13 +35,6 @@ TORCH_WRITER = ("PytorchStreamWriter", "unexpected pos", "iostream error")
 
 AGAIN = "Make room, and launch the same command again"
 """The remedy for a full disk where nothing else needs to be said."""
-
-Rule = Literal["fixed", "correction", "free"]
-"""Whether a setting may change between an interrupted run and its continuation.
-
-A fixed one may not. A correction may change from a checkpoint on, because everything before it stays as it was. A free
-one may always change, because the result does not depend on it.
-"""
 
 
 class WriteFailed(RuntimeError):

@@ -15,8 +15,7 @@ from accelerate.commands.launch import launch_command_parser
 from packaging.requirements import Requirement
 
 import hf_accel.run as entry
-from hf_accel.recipe import Recipe, load_recipe
-from hf_accel.recipe.task_keys import TASKS, overrides_for
+from hf_accel.recipe import RECIPES, Recipe, load_recipe, overrides_for
 from tests.commands import ROOT, Command, all_commands, code_blocks, commands_of_comments, commands_of_markdown
 from tests.tiny_runs import image_folder, read
 
@@ -164,7 +163,7 @@ def check_pip(words: list[str]) -> None:
 
 
 def check_hf_accel(words: list[str]) -> None:
-    assert words[1] in (*TASKS, "plan", *WITHOUT_RECIPE), f"no task {words[1]}"
+    assert words[1] in (*RECIPES, "plan", *WITHOUT_RECIPE), f"no task {words[1]}"
     if len(words) > 2 and words[1] not in WITHOUT_RECIPE:
         check_launch(words)
 
@@ -188,7 +187,7 @@ COVERS = {
 
 def check(command: Command) -> None:
     if command.words[0].startswith("task=") and len(command.words) == 1:  # the name of a task, and no command
-        assert command.words[0].removeprefix("task=") in TASKS, command.text
+        assert command.words[0].removeprefix("task=") in RECIPES, command.text
         return
     words = given(command)
     assert words[0] in COVERS, f"{command.where}: no check for `{command.text}`: add one to COVERS in {__file__}"

@@ -62,7 +62,7 @@ def test_import_hf_accel_is_enough_for_automodel():
 
 def test_one_process_prints_its_error_itself(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
-    with pytest.raises(SystemExit, match=r"^RecipeError: bacth_size=3: there is no such key"):
+    with pytest.raises(SystemExit, match=r"^SettingError: bacth_size=3: there is no such key"):
         entry.main(["recipes/moco.yaml", "bacth_size=3"])
 
 
@@ -93,9 +93,9 @@ def test_one_of_several_leaves_its_error_to_the_launcher(kind, rank, monkeypatch
 @pytest.mark.parametrize(
     ("config", "override", "message"),
     [
-        ("cpu_2proc", "bacth_size=3", "RecipeError: bacth_size=3: there is no such key"),
-        ("cpu_2proc", "batch_size=7", "RecipeError: batch_size=7: must be a multiple of"),
-        ("ddp", "seed=3", "RecipeError: 2 processes on GPUs were asked for"),
+        ("cpu_2proc", "bacth_size=3", "SettingError: bacth_size=3: there is no such key"),
+        ("cpu_2proc", "batch_size=7", "SettingError: batch_size=7: must be a multiple of"),
+        ("ddp", "seed=3", "SettingError: 2 processes on GPUs were asked for"),
     ],
 )
 def test_an_error_of_several_is_printed_once_and_last(config, override, message, tmp_path):

@@ -1,17 +1,33 @@
 """Recipes: every setting of a task, flat, from a YAML file and `key=value` overrides."""
 
-from .keys import Recipe, describe_keys, load_recipe, recipe_types
-from .task_keys import TASKS, overrides_for, task_reads, tasks_that_read
+from .keys import (
+    RECIPES,
+    CardRecipe,
+    CostRecipe,
+    EvaluateRecipe,
+    ExportRecipe,
+    PretrainRecipe,
+    Recipe,
+    SearchRecipe,
+    task_reads,
+    tasks_that_read,
+)
+from .loading import describe_keys, load_recipe, overrides_for
 from .values import RecipeError
 
 __all__ = [
-    "TASKS",
+    "RECIPES",
+    "CardRecipe",
+    "CostRecipe",
+    "EvaluateRecipe",
+    "ExportRecipe",
+    "PretrainRecipe",
     "Recipe",
     "RecipeError",
+    "SearchRecipe",
     "describe_keys",
     "load_recipe",
     "overrides_for",
-    "recipe_types",
     "task_reads",
     "tasks_that_read",
 ]

@@ -3,11 +3,13 @@
 What needs torch, which takes seconds to import, is checked last. Each check raises RecipeError.
 """
 
+from dataclasses import fields
 from typing import Any
 
 import yaml
 
 from ..compression.schedule import Schedule
+from ..utils.pretrain_settings import PretrainSettings
 from .declarations import Declaration, Setting, read_class, read_classes, read_table
 from .values import RecipeError, check_settings, did_you_mean, fail
 
@@ -46,34 +48,83 @@ def configured_classes() -> dict[str, Declaration]:
     return {name: read_class(*declared) for name, declared in (objectives | EVALUATION_CONFIGS).items()}
 
 
+ABOVE_0 = (
+    *("image_size", "patch_size", "gradient_accumulation_steps", "learning_rate"),
+    *("search_memory", "logging_steps", "save_steps"),
+)
+AT_LEAST = {
+    **{key: (0, "must not be negative") for key in ("weight_decay", "max_grad_norm", "num_workers")},
+    "save_total_limit": (2, "must be at least 2, so that a kill during a save loses none"),
+    "search_draws": (3, "an estimate with an interval needs at least 3"),
+}
+NEEDED = {
+    "checkpoint": "needs the folder of an encoder, e.g. checkpoint=RUN/final",
+    "pilot": "needs the output_dir of a pilot run, e.g. pilot=runs/moco",
+}
+
+
 def check_recipe(recipe: Any) -> None:
-    """All checks of a `Recipe`, those that need no torch first.
+    """Check a recipe, and first what needs no torch.
 
     Raises:
         RecipeError: a name, setting, value or combination that is not possible.
     """
-    for check in (_check_choices, _check_objective, _check_evaluation, _check_numbers, _check_schedule, _check_classes):
-        check(recipe)
+    _check_choices(recipe)
+    _check_numbers(recipe)
+    if recipe.reads("objective"):
+        _check_objective(recipe)
+    if recipe.reads("evaluations"):
+        _check_evaluation(recipe)
+    if recipe.reads("schedule"):
+        _check_schedule(recipe)
+    _check_classes(recipe)
 
 
 def _check_choices(recipe: Any) -> None:
     tables = {"model": PRESETS, "objective": OBJECTIVES, "augmentation": AUGMENTATIONS}
     for key, table in tables.items():
-        value = getattr(recipe, key)
-        if value not in table:
+        if recipe.reads(key) and getattr(recipe, key) not in table:
+            value = getattr(recipe, key)
             fail(key, value, f"must be one of {list(table)}{did_you_mean(value, table, 0.4)}")
-    for name in OWN_KEYS:
-        if name in recipe.model_config:
-            fail(f"model_config.{name}", recipe.model_config[name], "is a key of its own")
-    fields = read_class("models/configuration_accel_vit.py", "AccelViTConfig").settings
-    check_settings("model_config", recipe.model_config, fields, "AccelViTConfig")
+    if recipe.reads("model_config"):
+        for name in OWN_KEYS:
+            if name in recipe.model_config:
+                fail(f"model_config.{name}", recipe.model_config[name], "is a key of its own")
+        known = read_class("models/configuration_accel_vit.py", "AccelViTConfig").settings
+        check_settings("model_config", recipe.model_config, known, "AccelViTConfig")
+    for key, problem in NEEDED.items():
+        if recipe.reads(key) and not getattr(recipe, key):
+            fail(key, getattr(recipe, key), f"task={recipe.task} {problem}")
+
+
+def _check_numbers(recipe: Any) -> None:
+    if recipe.task == "pretrain":
+        recipe.check_pretraining()
+    else:  # the same checks, of those settings that the task reads
+        taken = {key.name: getattr(recipe, key.name) for key in fields(PretrainSettings) if recipe.reads(key.name)}
+        PretrainSettings(**{"budget": 1.0, **taken}).check_pretraining()
+    for key in filter(recipe.reads, ABOVE_0):
+        if getattr(recipe, key) <= 0:
+            fail(key, getattr(recipe, key), "must be above 0")
+    for key, (least, problem) in AT_LEAST.items():
+        if recipe.reads(key) and getattr(recipe, key) < least:
+            fail(key, getattr(recipe, key), problem)
+    if recipe.reads("seed") and not 0 <= recipe.seed < 2**32:
+        fail("seed", recipe.seed, "must be a whole number from 0 to 2^32 - 1")
+    if recipe.reads("image_size") and recipe.image_size % recipe.patch_size:
+        fail("patch_size", recipe.patch_size, f"must divide image_size={recipe.image_size}")
 
 
 def _check_objective(recipe: Any) -> None:
     check_settings("objective_config", recipe.objective_config, objective_settings(recipe.objective), recipe.objective)
-    least = least_batch(recipe.objective)
-    if 0 < recipe.batch_size < least * recipe.gradient_accumulation_steps:
+    if not recipe.reads("batch_size"):
+        return
+    least, micro_batches = least_batch(recipe.objective), recipe.gradient_accumulation_steps
+    if recipe.batch_size < least * micro_batches:
         fail("batch_size", recipe.batch_size, f"{recipe.objective} needs at least {least} images in each micro-batch")
+    if recipe.batch_size % micro_batches:
+        problem = f"must be a multiple of gradient_accumulation_steps={micro_batches}"
+        fail("batch_size", recipe.batch_size, problem)
     if recipe.cost == "measured" and recipe.local_crop_size():
         fail("cost", "measured", "local crops have analytic costs only")
 
@@ -92,62 +143,7 @@ def _check_evaluation(recipe: Any) -> None:
         fail("evaluations", recipe.evaluations, "name at least one, and at least one seed in eval_seeds")
 
 
-def _check_numbers(recipe: Any) -> None:
-    positive = (
-        "image_size",
-        "patch_size",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "learning_rate",
-        "knn_k",
-        "search_memory",
-        "knn_temperature",
-        "logging_steps",
-        "save_steps",
-    )
-    for key in positive:
-        if getattr(recipe, key) <= 0:
-            fail(key, getattr(recipe, key), "must be above 0")
-    if not 0 <= recipe.seed < 2**32:
-        fail("seed", recipe.seed, "must be a whole number from 0 to 2^32 - 1")
-    if not 0 <= recipe.warmup <= 1:
-        fail("warmup", recipe.warmup, "must lie in [0, 1]")
-    for key in ("weight_decay", "max_grad_norm", "num_workers", "budget"):
-        if getattr(recipe, key) < 0:
-            fail(key, getattr(recipe, key), "must not be negative")
-    if recipe.task == "pretrain" and recipe.budget == 0:
-        fail("budget", recipe.budget, "a pretraining run needs a budget in units, e.g. budget=400000")
-    if recipe.task in ("evaluate", "export", "card") and not recipe.checkpoint:
-        fail(
-            "checkpoint",
-            recipe.checkpoint,
-            f"task={recipe.task} needs the folder of an encoder, e.g. checkpoint=RUN/final",
-        )
-    if recipe.task == "search" and not recipe.pilot:
-        fail("pilot", recipe.pilot, "task=search needs the output_dir of a pilot run, e.g. pilot=runs/moco")
-    for key in ("search_draws", "auto_draws"):
-        if getattr(recipe, key) < 3:
-            fail(key, getattr(recipe, key), "an estimate with an interval needs at least 3")
-    if not 0 < recipe.auto_share < 1:
-        fail("auto_share", recipe.auto_share, "must lie between 0 and 1")
-    if recipe.schedule == "auto" and recipe.view_resolution == "matched":
-        fail("view_resolution", "matched", "needs a schedule known beforehand; schedule=auto makes full views")
-    if recipe.save_total_limit < 2:
-        fail("save_total_limit", recipe.save_total_limit, "must be at least 2, so that a kill during a save loses none")
-    for key in ("eval_points", "keep_points"):
-        if any(not isinstance(p, int | float) or not 0 <= p <= 1 for p in getattr(recipe, key)):
-            fail(key, getattr(recipe, key), "must be numbers in [0, 1]")
-    if recipe.batch_size % recipe.gradient_accumulation_steps:
-        fail(
-            "batch_size",
-            recipe.batch_size,
-            f"must be a multiple of gradient_accumulation_steps={recipe.gradient_accumulation_steps}",
-        )
-
-
 def _check_schedule(recipe: Any) -> None:
-    if recipe.image_size % recipe.patch_size:
-        fail("patch_size", recipe.patch_size, f"must divide image_size={recipe.image_size}")
     try:
         schedule: Schedule = recipe.compression_schedule()
         schedule.validate(recipe.image_size, recipe.patch_size, recipe.local_crop_size())
@@ -157,10 +153,11 @@ def _check_schedule(recipe: Any) -> None:
 
 def _check_classes(recipe: Any) -> None:
     """What the configured classes check themselves; they need torch."""
-    try:
-        recipe.encoder_config()
-    except Exception as error:  # the config's own checks raise several types; all are about the recipe's values
-        raise RecipeError(f"model_config={recipe.model_config!r}: {error}") from error
+    if recipe.reads("model"):
+        try:
+            recipe.encoder_config()
+        except Exception as error:  # the config's own checks raise several types; all are about the recipe's values
+            raise RecipeError(f"model_config={recipe.model_config!r}: {error}") from error
     if not recipe.reads("evaluations"):
         return
     from ..evaluation import FineTuneConfig, LinearConfig

@@ -37,7 +37,7 @@ from ..hub import (
     write_card,
 )
 from ..models import AccelViTConfig
-from ..recipe import Recipe, RecipeError
+from ..recipe import PretrainRecipe, Recipe, RecipeError
 from ..report import StrategyCosts, environment, plot_schedule, run_is_complete
 from ..run_folder import last_complete_checkpoint, write_json
 from ..training.trainer import PretrainTrainer
@@ -270,10 +270,11 @@ def card(recipe: Recipe) -> None:
         measured = json.loads((other / "results.json").read_text())
         results["baseline"] = {"name": other.resolve().name, **{key: measured.get(key) for key in OF_A_BASELINE}}
         write_json(output / "results.json", results)
-    ran, default = yaml.safe_load((output / "recipe.yaml").read_text()), Recipe(budget=1.0)
+    ran, default = yaml.safe_load((output / "recipe.yaml").read_text()), PretrainRecipe(budget=1.0)
     keys = {key: getattr(recipe, key) for key in ("license", "hub_model_id")}
     kept = {key: ran[key] for key, given in keys.items() if given == getattr(default, key) and key in ran}
-    recipe = replace(recipe, output_dir=str(output), **{**keys, **kept})
+    recipe = replace(recipe, **{**keys, **kept})
+    recipe.output_dir = str(output)  # pyright: ignore[reportAttributeAccessIssue]
     path = output / FINAL / CARD_NAME
     try:
         written = complete_final(recipe, results)

@@ -28,23 +28,10 @@ from ..distributed.launch import (
 from ..models import AccelViTModel
 from ..objectives import OBJECTIVES, ObjectiveForPreTraining
 from ..recipe import Recipe, RecipeError
-from ..run_folder import Rule, RunFolder, last_complete_checkpoint
+from ..run_folder import RunFolder, last_complete_checkpoint
 from ..schedule_search.choose import search_grid
 from ..schedule_search.ladder import LADDER_DROPOUTS, OnlineController, ladder_of
 from ..utils.causes import reason
-
-# Keys that may change between an interrupted run and its continuation: none has a part in the result.
-FREE_KEYS = {
-    *("task", "output_dir", "num_workers", "logging_steps", "save_steps", "save_total_limit", "report_to"),
-    "search_memory",
-    *("push_to_hub", "hub_model_id", "hub_private", "hub_optimizer", "license", "baseline"),
-}
-
-# One more for a search, which chooses anew from the table that it has.
-FREE_OF_A_SEARCH = FREE_KEYS | {"search_criterion"}
-
-# Keys that may change beyond a checkpoint: what the advice after a divergence names. Everything before it is as it was.
-CORRECTIONS = {"learning_rate", "warmup", "max_grad_norm", "mixed_precision"}
 
 
 def output_of(recipe: Recipe) -> Path:
@@ -252,8 +239,5 @@ def continue_recipe(recipe: Recipe) -> list[str]:
     """
     run = RunFolder(recipe.output_dir)
     settle_precision(recipe, run.read_recipe().get("mixed_precision"))
-    now, free = recipe.used(), FREE_OF_A_SEARCH if recipe.task == "search" else FREE_KEYS
-    rules: dict[str, Rule] = {
-        key: "free" if key in free else "correction" if key in CORRECTIONS else "fixed" for key in now
-    }
-    return run.compare_settings(now, rules)
+    now = recipe.used()
+    return run.compare_settings(now, {key: recipe.resume_rule(key) for key in now})

@@ -12,10 +12,17 @@ from .errors import fail
 
 EPOCHS = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*epochs?\s*")
 
+Rule = Literal["fixed", "correction", "free"]
+"""Whether a setting may change between an interrupted run and its continuation.
 
-def setting(default: Any, text: str, group: str = "") -> Any:
+A fixed one may not. A correction may change from a checkpoint on, because everything before it stays as it was. A free
+one may always change, because the result does not depend on it.
+"""
+
+
+def setting(default: Any, text: str, group: str = "", *, resume: Rule) -> Any:
     """A dataclass field with its help text, and for a recipe the heading that it opens in `--help`."""
-    metadata = {"help": text, "group": group}
+    metadata = {"help": text, "group": group, "resume": resume}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -30,40 +37,63 @@ class PretrainSettings:
         "units to spend, or 'N epochs': what so many epochs cost without compression (a unit is a forward pass of the "
         "encoder on one uncompressed image)",
         "budget",
+        resume="fixed",
     )
     schedule: list[Any] | str | None = setting(
-        None, "list of stages, path of a YAML file of them, or auto; default: no compression"
+        None,
+        "list of stages, path of a YAML file of them, or auto; default: no compression",
+        resume="fixed",
     )
-    cost: Literal["analytic", "measured"] = setting("analytic", "units from FLOPs, or timed on this device")
-    auto_share: float = setting(0.03, "share of the budget that the probes of schedule=auto may spend")
-    auto_draws: int = setting(8, "paired gradients of a probe of schedule=auto; up to 64 if auto_share pays for them")
+    cost: Literal["analytic", "measured"] = setting(
+        "analytic", "units from FLOPs, or timed on this device", resume="fixed"
+    )
+    auto_share: float = setting(0.03, "share of the budget that the probes of schedule=auto may spend", resume="fixed")
+    auto_draws: int = setting(
+        8, "paired gradients of a probe of schedule=auto; up to 64 if auto_share pays for them", resume="fixed"
+    )
     search_criterion: Literal["ca_mse", "gain"] = setting(
         "ca_mse",
         "what a strategy is chosen by: ca_mse, the paper's cost-adjusted error, or gain, the decrease of the loss per "
         "unit to first order",
+        resume="fixed",
     )
-    batch_size: int = setting(256, "images of a step, over all processes and micro-batches", "optimisation")
+    batch_size: int = setting(
+        256, "images of a step, over all processes and micro-batches", "optimisation", resume="fixed"
+    )
     lr_schedule: Literal["cosine", "poly"] = setting(
-        "cosine", "learning rate after the warm-up: cosine, or poly, which is base x (1 - progress^2)"
+        "cosine",
+        "learning rate after the warm-up: cosine, or poly, which is base x (1 - progress^2)",
+        resume="fixed",
     )
-    warmup: float = setting(0.1, "progress over which the learning rate rises linearly")
+    warmup: float = setting(0.1, "progress over which the learning rate rises linearly", resume="correction")
     weight_decay_end: float | None = setting(
-        None, "weight decay at the end, reached along a cosine of progress; default: weight_decay throughout"
+        None,
+        "weight decay at the end, reached along a cosine of progress; default: weight_decay throughout",
+        resume="fixed",
     )
     augmentation: str = setting(
-        "moco", "how views are drawn: moco, or digits, which neither mirrors nor colours them", "views"
+        "moco",
+        "how views are drawn: moco, or digits, which neither mirrors nor colours them",
+        "views",
+        resume="fixed",
     )
     view_resolution: Literal["full", "matched"] = setting(
         "full",
         "pixels of the views: full, or matched, which makes the views of larger patches at a proportionally lower "
         "resolution (same tokens, less data work)",
+        resume="fixed",
     )
     eval_points: list[float] = setting(
-        [0.0, 0.25, 0.5, 0.75, 1.0], "progress at which kNN accuracy is measured", "evaluation"
+        [0.0, 0.25, 0.5, 0.75, 1.0],
+        "progress at which kNN accuracy is measured",
+        "evaluation",
+        resume="free",
     )
-    keep_points: list[float] = setting([], "progress at which a checkpoint is kept for good, in kept/ of output_dir")
-    knn_k: int = setting(20, "neighbours of the kNN accuracy")
-    knn_temperature: float = setting(0.07, "temperature of the neighbours' votes")
+    keep_points: list[float] = setting(
+        [], "progress at which a checkpoint is kept for good, in kept/ of output_dir", resume="free"
+    )
+    knn_k: int = setting(20, "neighbours of the kNN accuracy", resume="free")
+    knn_temperature: float = setting(0.07, "temperature of the neighbours' votes", resume="free")
 
     def check_pretraining(self) -> None:
         """Take numbers that were written as text for numbers.

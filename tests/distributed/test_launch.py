@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from hf_accel.distributed import launch as engine
-from hf_accel.recipe import Recipe, RecipeError
+from hf_accel.recipe import PretrainRecipe, Recipe, RecipeError
 
 VARIABLES = (
     *("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "WORLD_SIZE"),
@@ -23,7 +23,7 @@ GPU, CPU = {"ACCELERATE_USE_CPU": "false"}, {"ACCELERATE_USE_CPU": "true"}
 
 
 def recipe(**settings: Any) -> Recipe:
-    return Recipe(budget=1000, **settings)
+    return PretrainRecipe(budget=1000, **settings)
 
 
 @pytest.fixture

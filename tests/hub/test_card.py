@@ -13,7 +13,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from hf_accel.compression import Compression, forward_cost
 from hf_accel.hub import Run, card_text, without_local_paths, write_card
-from hf_accel.recipe import Recipe
+from hf_accel.recipe import PretrainRecipe
 from hf_accel.report.evaluations import add_run, read_results, wilson_interval
 from tests.tiny_runs import RECIPE
 
@@ -88,7 +88,9 @@ EVALUATIONS = [
 
 @pytest.fixture
 def run() -> Run:
-    recipe = Recipe(**{**RECIPE, "data": "ann/pets", "schedule": SCHEDULE, "output_dir": "/home/ann/secret/run"})
+    recipe = PretrainRecipe(
+        **{**RECIPE, "data": "ann/pets", "schedule": SCHEDULE, "output_dir": "/home/ann/secret/run"}
+    )
     return Run("run", dataclasses.asdict(recipe), RESULTS, recipe.encoder_config(), 78_392, ("curves.png",))
 
 

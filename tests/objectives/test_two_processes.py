@@ -26,7 +26,7 @@ from hf_accel.objectives.dino import DINOForPreTraining
 from hf_accel.objectives.heads import BatchNorm1d, mlp
 from hf_accel.objectives.moco import contrastive_loss
 from hf_accel.objectives.simclr import nt_xent_loss
-from hf_accel.recipe import Recipe
+from hf_accel.recipe import PretrainRecipe
 from hf_accel.schedule_search.gradient_probe import GradientProbe
 from hf_accel.tasks.setup import build_objective
 from tests.tiny_runs import RECIPE
@@ -130,7 +130,7 @@ def dino_steps() -> Results:
 def probe(name: str, **settings: Any) -> Results:
     """A probe's gradient, of two micro-batches: images, views, kept tokens and negatives are those of one process."""
     own = {"objective": name, "objective_config": settings, "gradient_accumulation_steps": 2, "mixed_precision": "no"}
-    recipe = Recipe(**{**RECIPE, **own})
+    recipe = PretrainRecipe(**{**RECIPE, **own})
     pixels = torch.randint(0, 256, (40, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     torch.manual_seed(0)
     gradient_of = GradientProbe(build_objective(recipe), recipe, ImageSource("set", pixels=pixels))

@@ -1,5 +1,6 @@
+import re
+from dataclasses import fields
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import yaml
@@ -7,14 +8,26 @@ import yaml
 from hf_accel.compression import Schedule
 from hf_accel.evaluation import FineTuneConfig, LinearConfig
 from hf_accel.objectives import OBJECTIVES
-from hf_accel.recipe import Recipe, RecipeError, describe_keys, load_recipe, recipe_types, task_keys
+from hf_accel.recipe import (
+    RECIPES,
+    EvaluateRecipe,
+    PretrainRecipe,
+    Recipe,
+    RecipeError,
+    describe_keys,
+    load_recipe,
+    task_reads,
+    tasks_that_read,
+)
 from hf_accel.recipe.checks import objective_settings
-from hf_accel.recipe.task_keys import TASKS, task_reads, tasks_that_read
+from hf_accel.recipe.keys import default_of
+from hf_accel.recipe.loading import REMOVED_KEYS
+from hf_accel.tasks.setup import continue_recipe
 from hf_accel.utils.strict_yaml import load_yaml
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 SCHEDULES = sorted((FOLDER / "schedules").glob("*.yaml"))
-RECIPES = sorted(set(FOLDER.rglob("*.yaml")) - set(SCHEDULES))
+SHIPPED = sorted(set(FOLDER.rglob("*.yaml")) - set(SCHEDULES))
 
 
 NEEDED = {task: [f"task={task}", "checkpoint=folder"] for task in ("evaluate", "export", "card")}
@@ -25,11 +38,11 @@ NEEDED |= {"pretrain": [], "search": ["task=search", "pilot=folder"], "cost": ["
 def load(*overrides: str) -> Recipe:
     """The quickstart's recipe with these keys, under the first task that reads the first of them."""
     key = overrides[0].partition("=")[0].partition(".")[0]
-    task = next((task for task in TASKS if key in Recipe.__dataclass_fields__ and task_reads(task, key)), "pretrain")
+    task = next(iter(tasks_that_read(key)), "pretrain")
     return load_recipe("recipes/moco.yaml", [*NEEDED[task], *overrides])
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_recipe_reads_and_comes_back_from_its_resolved_form(path, tmp_path):
     recipe = load_recipe(path)
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
@@ -58,8 +71,10 @@ def test_every_recipe_reads_and_comes_back_from_its_resolved_form(path, tmp_path
         ("model_config.pooling=max", ["model_config.pooling", "max", "cls, mean"]),
         ("schedule=[{until: 1.0, local_patch_size: 7}]", ["local crops", "none"]),
         ("schedule=nowhere.yaml", ["nowhere.yaml"]),
-        ("budget=-1", ["budget", "negative"]),
-        ("budget=0", ["budget", "units"]),
+        ("budget=-1", ["budget=-1.0", "needs a budget"]),
+        ("budget=0", ["budget=0.0", "units"]),
+        ("budget=much", ["budget='much'", "100 epochs"]),
+        ("budget=100 apochs", ["budget='100 apochs'", "number of epochs"]),
         ("save_total_limit=1", ["save_total_limit", "2"]),
         ("task=pretain", ["pretain", "pretrain"]),
         ("task=evaluate", ["checkpoint"]),
@@ -185,21 +200,16 @@ def test_a_single_value_may_stand_where_a_list_belongs():
 # Keys and tasks
 
 
-def test_every_key_is_read_by_a_task_and_no_task_reads_another():
-    known = set(Recipe.__dataclass_fields__)
-    assert get_args(recipe_types()["task"]) == TASKS
-    assert all(tasks_that_read(key) for key in known)
-    assert {key for keys in task_keys._OTHER_TASKS.values() for key in keys} | task_keys._NOT_OF_PRETRAINING <= known
-
-
 def test_a_key_that_the_task_does_not_read_is_refused():
     with pytest.raises(RecipeError, match=r"^checkpoint='x': task=pretrain does not read .*evaluate, export, card"):
         load_recipe("recipes/moco.yaml", ["checkpoint=x"])
     with pytest.raises(RecipeError, match=r"^linear_config=\{'epochs': 3\}: task=pretrain does not read"):
         load_recipe("recipes/moco.yaml", ["linear_config.epochs=3"])
+    defaults = {key: default_of(kind, key) for kind in RECIPES.values() for key in kind.types()}
+    assert RECIPES.keys() == NEEDED.keys()
     for task, needed in NEEDED.items():
-        for key in Recipe.__dataclass_fields__:
-            value = yaml.safe_dump(getattr(Recipe(budget=1.0), key), default_flow_style=True).removesuffix("\n...\n")
+        for key, value in defaults.items():
+            value = yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n")
             if not task_reads(task, key):
                 with pytest.raises(RecipeError, match=rf"^{key}=.*task={task} does not read"):
                     load_recipe("recipes/moco.yaml", [*needed, f"{key}={value}"])
@@ -211,7 +221,7 @@ def test_in_a_file_such_a_key_has_no_effect_and_is_not_recorded(tmp_path):
     recipe = load_recipe(tmp_path / "recipe.yaml")
     written = yaml.safe_load(recipe.to_yaml())
     assert "checkpoint" not in written and "linear_config" not in written
-    assert written.keys() == {key for key in Recipe.__dataclass_fields__ if task_reads("pretrain", key)}
+    assert written.keys() == {"task", *PretrainRecipe.types()}
     (tmp_path / "written.yaml").write_text(recipe.to_yaml())
     assert load_recipe(tmp_path / "written.yaml").to_yaml() == recipe.to_yaml()
 
@@ -222,7 +232,8 @@ def test_what_a_task_does_not_read_cannot_stop_it(task, tmp_path):
     (tmp_path / "recipe.yaml").write_text(text + "\ngradient_accumulation_steps: 3\n")
     overrides = [*NEEDED[task], "image_size=30", "patch_size=5"]  # at which the schedule's patch 7 is none
     recipe = load_recipe(tmp_path / "recipe.yaml", overrides)
-    assert (recipe.image_size, recipe.patch_size, recipe.schedule, recipe.batch_size) == (30, 5, None, 256)
+    assert (recipe.image_size, recipe.patch_size) == (30, 5)
+    assert not {"schedule", "batch_size", "gradient_accumulation_steps"} & recipe.used().keys()
     with pytest.raises(RecipeError, match=r"^(schedule|batch_size)="):
         load_recipe(tmp_path / "recipe.yaml", overrides[len(NEEDED[task]) :])
 
@@ -237,19 +248,85 @@ def test_overrides_win_and_whole_numbers_become_floats():
 
 
 def test_the_home_folder_in_a_file_is_meant():
-    recipe = Recipe(budget=1.0, output_dir="~/runs/a", checkpoint="~/b")
+    recipe = EvaluateRecipe(output_dir="~/runs/a", checkpoint="~/b")
     assert recipe.output_dir == str(Path.home() / "runs/a") and recipe.checkpoint == str(Path.home() / "b")
 
 
-def test_help_lists_every_key():
-    text = describe_keys()
-    assert all(f"  {key} (" in text for key in Recipe.__dataclass_fields__)
-    for name in OBJECTIVES:
-        settings = text.split(f"objective_config of {name}:")[1]
-        assert all(f"  {key} (" in settings for key in objective_settings(name)), name
-    for name, kind in {"linear_config": LinearConfig, "finetune_config": FineTuneConfig}.items():
-        settings = text.split(f"\n{name}:")[1]
-        assert all(f"  {key} (" in settings and f"  {key}: " in settings for key in kind.__dataclass_fields__), name
+@pytest.mark.parametrize("key", REMOVED_KEYS)
+def test_a_removed_key_is_refused_with_the_changelogs_line(key, tmp_path):
+    line = f"`{key}` is gone. {REMOVED_KEYS[key]}"
+    assert f"\n- {line}\n" in (FOLDER.parent / "CHANGELOG.md").read_text()
+    (tmp_path / "recipe.yaml").write_text(f"budget: 100\n{key}: 1\n")
+    for needed in NEEDED.values():  # in a file, too, whatever the task
+        with pytest.raises(RecipeError, match=rf"^{key}=1: {re.escape(line)}$"):
+            load_recipe(tmp_path / "recipe.yaml", needed)
+    assert not any(task_reads(task, key) for task in RECIPES)
+
+
+# What a resumed run may do with each key
+
+RULES = {
+    "fixed": """
+        seed data data_config train_split validation_split image_column label_column model model_config image_size
+        patch_size attn_implementation torch_compile objective objective_config budget schedule cost auto_share
+        auto_draws search_criterion batch_size lr_schedule weight_decay weight_decay_end augmentation view_resolution
+        gradient_accumulation_steps gradient_checkpointing pilot search_draws search_token_dropout search_patch_size
+        search_symmetry
+    """,
+    "correction": "learning_rate warmup max_grad_norm mixed_precision",
+    "free": """
+        task output_dir num_workers eval_points keep_points knn_k knn_temperature logging_steps report_to save_steps
+        save_total_limit push_to_hub hub_model_id hub_private hub_optimizer license checkpoint evaluations
+        eval_patch_sizes eval_seeds linear_config finetune_config export_format baseline search_memory
+    """,
+}
+"""The whole partition. A new key needs a decision: does the result of a run depend on it?"""
+
+
+def test_every_key_has_its_rule_for_a_resumed_run():
+    rules = {key: rule for rule, keys in RULES.items() for key in keys.split()}
+    for task, kind in RECIPES.items():
+        own = {"search_criterion": "free"} if task == "search" else {}  # it chooses from the table that it has
+        expected = {key: {**rules, **own}.get(key) for key in ("task", *kind.types())}
+        assert {key: kind.resume_rule(key) for key in expected} == expected
+    assert rules.keys() == {"task"} | {key for kind in RECIPES.values() for key in kind.types()}
+
+
+def test_keys_of_other_tasks_and_free_keys_never_stop_a_resume(tmp_path):
+    text = Path("recipes/moco.yaml").read_text() + f"\noutput_dir: {tmp_path}\n"
+    text = text.replace("output_dir: runs/moco\n", "")
+    (file := tmp_path / "file.yaml").write_text(text)
+    (tmp_path / "recipe.yaml").write_text(load_recipe(file, ["mixed_precision=no"]).to_yaml())
+    others = [kind for task, kind in RECIPES.items() if task != "pretrain"]
+    gained = {key: default_of(kind, key) for kind in others for key in kind.types() if not task_reads("pretrain", key)}
+    gained |= {"knn_k": 7, "eval_points": [1.0], "num_workers": 3}
+    file.write_text(text + yaml.safe_dump(gained))
+    assert len(gained) > 12 and continue_recipe(load_recipe(file)) == []
+    with pytest.raises(RecipeError, match=r"^seed=7: .* holds a run with seed=0"):
+        continue_recipe(load_recipe(file, ["seed=7"]))
+
+
+@pytest.mark.parametrize("task", RECIPES)
+def test_help_lists_the_keys_of_its_task_and_no_others(task):
+    text = describe_keys(task)
+    keys = text.partition("\nobjective_config of")[0].partition("\nlinear_config:")[0]
+    assert set(re.findall(r"^  (\w+) \(.*\)$", keys, re.MULTILINE)) == RECIPES[task].types().keys()
+    mappings = {f"objective_config of {name}": objective_settings(name) for name in OBJECTIVES}
+    mappings |= {
+        "linear_config": LinearConfig.__dataclass_fields__,
+        "finetune_config": FineTuneConfig.__dataclass_fields__,
+    }
+    for name, settings in mappings.items():
+        assert (f"\n{name}:" in text) == task_reads(task, name.partition(" ")[0]), name
+        listed = text.partition(f"\n{name}:")[2]
+        assert not listed or all(f"  {key} (" in listed for key in settings), name
+
+
+def test_every_help_text_stands_alone():
+    for kind in RECIPES.values():
+        for key in fields(kind):
+            assert len(key.metadata["help"].split()) >= 4, key.name
+            assert "task=" not in key.metadata["help"], key.name
 
 
 @pytest.mark.parametrize("path", SCHEDULES, ids=lambda path: path.stem)

@@ -211,13 +211,13 @@ def test_of_two_processes_one_pushes_and_neither_waits(images, tmp_path):
 REFUSED = """
 import os, sys
 from hf_accel.tasks.card import start_hub
-from hf_accel.recipe import Recipe, RecipeError
+from hf_accel.recipe import PretrainRecipe, RecipeError
 from hf_accel.run import main
 from huggingface_hub import constants
 
 def refusal(**keys):
     try:
-        start_hub(Recipe(budget=1.0, push_to_hub=True, output_dir="runs/a", **keys))
+        start_hub(PretrainRecipe(budget=1.0, push_to_hub=True, output_dir="runs/a", **keys))
     except RecipeError as error:
         return str(error)
 print(refusal(hub_model_id="bob/model"))
@@ -246,7 +246,7 @@ def test_what_the_hub_refuses_ends_a_run_before_it_begins_and_names_the_fix(hub,
     assert "hub_model_id='ann/my model'" in characters
     assert license.startswith("license='mine'") and "apache-2.0" in license
     assert good == "None"
-    refused = "RecipeError: push_to_hub=true, hub_model_id='bad': the Hub refuses: 401: Invalid username or password."
+    refused = "SettingError: push_to_hub=true, hub_model_id='bad': the Hub refuses: 401: Invalid username or password."
     assert bad.startswith(refused) and "is the token valid" in bad
     assert {path.name for path in (tmp_path / "bad").glob("*")} == {".lock"}
     assert "hf auth login" in token

@@ -32,7 +32,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 import hf_accel.tasks.evaluate as evaluate_task
 from hf_accel import AccelViTConfig, AccelViTModel
 from hf_accel.evaluation import load_encoder, weights_digest
-from hf_accel.recipe import Recipe
+from hf_accel.recipe import EvaluateRecipe
 from tests.tasks.test_tasks import stop_at
 from tests.tiny_runs import RECIPE, SIZE, STEPS, WEIGHTS, image_folder, launch, launch_until_stopped, read
 
@@ -190,7 +190,7 @@ def test_one_command_compares_encoders_of_every_kind(whole, dinov2, folder, tmp_
 )
 def test_combinations(sizes, patched, chosen, skipped):
     names = ["knn", "finetune"]
-    recipe = Recipe(task="evaluate", checkpoint="x", evaluations=names, eval_patch_sizes=sizes)
+    recipe = EvaluateRecipe(checkpoint="x", evaluations=names, eval_patch_sizes=sizes)
     encoder: Any = AccelViTModel(AccelViTConfig(**{**SIZES, "image_size": SIZE}, intermediate_size=32))
     if not patched:
         encoder = ResNetModel(ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic"))
@@ -207,7 +207,7 @@ def test_hierarchical_encoders_have_no_patch_size():
         ConvNextModel(ConvNextConfig(**stages)),
         MobileViTModel(MobileViTConfig(image_size=32, patch_size=2, **mobile)),
     ):
-        recipe = Recipe(task="evaluate", checkpoint="x", evaluations=["knn"], eval_patch_sizes=[16])
+        recipe = EvaluateRecipe(checkpoint="x", evaluations=["knn"], eval_patch_sizes=[16])
         reason = "the encoder has no patch size to choose"
         assert evaluate_task.combinations(recipe, encoder) == ([("knn", None)], [("knn", 16, reason)])
 
@@ -260,7 +260,7 @@ def test_checkpoints_that_cannot_be_evaluated(dinov2, folder, tmp_path):
         return f"checkpoint={tmp_path / name}"
 
     refused(
-        folder, tmp_path / "1", r"RecipeError: checkpoint='.*/nowhere': there is no such folder", "checkpoint=/nowhere"
+        folder, tmp_path / "1", r"SettingError: checkpoint='.*/nowhere': there is no such folder", "checkpoint=/nowhere"
     )
     sizes: dict[str, Any] = {
         "hidden_size": 32,
@@ -269,7 +269,7 @@ def test_checkpoints_that_cannot_be_evaluated(dinov2, folder, tmp_path):
         "intermediate_size": 32,
     }
     text = saved("text", BertModel(BertConfig(**sizes, vocab_size=20)))
-    refused(folder, tmp_path / "2", "RecipeError: checkpoint=.*BertModel takes input_ids, not images", text)
+    refused(folder, tmp_path / "2", "SettingError: checkpoint=.*BertModel takes input_ids, not images", text)
 
 
 def test_what_cannot_be_fine_tuned_is_skipped_with_the_reason(folder, tmp_path, capsys):

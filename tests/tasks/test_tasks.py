@@ -25,7 +25,7 @@ import hf_accel.run as entry
 import hf_accel.run_folder
 from hf_accel.compression import Compression, CostTable, Plan
 from hf_accel.models import AccelViTModel
-from hf_accel.recipe import Recipe
+from hf_accel.recipe import PretrainRecipe, Recipe
 from hf_accel.run_folder import sole_launch
 from hf_accel.tasks import cost as cost_task
 from hf_accel.tasks import pretrain as pretrain_task
@@ -148,7 +148,7 @@ def test_curves_show_the_plan_that_was_followed(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_accel.tasks.pretrain.plot_curves", lambda *_, **options: drawn.update(options))
     monkeypatch.setattr("hf_accel.tasks.pretrain.complete_final", lambda *_: True)
     results = {"knn_top1_raw_pixels": None, "knn_top1_random_init": None, "data": {"name": "photos"}}
-    recipe, plan = Recipe(budget=100, image_size=32, output_dir=str(tmp_path)), object()
+    recipe, plan = PretrainRecipe(budget=100, image_size=32, output_dir=str(tmp_path)), object()
     pretrain_task.write_results(recipe, results, [], cast(Plan, plan))
     assert drawn["plan"] is plan and drawn["image_size"] == 32
 
@@ -219,7 +219,7 @@ def test_costs_are_reported_in_the_runs_own_precision(precision, dtype, tmp_path
     asked = []
     monkeypatch.setattr(cost_task, "measure_costs", lambda *_, **options: asked.append(options) or sys.exit("enough"))
     with pytest.raises(SystemExit, match="enough"):
-        cost_task.cost_report(Recipe(**RECIPE, output_dir=str(tmp_path), mixed_precision=precision))
+        cost_task.cost_report(PretrainRecipe(**RECIPE, output_dir=str(tmp_path), mixed_precision=precision))
     assert asked == [{"dtype": dtype}]
 
 
@@ -417,7 +417,9 @@ def test_a_run_of_another_engine_is_not_resumed_without_its_optimizer(whole, fol
     shutil.copytree(whole, output, ignore=shutil.ignore_patterns("results.json", "final", "recipe.yaml"))
     state = max(output.glob("checkpoint-*/run_state.json"))
     state.write_text(state.read_text().replace("a single process or data parallel", "2 processes of DeepSpeed ZeRO-3"))
-    with pytest.raises(SystemExit, match=r"RecipeError: .*checkpoint-8 was saved by 2 .* ZeRO-3, and this is a single"):
+    with pytest.raises(
+        SystemExit, match=r"SettingError: .*checkpoint-8 was saved by 2 .* ZeRO-3, and this is a single"
+    ):
         launch(folder, output, "eval_points=[0.0, 1.0]")
 
 

@@ -14,7 +14,7 @@ import torch
 
 import hf_accel.run as entry
 from hf_accel.compression import Compression, CostTable, Schedule, forward_cost
-from hf_accel.recipe import Recipe, RecipeError, load_recipe
+from hf_accel.recipe import PretrainRecipe, RecipeError, load_recipe
 from hf_accel.run_folder import checkpoints
 from hf_accel.schedule_search.gradient_error import GradientErrorAccumulator
 from hf_accel.schedule_search.gradient_probe import GradientProbe
@@ -267,7 +267,7 @@ def test_a_budget_that_does_not_pay_for_probes_is_refused(folder, tmp_path):
 
 @pytest.mark.slow
 def test_measured_costs_hold_the_whole_ladder(folder, tmp_path, monkeypatch):
-    config, asked = Recipe(**{**RECIPE, "image_size": 32}).encoder_config(), []
+    config, asked = PretrainRecipe(**{**RECIPE, "image_size": 32}).encoder_config(), []
 
     def measured(_, compressions, *args, **kwargs):
         asked.extend(compressions)

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 from hf_accel.compression import forward_cost
 from hf_accel.data import ImageSource, load_sources
-from hf_accel.recipe import Recipe
+from hf_accel.recipe import PretrainRecipe, Recipe
 from hf_accel.tasks.setup import build_objective, plan_of, start
 from hf_accel.training.trainer import PretrainTrainer
 from tests import pretended_device
@@ -100,7 +100,7 @@ def train(name: str, device: torch.device | None, folder: str) -> dict[str, Any]
     budget = 8 * 3 * {"dino": 11, "simclr": 6}.get(settings.get("objective", "moco"), 4)
     shared = {**RECIPE, "batch_size": 8, "schedule": STAGES, "budget": budget, "eval_points": [], "logging_steps": 1}
     shared["mixed_precision"] = "no"  # by default a GPU takes bf16
-    recipe = Recipe(**{**shared, **settings, "model_config": model_config, "output_dir": folder})
+    recipe = PretrainRecipe(**{**shared, **settings, "model_config": model_config, "output_dir": folder})
     AcceleratorState._reset_state(reset_partial_state=True)
     pretended, on_gpu = device is not None and device.type == "pretend", device is not None and device.type == "cuda"
     # There is no launcher for the pretended device: the arguments are told.

@@ -45,6 +45,10 @@ class Compression:
         names = [field.name for field in fields(cls) if prefix + field.name in record]
         return cls(**{name: record[prefix + name] for name in names})
 
+    def abbreviate(self) -> str:
+        """As "p8 d0.5": patch size in pixels, token dropout."""
+        return f"p{self.patch_size} d{self.token_dropout:g}"
+
     def __str__(self):
         return f"patch {self.patch_size}, dropout {self.token_dropout:g}"
 

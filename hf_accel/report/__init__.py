@@ -2,11 +2,12 @@
 and results with their origin."""
 
 from .cost_figure import format_cost_table, plot_cost
-from .curves import plot_curves
+from .curves import plot_accuracies, plot_curves
 from .evaluations import add_run, evaluation_table, find_run, read_results, run_is_complete
 from .origin import environment
 from .search_figures import StrategyCosts, plot_schedule
 from .search_report import write_search_report
+from .tables import format_table
 
 __all__ = [
     "StrategyCosts",
@@ -15,6 +16,8 @@ __all__ = [
     "evaluation_table",
     "find_run",
     "format_cost_table",
+    "format_table",
+    "plot_accuracies",
     "plot_cost",
     "plot_curves",
     "plot_schedule",

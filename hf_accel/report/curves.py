@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from ..compression import Plan
 
 BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "#555555"  # of Okabe and Ito's palette, told apart by the colour-blind too
+COLORS = [BLUE, ORANGE, "#009E73", "#CC79A7", GRAY, "#E69F00", "#56B4E9", "#000000"]  # the rest of the palette
+MARKERS = "osDPX^pv"
 DASHES = [(0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2))]
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -23,6 +26,7 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
 }
+UNITS_SPENT = "units spent (1 unit: the encoder's forward pass on one uncompressed image)"
 SMOOTHED_FROM = 40
 """Logged losses from which a running mean over a twentieth of them is drawn over the single ones."""
 
@@ -78,13 +82,53 @@ def plot_curves(
         grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         for axes, (_, draw) in zip(grid, panels, strict=True):
             draw(axes)
-        grid[-1].set_xlabel("units spent (1 unit: the encoder's forward pass on one uncompressed image)")
+        grid[-1].set_xlabel(UNITS_SPENT)
         grid[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
         grid[-1].set_xlim(left=0)
         figure.align_ylabels(grid)
         if title:
             figure.suptitle(title, fontsize=10)
         figure.savefig(path, dpi=160)
+
+
+def plot_accuracies(names: Sequence[str], logs: Sequence[Logs], batch_sizes: Sequence[int], path: Path) -> None:
+    """Draw the kNN accuracy of several runs against the units spent, and against the seconds of training.
+
+    Args:
+        names: of the runs, for the legend.
+        logs: the Trainer's log history of each run.
+        batch_sizes: images per step of each run.
+        path: image to write.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.4, 3.4 + 0.2 * len(names)), layout="constrained")
+        by_units, by_seconds = figure.subplots(1, 2, sharey=True)
+        for name, log_history, batch_size, color, marker in zip(
+            names, logs, batch_sizes, cycle(COLORS), cycle(MARKERS), strict=False
+        ):
+            style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 4, "label": name}
+            units, accuracy = _series(_with_units(log_history), "eval_knn_top1")
+            by_units.plot(units, 100 * accuracy, **style)
+            seconds, accuracy = _series(_with_seconds(log_history, batch_size), "eval_knn_top1")
+            by_seconds.plot(seconds, 100 * accuracy, **style)
+        by_units.set_ylabel("kNN top-1 (%)")
+        for axes, label in (by_units, UNITS_SPENT), (by_seconds, "seconds of training, without evaluations"):
+            axes.set_xlabel(label)
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.set_xlim(left=0)
+        handles, labels = by_units.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=1, fontsize=8)
+        figure.savefig(path, dpi=160)
+
+
+def _with_seconds(log_history: Logs, batch_size: int) -> list[tuple[float, Mapping[str, Any]]]:
+    """Place each log at the seconds of training before it, from the images per second between logs."""
+    steps, seconds = [0], [0.0]
+    for log in log_history:
+        if _finite(log.get("images_per_second")):
+            steps.append(log["step"])
+            seconds.append(seconds[-1] + (steps[-1] - steps[-2]) * batch_size / log["images_per_second"])
+    return [(float(np.interp(log["step"], steps, seconds)), log) for log in log_history if "step" in log]
 
 
 def _with_units(log_history: Logs) -> list[tuple[float, Mapping[str, Any]]]:

@@ -18,12 +18,10 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from ..compression import Compression, Schedule, Strategy
-from ..schedule_search.error_table import ErrorTable, percent, short
+from ..schedule_search.error_table import ErrorTable, percent
 from ..utils.progress import learning_rate_factor
-from .curves import BLUE, GRAY, ORANGE, STYLE
+from .curves import BLUE, COLORS, GRAY, MARKERS, ORANGE, STYLE
 
-STAGE_COLORS = [BLUE, ORANGE, "#009E73", "#CC79A7", GRAY, "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
-STAGE_MARKERS = "osDPX^pv"
 DECADES = 5
 """How far a logarithmic axis reaches below its largest value."""
 NARROW = 0.12
@@ -77,7 +75,7 @@ def _handles(table: ErrorTable, clipped: bool) -> list[Line2D]:
 
 def _styles(points: Sequence[float]) -> list[tuple[float, str, str]]:
     """(progress, colour, marker) of each stage."""
-    return list(zip(points, cycle(STAGE_COLORS), cycle(STAGE_MARKERS), strict=False))
+    return list(zip(points, cycle(COLORS), cycle(MARKERS), strict=False))
 
 
 def _errors(axes: Axes, table: ErrorTable, name: str, label: str, interval: bool) -> bool:
@@ -254,7 +252,7 @@ def _names(axes: Axes, starts: Sequence[float], strategies: Sequence[Strategy]) 
     for (start, end), strategy in zip(pairwise(starts), strategies, strict=True):
         for line, compression in enumerate((strategy.online, strategy.target_branch)):
             options = {"ha": "center", "va": "center", "fontsize": 8, "rotation": 90 if end - start < NARROW else 0}
-            axes.text((start + end) / 2, line, short(compression), color=(BLUE, ORANGE)[line], **options)
+            axes.text((start + end) / 2, line, compression.abbreviate(), color=(BLUE, ORANGE)[line], **options)
         axes.axvline(end, color=GRAY, linewidth=0.6)
     axes.axvline(0, color=GRAY, linewidth=0.6)
     axes.set_ylim(1.5, -0.5)

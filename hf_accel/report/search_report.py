@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from ..compression import Schedule, Strategy
-from ..schedule_search.error_table import ErrorTable, Row, percent, short
+from ..schedule_search.error_table import ErrorTable, Row, percent
 from .origin import environment
 from .search_figures import plot_ca_mse_heatmap, plot_gradient_error, plot_learning_rate, plot_schedule
 
@@ -151,7 +151,7 @@ def _schedule_table(table: ErrorTable, schedule: Schedule) -> str:
     for (start, end), stage in zip(pairwise(starts), schedule.stages, strict=True):
         online, target = stage.strategy.online, stage.strategy.target_branch
         tokens = f"{table.tokens(online)} / {table.tokens(target)}"
-        cells = [f"{percent(start)} to {percent(end)}", short(online), short(target), tokens]
+        cells = [f"{percent(start)} to {percent(end)}", online.abbreviate(), target.abbreviate(), tokens]
         lines.append(("", [*cells, f"{table.cost[stage.strategy]:.3f}"]))
     return _table(["progress", "online", "target", "tokens, online / target", "relative cost"], lines)
 
@@ -184,8 +184,8 @@ def _best_cells(table: ErrorTable, row: Row) -> list[str]:
     return [
         percent(row["progress"]),
         "chosen" if row["chosen"] else "",
-        short(strategy.online),
-        short(strategy.target_branch),
+        strategy.online.abbreviate(),
+        strategy.target_branch.abbreviate(),
         str(row["tokens"]),
         f"{row['relative_cost']:.3f}",
         relative("bias2"),
@@ -205,7 +205,12 @@ def _full_table(table: ErrorTable) -> str:
     for progress in table.points:
         for number, strategy in enumerate(table.strategies):
             if row := table.row(progress, strategy):
-                cells = [percent(progress), short(strategy.online), short(strategy.target_branch), str(row["tokens"])]
+                cells = [
+                    percent(progress),
+                    strategy.online.abbreviate(),
+                    strategy.target_branch.abbreviate(),
+                    str(row["tokens"]),
+                ]
                 cells += [f"{row[name]:.6g}" for name in columns]
                 lines.append(("chosen " * row["chosen"] + "first" * (number == 0), [*cells, str(row["draws"])]))
     return _table(["at", "online", "target", "tokens", *columns, "draws"], lines)

@@ -155,7 +155,7 @@ class ErrorTable:
 
     def label(self, strategy: Strategy) -> str:
         """As "p8 d0.5"; where the table has several symmetries, with the target's compression if that differs."""
-        online, target = short(strategy.online), short(strategy.target_branch)
+        online, target = strategy.online.abbreviate(), strategy.target_branch.abbreviate()
         return online if len(self.symmetries) == 1 or target == online else f"{online} | {target}"
 
     @cached_property
@@ -171,11 +171,6 @@ class ErrorTable:
         shown = {names[0] for names in holders.values() if len(names) == 1}
         shown |= {names[0] for names in holders.values() if names and not shown.intersection(names)}
         return {name: found[name] for name in SYMMETRIES if name in shown}
-
-
-def short(compression: Compression) -> str:
-    """As "p8 d0.5": patch size in pixels, token dropout."""
-    return f"p{compression.patch_size} d{compression.token_dropout:g}"
 
 
 def percent(progress: float) -> str:

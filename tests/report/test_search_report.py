@@ -18,7 +18,7 @@ from hf_accel.report.search_figures import (
     plot_schedule,
 )
 from hf_accel.schedule_search.choose import build_schedule, search_grid
-from hf_accel.schedule_search.error_table import ErrorTable, short
+from hf_accel.schedule_search.error_table import ErrorTable
 from hf_accel.schedule_search.gradient_error import GradientError
 from hf_accel.utils.progress import learning_rate_factor
 
@@ -145,7 +145,7 @@ def test_tables_hold_the_rows(written) -> None:
     assert len(names) == 13
     for row in rows:
         strategy = Strategy.from_dict(row)
-        line = lines[f"{100 * row['progress']:g}%", short(strategy.online), short(strategy.target_branch)]
+        line = lines[f"{100 * row['progress']:g}%", strategy.online.abbreviate(), strategy.target_branch.abbreviate()]
         np.testing.assert_allclose([float(line[name]) for name in names], [row[name] for name in names], rtol=1e-5)
         assert int(line["tokens"]) == row["tokens"]
 

@@ -1,4 +1,4 @@
-"""Images: sources, batches, augmentation."""
+"""Images: where they come from, how they become batches, and how they are augmented."""
 
 from .augment import AUGMENTATIONS, ViewConfig, crop_and_resize, crop_boxes, make_views
 from .loader import TrainSampler, eval_loader, image_processor, resize_edge, train_loader

@@ -1,13 +1,12 @@
-"""Two-view augmentation of a batch, as MoCo-v3 does it, in batched torch on whatever device the images are.
+"""Two-view augmentation of a batch, as in MoCo-v3, in batched torch on the device of the images.
 
-Recipe: Chen et al., "An Empirical Study of Training Self-Supervised Vision Transformers", ICCV 2021 (arXiv 2104.02057),
-which takes it from BYOL (Grill et al., NeurIPS 2020, arXiv 2006.07733). In the order of the original code: crop, colour
-jitter, grayscale, blur, solarize, flip, normalise.
+The augmentation is that of Chen et al., "An Empirical Study of Training Self-Supervised Vision Transformers", ICCV 2021
+(arXiv 2104.02057), who take it from BYOL (Grill et al., NeurIPS 2020, arXiv 2006.07733). The order is that of the
+original code: crop, colour jitter, grayscale, blur, solarize, flip, normalise.
 
 Draws are made on the CPU for the whole global batch, each from its own `generator(seed, purpose, step, micro_step,
-view)`, and every process takes its rows. Which images an operation touches is thus known without asking the device, and
-rows are selected instead of computing every operation for every image. What the device has to be told of all views
-goes there at once.
+view)`, and every process takes its rows. The host therefore knows which images an operation touches without asking the
+device, and an operation is computed for these rows only. The parameters of all views are copied to the device at once.
 
 Images are float (B, 3, S, S) in [0, 1] between the operations; `rows` are positions in the batch.
 """
@@ -26,10 +25,10 @@ from ..distributed.transfer import send
 from ..utils.seeding import generator
 
 CROP_ATTEMPTS = 10
-"""Boxes drawn per image before falling back to a centre crop, as in torchvision's RandomResizedCrop."""
+"""Boxes to draw per image before a centre crop is taken instead, as in torchvision's RandomResizedCrop."""
 
 CACHE_BYTES = 2**22
-"""On a CPU, images are augmented in runs of this size, which stay in the cache from one operation to the next."""
+"""On a CPU, images are augmented in runs of this size, which stay in the cache between operations."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class ViewConfig:
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of a 224 px view
     solarize: float = 0.0
     flip: float = 0.5
-    size: int | None = None  # pixels of the view's side; None: the run's
+    size: int | None = None  # side of the view in pixels; None means the run's
 
 
 _DIGIT = ViewConfig(
@@ -69,7 +68,7 @@ _DIGIT = ViewConfig(
 
 AUGMENTATIONS: dict[str, tuple[ViewConfig, ...]] = {
     "moco": (ViewConfig(), ViewConfig(blur=0.1, solarize=0.2)),
-    "digits": (_DIGIT, _DIGIT),  # a mirrored digit is another shape, or none; there is no colour to jitter
+    "digits": (_DIGIT, _DIGIT),  # a mirrored digit has another meaning, or none, and there is no colour to jitter
 }
 
 
@@ -82,8 +81,8 @@ def crop_boxes(
     """Random crops after Inception (Szegedy et al., CVPR 2015, arXiv 1409.4842), with torchvision's rejection rule.
 
     `heights`, `widths`: (B,) pixels; `draws`: (B, attempts, 4) uniform in [0, 1) for area, aspect ratio, top, left.
-    Returns (B, 4) float boxes `left, top, right, bottom` on whole pixels, the first of the attempts that fits into its
-    image, or else the largest central box whose ratio is allowed.
+    Returns (B, 4) float boxes `left, top, right, bottom` on whole pixels: the first attempt that fits into its image,
+    or otherwise the largest central box with an allowed ratio.
     """
     draws, heights, widths = draws.double(), heights.double()[:, None], widths.double()[:, None]
     area = heights * widths * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
@@ -110,8 +109,8 @@ def _centre_boxes(heights: Tensor, widths: Tensor, ratio: tuple[float, float]) -
 def _triangle_filter(start: Tensor, stop: Tensor, length: int, size: int) -> Tensor:
     """(B, size, length): weights that resample `length` pixels between `start` and `stop` (B,) into `size`.
 
-    The rule of Pillow's BILINEAR: a triangle as wide as the shrink factor, at least one pixel, around each output
-    pixel's centre; weights beyond the image are cut off and the rest sums to one.
+    This is the rule of Pillow's BILINEAR: a triangle as wide as the shrink factor, at least one pixel, around the
+    centre of each output pixel. Weights beyond the image are cut off, and the rest sums to one.
     """
     step = ((stop - start) / size)[:, None, None]
     centres = start[:, None, None] + (torch.arange(size, device=start.device)[:, None] + 0.5) * step
@@ -123,8 +122,8 @@ def _triangle_filter(start: Tensor, stop: Tensor, length: int, size: int) -> Ten
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Cut `boxes` (B, 4) out of uint8 `images` (B, C, H, W), antialiased: float (B, C, size, size) in [0, 1].
 
-    Equal to Pillow's `image.resize((size, size), BILINEAR, box=box)` but for its rounding to 8 bits (twice). The filter
-    is separable, so each image takes two matrix products. A box whose left exceeds its right gives the mirror image.
+    The result equals Pillow's `image.resize((size, size), BILINEAR, box=box)`, except for its rounding to 8 bits.
+    The filter is separable, so each image takes two matrix products. A box with left > right gives the mirror image.
     """
     batch, channels, height, width = images.shape
     left, top, right, bottom = boxes.unbind(1)
@@ -160,7 +159,7 @@ def saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` turns, with value and saturation of the HSV model (Smith, SIGGRAPH 1978) kept.
+    """Turn the hue by `shift` turns, and keep value and saturation of the HSV model (Smith, SIGGRAPH 1978).
 
     With the hue h in turns and the chroma c = max - min, red is `min + c * clip(|6 h - 3| - 1, 0, 1)`, green and blue
     are `min + c * clip(2 - |6 h - 2|, 0, 1)` and `min + c * clip(2 - |6 h - 4|, 0, 1)`. Masks are floats: on a CPU,
@@ -196,7 +195,7 @@ def solarize(images: Tensor) -> Tensor:
 def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Gaussian blur (SimCLR, arXiv 2002.05709, appendix A) of each image by its own `sigma` (B,) pixels.
 
-    The kernel ends at `radius` pixels; edges are repeated. On a CPU, adding shifted copies is quicker than a grouped
+    The kernel ends at `radius` pixels, and edges are repeated. On a CPU, adding shifted copies is faster than a grouped
     convolution or a product with banded matrices, up to the 13 taps of a 224 px view.
     """
     offsets = torch.arange(-radius, radius + 1, device=images.device)
@@ -205,14 +204,14 @@ def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     for axis, padding in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
         padded, length = F.pad(images, padding, mode="replicate"), images.shape[axis]
         images = padded.narrow(axis, radius, length) * kernel[:, radius]
-        for tap in range(radius):  # the kernel is symmetric: both neighbours at a distance share their weight
+        for tap in range(radius):  # the kernel is symmetric, so both neighbours at a distance have the same weight
             pair = padded.narrow(axis, tap, length) + padded.narrow(axis, 2 * radius - tap, length)
             images.addcmul_(pair, kernel[:, tap])
     return images
 
 
 def rotate_and_shear(images: Tensor, angle: Tensor, shear: Tensor) -> Tensor:
-    """Turn and slant about the centre by `angle` and `shear` (B,) radians; bilinear, edges repeated."""
+    """Rotate and shear about the centre by `angle` and `shear` (B,) radians, bilinearly and with edges repeated."""
     cos, sin, slant = angle.cos(), angle.sin(), shear.tan()
     zero = torch.zeros_like(cos)
     matrix = torch.stack([cos, sin + cos * slant, zero, -sin, cos - sin * slant, zero], 1).view(-1, 2, 3)
@@ -224,21 +223,21 @@ def rotate_and_shear(images: Tensor, angle: Tensor, shear: Tensor) -> Tensor:
 
 
 class _Change(NamedTuple):
-    """An operation on some rows, or on all where `rows` is None; its parameters hold an entry for each of them."""
+    """An operation on some rows, or on all if `rows` is None; its parameters have one entry for each of these rows."""
 
     operation: Callable[..., Tensor]
     rows: Tensor | None
     parameters: tuple[Tensor, ...]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """May write into `images`."""
+        """Return the changed images. This may write into `images`."""
         if self.rows is None:
             return self.operation(images, *self.parameters)
         return images.index_copy_(0, self.rows, self.operation(images.index_select(0, self.rows), *self.parameters))
 
 
-def _change(chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> list[_Change]:
-    """`operation` where `chosen` (B,); none if it is nowhere. `parameters` are (B, ...)."""
+def _select_change(chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> list[_Change]:
+    """Apply `operation` to the `chosen` (B,) rows, or not at all if there are none. `parameters` are (B, ...)."""
     rows = chosen.nonzero()[:, 0]
     if len(rows) == len(chosen):
         return [_Change(operation, None, parameters)]
@@ -246,7 +245,7 @@ def _change(chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tenso
 
 
 def _jitter(config: ViewConfig, draws: Tensor, gray: bool) -> list[_Change]:
-    """The colour operations in an order drawn per image; `draws` (B, 9) uniform. Gray images have no colour to turn."""
+    """List the colour operations in an order drawn per image, from uniform `draws` (B, 9). Gray keeps its hue."""
     chosen, order, factors = draws[:, 0] < config.jitter, draws[:, 1:5].argsort(1), 2 * draws[:, 5:] - 1
     operations = (brightness, contrast, saturation, hue)
     strengths = (config.brightness, config.contrast, config.saturation, config.hue)
@@ -257,24 +256,24 @@ def _jitter(config: ViewConfig, draws: Tensor, gray: bool) -> list[_Change]:
                 continue
             amount = factors[:, number] * strength + (0 if operation is hue else 1)
             rows = chosen & (order[:, position] == number)
-            changes += _change(rows, operation, amount[:, None, None, None])
+            changes += _select_change(rows, operation, amount[:, None, None, None])
     return changes
 
 
-def _changes(config: ViewConfig, draws: dict[str, Tensor], channels: int, size: int) -> list[_Change]:
-    """Everything between the crop and the normalisation, in order. `draws` hold the rows of these images."""
+def _list_changes(config: ViewConfig, draws: dict[str, Tensor], channels: int, size: int) -> list[_Change]:
+    """List the operations between crop and normalisation, in order. `draws` hold the rows of these images."""
     changes: list[_Change] = []
     if config.rotation or config.shear:
         limits = torch.tensor([math.radians(config.rotation), math.radians(config.shear)])
         angle, shear = ((2 * draws["rotate"] - 1) * limits).unbind(1)
-        changes += _change(torch.ones(len(angle), dtype=torch.bool), rotate_and_shear, angle, shear)
+        changes += _select_change(torch.ones(len(angle), dtype=torch.bool), rotate_and_shear, angle, shear)
     changes += _jitter(config, draws["jitter"], gray=channels == 1)
     if channels == 3:
-        changes += _change(draws["grayscale"][:, 0] < config.grayscale, grayscale)
+        changes += _select_change(draws["grayscale"][:, 0] < config.grayscale, grayscale)
     low, high = (sigma * size / 224 for sigma in config.blur_sigma)
     sigma, radius = low + (high - low) * draws["blur"][:, 1], math.ceil(3 * high)
-    changes += _change(draws["blur"][:, 0] < config.blur, partial(gaussian_blur, radius=radius), sigma)
-    return changes + _change(draws["solarize"][:, 0] < config.solarize, solarize)
+    changes += _select_change(draws["blur"][:, 0] < config.blur, partial(gaussian_blur, radius=radius), sigma)
+    return changes + _select_change(draws["solarize"][:, 0] < config.solarize, solarize)
 
 
 def view_boxes(
@@ -288,7 +287,7 @@ def view_boxes(
     rows: slice,
     global_batch: int,
 ) -> Tensor:
-    """(B, 4) boxes of one view of images of these sizes (B,); left and right are swapped where the view is mirrored."""
+    """Draw (B, 4) boxes for one view of images of these sizes (B,); mirrored views have left and right swapped."""
     uniform = torch.rand(global_batch, CROP_ATTEMPTS, 4, generator=generator(seed, "crop", step, micro_step, view))
     mirrored = torch.rand(global_batch, generator=generator(seed, "flip", step, micro_step, view)) < config.flip
     boxes = crop_boxes(heights, widths, config.crop_scale, config.crop_ratio, uniform[rows])
@@ -310,12 +309,12 @@ def make_views(
     mean: Sequence[float] = (0.0, 0.0, 0.0),
     std: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> list[Tensor]:
-    """One normalised float (B, 3, S, S) per config, S its own size or else `size`, on the device of the batch.
+    """Make one normalised float (B, 3, S, S) per config on the device of the batch. S is the config's size or `size`.
 
-    `batch` holds "images", uint8 (B, C, H, W), to be cropped here, or "crops", a list of uint8 (B, C, S, S) that
-    a loader has cut with the same draws; C is 3, or 1 for gray images, which are then augmented once and repeated.
-    `rows` are this process's among the `global_batch` rows of the micro-batch (default: the batch is all there is).
-    A pure function of its arguments.
+    `batch` holds "images", uint8 (B, C, H, W), which are cropped here, or "crops", a list of uint8 (B, C, S, S) that a
+    loader has cut with the same draws. C is 3, or 1 for gray images, which are augmented once and then repeated.
+    `rows` are this process's among the `global_batch` rows of the micro-batch (default: the batch is the whole).
+    The result is a pure function of the arguments.
     """
     count = len(batch["images"]) if "images" in batch else len(batch["crops"][0])
     rows, global_batch = rows or slice(0, count), global_batch or count
@@ -331,12 +330,12 @@ def make_views(
             draws["boxes"] = view_boxes(config, heights, widths, seed, step, micro_step, view, rows, global_batch)
         else:
             source = batch["crops"][view]
-        runs += _runs(source, config, config.size or size, draws)
-    return _made(runs, mean, std)
+        runs += _split_into_runs(source, config, config.size or size, draws)
+    return _render_runs(runs, mean, std)
 
 
 class _Run(NamedTuple):
-    """Consecutive images of a view: cut `boxes` out of uint8 `source` (B, C, H, W), if given, change, normalise."""
+    """Consecutive images of a view, for which `boxes`, if given, are cut out of uint8 `source` (B, C, H, W)."""
 
     source: Tensor
     boxes: Tensor | None
@@ -345,25 +344,25 @@ class _Run(NamedTuple):
     view: Tensor
 
 
-def _runs(source: Tensor, config: ViewConfig, size: int, draws: dict[str, Tensor]) -> list[_Run]:
-    """A view of `source` in runs, all at once on a device that has no cache to fill. `draws` without boxes: no crop."""
+def _split_into_runs(source: Tensor, config: ViewConfig, size: int, draws: dict[str, Tensor]) -> list[_Run]:
+    """Split a view of `source` into runs; a GPU gets one run. Without boxes in `draws` nothing is cropped."""
     count, channels = source.shape[:2]
     view = torch.empty(count, 3, size, size, device=source.device)
     length = max(16, CACHE_BYTES // (4 * channels * size**2)) if source.device.type == "cpu" else count
     runs = []
     for part in (slice(start, start + length) for start in range(0, count, length)):
         mine = {name: values[part] for name, values in draws.items()}
-        changes = _changes(config, mine, channels, size)
+        changes = _list_changes(config, mine, channels, size)
         runs.append(_Run(source[part], mine.get("boxes"), changes, view[part], view))
     return runs
 
 
-def _made(runs: list[_Run], mean: Sequence[float], std: Sequence[float]) -> list[Tensor]:
-    """The views, on the device of their source."""
+def _render_runs(runs: list[_Run], mean: Sequence[float], std: Sequence[float]) -> list[Tensor]:
+    """Make the views of these runs, on the device of their source."""
     device = runs[0].source.device
     told: list[Tensor] = [torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)]
     for run in runs:
-        told += [tensor for tensor in (run.boxes, *_tensors(run.changes)) if tensor is not None]
+        told += [tensor for tensor in (run.boxes, *_collect_tensors(run.changes)) if tensor is not None]
     arrived = iter(send(told, device))
     mean_there, std_there = next(arrived), next(arrived)
     for run in runs:
@@ -376,5 +375,5 @@ def _made(runs: list[_Run], mean: Sequence[float], std: Sequence[float]) -> list
     return list({id(run.view): run.view for run in runs}.values())
 
 
-def _tensors(changes: list[_Change]) -> list[Tensor | None]:
+def _collect_tensors(changes: list[_Change]) -> list[Tensor | None]:
     return [tensor for change in changes for tensor in (change.rows, *change.parameters)]

@@ -1,4 +1,4 @@
-"""The images that a package carries, so that a first run needs no download."""
+"""Images that a dependency carries, so that a first run needs no download."""
 
 import gzip
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""Which folder of an image names its class: the same level and the same spelling in every split."""
+"""Find the folder of an image that names its class, at the same level and in the same spelling in every split."""
 
 import logging
 import unicodedata
@@ -7,24 +7,24 @@ from collections.abc import Iterable, Mapping, Sequence
 logger = logging.getLogger(__name__)
 
 Folders = tuple[str, ...]
-"""The folders that an image is in, from the topmost on, without that of its split."""
+"""The folders that an image is in, topmost first, without the folder of its split."""
 
 NAMED = 5
 """How many names a warning lists."""
 
 
 def shorten(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
+    """List the first few names, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]).encode(errors="backslashreplace").decode() + more
 
 
 def name_classes(name: str, folders: Mapping[str, Sequence[Folders]]) -> dict[str, list[str | None]]:
-    """For each image of each split the class that its folders name; None for an image in no folder.
+    """Return the class of each image of each split, by its folders; None for an image in no folder.
 
     Args:
-        name: of the data set, for warnings.
-        folders: those of each image, split by split, with the training split first.
+        name: the name of the dataset, for warnings.
+        folders: the folders of each image, split by split, with the training split first.
     """
     distinct = {split: sorted(set(filter(None, images))) for split, images in folders.items()}  # few
     level = _choose_level([some for some in distinct.values() if some])
@@ -42,7 +42,7 @@ def name_classes(name: str, folders: Mapping[str, Sequence[Folders]]) -> dict[st
 
 
 def _position(parts: Folders, level: int) -> int:
-    """The index of this level, which counts from the end where it is negative, or the nearest that there is."""
+    """Return the index of this level, or the nearest that exists. A negative level counts from the end."""
     return min(level, len(parts) - 1) if level >= 0 else max(level + len(parts), 0)
 
 
@@ -51,7 +51,7 @@ def _at(parts: Folders, level: int) -> str:
 
 
 def _choose_level(splits: list[list[Folders]]) -> int:
-    """The level whose names recur in the other splits, else the innermost, or the topmost of an uneven first split."""
+    """Choose the level whose names recur across splits, else the innermost, or the topmost of an uneven first split."""
     depths = {len(parts) for parts in splits[0]} if splits else set()
     usual = -1 if len(depths) <= 1 else 0
     if len(splits) < 2:
@@ -67,7 +67,7 @@ def _choose_level(splits: list[list[Folders]]) -> int:
 
 
 def _warn_of_merged(name: str, level: int, splits: Iterable[list[Folders]]) -> None:
-    """Name the folders of one name under different ones, which become one class."""
+    """Warn of folders with the same name in different places, which become one class."""
     merged: set[str] = set()
     for some in splits:
         inside: dict[str, set[str]] = {}
@@ -84,7 +84,7 @@ def _warn_of_merged(name: str, level: int, splits: Iterable[list[Folders]]) -> N
 
 
 def _match_case(name: str, splits: Sequence[set[str]]) -> dict[str, str]:
-    """The spelling in the first split of each class that another split writes in another case."""
+    """Map each class that another split writes in another case to its spelling in the first split."""
     variants: dict[str, list[str]] = {}
     for some in splits:
         for spelling in sorted(some):
@@ -93,7 +93,9 @@ def _match_case(name: str, splits: Sequence[set[str]]) -> dict[str, str]:
                 known.append(spelling)
     matched: dict[str, str] = {}
     for first, *others in variants.values():
-        if all(len(some.intersection((first, *others))) <= 1 for some in splits):  # else case tells classes apart
+        if all(
+            len(some.intersection((first, *others))) <= 1 for some in splits
+        ):  # otherwise two classes differ in case only
             matched |= dict.fromkeys(others, first)
     if matched:
         listed = [f"{other} as {first}" for other, first in sorted(matched.items())]

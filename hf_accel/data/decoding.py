@@ -1,4 +1,4 @@
-"""The pixels of one image, whatever its format: upright, RGB, 8 bits."""
+"""Decode one image of any format to upright RGB pixels of 8 bits."""
 
 import contextlib
 
@@ -25,31 +25,31 @@ def image_tensor(image: Image) -> Tensor:
 
 
 def upright_size(image: Image) -> tuple[int, int]:
-    """Return the (width, height) that `upright_rgb` gives, from the header alone."""
+    """Return the (width, height) that `upright_rgb` gives, from the header only."""
     turned = False
     with contextlib.suppress(Exception):  # broken metadata beside a good image
-        # Of a TIFF, Pillow swaps the two sides itself when it reads this tag. It does not for the same value in XMP.
+        # Pillow itself swaps the sides of a TIFF when it reads this tag, but not for the same value in XMP.
         swapped = getattr(image, "tag_v2", {}).get(ORIENTATION) in TURNED
         turned = image.getexif().get(ORIENTATION) in TURNED and not swapped
     return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def is_deep(image: Image) -> bool:
-    """Whether pixels have 16 or 32 bits, from the header alone."""
+    """Whether pixels have 16 or 32 bits, from the header only."""
     return image.mode.startswith("I")
 
 
 def loses_contrast(image: Image) -> bool:
-    """Whether `upright_rgb` makes an image of 16 or 32 bits nearly black, or clips it. Raises what Pillow does."""
+    """Whether `upright_rgb` makes an image of 16 or 32 bits nearly black, or clips it. Raises Pillow's errors."""
     image.load()
     low, high = np.asarray(image).min(), np.asarray(image).max()
     return bool(low < 0 or 0 < high < DEEP_RANGE // 8 or high >= DEEP_RANGE)
 
 
 def upright_rgb(image: Image) -> Image:
-    """8-bit RGB, turned as EXIF says. Raises what Pillow does of broken files; ValueError of floating-point pixels."""
+    """Return 8-bit RGB, upright by EXIF. Raises Pillow's errors, and ValueError for floating-point pixels."""
     image.load()
-    if image.mode == "F":  # in any range: Pillow would clip them at 0 and 255
+    if image.mode == "F":  # they may have any range, and Pillow would clip them at 0 and 255
         raise ValueError("its pixels are floating-point numbers: save it with 8 or 16 bits")
     with contextlib.suppress(Exception):  # broken metadata beside a good image
         PIL.ImageOps.exif_transpose(image, in_place=True)

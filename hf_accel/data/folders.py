@@ -1,4 +1,4 @@
-"""A folder of image files: what is in it, which files are which split, and what its folders say about classes."""
+"""Read a folder of image files: what it contains, which split each file belongs to, and which classes it has."""
 
 import contextlib
 import logging
@@ -25,20 +25,20 @@ SPLIT_WORDS = {
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""The words by which `datasets` tells splits apart, too."""
+"""The words by which `datasets` recognises splits, too."""
 
 _WORDS = "|".join(f"(?P<{split}>{'|'.join(words)})" for split, words in SPLIT_WORDS.items())
 SPLIT_PATTERN = re.compile(rf"(?:^|[-._ 0-9])(?:{_WORDS})(?:[-._ 0-9]|$)", re.IGNORECASE)
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 TABLE_SUFFIXES = {".parquet", ".geoparquet", ".gpq", ".arrow", ".tar", ".zip", ".h5", ".hdf5", ".lance"}
-"""Files that hold many images. Where they are in the majority, `datasets` reads the folder."""
+"""Files that hold many images each. If they are the majority, `datasets` reads the folder."""
 
 UNDECODABLE = {"BUFR", "GRIB", "HDF5", "MPEG"}
 """Formats that Pillow recognises and cannot decode."""
 
 OTHER_IMAGES = {".heic", ".heif", ".jxl", ".svg", ".exr", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf"}
-"""Images of formats that Pillow alone does not open."""
+"""Images of formats that Pillow does not open without a plugin."""
 
 SNIFFED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
 """Formats by which an image without an image's suffix is recognised."""
@@ -51,7 +51,7 @@ SKIPPED_FOLDERS = {"__MACOSX", "__pycache__"}
 
 @dataclass
 class Found:
-    """The files below a folder, as sorted paths relative to it, with links followed and hidden names skipped."""
+    """The files below a folder, as sorted relative paths. Links are followed, and hidden names are skipped."""
 
     root: str
     images: list[str] = field(default_factory=list)
@@ -63,14 +63,14 @@ class Found:
 
 @lru_cache(maxsize=1)
 def image_suffixes() -> frozenset[str]:
-    """The suffixes, in lower case, of the formats that this Pillow and its plugins decode."""
+    """Return the suffixes, in lower case, of the formats that this Pillow and its plugins decode."""
     PIL.Image.init()
     formats = set(PIL.Image.OPEN) - UNDECODABLE
     return frozenset(suffix.lower() for suffix, name in PIL.Image.EXTENSION.items() if name in formats)
 
 
 def scan_folder(root: str | Path) -> Found:
-    """List what is below `root` in one walk. Of files without an image's suffix it opens a few, and no others.
+    """List the files below `root` in one walk. It opens only a few files, of those without an image's suffix.
 
     Raises OSError for a folder that cannot be listed.
     """
@@ -101,16 +101,16 @@ def scan_folder(root: str | Path) -> Found:
 
 
 def _sniff(found: Found, others: dict[str, list[str]]) -> None:
-    """Add the files of a suffix to the unusable ones, if one of the few that are opened is an image.
+    """Add all files of a suffix to the unusable ones if one of the few that are opened is an image.
 
     Args:
-        others: the files by suffix, which is no image's.
+        others: files by suffix, for suffixes that do not belong to images.
     """
     each, left = SNIFFED
     for suffix, paths in sorted(others.items()):  # "" first: files without a suffix
         for path in sorted(paths)[: min(each, left)]:
             left -= 1
-            with contextlib.suppress(Exception):  # of what is no image
+            with contextlib.suppress(Exception):  # for a file that is not an image
                 PIL.Image.open(os.path.join(found.root, path), formats=SNIFFED_FORMATS).close()
                 what = f"the suffix {suffix}" if suffix else "no suffix"
                 reason = f"files with {what} are not loaded, and of these some are images: name them .jpg or .png"
@@ -121,7 +121,7 @@ def _sniff(found: Found, others: dict[str, list[str]]) -> None:
 def _walk(
     found: Found, prefix: str, folder: str, above: frozenset[tuple[int, int]]
 ) -> Iterator[tuple[str, os.DirEntry]]:
-    """Every file with its relative path. `above` identifies the folders on the way, where a link may lead back to."""
+    """Yield every file with its relative path. `above` identifies its parent folders, to which a link may lead back."""
     status = os.stat(folder)
     here = (status.st_dev, status.st_ino)
     if here in above:
@@ -150,19 +150,19 @@ def _is_text(path: str) -> bool:
 
 @lru_cache(maxsize=65536)
 def name_split(name: str) -> str | None:
-    """The split that a file or folder is named after, as in `train`, `Val` or `test2017`; None where it is not."""
+    """Return the split in the name of a file or folder, as in `train`, `Val` or `test2017`, or None."""
     match = SPLIT_PATTERN.search(name)
     return match.lastgroup if match else None
 
 
 @dataclass
 class Layout:
-    """What the names in a folder say: the split of each image, and the folders that tell classes apart."""
+    """What the names in a folder say: the split of each image, and the folders that distinguish classes."""
 
     split: list[str | None]
-    """For each image its split; None for an image that is left out."""
+    """The split of each image; None for an image that is left out."""
     folders: list[tuple[str, ...]]
-    """For each image the folders that it is in, without those that all images share and without that of the split."""
+    """The folders that each image is in, without those that all images share and without the split's."""
 
 
 def find_layout(name: str, images: list[str]) -> Layout:
@@ -176,10 +176,10 @@ def find_layout(name: str, images: list[str]) -> Layout:
     }
     place: dict[str, tuple[str | None, tuple[str, ...]]] = {}
     by_folder: dict[str, str] = {}
-    for folder, names in parts.items():  # is every image in a folder named after a split, at any depth?
+    for folder, names in parts.items():  # Is every image in a folder that is named after a split, at any depth?
         level = next((i for i, part in enumerate(names) if name_split(part)), None)
         if level is None:
-            by_folder = _splits_at_the_top(name, parts.values())
+            by_folder = _find_top_splits(name, parts.values())
             break
         place[folder] = (name_split(names[level]), names[:level] + names[level + 1 :])
     else:
@@ -191,12 +191,12 @@ def find_layout(name: str, images: list[str]) -> Layout:
         place[folder] = (by_folder[names[0]], names[1:]) if inside else (rest, names)
     layout = Layout([place[folder][0] for folder in folder_of], [place[folder][1] for folder in folder_of])
     if not by_folder:
-        layout.split = _splits_of_files(images) or layout.split
+        layout.split = _find_file_splits(images) or layout.split
     return layout
 
 
-def _splits_of_files(images: list[str]) -> list[str | None] | None:
-    """The split that each file is named after, where every file is, and not all of them after the same."""
+def _find_file_splits(images: list[str]) -> list[str | None] | None:
+    """Return the split in each file's name, if every file has one and they are not all the same."""
     splits: list[str | None] = []
     for path in images:
         splits.append(name_split(path.rpartition("/")[2]))
@@ -205,8 +205,8 @@ def _splits_of_files(images: list[str]) -> list[str | None] | None:
     return splits if len(set(splits)) > 1 and "train" in splits else None
 
 
-def _splits_at_the_top(name: str, parts: Iterable[tuple[str, ...]]) -> dict[str, str]:
-    """Which of the topmost folders are splits, by name, where other images are beside them."""
+def _find_top_splits(name: str, parts: Iterable[tuple[str, ...]]) -> dict[str, str]:
+    """Find the topmost folders that are splits, by their names, although other images lie beside them."""
     nested: dict[str, bool] = {}
     for top, *below in filter(None, parts):
         nested[top] = nested.get(top, False) or bool(below)
@@ -230,7 +230,7 @@ def _splits_at_the_top(name: str, parts: Iterable[tuple[str, ...]]) -> dict[str,
 
 
 def read_image_folder(found: Found) -> "dict[str, Dataset]":
-    """Every split of a folder of image files without metadata, with the column "label" where folders name classes."""
+    """Read every split of a folder of image files without metadata, with a column "label" if folders name classes."""
     layout = find_layout(found.root, found.images)
     rows: dict[str, list[int]] = {}
     for row, split in enumerate(layout.split):
@@ -242,7 +242,7 @@ def read_image_folder(found: Found) -> "dict[str, Dataset]":
         found.root, {split: [layout.folders[row] for row in these] for split, these in ordered.items()}
     )
     known = [{name for name in names if name is not None} for names in classes.values()]
-    names = set().union(*(some for some in known if len(some) > 1))  # a single folder tells nothing apart
+    names = set().union(*(some for some in known if len(some) > 1))  # a single folder distinguishes nothing
     return {
         split: _build_table([os.path.join(found.root, found.images[row]) for row in these], classes[split], names)
         for split, these in ordered.items()
@@ -250,7 +250,7 @@ def read_image_folder(found: Found) -> "dict[str, Dataset]":
 
 
 def _build_table(paths: list[str], classes: list[str | None], telling: set[str]) -> "Dataset":
-    """The images of a split with its own classes, of those in `telling`; the numbers are not those of other splits."""
+    """Make the table of a split with its own classes, out of `telling`, which may differ from other splits' numbers."""
     import datasets
     import pyarrow as pa
 
@@ -268,7 +268,7 @@ def _build_table(paths: list[str], classes: list[str | None], telling: set[str])
 
 
 def warn_of_tables(found: Found) -> None:
-    """Name the files that hold many images each, and are left out where image files are in the majority."""
+    """Warn of files with many images each, which are left out if image files are the majority."""
     if found.tables:
         logger.warning(
             "%s: left out, as a folder of image files is loaded without tables and archives: %s; unpack them, or set "
@@ -279,7 +279,7 @@ def warn_of_tables(found: Found) -> None:
 
 
 def warn_of_left_out(found: Found, images: Sequence[str]) -> None:
-    """Name what is in the folder and not in the tables: these images, and those that cannot be used."""
+    """Warn of files that are in the folder and not in the tables: `images`, and those that cannot be used."""
     if images:
         count = Counter(os.path.dirname(path) for path in images)
         folders = [f"{number} in {folder or '.'}/" for folder, number in count.most_common()]

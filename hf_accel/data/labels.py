@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HELD_OUT = 10
-"""One in so many training images is kept for validation where the data have no such split."""
+"""One in this many training images is held out for validation if the dataset has no such split."""
 
 UNLABELLED = -1
-"""The label of an image that has none, here and in the splits of many data sets."""
+"""The label of an image without a label, here and in many datasets."""
 
 
 def read_labels(
@@ -31,9 +31,9 @@ def read_labels(
     ClassLabel names its numbers, text and other numbers name themselves.
 
     Args:
-        class_names: those of the training split, which the numbers of every other split have to follow. An image of
-            another class has no label, and a warning says so: no accuracy can be measured on it.
-        name: of the table, for that warning.
+        class_names: the class names of the training split, whose numbers every other split follows. An image of another
+            class counts as unlabelled, with a warning, because no accuracy can be measured on it.
+        name: the name of the table, for this warning.
 
     Raises:
         ValueError: labels of another type.
@@ -82,10 +82,10 @@ def read_labels(
 
 
 def _plain(value: Any) -> Any:
-    """None for what means "no label"; a whole number for a float, as pandas makes of integers beside gaps."""
+    """Return None for a value that means "no label", and an int for a float that pandas made of an integer."""
     if isinstance(value, float):
         value = None if math.isnan(value) else int(value) if value.is_integer() else value
-    if isinstance(value, str):  # as .csv files have it
+    if isinstance(value, str):  # as in .csv files
         return None if value.strip() in ("", str(UNLABELLED)) else value
     return None if type(value) is int and value == UNLABELLED else value
 
@@ -93,8 +93,8 @@ def _plain(value: Any) -> Any:
 def hold_out(labels: Tensor, seed: int, one_in: int = HELD_OUT) -> tuple[Tensor, Tensor]:
     """Return the indices that are kept and those held out, both ascending.
 
-    Every class of two images or more gives one in `one_in`, to within one, and never all that it has. Images without a
-    label and single images of their class are kept, so that nothing may be held out.
+    Every class of two or more images gives one in `one_in`, to within one, and never all. Images without a label and
+    the only image of a class are kept, so it can happen that nothing is held out.
     """
     order = torch.randperm(len(labels), generator=generator(seed, "hold out"))
     order = order[labels[order] != UNLABELLED]

@@ -1,7 +1,7 @@
 """Batches for training and evaluation.
 
-Training order and draws are pure functions of (seed, epoch) and (seed, step, micro step, row), so a loader starts at
-any step without replaying the ones before, and the number of workers changes nothing.
+The order of training images is a function of (seed, epoch), and draws are functions of (seed, step, micro step, row). A
+loader therefore starts at any step without replaying earlier ones, and the number of workers changes nothing.
 """
 
 import time
@@ -19,17 +19,17 @@ from ..utils.seeding import generator
 from .augment import ViewConfig, view_boxes
 from .decoding import image_tensor, upright_size
 from .sources import Bad, CorruptImage, ImageSource
-from .workers import BATCH_SECONDS, born_deaf_to_sigterm, explained_failures, outlive_sigterm, pass_on
+from .workers import BATCH_SECONDS, block_sigterm_in_children, explained_failures, outlive_sigterm, pass_on
 
 if TYPE_CHECKING:
     from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 CROP_FRACTION = 0.875
-"""Side of the centre crop that is evaluated, over the shortest edge, where images are larger than the model's."""
+"""Side of the evaluated centre crop over the shortest edge, for images that are larger than the model's."""
 
 
 class Item(NamedTuple):
-    """One image of a micro-batch: its index in the set and its row among the rows of all processes."""
+    """One image of a micro-batch: its index in the dataset and its row among the rows of all processes."""
 
     index: int
     step: int
@@ -40,9 +40,9 @@ class Item(NamedTuple):
 class TrainSampler(Sampler[list[Item]]):
     """This process's batches of the optimizer steps `first_step` to `last_step` (exclusive).
 
-    An epoch is a permutation of the set without its tail. Step by step, each of `accumulation` micro-batches takes the
-    next `world_size * batch_size_per_process` images, and each rank its consecutive rows of them.
-    Raises ValueError for a set smaller than one step's images.
+    An epoch is a permutation of the dataset without its tail. In each step, each of `accumulation` micro-batches takes
+    the next `world_size * batch_size_per_process` images, and each rank takes its consecutive rows of them.
+    Raises ValueError for a dataset that is smaller than one step.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class TrainSampler(Sampler[list[Item]]):
 
 
 class SizedItem(NamedTuple):
-    """An `Item` with the size in pixels of its views, for those that have none of their own."""
+    """An `Item` with the size in pixels of those of its views that have none of their own."""
 
     index: int
     step: int
@@ -96,7 +96,7 @@ class SizedItem(NamedTuple):
 class SizedBatches(Sampler[list[SizedItem]]):
     """The batches of a `TrainSampler`, with the size that `view_size` gives for their step.
 
-    It is called here, in the process of the run: what it depends on, as a Trainer, need not reach the workers.
+    It is called in the process of the run, so that what it depends on, such as a Trainer, need not reach the workers.
     """
 
     def __init__(self, sampler: TrainSampler, view_size: Callable[[int], int]):
@@ -112,7 +112,7 @@ class SizedBatches(Sampler[list[SizedItem]]):
 
 
 class TrainImages(Dataset):
-    """Micro-batches by their `SizedItem`s, as dicts for `make_views`."""
+    """Micro-batches by their `SizedItem`s, as dictionaries for `make_views`."""
 
     def __init__(self, source: ImageSource, configs: Sequence[ViewConfig], seed: int, global_batch: int):
         self.source, self.configs, self.seed, self.global_batch = source, configs, seed, global_batch
@@ -141,9 +141,9 @@ class TrainImages(Dataset):
         return batch
 
     def _crops(self, items: list[SizedItem], bad: list[Bad]) -> tuple[list[Tensor], Tensor]:
-        """One uint8 (B, 3, S, S) per view, and the indices (B,) of the images that they were cut from.
+        """Return one uint8 (B, 3, S, S) per view, and the indices (B,) of the images that they were cut from.
 
-        Each image is read and decoded once, and no larger than its crops need.
+        Each image is read and decoded once, at a size that suffices for its crops.
         """
         sizes = [config.size or items[0].view_size for config in self.configs]
         opened = [self._open(item, bad) for item in items]
@@ -170,7 +170,7 @@ class TrainImages(Dataset):
             return self.source.next_readable((item.index + 1) % len(self), bad)
 
     def _boxes(self, items: list[SizedItem], images: list[Image]) -> Tensor:
-        """(views, B, 4) boxes of these rows, which follow each other."""
+        """Draw the (views, B, 4) boxes of these rows, which are consecutive."""
         widths, heights = torch.tensor([upright_size(image) for image in images]).unbind(1)
         first = items[0]
         rows = slice(first.row, first.row + len(items))
@@ -184,13 +184,13 @@ class TrainImages(Dataset):
 
 
 def _shrink(boxes: Tensor, sizes: Sequence[int]) -> float:
-    """How many times smaller an image may be decoded before one of its boxes (views, 4) is smaller than its view."""
+    """Return how much smaller an image may be decoded before one of its boxes (views, 4) is smaller than its view."""
     sides = torch.stack([boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]]).abs()
     return float((sides / torch.tensor(sizes)).min())
 
 
 def _crop(image: Image, full: tuple[int, int], box: list[float], size: int) -> Tensor:
-    """uint8 (3, size, size): `box`, in pixels of the `full` (width, height), out of `image`, which may be smaller."""
+    """Cut `box`, in pixels of the `full` (width, height), out of an `image` of any size: uint8 (3, size, size)."""
     left, top, right, bottom = box
     mirrored = left > right
     left, right = min(left, right), max(left, right)
@@ -201,7 +201,7 @@ def _crop(image: Image, full: tuple[int, int], box: list[float], size: int) -> T
 
 
 class EvalImages(Dataset):
-    """Batches by index: centre crops, normalised. What cannot be read gives way to the next image and its label."""
+    """Batches of normalised centre crops by index. The next image and its label replace one that cannot be read."""
 
     def __init__(self, source: ImageSource, size: int, resize: int):
         self.source, self.size, self.resize = source, size, resize
@@ -226,7 +226,7 @@ class EvalImages(Dataset):
 
 
 def _centre_crop(image: Image, size: int, resize: int) -> Tensor:
-    """uint8 (3, size, size): shortest edge to `resize`, antialiased bilinear, then the centre."""
+    """Resize the shortest edge to `resize` (antialiased, bilinear) and cut out the centre: uint8 (3, size, size)."""
     short = min(image.size)
     width, height = (int(resize * side / short) for side in image.size)
     if (width, height) != image.size:
@@ -236,11 +236,11 @@ def _centre_crop(image: Image, size: int, resize: int) -> Tensor:
 
 
 class ReportingLoader(DataLoader):
-    """Tells the source, in this process, what its workers could not read."""
+    """Reports to the source, in this process, which images its workers could not read."""
 
     def __init__(self, source: ImageSource, dataset: Dataset, seed: int, num_workers: int, **options: Any):
         if source.pixels is not None:
-            num_workers = 0  # picking rows is quicker than passing them between processes
+            num_workers = 0  # selecting rows is faster than passing them between processes
         super().__init__(
             dataset,
             num_workers=num_workers,
@@ -248,13 +248,13 @@ class ReportingLoader(DataLoader):
             timeout=BATCH_SECONDS if num_workers > 0 else 0,
             worker_init_fn=outlive_sigterm,
             collate_fn=pass_on,  # pyright: ignore[reportArgumentType]
-            generator=generator(seed, "workers"),  # else iterating advances the global generator
+            generator=generator(seed, "workers"),  # otherwise iterating advances the global generator
             **options,
         )
         self.source = source
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        with born_deaf_to_sigterm() if self.num_workers else nullcontext(), explained_failures():
+        with block_sigterm_in_children() if self.num_workers else nullcontext(), explained_failures():
             batches = super().__iter__()
         while True:
             with explained_failures():
@@ -274,14 +274,14 @@ def train_loader(
     seed: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Micro-batches for `make_views`, dicts with "step", "micro_step", "rows", "global_batch", "index", "bad" and
+    """Load micro-batches for `make_views`, as dictionaries.
 
-    - either "images": uint8 (B, C, H, W), C = 1 for a gray set, of a source held in memory;
-    - or "crops": one uint8 (B, 3, S, S) per view, S its config's size or `view_size(step)`, decoded and cropped by the
-      workers with the draws that `make_views` would make.
+    Each has "step", "micro_step", "rows", "global_batch", "index" and "bad". For a source in memory
+    it also has "images", uint8 (B, C, H, W) with C = 1 for gray images. Otherwise it has "crops", one uint8
+    (B, 3, S, S) per view, with S its config's size or `view_size(step)`; workers cut them with `make_views`' draws.
 
-    Iterating raises CorruptDataError when more than 1% of the set could not be read, and WorkersFailed when workers
-    end, or give no batch for BATCH_SECONDS.
+    Iterating raises CorruptDataError if more than 1% of the images cannot be read, and WorkersFailed if workers end or
+    give no batch for BATCH_SECONDS.
     """
     dataset = TrainImages(source, configs, seed, sampler.global_batch)
     batches = SizedBatches(sampler, view_size)
@@ -289,7 +289,7 @@ def train_loader(
 
 
 class WholeRun:
-    """A loader whose length is the run's, wherever it starts: the Trainer counts its one epoch by it."""
+    """A loader whose length is that of the whole run, wherever it starts. The Trainer counts its one epoch by it."""
 
     def __init__(self, loader: Any, length: int):
         self.loader, self.length, self.dataset = loader, length, loader.dataset
@@ -302,12 +302,12 @@ class WholeRun:
 
 
 class StepBatches:
-    """The micro-batches of one step, each taken from the loader when it is its turn.
+    """The micro-batches of one step, each taken from the loader when it is needed.
 
     Args:
-        batches: the loader's.
-        number: of micro-batches.
-        waited: called with the seconds that each took to come.
+        batches: the iterator of the loader.
+        number: the number of micro-batches.
+        waited: a function that gets the seconds for which each was waited.
     """
 
     def __init__(self, batches: Iterator[Any], number: int, waited: Callable[[float], None]):
@@ -324,7 +324,7 @@ class StepBatches:
             if batch is None:
                 return
             yield batch
-            del batch  # else its memory would be held while the next one is made
+            del batch  # otherwise its memory would be held while the next one is made
 
 
 def eval_loader(
@@ -336,10 +336,11 @@ def eval_loader(
     world_size: int = 1,
     resize: int | None = None,
 ) -> DataLoader:
-    """The set in order, or every `world_size`-th image from `rank` on, each batch a dict with
+    """Load the images in order, or every `world_size`-th image from `rank` on.
 
-    "pixel_values": float (B, 3, size, size), "labels": int64 (B,) where there are any, "index": int64 (B,), "bad".
-    The shortest edge is first brought to `resize` (default `resize_edge(source, size)`), as `image_processor` does.
+    Each batch is a dictionary with "pixel_values", float (B, 3, size, size); "labels", int64 (B,), if there are any;
+    "index", int64 (B,); and "bad". The shortest edge is first resized to `resize` (default
+    `resize_edge(source, size)`), as `image_processor` does.
     """
     dataset = EvalImages(source, size, resize or resize_edge(source, size))
     indices = range(len(source))[rank::world_size]
@@ -347,13 +348,13 @@ def eval_loader(
 
 
 def resize_edge(source: ImageSource, size: int) -> int:
-    """Shortest edge before the centre crop: size / 0.875 where the median image is larger than `size`, else `size`."""
+    """Return the shortest edge before the centre crop: size / 0.875 if the median image is larger, otherwise `size`."""
     edges = sorted(min(sides) for sides in source.sample_sizes())
     return round(size / CROP_FRACTION) if edges and edges[len(edges) // 2] > size else size
 
 
 def image_processor(source: ImageSource, size: int, resize: int | None = None) -> "BitImageProcessorPil":
-    """The transformers image processor that does what `eval_loader` does, to be saved beside the model."""
+    """Make the transformers image processor that does what `eval_loader` does, to save it beside the model."""
     from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
     return BitImageProcessorPil(

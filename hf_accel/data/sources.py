@@ -1,4 +1,4 @@
-"""Where images come from: the bundled digits, a Hub data set, or files in any layout that `datasets` reads."""
+"""Load the bundled digits, a dataset from the Hub, or image files in any layout that `datasets` reads."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ from ..distributed import all_gather_objects
 from .bundled import MNIST_MEAN, MNIST_STD, digits
 from .decoding import DEEP_RANGE, image_tensor, is_deep, loses_contrast, upright_rgb, upright_size
 from .labels import UNLABELLED, hold_out, read_labels
-from .tables import NO_LABELS, choose_columns, choose_splits, load_tables, name_origin, take_part, undecoded
+from .tables import NO_LABELS, choose_columns, choose_splits, load_tables, name_origin, select_undecoded, take_part
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,16 +31,16 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MEMORY_BYTES = 2**31
 HEADER_SAMPLE = 64
 DEEP_SAMPLE = 8
-"""How many images of 16 or 32 bits are decoded to see whether they use their range."""
+"""How many images of 16 or 32 bits are decoded to check that they use their range."""
 MAX_BAD = 0.01
-"""The share of a set that may be unreadable. One image always may be: a held-out tenth can be small."""
+"""Share of the images that may be unreadable. One image always may be, because a held-out tenth can be small."""
 
 Bad = tuple[int, str, str]
 """An image that could not be read: index, name, reason."""
 
 
 class CorruptImage(Exception):
-    """One image cannot be opened or decoded; `bad` says which and why."""
+    """An image cannot be opened or decoded; `bad` says which one, and why."""
 
     def __init__(self, index: int, name: str, reason: str | Exception):
         if isinstance(reason, PIL.UnidentifiedImageError):
@@ -52,16 +52,16 @@ class CorruptImage(Exception):
 
 
 class CorruptDataError(RuntimeError):
-    """More images of a set cannot be read than may be skipped."""
+    """More images cannot be read than may be skipped."""
 
 
 class ImageSource:
-    """A set of images with or without labels.
+    """A dataset of images with or without labels.
 
-    Either all of them are in memory, as `pixels`, uint8 (N, 3, H, W), or `read` decodes them one by one.
-    `labels` is int64 (N,), -1 for an image that has none, or None. `class_names[label]` says what a label means,
-    `labels_from` where they come from. `mean` and `std` normalise the channels of pixels in [0, 1]. `bad` holds the
-    images that could not be read so far: index -> (name, reason).
+    Either all images are in memory, as `pixels`, uint8 (N, 3, H, W), or `read` decodes them one by one. `labels` is
+    int64 (N,), with -1 for an image without a label, or None. `class_names[label]` is the name of a class, and
+    `labels_from` says where labels come from. `mean` and `std` normalise the channels of pixels in [0, 1]. `bad` holds
+    the images that could not be read so far: index -> (name, reason).
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ImageSource:
         std: Sequence[float] = IMAGENET_STD,
         labels_from: str | None = None,
     ):
-        """`table` has one column, of undecoded images; give it or `pixels`."""
+        """Take either `pixels` or a `table`, which has one column of select_undecoded images."""
         if (table is None) == (pixels is None):
             raise ValueError("an ImageSource takes either a table or pixels")
         self.name, self._table, self.pixels, self.labels = name, table, pixels, labels
@@ -92,9 +92,9 @@ class ImageSource:
         return len(self.class_names) if self.class_names is not None else None
 
     def labelled(self) -> "ImageSource":
-        """The images that have a label: the set itself if all of them have, and in any case its `bad`.
+        """Return the images that have a label. The result shares `bad` with this source, or is this source itself.
 
-        Raises ValueError if no image has one.
+        Raises ValueError if no image has a label.
         """
         rows = () if self.labels is None else (self.labels != UNLABELLED).nonzero()[:, 0]
         if self.labels is None or len(rows) == 0:
@@ -109,7 +109,7 @@ class ImageSource:
         return part
 
     def open(self, index: int) -> Image:
-        """The image with its header read and its pixels not yet. Raises CorruptImage."""
+        """Open an image, of which only the header is read. Raises CorruptImage."""
         if self.pixels is not None:
             return PIL.Image.fromarray(self.pixels[index].permute(1, 2, 0).contiguous().numpy())
         (record,) = self._table[index].values()  # pyright: ignore[reportOptionalSubscript]
@@ -124,13 +124,13 @@ class ImageSource:
             image = PIL.Image.open(io.BytesIO(Path(record["path"]).read_bytes() if content is None else content))
             image.info["name"] = name
             return image
-        except Exception as error:  # Pillow's decoders raise all sorts
+        except Exception as error:  # Pillow's decoders raise errors of many types
             raise CorruptImage(index, name, error) from error
 
     def decode(self, index: int, image: Image, shrink: float = 1.0) -> Image:
-        """The pixels of what `open` gave: upright RGB. Raises CorruptImage.
+        """Decode an opened image to upright RGB. Raises CorruptImage.
 
-        A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, much more cheaply, but never smaller than 1/`shrink`.
+        A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster, but never smaller than 1/`shrink`.
         """
         try:
             if shrink >= 2:
@@ -140,13 +140,13 @@ class ImageSource:
             raise CorruptImage(index, image.info.get("name", ""), error) from error
 
     def read(self, index: int) -> Image:
-        """Image number `index`, upright RGB. Raises CorruptImage."""
+        """Read the image at `index` as upright RGB. Raises CorruptImage."""
         return self.decode(index, self.open(index))
 
     def next_readable(self, index: int, bad: list[Bad]) -> tuple[int, Image]:
-        """The first readable image at or after `index` (the first follows the last); adds what it skips to `bad`.
+        """Return the first readable image from `index` on (the first follows the last), and add skipped ones to `bad`.
 
-        Raises CorruptDataError after as many failures in a row as condemn the set.
+        Raises CorruptDataError when more images have failed in a row than may be unreadable.
         """
         skipped: list[Bad] = []
         while not self._is_condemned_by(len(skipped)):
@@ -160,7 +160,7 @@ class ImageSource:
         raise self._too_many(skipped)
 
     def report(self, bad: Iterable[Bad]) -> None:
-        """Count images that could not be read, and name each once. Raises CorruptDataError where they are too many."""
+        """Count images that could not be read, and name each once. Raises CorruptDataError if there are too many."""
         if self._whole is not None:
             whole, rows = self._whole
             return whole.report((int(rows[index]), name, reason) for index, name, reason in bad)
@@ -172,12 +172,12 @@ class ImageSource:
             raise self._too_many([(index, *what) for index, what in self.bad.items()])
 
     def gather_bad(self) -> None:
-        """Add to `bad` what the other processes could not read. All of them must call this."""
+        """Add the images to `bad` that other processes could not read. All processes must call this."""
         for found in all_gather_objects(self.bad):
             self.bad.update(found)
 
     def _is_condemned_by(self, unreadable: int) -> bool:
-        """Whether so many images are more than may be skipped."""
+        """Whether this many images are more than may be skipped."""
         return unreadable > max(1, MAX_BAD * len(self)) or unreadable >= len(self)
 
     def _too_many(self, bad: Sequence[Bad]) -> CorruptDataError:
@@ -189,24 +189,24 @@ class ImageSource:
         )
 
     def sample_sizes(self) -> list[tuple[int, int]]:
-        """(width, height) of up to HEADER_SAMPLE images spread over the set, from their headers."""
+        """Read the (width, height) of up to HEADER_SAMPLE images, spread over the dataset, from their headers."""
         return [upright_size(image) for image in self._sample()]
 
     def _sample(self) -> Iterator[Image]:
-        """Up to HEADER_SAMPLE images spread over the set, with their pixels not yet read."""
+        """Open up to HEADER_SAMPLE images, spread over the dataset, without reading their pixels."""
         for index in torch.linspace(0, len(self) - 1, min(len(self), HEADER_SAMPLE)).long().tolist():
             with contextlib.suppress(CorruptImage):
                 yield self.open(index)
 
     def warn_of_lost_contrast(self) -> bool:
-        """Warn where images of 16 or 32 bits use little of their range, or more than it. Returns whether it did.
+        """Warn if images of 16 or 32 bits use little of their range, or exceed it, and return whether they do.
 
-        It looks at a few images.
+        Only a few images are checked.
         """
         deep = list(itertools.islice(filter(is_deep, self._sample()), DEEP_SAMPLE))
         names = []
         for image in deep:
-            with contextlib.suppress(Exception):  # of broken files, which decoding reports
+            with contextlib.suppress(Exception):  # from broken files, which decoding reports
                 if loses_contrast(image):
                     names.append(str(image.info["name"]))
         if names:
@@ -223,7 +223,7 @@ class ImageSource:
         return bool(names)
 
     def hold_in_memory(self) -> None:
-        """Decode the whole set into `pixels`, if its images share one size and take less than MEMORY_BYTES."""
+        """Decode all images into `pixels`, if they share one size and take less than MEMORY_BYTES."""
         sizes = set(self.sample_sizes())
         if self.pixels is not None or len(sizes) != 1:
             return
@@ -246,7 +246,7 @@ class ImageSource:
                 pixels[index] = image_tensor(image)
             return True
 
-        # Small images spend their time in Python itself, where threads only get into each other's way
+        # With small images most of the time is spent in Python itself, where threads only slow each other down.
         with ThreadPoolExecutor(1 if height * width < 64**2 else None) as pool:
             starts = range(0, len(self), 64)
             for position in range(0, len(starts), 64):
@@ -260,7 +260,9 @@ class ImageSource:
         if self.bad:
             pixels = pixels[kept]
             self.labels = self.labels[kept] if self.labels is not None else None
-            if self.labels is not None and (self.labels == UNLABELLED).all():  # none of those that are left has one
+            if (
+                self.labels is not None and (self.labels == UNLABELLED).all()
+            ):  # none of the remaining images has a label
                 self.labels = None
         self.pixels, self._table = pixels, None
 
@@ -274,20 +276,20 @@ def load_sources(
     seed: int = 0,
     config: str | None = None,
 ) -> tuple[ImageSource, ImageSource | None]:
-    """Training and validation images of `data`.
+    """Load the training and validation images of `data`.
 
-    `data` is "bundled", a Hub data set, a folder of images (class folders, or train/ and validation/ with class folders
-    in them), a parquet or arrow file or a folder of them, or what `datasets` saved with `save_to_disk`. Where there is
-    no validation split but labels, a tenth of each class is held out, drawn from `seed`, and nothing of a class of one
-    image; without labels there is none.
-    Classes are matched by name between the splits. An image without a label has the label -1, and so has a validation
-    image of a class that the training split lacks. `label_column="none"`
-    reads no labels and takes no folders as classes. `config` is one of those that the README.md of a Hub data set or
-    folder may declare.
+    `data` is "bundled", a dataset on the Hub, a folder of images (class folders, or train/ and validation/ with class
+    folders in them), a parquet or arrow file or a folder of them, or what `datasets` saved with `save_to_disk`.
+    `config` is one of the configurations that the README.md of a dataset may declare.
+
+    Without a validation split, a tenth of each class of two or more images is held out, drawn from `seed`. Without
+    labels there are no validation images. Classes are matched by name between splits. The label -1 marks images without
+    a label, and validation images of a class that the training split lacks. `label_column="none"` reads no labels and
+    takes no folders as classes.
 
     Raises:
-        FileNotFoundError: a path that is not there.
-        ValueError: what cannot be read, missing or ambiguous splits and columns.
+        FileNotFoundError: a path does not exist.
+        ValueError: data that cannot be read; missing or ambiguous splits or columns.
     """
     if data == "bundled":
         return _bundled(seed, label_column != NO_LABELS)
@@ -309,7 +311,7 @@ def load_sources(
             )
         parts = [(train, labels, train_split), (held, held_labels, validation_split)]
     elif labels is not None:
-        parts = _held_out(data, train, labels, train_split, seed)
+        parts = _hold_out_rows(data, train, labels, train_split, seed)
     else:
         parts = [(train, None, train_split)]
         logger.warning("%s has neither a validation split nor labels: no accuracy will be measured", data)
@@ -317,17 +319,17 @@ def load_sources(
     sources, warned = [], False
     for table, part_labels, part in parts:
         name = "/".join(filter(None, (data, config, part)))
-        source = ImageSource(name, undecoded(table, image_column), None, part_labels, names, labels_from=origin)
+        source = ImageSource(name, select_undecoded(table, image_column), None, part_labels, names, labels_from=origin)
         warned = warned or source.warn_of_lost_contrast()
         source.hold_in_memory()
         sources.append(source)
     return sources[0], sources[1] if len(sources) == 2 else None
 
 
-def _held_out(
+def _hold_out_rows(
     data: str, train: "Dataset", labels: Tensor, split: str, seed: int
 ) -> "list[tuple[Dataset, Tensor | None, str]]":
-    """Table, labels and name of the training images and of those held out of them, if any can be."""
+    """Split into training and held-out images, each as table, labels and name. The latter are missing if impossible."""
     kept, out = hold_out(labels, seed)
     if len(out) == 0:
         logger.warning(
@@ -341,7 +343,7 @@ def _held_out(
 
 
 def describe_labels(source: ImageSource, validation: ImageSource | None) -> str:
-    """One line that says where the labels come from, and which images have none."""
+    """Say in one line where the labels come from, and how many images have none."""
     if source.labels is None or source.class_names is None:
         return "Labels: none"
     listed = ", ".join(source.class_names[:5]) + ", ..." * (len(source.class_names) > 5)

@@ -1,4 +1,4 @@
-"""The tables of a data set in any layout that `datasets` reads, split by split, and the columns to take from them."""
+"""Load the tables of a dataset in any layout that `datasets` reads, and choose its splits and columns."""
 
 import contextlib
 import glob
@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 
 VALIDATION_NAMES = ("validation", "valid", "val", "test")
 NO_LABELS = "none"
-"""As `label_column`: labels are not read, and folders are no classes."""
+"""The `label_column` with which labels are not read and folders are not classes."""
 
 
 def load_tables(data: str, config: str | None) -> "dict[str, Dataset]":
-    """Every split of `data`, by name.
+    """Load every split of `data`, by name.
 
-    Raises FileNotFoundError for a path that is not there, ValueError for what cannot be read.
+    Raises FileNotFoundError for a path that does not exist, and ValueError for data that cannot be read.
     """
     import datasets
 
@@ -58,12 +58,12 @@ def load_tables(data: str, config: str | None) -> "dict[str, Dataset]":
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Turn what `datasets` raises into a ValueError, or an OSError where it is one, that names the innermost cause."""
+    """Turn the errors of `datasets` into a ValueError (an OSError stays one) that names the innermost cause."""
     from datasets import config
 
     try:
         yield
-    except Exception as error:  # pyarrow, pandas and fsspec are below, each with errors of its own
+    except Exception as error:  # from pyarrow, pandas and fsspec, each of which has its own errors
         text = reason(error)
         if lacks_room(error):
             text += f"; make room in {config.HF_DATASETS_CACHE}, or set HF_DATASETS_CACHE to a folder on another disk"
@@ -71,12 +71,12 @@ def _explained() -> Iterator[None]:
 
 
 def _load_folder(path: Path, config: str | None) -> "dict[str, Dataset]":
-    """Image files are listed here, everything else is read by `datasets`; warns of images that are left out."""
+    """List image files here, let `datasets` read everything else, and warn of images that are left out."""
     import datasets
 
-    declared = _declarations(path)
+    declared = _read_declarations(path)
     root = os.path.realpath(path)
-    # What the configurations of a README leave out is left out on purpose
+    # Images that the configurations of a README leave out are left out on purpose.
     found = Found(root) if "configs" in declared else scan_folder(root)
     if config is None and "dataset_info" not in declared and len(found.images) > len(found.tables):
         return _read_metadata(found) if found.metadata else read_image_folder(found)
@@ -85,20 +85,20 @@ def _load_folder(path: Path, config: str | None) -> "dict[str, Dataset]":
         with _explained():
             loaded: Any = datasets.load_dataset(str(path), config)
             tables = {str(name): loaded[name] for name in loaded}
-            tables = {name: _with_names_of_files(table, path, config, name) for name, table in tables.items()}
+            tables = {name: _read_class_names(table, path, config, name) for name, table in tables.items()}
     except ValueError as error:
         archives = [name for name in found.tables if name.endswith((".zip", ".tar"))]
         raise ValueError(
             f"{error}; unpack {archives[0]} there, if it holds the images" if archives else error
         ) from error
     if found.images:
-        listed = {name for table in tables.values() for name in _image_paths(table, found.root)}
+        listed = {name for table in tables.values() for name in _list_image_paths(table, found.root)}
         warn_of_left_out(Found(root), [name for name in found.images if name not in listed])
     return tables
 
 
-def _declarations(path: Path) -> dict[str, Any]:
-    """What a README.md declares: files by split in "configs", types of columns in "dataset_info"."""
+def _read_declarations(path: Path) -> dict[str, Any]:
+    """Read what a README.md declares: files by split in "configs", types of columns in "dataset_info"."""
     from huggingface_hub import metadata_load
 
     readme, declared = path / "README.md", {}
@@ -111,14 +111,14 @@ def _declarations(path: Path) -> dict[str, Any]:
 
 
 def _read_metadata(found: Found) -> "dict[str, Dataset]":
-    """The images that the metadata files list, with their columns, in splits by the names of the folders."""
+    """Load the images that metadata files list, with their columns, in splits by the names of the folders."""
     import datasets
 
     files = [glob.escape(os.path.join(found.root, name)) for name in found.metadata]
     with _explained():
         loaded: Any = datasets.load_dataset("imagefolder", data_files={"train": files})
     table = loaded["train"]
-    listed = _image_paths(table, found.root)
+    listed = _list_image_paths(table, found.root)
     names = sorted({name for name in listed if name is not None})
     warn_of_left_out(found, sorted(set(found.images).difference(names)))
     warn_of_tables(found)
@@ -132,14 +132,14 @@ def _read_metadata(found: Found) -> "dict[str, Dataset]":
     return {name: table.select(rows[name]) for name in rows}
 
 
-def _image_paths(table: "Dataset", root: str) -> list[str | None]:
-    """For each row the path of its file, relative to `root`, from the first column of images; None for other rows."""
+def _list_image_paths(table: "Dataset", root: str) -> list[str | None]:
+    """Return the path of each row's file, relative to `root`, by the first column of images; None for other rows."""
     import datasets
 
     column = next((name for name, feature in table.features.items() if isinstance(feature, datasets.Image)), None)
     if column is None:
         return [None] * len(table)
-    chunks = table.data.column(column).chunks  # views of the file, where the images themselves are in it
+    chunks = table.data.column(column).chunks  # views of the file, if it contains the images themselves
     inside = [value for chunk in chunks for value in chunk.field("bytes").is_valid().to_pylist()]
     paths = [value for chunk in chunks for value in chunk.field("path").to_pylist()]
     return [
@@ -148,10 +148,10 @@ def _image_paths(table: "Dataset", root: str) -> list[str | None]:
     ]
 
 
-def _with_names_of_files(table: "Dataset", path: Path, config: str | None, split: str) -> "Dataset":
-    """`table` with the class names that the split's own parquet or arrow files declare.
+def _read_class_names(table: "Dataset", path: Path, config: str | None, split: str) -> "Dataset":
+    """Give `table` the class names that the split's own parquet or arrow files declare.
 
-    `datasets` gives every split the names that the first file of the first split declares, and changes no number.
+    `datasets` gives every split the names that the first file of the first split declares, and leaves the numbers.
     """
     import datasets
 
@@ -159,7 +159,7 @@ def _with_names_of_files(table: "Dataset", path: Path, config: str | None, split
     if not columns or table.info.builder_name not in ("parquet", "arrow"):
         return table
     files = datasets.load_dataset_builder(str(path), config).config.data_files or {}
-    features = [_features_of_file(str(file), str(table.info.builder_name)) for file in files.get(split, [])]
+    features = [_read_features(str(file), str(table.info.builder_name)) for file in files.get(split, [])]
     for column in columns:
         declared = [feature[column] for feature in features if isinstance(feature.get(column), datasets.ClassLabel)]
         names = {tuple(label.names) for label in declared}
@@ -173,7 +173,7 @@ def _with_names_of_files(table: "Dataset", path: Path, config: str | None, split
     return table
 
 
-def _features_of_file(file: str, kind: str) -> "Features":
+def _read_features(file: str, kind: str) -> "Features":
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -183,7 +183,7 @@ def _features_of_file(file: str, kind: str) -> "Features":
     with pa.memory_map(file) as source:
         try:
             schema = pa.ipc.open_stream(source).schema
-        except pa.ArrowInvalid:  # the other of arrow's two formats
+        except pa.ArrowInvalid:  # arrow has two formats
             schema = pa.ipc.open_file(source).schema
     return datasets.Features.from_arrow_schema(schema)
 
@@ -207,7 +207,7 @@ def choose_splits(data: str, splits: list[str], train: str | None, validation: s
 
 
 def take_part(tables: "dict[str, Dataset]", split: str) -> "Dataset":
-    """A split, or a part of one in the syntax of `datasets`: "train[:1000]", "train[10%:20%]"."""
+    """Return a split, or a part of one in the syntax of `datasets`: "train[:1000]", "train[10%:20%]"."""
     import datasets
 
     if "[" not in split:
@@ -223,7 +223,7 @@ def take_part(tables: "dict[str, Dataset]", split: str) -> "Dataset":
 def choose_columns(
     data: str, table: "Dataset", image_column: str | None, label_column: str | None
 ) -> tuple[str, str | None]:
-    """Columns by feature type where they are not named: one Image, at most one ClassLabel. "none": no labels."""
+    """Choose unnamed columns by type: one Image, and at most one ClassLabel. "none" means no labels."""
     import datasets
 
     columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in table.features.items())
@@ -250,13 +250,13 @@ def choose_columns(
     return image_column, label_column
 
 
-def undecoded(table: "Dataset", column: str) -> "Dataset":
-    """The column of images alone, each as its file's bytes or path. Raises ValueError for a column of anything else."""
+def select_undecoded(table: "Dataset", column: str) -> "Dataset":
+    """Return the column of images, each as its file's bytes or path. Raises ValueError for a column of another kind."""
     import datasets
 
     try:
         return table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    except Exception as error:  # pyarrow and numpy raise several types
+    except Exception as error:  # pyarrow and numpy raise errors of several types
         kind = type(table.features[column]).__name__
         raise ValueError(
             f"image_column={column}: a {kind} cannot be read as one image a row; set image_column to a column of images"
@@ -265,7 +265,7 @@ def undecoded(table: "Dataset", column: str) -> "Dataset":
 
 
 def name_origin(table: "Dataset", label_column: str | None) -> str:
-    """Where the labels of this column come from."""
+    """Say where the labels of this column come from."""
     import datasets
 
     of_folders = table.info.builder_name == "imagefolder" and label_column == "label"

@@ -1,4 +1,4 @@
-"""The processes that load images: how their batches reach the run, and what they do on signals and failures."""
+"""The processes that load images: how batches reach the run, and how they react to signals and failures."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ from torch.utils.data import get_worker_info
 from .sources import CorruptDataError
 
 BATCH_SECONDS = 300
-"""Time for which a run waits for a batch. Workers that start on a busy machine, or a slow file system, take minutes."""
+"""How long a run waits for a batch. Workers on a busy machine, or on a slow file system, take minutes to start."""
 
 REMEDY = (
     "If shared memory is what they lack (Docker gives a container 64 MB in /dev/shm), start the container with "
@@ -24,12 +24,12 @@ REMEDY = (
 )
 
 ALIGNMENT = 64
-"""Bytes. A tensor in a batch's memory starts at a multiple of this, which is one of the size of any number."""
+"""In bytes. A tensor in a batch's memory starts at a multiple of this, which suits numbers of every size."""
 
 TORCH_FAILURES = re.compile(
     r"DataLoader worker \(pid|DataLoader timed out|Pin memory thread exited|Too many open files|received \d+ items of"
 )
-"""What the messages begin with by which torch says that workers failed."""
+"""Beginnings of the messages with which torch says that workers failed."""
 
 
 class WorkersFailed(RuntimeError):
@@ -40,7 +40,7 @@ class WorkersFailed(RuntimeError):
 
 
 class _Place(NamedTuple):
-    """Where a tensor lies in the memory of a batch, in bytes."""
+    """The place of a tensor in the memory of a batch, in bytes."""
 
     start: int
     dtype: torch.dtype
@@ -48,16 +48,16 @@ class _Place(NamedTuple):
 
 
 def pass_on(batch: dict[str, Any]) -> Any:
-    """The loaders' `collate_fn`: a batch as it is, or, in a worker, in a form that takes one piece of shared memory.
+    """Return a batch as it is or, in a worker, in a form that takes one piece of shared memory (a `collate_fn`).
 
-    Torch shares each tensor by itself, and each takes an open file in the run for as long as it lives: ten views of
-    an image and a hundred batches are then beyond the usual limit of 1,024.
+    Torch shares each tensor separately, and each takes an open file in the run for as long as it lives. Ten views of an
+    image and a hundred batches would exceed the usual limit of 1,024.
     """
     return batch if get_worker_info() is None else _SharedBatch(batch)
 
 
 class _SharedBatch:
-    """A batch on its way to the run, where it is unpickled as the dict that it was made of."""
+    """A batch on its way to the run, where it is unpickled as the dictionary that it was made of."""
 
     def __init__(self, batch: dict[str, Any]):
         tensors: list[Tensor] = []
@@ -78,7 +78,7 @@ class _SharedBatch:
 
     def _shared(self, tensors: list[Tensor]) -> Tensor:
         try:
-            # Here rather than when the batch is sent: that is done in a thread, whose errors the run does not hear of.
+            # This happens before the batch is sent, as a thread sends it and the run does not see that thread's errors.
             memory = torch.empty(self.end, dtype=torch.uint8).share_memory_()
         except RuntimeError as error:
             size = f"{self.end / 1e6:.1f} MB"
@@ -90,11 +90,11 @@ class _SharedBatch:
         return memory
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _taken_out, (self.memory, self.template)
+        return _unpack, (self.memory, self.template)
 
 
-def _taken_out(memory: Tensor, template: dict[str, Any]) -> dict[str, Any]:
-    """The batch, whose tensors are views of `memory`."""
+def _unpack(memory: Tensor, template: dict[str, Any]) -> dict[str, Any]:
+    """Return the batch, whose tensors are views of `memory`."""
 
     def take(value: Any) -> Any:
         if not isinstance(value, _Place):
@@ -109,10 +109,10 @@ def _taken_out(memory: Tensor, template: dict[str, Any]) -> dict[str, Any]:
 
 
 def outlive_sigterm(worker: int) -> None:
-    """The loaders' `worker_init_fn`: heed no SIGTERM but the run's own.
+    """Ignore every SIGTERM that does not come from the run itself (a `worker_init_fn`).
 
     Queues and launchers send SIGTERM to all processes of a run, whose last step before the checkpoint needs the
-    workers. Where there is no `sigwaitinfo`, workers end by the first SIGTERM.
+    workers. On systems without `sigwaitinfo`, workers end at the first SIGTERM.
     """
     if not hasattr(signal, "sigwaitinfo"):
         return
@@ -128,17 +128,17 @@ def outlive_sigterm(worker: int) -> None:
 
 
 @contextmanager
-def born_deaf_to_sigterm() -> Iterator[None]:
-    """Processes that are started within block SIGTERM from the start, until `outlive_sigterm` looks after it.
+def block_sigterm_in_children() -> Iterator[None]:
+    """Let processes that are started in this context block SIGTERM until `outlive_sigterm` handles it.
 
-    One that is not forked imports for seconds first, and so does the server that forks on its behalf, which lives on.
+    A process that is not forked first imports for seconds, and so does the fork server, which stays alive.
     """
     if not hasattr(signal, "sigwaitinfo"):
         yield
         return
-    from multiprocessing import resource_tracker  # where there is `sigwaitinfo`, there is this
+    from multiprocessing import resource_tracker  # systems with `sigwaitinfo` have this, too
 
-    # Python starts this tracker with the first worker that is not forked, and then unblocks SIGTERM: start it before.
+    # Python starts this tracker with the first worker that is not forked, and then unblocks SIGTERM. Start it first.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
@@ -152,11 +152,11 @@ def born_deaf_to_sigterm() -> Iterator[None]:
 
 @contextmanager
 def explained_failures() -> Iterator[None]:
-    """Errors about workers say what went wrong and what to do, in place of the traceback in another process.
+    """Turn errors about workers, which hold another process's traceback, into messages that say what to do.
 
     Raises:
-        WorkersFailed: instead of torch's errors of workers that ended, are late or cannot pass a batch on.
-        CorruptDataError: with the message that it was raised with in a worker.
+        WorkersFailed: replaces torch's errors about workers that ended, are late or cannot pass a batch on.
+        CorruptDataError: has the message with which it was raised in a worker.
     """
     try:
         yield

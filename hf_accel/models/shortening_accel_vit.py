@@ -53,7 +53,7 @@ def sincos_position_table(
     """(height * width, hidden_size): MoCo-v3's fixed embedding, at continuous positions relative to the image.
 
     The patch at the fraction u of the image's side has the position `u * base_grid_size - 1/2`. A quarter of the
-    channels each: sin and cos of what MoCo-v3's code names w, then of h. Its w is the row: its meshgrid indexes "ij".
+    channels each holds sin and cos of what MoCo-v3's code calls w, then of h. Its w is the row, by its meshgrid.
     """
     rows = sincos_waves(base_grid_size, height, hidden_size // 2, device=device, dtype=dtype)
     columns = sincos_waves(base_grid_size, width, hidden_size // 2, device=device, dtype=dtype)
@@ -103,7 +103,7 @@ def resize_patches(patches: torch.Tensor, base_patch_size: int) -> torch.Tensor:
 
 
 def check_patch_size(patch_size: int) -> int:
-    """Return the patch size, which `operator.index` makes constant for `torch.compile`: inductor fails on a dynamic one.
+    """Check a patch size; `operator.index` makes it constant for `torch.compile`, as inductor fails on a dynamic one.
 
     Raises:
         ValueError: it is not a positive whole number.

@@ -25,8 +25,7 @@ from matplotlib.ticker import EngFormatter
 from benchmarks.options import parser_of
 from hf_accel.recipe import overrides_for, task_reads
 from hf_accel.report import environment
-from hf_accel.report.curves import STYLE
-from hf_accel.report.search_figures import STAGE_COLORS, STAGE_MARKERS
+from hf_accel.report.curves import COLORS, MARKERS, STYLE
 from hf_accel.run_folder import write_json
 from hf_accel.tasks.search import SCHEDULE_NAME
 from hf_accel.utils.strict_yaml import load_yaml
@@ -134,7 +133,7 @@ def plot_schedules(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         figure = Figure(figsize=(7.2, 4.4), layout="constrained")
         axes = figure.subplots()
         for number, row in enumerate(sorted(rows, key=lambda row: -row["mean"])):
-            color, marker = STAGE_COLORS[number % len(STAGE_COLORS)], STAGE_MARKERS[number % len(STAGE_MARKERS)]
+            color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
             units = np.mean([[u for u, _ in curve] for curve in row["curves"]], axis=0)
             values = np.array([[value for _, value in curve] for curve in row["curves"]])
             label = f"{row['schedule']}: {row['mean']:.1f}"

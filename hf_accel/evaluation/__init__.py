@@ -1,4 +1,4 @@
-"""How good an encoder is: features, weighted kNN, linear probe, logistic regression, fine-tuning; top-1 and top-5."""
+"""Measure an encoder: features, weighted kNN, linear probe, logistic regression, fine-tuning; top-1 and top-5."""
 
 from .encoders import (
     input_of,

@@ -1,4 +1,4 @@
-"""Any vision encoder that `AutoModel` opens, with the image processor that belongs to it."""
+"""Load any vision encoder that `AutoModel` opens, with the image processor that belongs to it."""
 
 import hashlib
 import inspect
@@ -23,7 +23,7 @@ from .pooling import turn_masking_off
 
 
 def refuse_run_folder(checkpoint: str) -> None:
-    """Raises ValueError for a folder that is no checkpoint, but has one in it, or none at all."""
+    """Raise ValueError for a folder that is not a checkpoint, whether or not it contains one."""
     folder = Path(checkpoint)
     if folder.is_dir() and not (folder / "config.json").is_file():
         final = folder / "final"
@@ -32,17 +32,17 @@ def refuse_run_folder(checkpoint: str) -> None:
 
 
 def load_encoder(checkpoint: str) -> PreTrainedModel:
-    """The encoder of a folder or Hub id, in fp32 and with every weight from there.
+    """Load the encoder of a folder or Hub id in fp32, with every weight from there.
 
-    A pooling layer without weights, which transformers would initialise at random and put between the CLS token and
-    `pooler_output`, is taken off. Random masking, as ViT-MAE has it, is turned off.
+    If the checkpoint has no weights for its pooling layer, transformers would initialise that layer at random, so it is
+    removed. Random masking, as in ViT-MAE, is turned off.
 
     Raises:
-        ValueError: nothing there that can be opened, a model that takes no images, or weights of another model.
+        ValueError: nothing that can be opened, a model that takes no images, or weights of another model.
     """
     refuse_run_folder(checkpoint)
     with opening(checkpoint):
-        # no foreign code, for which transformers would otherwise ask on a terminal; mismatches are reported below
+        # Foreign code is refused, as transformers would otherwise ask on the terminal. Mismatches are reported below.
         options: dict[str, Any] = {"trust_remote_code": False, "ignore_mismatched_sizes": True}
         model, info = AutoModel.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True, **options)
     if model.main_input_name != "pixel_values":
@@ -64,7 +64,7 @@ def load_encoder(checkpoint: str) -> PreTrainedModel:
 
 
 def load_processor(checkpoint: str) -> Any | None:
-    """The checkpoint's own image processor, None if it has none. Raises ValueError for one that cannot be opened."""
+    """Load the checkpoint's image processor, or None if it has none. Raises ValueError if it cannot be opened."""
     try:
         if cached_file(checkpoint, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is None:
             return None
@@ -79,7 +79,7 @@ def takes_patch_size(model: torch.nn.Module) -> bool:
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """Twelve hexadecimal digits that tell these weights from others."""
+    """Return twelve hexadecimal digits that identify these weights."""
     digest = hashlib.blake2b(digest_size=6)
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -88,10 +88,10 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 def input_of(processor: Any) -> tuple[int, Sequence[float], Sequence[float]]:
-    """Side in pixels of the images that a processor makes, and the mean and std of channels that it takes off.
+    """Return the side in pixels of the images that a processor makes, and the channels' mean and std that it removes.
 
-    Found out from what it makes of a black and a white image, whatever its settings are called.
-    Raises ValueError where the images are not square, or of another size for another shape of photograph.
+    They are inferred from its output for a black and a white image, whatever its settings are called.
+    Raises ValueError if the images are not square, or if their size depends on the shape of the photograph.
     """
     black, white = (PIL.Image.new("RGB", size, colour) for size, colour in (((96, 64), "black"), ((64, 96), "white")))
     made = [np.asarray(processor(images=image)["pixel_values"][0]) for image in (black, white)]
@@ -106,7 +106,7 @@ def input_of(processor: Any) -> tuple[int, Sequence[float], Sequence[float]]:
 
 
 class ProcessedImages(Dataset):
-    """Batches by index, as an image processor makes them. What cannot be read gives way to the next image."""
+    """Batches by index, as an image processor makes them. The next image replaces one that cannot be read."""
 
     def __init__(self, source: ImageSource, processor: Any):
         self.source, self.processor = source, processor
@@ -125,10 +125,10 @@ class ProcessedImages(Dataset):
 
 
 def processed_loader(source: ImageSource, processor: Any, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """The set in order, as dicts with "pixel_values" (B, C, H, W), "labels" (B,) where there are any, and "bad".
+    """Load the images in order, as dictionaries with "pixel_values" (B, C, H, W), "labels" (B,) if any, and "bad".
 
-    As `data.eval_loader`, for encoders whose own processor decides over size, crop and normalisation.
+    This is `data.eval_loader` for encoders whose own processor chooses size, crop and normalisation.
     """
     dataset = ProcessedImages(source, processor)
-    # a sampler, not shuffle=False, so that an accelerator can share the batches among processes
+    # a sampler instead of shuffle=False, so that an accelerator can distribute the batches over processes
     return ReportingLoader(source, dataset, 0, num_workers, sampler=range(len(source)), batch_size=batch_size)

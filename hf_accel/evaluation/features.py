@@ -1,4 +1,4 @@
-"""Features of every image of a loader: from any vision encoder of `AutoModel`, or the raw pixels as a baseline."""
+"""Extract features of all images of a loader, from any vision encoder or from raw pixels as a baseline."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,10 +19,10 @@ from .pooling import check_encoder, pool
 
 RAW_PIXEL_SIZE = 32
 GATHER_ROWS = 65536
-"""Rows a collective moves at a time, so that the device never holds the whole bank."""
+"""Rows that a collective moves at a time, so that the device never holds the whole bank."""
 
 CPU_ROWS = 32
-"""Rows that a CPU encodes at a time: 256 of a ViT-S take half a minute, in which a request to stop goes unanswered."""
+"""Rows that a CPU encodes at a time. A ViT-S takes half a minute for 256, during which it cannot answer a stop."""
 
 Batch = dict[str, Any]
 
@@ -34,21 +34,21 @@ def extract_features(
     patch_size: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Features (N, D) in fp32 and labels (N,) of every sample of the loader, once each and in its order, on the CPU.
+    """Return features (N, D) in fp32 and labels (N,) of every sample of the loader, once each, in order, on the CPU.
 
-    The feature is `pooler_output`, else the CLS token, else the mean over patches or map (see `pooling.pool`). The
-    model is in eval mode meanwhile, on `device` already, and afterwards as it was; no random state moves.
+    The feature is `pooler_output`, or the CLS token, or the mean over patches or map (see `pooling.pool`). The model
+    must be on `device`. It is in eval mode meanwhile and restored afterwards; no random state changes.
 
-    When distributed, all processes call this with the same plain loader; each takes every world-th batch and all get
-    all features.
+    In a distributed run, all processes call this with the same plain loader. Each takes every world-th batch, and all
+    get all features.
 
     Args:
-        loader: dicts with "pixel_values" (B, C, H, W), as the model wants them, and "labels" (B,).
-        patch_size: in pixels, for encoders that take one; None is the encoder's own.
-        dtype: bf16 or fp16 for autocast, None for none.
+        loader: dictionaries with "pixel_values" (B, C, H, W), as the model expects them, and "labels" (B,).
+        patch_size: pixels, for encoders that take a patch size; None means the encoder's own.
+        dtype: bf16 or fp16 for autocast; None means no autocast.
 
     Raises:
-        ValueError: no samples, or a model whose outputs are no feature of an image, or another one each time.
+        ValueError: no samples, or a model whose outputs hold no feature of an image, or a different one each time.
         Stopped: a stop was requested.
         KeyError: a batch without "pixel_values" or "labels".
         TypeError: a loader that accelerate has sharded already.
@@ -66,9 +66,9 @@ def extract_features(
 
 
 def raw_pixel_features(loader: Iterable[Batch], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Features (N, C * h * w) and labels (N,) like `extract_features`, but of the bare pixels: what learning must beat.
+    """Return features (N, C * h * w) and labels (N,) like `extract_features`, but of the pixels, as a baseline.
 
-    Larger images are averaged down to 32 px a side, so that a bank of them fits in memory.
+    Images larger than 32 px a side are averaged down to it, so that all of them fit into memory.
     """
 
     def flatten(pixel_values: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-# Not inference_mode: what a model caches on the way (resized kernels) must serve a later backward.
+# Not inference_mode, because resized kernels that the model caches here must serve a later backward pass.
 @torch.no_grad()
 def _collect(
     encode: Callable[[Tensor], Tensor],
@@ -97,11 +97,11 @@ def _collect(
     device: torch.device,
     check: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rows and labels; `check` gets the first image on the device."""
-    features, tags = [torch.empty(0, 0)], [torch.empty(0, 2, dtype=torch.long)]  # a tag: number of the batch, label
+    """Collect rows and labels; `check` gets the first image on the device."""
+    features, tags = [torch.empty(0, 0)], [torch.empty(0, 2, dtype=torch.long)]  # tags: number of the batch, label
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed from the global generator
         most = CPU_ROWS if device.type == "cpu" else None
-        for number, rows, labels in until_stopped(_parts(_own_batches(loader), most)):
+        for number, rows, labels in until_stopped(_split_batches(_take_own_batches(loader), most)):
             pixels = rows.to(device, non_blocking=True)
             if check is not None:
                 check(pixels[:1])
@@ -118,8 +118,8 @@ def _collect(
     return rows, tag[:, 1]
 
 
-def _parts(batches: Iterable[tuple[int, Batch]], most: int | None) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(number, pixels, labels) of each batch, in parts of at most so many rows."""
+def _split_batches(batches: Iterable[tuple[int, Batch]], most: int | None) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield (number, pixels, labels) of each batch, in parts of at most this many rows."""
     for number, batch in batches:
         for key in ("pixel_values", "labels"):
             if key not in batch:
@@ -130,8 +130,8 @@ def _parts(batches: Iterable[tuple[int, Batch]], most: int | None) -> Iterator[t
             yield number, rows, classes
 
 
-def _own_batches(loader: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
-    """(number, batch) of every world-th batch, from this process's rank on; a DataLoader loads no others."""
+def _take_own_batches(loader: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+    """Yield (number, batch) of every world-th batch from this process's rank on. A DataLoader loads no others."""
     if world_size() == 1:
         yield from enumerate(loader)
         return
@@ -151,13 +151,13 @@ def _own_batches(loader: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
     else:
         batches = islice(loader, own.start, None, own.step)
     for position, batch in enumerate(batches):
-        if isinstance(loader, ReportingLoader):  # whose own iteration this takes the place of
+        if isinstance(loader, ReportingLoader):  # which this replaces the iteration of
             loader.source.report(batch["bad"])
         yield own.start + position * own.step, batch
 
 
 def _gather_rows(rows: Tensor, device: torch.device) -> Tensor:
-    """(n, D) on each process, of any n -> all of them (sum of n, D) in rank order, on the CPU."""
+    """Gather (n, D) from each process, with any n, into (sum of n, D) in rank order, on the CPU."""
     shapes = all_gather(torch.tensor([rows.shape], device=device)).cpu()
     counts, width = shapes[:, 0].tolist(), int(shapes[:, 1].max())
     parts: list[list[Tensor]] = [[] for _ in counts]

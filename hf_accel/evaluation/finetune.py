@@ -1,7 +1,7 @@
-"""Fine-tuning of a whole encoder with a linear classifier, by the transformers Trainer and the recipe of DeiT and MAE.
+"""Fine-tune a whole encoder with a linear classifier, with the transformers Trainer and the recipe of DeiT and MAE.
 
-AdamW with layer decay (arXiv 2003.10555), cosine with warm-up, random resized crops and mirror images, mixup, CutMix,
-label smoothing and stochastic depth, as in arXiv 2012.12877 and 2111.06377. Erasing and RandAugment are left out.
+The recipe is AdamW with layer decay (arXiv 2003.10555), cosine with warm-up, random resized crops and mirror images,
+mixup, CutMix, label smoothing and stochastic depth (arXiv 2012.12877, 2111.06377), without erasing and RandAugment.
 """
 
 import re
@@ -44,17 +44,17 @@ class FineTuneConfig:
 
     Args:
         epochs: passes over the training images.
-        batch_size: images a step, over all processes.
-        learning_rate: peak of the last layers, for this batch size.
-        warmup: share of the steps over which it rises.
-        weight_decay: of matrices.
+        batch_size: images of a step, over all processes.
+        learning_rate: highest learning rate of the last layers, for this batch size.
+        warmup: share of the steps over which the learning rate rises.
+        weight_decay: weight decay of matrices.
         layer_decay: factor on the learning rate from each layer to the one below.
         label_smoothing: share of the target that is spread over all classes.
-        mixup: alpha of its Beta distribution; 0: none.
-        cutmix: alpha of its Beta distribution; 0: none.
-        drop_path_rate: stochastic depth of the last layer; for encoders whose config has it (ViT's has not).
+        mixup: alpha of mixup's Beta distribution; 0 turns mixup off.
+        cutmix: alpha of CutMix's Beta distribution; 0 turns CutMix off.
+        drop_path_rate: stochastic depth of the last layer, for encoders whose config has it (ViT's does not).
         crop_scale: least area of a crop, as a fraction of the image's.
-        flip: probability of the mirror image; 0 where it is another thing, as for digits.
+        flip: probability of a mirror image; 0 where mirroring changes the meaning, as for digits.
     """
 
     epochs: int = 100
@@ -91,29 +91,29 @@ class FineTuneConfig:
                 raise ValueError(f"{name}={value} must be at least {low}" + (f" and at most {high}" if high else ""))
 
 
-def classifier_of(
+def build_classifier(
     encoder: PreTrainedModel, class_names: list[str], drop_path_rate: float, seed: int
 ) -> PreTrainedModel:
-    """`AutoModelForImageClassification` with the weights of `encoder` and a new classifier, drawn by `seed`.
+    """Build `AutoModelForImageClassification` with the weights of `encoder` and a new classifier, drawn by `seed`.
 
-    Nothing of the encoder is frozen, and its stochastic depth is `drop_path_rate` where its config has that field.
+    No part of the encoder is frozen. Its stochastic depth is `drop_path_rate` if its config has that field.
 
     Raises:
-        NotFineTunable: there is no classification model of the encoder's type, or it is built otherwise.
+        NotFineTunable: no classification model exists for the encoder's type, or it has another structure.
     """
     try:
-        return _build_classifier(encoder, class_names, drop_path_rate, seed)
+        return _load_classifier(encoder, class_names, drop_path_rate, seed)
     except NotFineTunable:
         raise
     except (ValueError, TypeError, AttributeError, RuntimeError, StrictDataclassError) as error:
         raise NotFineTunable(f"{type(encoder).__name__} cannot be made a classifier: {reason(error)}") from error
 
 
-def _build_classifier(
+def _load_classifier(
     encoder: PreTrainedModel, class_names: list[str], drop_path_rate: float, seed: int
 ) -> PreTrainedModel:
     config = type(encoder.config).from_dict(encoder.config.to_dict())
-    config.architectures = []  # transformers reads them where a type has several classification models
+    config.architectures = []  # transformers reads them if a type has several classification models
     config.id2label = dict(enumerate(class_names))
     config.label2id = {name: label for label, name in enumerate(class_names)}
     for name, value in {"drop_path_rate": drop_path_rate, "freeze_patch_projection": False}.items():
@@ -135,11 +135,11 @@ def _build_classifier(
     return model
 
 
-def layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
-    """Factor on the learning rate of each parameter by name: `layer_decay ** (layers above it)`.
+def compute_layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Return the factor on the learning rate of each parameter by name: `layer_decay ** (layers above it)`.
 
-    As in BEiT and MAE: what comes before the L layers counts as layer 0, they as 1 to L, what follows them as L + 1. A
-    hierarchical encoder is cut by its stages. Raises NotFineTunable where no name has a number and there is a decay.
+    As in BEiT and MAE, parameters before the L layers count as layer 0, the layers as 1 to L, and those after them as
+    L + 1. A hierarchical encoder is divided by its stages. Raises NotFineTunable if no name has a number.
     """
     names = [name for name, _ in model.named_parameters()]
     depths = {name: int(found[1]) for name in names if (found := DEPTH.search(name))}
@@ -154,8 +154,8 @@ def layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
 
 
 def parameter_groups(model: nn.Module, config: FineTuneConfig) -> list[dict[str, Any]]:
-    """AdamW's groups, one for each learning rate with and without weight decay; tokens, positions, 1D: without."""
-    scales, groups = layer_scales(model, config.layer_decay), {}
+    """Return AdamW's groups by learning rate and weight decay, which tokens, positions and vectors do not have."""
+    scales, groups = compute_layer_scales(model, config.layer_decay), {}
     for name, parameter in model.named_parameters():
         decayed = parameter.ndim > 1 and not name.endswith(NOT_DECAYED)
         groups.setdefault((scales[name], decayed), []).append(parameter)
@@ -166,7 +166,7 @@ def parameter_groups(model: nn.Module, config: FineTuneConfig) -> list[dict[str,
 
 
 class FineTuneTrainer(Trainer):
-    """Trains a classifier on augmented `source` and measures it on `validation`, as `processor` makes its images."""
+    """Trains a classifier on augmented `source` and measures it on `validation`, whose images `processor` makes."""
 
     loss_is_scaled_for_ga = False
 
@@ -189,8 +189,8 @@ class FineTuneTrainer(Trainer):
             model=model,
             args=args,
             optimizers=(torch.optim.AdamW(groups, lr=config.learning_rate), None),
-            compute_metrics=mean_hits,
-            preprocess_logits_for_metrics=hits_of_logits,
+            compute_metrics=average_hits,
+            preprocess_logits_for_metrics=count_hits,
             **images,
         )
         self.add_callback(StopCallback())
@@ -217,7 +217,7 @@ class FineTuneTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def training_step(self, model, inputs: dict[str, Any], num_items_in_batch=None):
-        # stochastic depth draws from the global generators
+        # because stochastic depth draws from the global generators
         torch.manual_seed(generator(self.args.seed, "model", inputs["step"], distributed.rank()).initial_seed())
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -253,13 +253,13 @@ class StopCallback(TrainerCallback):
         stop_together()
 
 
-def hits_of_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """The Trainer's `preprocess_logits_for_metrics`: (B, 2) top-1 and top-5 hits; logits of all images may not fit."""
+def count_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return (B, 2) top-1 and top-5 hits for the Trainer, as the logits of all images may not fit into memory."""
     return torch.stack([topk_hits(logits, labels, n) for n in (1, 5)], 1)
 
 
-def mean_hits(predicted: Any) -> dict[str, float]:
-    """The Trainer's `compute_metrics`: `{"top1", "top5"}`."""
+def average_hits(predicted: Any) -> dict[str, float]:
+    """Return `{"top1", "top5"}`, as the Trainer's `compute_metrics`."""
     top1, top5 = torch.as_tensor(predicted.predictions).double().mean(0).tolist()
     return {"top1": top1, "top5": top5}
 
@@ -274,18 +274,17 @@ def finetune(
     folder: Path,
     **arguments: Any,
 ) -> dict[str, float]:
-    """`{"top1", "top5"}` on `validation` after training on labelled `source`; the classifier is saved in `folder`.
+    """Train on labelled `source` and return `{"top1", "top5"}` on `validation`; save the classifier in `folder`.
 
-    It is measured once, at the end, so that no test image has a part in the choice of an epoch. A run that was
-    interrupted starts anew. Under several processes each takes its share of every batch; mixup's partners are of the
-    same process.
+    Accuracy is measured once, at the end, so that test images do not choose an epoch. An interrupted run starts from
+    the beginning. Each process takes its share of every batch, and mixup's partners come from the same process.
 
     Args:
-        arguments: more `TrainingArguments`, as bf16=True.
+        arguments: further `TrainingArguments`, such as bf16=True.
 
     Raises:
-        NotFineTunable: an encoder that has no classifier, or none for this layer decay.
-        ValueError: a processor or batch size that does not fit; the message says what to change.
+        NotFineTunable: the encoder has no classifier, or does not support this layer decay.
+        ValueError: a processor or batch size does not fit; the message says what to change.
         Stopped: a stop was requested.
     """
     world_size = distributed.world_size()
@@ -294,7 +293,7 @@ def finetune(
             f"finetune_config.batch_size={config.batch_size}: must be a multiple of {world_size} processes"
         )
     names = source.class_names or []
-    model = classifier_of(encoder, names, config.drop_path_rate, seed)
+    model = build_classifier(encoder, names, config.drop_path_rate, seed)
     sampler = TrainSampler(len(source), config.batch_size)
     training = TrainingArguments(
         output_dir=str(folder),
@@ -308,10 +307,10 @@ def finetune(
         seed=seed,
         save_strategy="no",
         remove_unused_columns=False,
-        ddp_find_unused_parameters=True,  # DINOv2 keeps a token for masks that no image has here
+        ddp_find_unused_parameters=True,  # DINOv2 has a token for masks, which are not used here
         **arguments,
     )
-    training._n_gpu = min(training._n_gpu, 1)  # several GPUs want several processes: accelerate launch
+    training._n_gpu = min(training._n_gpu, 1)  # several GPUs need several processes, by accelerate launch
     trainer = FineTuneTrainer(model, training, config, source, validation, processor)
     trainer.train()
     metrics = trainer.evaluate()

@@ -14,35 +14,35 @@ from .metrics import topk_accuracy
 
 QUERY_BLOCK = 1024
 BANK_BLOCK = 16384
-"""Rows compared at a time: 64 MiB of similarities, whatever the sizes of bank and queries."""
+"""Rows that are compared at a time: 64 MiB of similarities, whatever the sizes of bank and queries."""
 
 BLOCK_BYTES = 2**26
-"""Largest block of a bank's features, and of votes: few rows at a time where features are wide or classes are many."""
+"""Limit of a block of features or votes. With wide features or many classes a block has few rows."""
 
 
 @torch.no_grad()
 def knn_predict(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, temperature: float, num_classes: int
 ) -> Tensor:
-    """Votes (Q, num_classes) of the `k` nearest bank features for each query.
+    """Return the votes (Q, num_classes) of the `k` nearest bank features for each query.
 
-    A neighbour of cosine similarity s gives its class `exp(s / temperature)`. Features are L2-normalised here, and fp16
-    and bf16 ones compared in fp32. A bank smaller than `k` votes as a whole, so that small data sets need no setting of
-    their own. Which of several equally near features takes the k-th place is open.
+    A neighbour with the cosine similarity s adds `exp(s / temperature)` to its class. Features are L2-normalised here,
+    and fp16 and bf16 features are compared in fp32. A bank smaller than `k` votes as a whole, so small datasets need no
+    setting of their own. The order of equally near features is not defined.
 
     Args:
         bank: (N, D) on any device; it is moved to the queries' device a block at a time.
         bank_labels: (N,) integers in [0, num_classes).
         queries: (Q, D).
-        temperature: above 0.012, below which the weights overflow fp32.
+        temperature: above 0.012, because smaller ones make the weights overflow fp32.
 
     Raises:
         ValueError: empty bank, shapes that do not fit, labels out of range, k or temperature out of range, NaN or
             infinite features.
     """
     _check(bank, bank_labels, queries, k, temperature, num_classes)
-    votes = queries.new_empty(len(queries), num_classes, dtype=_dtype(bank, queries))
-    for rows, block in _vote_blocks(bank, bank_labels, queries, k, temperature, num_classes):
+    votes = queries.new_empty(len(queries), num_classes, dtype=_choose_dtype(bank, queries))
+    for rows, block in _iterate_votes(bank, bank_labels, queries, k, temperature, num_classes):
         votes[rows] = block
     return votes
 
@@ -51,10 +51,10 @@ def knn_predict(
 def knn_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07
 ) -> dict[str, float]:
-    """`{"top1", "top5"}` accuracy in [0, 1] of `knn_predict` for queries (Q, D) whose classes are `labels` (Q,).
+    """Return the `{"top1", "top5"}` accuracy, in [0, 1], of `knn_predict` for queries (Q, D) with `labels` (Q,).
 
-    Each process, all holding the same rows, predicts its share of the queries. Memory is bounded, whatever the number
-    of classes.
+    All processes hold the same rows, and each predicts its share of the queries. Memory is bounded for any number of
+    classes.
 
     Raises:
         Stopped: a stop was requested.
@@ -63,28 +63,28 @@ def knn_accuracy(
     _check(bank, bank_labels, queries, k, temperature, num_classes)
     mine = slice(rank(), None, world_size())
     queries, own, hits = queries[mine], labels[mine].to(queries.device), {"top1": 0.0, "top5": 0.0}
-    for rows, votes in until_stopped(_vote_blocks(bank, bank_labels, queries, k, temperature, num_classes)):
+    for rows, votes in until_stopped(_iterate_votes(bank, bank_labels, queries, k, temperature, num_classes)):
         for name, n in (("top1", 1), ("top5", 5)):
             hits[name] += topk_accuracy(votes, own[rows], n) * len(votes)
     total = all_reduce(torch.tensor([round(hit) for hit in hits.values()], dtype=torch.float, device=queries.device))
     return {name: hit / len(labels) for name, hit in zip(hits, total.tolist(), strict=True)}
 
 
-def _dtype(bank: Tensor, queries: Tensor) -> torch.dtype:
-    """In which features are compared."""
+def _choose_dtype(bank: Tensor, queries: Tensor) -> torch.dtype:
+    """Return the dtype in which features are compared."""
     return torch.promote_types(torch.promote_types(bank.dtype, queries.dtype), torch.float32)
 
 
-def _vote_blocks(
+def _iterate_votes(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, temperature: float, num_classes: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the queries and their votes (rows, num_classes), in order."""
-    dtype = _dtype(bank, queries)
+    """Yield rows of the queries and their votes (rows, num_classes), in order."""
+    dtype = _choose_dtype(bank, queries)
     bank_labels = bank_labels.to(queries.device, torch.long)
     most = max(1, BLOCK_BYTES // (num_classes * dtype.itemsize))
     for start in range(0, len(queries), QUERY_BLOCK):
         block = F.normalize(queries[start : start + QUERY_BLOCK].to(dtype), dim=1)
-        similarity, index = _nearest(block, bank, k)
+        similarity, index = _find_nearest(block, bank, k)
         weights, classes = (similarity / temperature).exp(), bank_labels[index]
         for first in range(0, len(block), most):
             rows = slice(first, min(first + most, len(block)))
@@ -94,8 +94,8 @@ def _vote_blocks(
             yield slice(start + first, start + rows.stop), votes
 
 
-def _nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Similarities and bank rows, both (Q, min(k, N)), of the nearest features of normalised queries (Q, D)."""
+def _find_nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return similarities and bank rows, both (Q, min(k, N)), of the features nearest to normalised queries (Q, D)."""
     best = queries.new_empty(len(queries), 0)
     index = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     rows = max(1, min(BANK_BLOCK, BLOCK_BYTES // (bank.shape[1] * queries.element_size())))

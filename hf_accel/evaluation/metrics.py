@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 def topk_hits(scores: Tensor, labels: Tensor, n: int) -> Tensor:
-    """Whether the label (N,) of each row of `scores` (N, num_classes) is among the `n` highest, as numbers in [0, 1].
+    """Return, in [0, 1], whether the label (N,) of each row of `scores` (N, num_classes) is among the `n` highest.
 
-    Where equal scores contend for the last places the label counts with the probability that a fair draw would pick it,
-    so neither constant logits nor classes without votes win by their order. A label that is no column of `scores`, as
-    of a class that training never saw, counts as missed.
+    If equal scores compete for the last places, the label counts with the probability that a fair draw would pick it.
+    So neither constant logits nor classes without votes win by their order. A label without a column in `scores`, of a
+    class that training never saw, counts as missed.
 
     Raises:
         ValueError: no rows, shapes that do not fit, NaN scores, negative labels.
@@ -35,18 +35,18 @@ def topk_hits(scores: Tensor, labels: Tensor, n: int) -> Tensor:
 
 
 def topk_accuracy(scores: Tensor, labels: Tensor, n: int) -> float:
-    """Mean of `topk_hits`, a share in [0, 1]."""
+    """Return the mean of `topk_hits`, in [0, 1]."""
     return float(topk_hits(scores, labels, n).double().mean())
 
 
 class TopKAccuracy(evaluate.Metric):
     """`{"top1", "top5"}` of votes or logits: `TopKAccuracy().compute(predictions=scores, references=labels)`.
 
-    `predictions` is (N, num_classes), `references` (N,). Kept in memory, so in distributed runs gather first.
+    `predictions` is (N, num_classes), `references` (N,). They stay in memory, so distributed runs must gather first.
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        # evaluate makes a folder even for what it keeps in memory; this one is gone again at once
+        # evaluate makes a folder even for data in memory, so this one is removed at once
         with tempfile.TemporaryDirectory() as folder:
             super().__init__(keep_in_memory=True, cache_dir=folder, **kwargs)
 

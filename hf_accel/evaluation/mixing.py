@@ -1,7 +1,7 @@
-"""Mixup and CutMix of a batch on its device, each image with its own partner, ratio and choice of the two.
+"""Mix the images of a batch on its device, each with its own partner and ratio, by mixup or CutMix.
 
 Zhang et al., "mixup", ICLR 2018 (arXiv 1710.09412); Yun et al., "CutMix", ICCV 2019 (arXiv 1905.04899). Half of the
-images get the one and half the other, as in DeiT (arXiv 2012.12877).
+images get mixup and half CutMix, as in DeiT (arXiv 2012.12877).
 """
 
 import numpy as np
@@ -13,12 +13,12 @@ from ..utils.seeding import generator
 
 
 def mixup(images: Tensor, partners: Tensor, ratio: Tensor) -> Tensor:
-    """`ratio` (B,) of each image and the rest of its partner, both (B, C, H, W)."""
+    """Blend `ratio` (B,) of each image with the rest of its partner, both (B, C, H, W)."""
     return torch.lerp(partners, images, ratio.view(-1, 1, 1, 1))
 
 
 def cutmix_boxes(ratio: Tensor, centres: Tensor, height: int, width: int) -> Tensor:
-    """(B, 4) boxes `left, top, right, bottom` in pixels that take 1 - `ratio` of the image before it clips them.
+    """Return (B, 4) boxes `left, top, right, bottom` in pixels, which cover 1 - `ratio` of the image before clipping.
 
     `centres`: (B, 2), across and down, uniform in [0, 1). The sides are those of the image times sqrt(1 - ratio).
     """
@@ -30,7 +30,7 @@ def cutmix_boxes(ratio: Tensor, centres: Tensor, height: int, width: int) -> Ten
 
 
 def cutmix(images: Tensor, partners: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (B, C, H, W) with the `boxes` (B, 4) of their partners in them, and the share (B,) that each keeps."""
+    """Return images (B, C, H, W) with the `boxes` (B, 4) of their partners, and the share (B,) that each keeps."""
     height, width = images.shape[-2:]
     left, top, right, bottom = boxes.to(images.device)[:, :, None, None].unbind(1)
     across, down = (torch.arange(side, device=images.device) for side in (width, height))
@@ -49,10 +49,10 @@ def mix_batch(
     step: int,
     rank: int,
 ) -> tuple[Tensor, Tensor]:
-    """Mixed images (B, C, H, W) and their targets (B, num_classes), whose rows sum to one.
+    """Return mixed images (B, C, H, W) and their targets (B, num_classes), whose rows sum to one.
 
-    An alpha of 0 turns the one off; both 0 leave the images as they are. Ratios follow Beta(alpha, alpha). A pure
-    function of its arguments; partners are of the same process.
+    An alpha of 0 turns that method off; with both 0 the images stay as they are. Ratios follow Beta(alpha, alpha). This
+    is a pure function of its arguments, and partners come from the same process.
     """
     targets = F.one_hot(labels, num_classes).to(images.dtype)
     if not (mixup_alpha or cutmix_alpha):

@@ -1,4 +1,4 @@
-"""One feature of an image from the outputs of any vision encoder, or an error where its outputs are no such thing."""
+"""Turn the outputs of any vision encoder into one feature per image, or raise an error if they hold none."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from ..utils.causes import reason
 
 CLS_NAMES = ("cls_token", "class_token", "class_embedding", "cls_embedding")
-"""Ends of the names that transformers' encoders give to a learnt CLS token."""
+"""Endings of the names that transformers' encoders give to a learnt CLS token."""
 
 SAME = 1e-3
-"""Two forwards of one image may differ by this much, relative to the largest feature, as kernels may round anyhow."""
+"""Two forwards of one image may differ by this much, relative to the largest feature, because of rounding."""
 
 
 class NoFeature(ValueError):
@@ -19,13 +19,13 @@ class NoFeature(ValueError):
 
 
 def pool(outputs: Any, model: nn.Module, image_size: tuple[int, int]) -> Tensor:
-    """Features (B, D) of images of `image_size` (height, width) in pixels from the outputs of `model`.
+    """Return features (B, D) of images of `image_size` (height, width) in pixels, from the outputs of `model`.
 
-    `pooler_output` where there is one. Else the mean of a feature map, the CLS token of a sequence that has one, or the
-    mean of a sequence that holds patches only.
+    The feature is `pooler_output` if there is one. Otherwise it is the mean of a feature map, the CLS token of a
+    sequence that has one, or the mean of a sequence of patches only.
 
     Raises:
-        NoFeature: no features of an image, or a sequence whose tokens are neither all patches nor led by a CLS token.
+        NoFeature: no feature of an image, or a sequence that neither begins with a CLS token nor is all patches.
     """
     name = type(model).__name__
     pooled = getattr(outputs, "pooler_output", None)
@@ -43,7 +43,7 @@ def pool(outputs: Any, model: nn.Module, image_size: tuple[int, int]) -> Tensor:
     config: Any = getattr(model, "config", None)
     if not getattr(config, "use_cls_token", True):
         return hidden.mean(1)
-    patches = None if (merges := is_hierarchical(config)) else _num_patches(config, image_size)
+    patches = None if (merges := is_hierarchical(config)) else _count_patches(config, image_size)
     has_cls = any(parameter.endswith(CLS_NAMES) for parameter, _ in model.named_parameters())
     if has_cls and (patches is None or hidden.shape[1] > patches):
         return hidden[:, 0]
@@ -62,15 +62,15 @@ ENCODERS_ONLY = (
 
 
 def is_hierarchical(config: Any) -> bool:
-    """Whether an encoder halves its map stage by stage, so that its tokens are no patches of the image.
+    """Whether an encoder halves its map in stages, so that its tokens are not patches of the image.
 
-    What its config calls patch_size is then a setting of its first layers, or of none.
+    The patch_size of its config is then a setting of its first layers, or has no meaning.
     """
     return hasattr(config, "depths") or isinstance(getattr(config, "hidden_sizes", None), list | tuple)
 
 
-def _num_patches(config: Any, image_size: tuple[int, int]) -> int | None:
-    """Patches of an image, None for an encoder that does not say how large they are."""
+def _count_patches(config: Any, image_size: tuple[int, int]) -> int | None:
+    """Return the number of patches of an image, or None if the encoder does not state their size."""
     sides = getattr(config, "patch_size", None)
     if isinstance(sides, int):
         sides = (sides, sides)
@@ -80,17 +80,17 @@ def _num_patches(config: Any, image_size: tuple[int, int]) -> int | None:
 
 
 def turn_masking_off(model: nn.Module) -> None:
-    """Let an encoder of masked pretraining, which drops patches at random in eval mode too, see all of them."""
+    """Turn off the masking of an encoder that drops patches at random even in eval mode, such as ViT-MAE."""
     config: Any = getattr(model, "config", None)
     if getattr(config, "mask_ratio", None):
         config.mask_ratio = 0.0
 
 
 def check_encoder(encode: Any, model: nn.Module, pixel_values: Tensor) -> None:
-    """See to it that `encode(pixel_values)`, with (1, C, H, W), works and gives the same feature twice.
+    """Check that `encode(pixel_values)`, with (1, C, H, W), works and returns the same feature twice.
 
     Raises:
-        ValueError: the model cannot be called with an image alone, or what it gives depends on a random draw.
+        ValueError: the model cannot be called with only an image, or its result depends on a random draw.
     """
     try:
         first, second = encode(pixel_values), encode(pixel_values)

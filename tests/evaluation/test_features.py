@@ -240,7 +240,7 @@ def test_a_process_tells_what_it_cannot_read_of_its_share(tmp_path, monkeypatch)
     for rank in (0, 1):
         monkeypatch.setattr(features, "rank", lambda rank=rank: rank)
         source.bad.clear()
-        numbers = [number for number, _ in features._own_batches(eval_loader(source, 16, 20))]
+        numbers = [number for number, _ in features._take_own_batches(eval_loader(source, 16, 20))]
         assert numbers == [rank, rank + 2, rank + 4]
         found.append(sorted(source.bad))
     assert sorted(map(len, found)) == [0, 1]

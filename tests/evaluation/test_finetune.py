@@ -25,7 +25,7 @@ import hf_accel
 from hf_accel.data import ImageSource, image_processor, load_sources
 from hf_accel.distributed.stopping import Stopped, clear_stop, request_stop
 from hf_accel.evaluation import FineTuneConfig, NotFineTunable, finetune
-from hf_accel.evaluation.finetune import FineTuneTrainer, classifier_of, layer_scales, parameter_groups
+from hf_accel.evaluation.finetune import FineTuneTrainer, build_classifier, compute_layer_scales, parameter_groups
 from tests.tiny_runs import image_folder
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads")
@@ -100,8 +100,8 @@ RATES = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_learning_rates_fall_with_depth(name):
-    model = classifier_of(encoder(name), ["a", "b", "c"], 0.0, seed=0)
-    scales = layer_scales(model, 0.5)
+    model = build_classifier(encoder(name), ["a", "b", "c"], 0.0, seed=0)
+    scales = compute_layer_scales(model, 0.5)
     assert scales.keys() == dict(model.named_parameters()).keys()
     assert {parameter: scales[parameter] for parameter in RATES[name]} == RATES[name]
     assert set(scales.values()) == {0.125, 0.25, 0.5, 1.0}
@@ -117,15 +117,15 @@ def test_learning_rates_fall_with_depth(name):
 
 def test_no_decay_needs_no_layers_and_another_does():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    assert set(layer_scales(model, 1.0).values()) == {1.0}
+    assert set(compute_layer_scales(model, 1.0).values()) == {1.0}
     with pytest.raises(NotFineTunable, match=r"Sequential has no numbered layers; set finetune_config.layer_decay=1.0"):
-        layer_scales(model, 0.5)
+        compute_layer_scales(model, 0.5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_classifier_has_the_encoders_weights(name):
     source = encoder(name)
-    model = classifier_of(source, ["ant", "bee"], 0.3, seed=0)
+    model = build_classifier(source, ["ant", "bee"], 0.3, seed=0)
     inner = getattr(model, model.base_model_prefix).state_dict()
     expected = {key: value for key, value in source.state_dict().items() if not key.startswith("pooler.")}
     assert inner.keys() == expected.keys()
@@ -134,7 +134,7 @@ def test_the_classifier_has_the_encoders_weights(name):
     assert model.config.id2label == {0: "ant", 1: "bee"} and model.config.label2id == {"ant": 0, "bee": 1}
     assert getattr(model.config, "drop_path_rate", None) == (None if name == "vit" else 0.3)
     assert "bee" not in source.config.to_dict().get("label2id", {})  # a copy was changed
-    head = [classifier_of(source, ["ant", "bee"], 0.3, seed).state_dict()["classifier.weight"] for seed in (0, 0, 1)]
+    head = [build_classifier(source, ["ant", "bee"], 0.3, seed).state_dict()["classifier.weight"] for seed in (0, 0, 1)]
     assert torch.equal(head[0], head[1]) and not torch.equal(head[0], head[2])
 
 
@@ -147,16 +147,16 @@ def test_a_type_without_a_classifier_is_refused():
     }
     mae = AutoModel.from_config(ViTMAEConfig(**sizes, image_size=16, patch_size=4))
     with pytest.raises(NotFineTunable, match=r"no image classification model of type 'vit_mae'"):
-        classifier_of(mae, ["a", "b"], 0.0, seed=0)
+        build_classifier(mae, ["a", "b"], 0.0, seed=0)
     heads: dict[str, Any] = {"hidden_sizes": [16] * 3, "num_attention_heads": [1] * 3, "key_dim": [8] * 3}
     levit = LevitModel(LevitConfig(image_size=16, depths=[1] * 3, patch_size=4, **heads))
     with pytest.raises(NotFineTunable, match=r"LevitModel cannot be made a classifier: .*'drop_path_rate'"):
-        classifier_of(levit, ["a", "b"], 0.1, seed=0)
+        build_classifier(levit, ["a", "b"], 0.1, seed=0)
 
 
 def test_a_type_of_several_classifiers_is_fine_tuned():
     deit = DeiTModel(DeiTConfig(**SIZES, intermediate_size=32))  # whose config names no architecture
-    assert type(classifier_of(deit, ["a", "b"], 0.0, seed=0)) is DeiTForImageClassification
+    assert type(build_classifier(deit, ["a", "b"], 0.0, seed=0)) is DeiTForImageClassification
 
 
 @pytest.mark.parametrize("name", CONFIGS)

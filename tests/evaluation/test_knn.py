@@ -114,14 +114,14 @@ def test_blocks_of_votes_change_no_accuracy(monkeypatch) -> None:
 
 def test_a_stop_is_answered_between_blocks(monkeypatch) -> None:
     monkeypatch.setattr(knn, "QUERY_BLOCK", 8)
-    nearest, done = knn._nearest, []
+    nearest, done = knn._find_nearest, []
 
     def stopping(*arguments):
         done.append(len(arguments[0]))
         request_stop()
         return nearest(*arguments)
 
-    monkeypatch.setattr(knn, "_nearest", stopping)
+    monkeypatch.setattr(knn, "_find_nearest", stopping)
     bank, labels, queries = map(torch.from_numpy, draw(60, 50))
     try:
         with pytest.raises(Stopped):

@@ -144,14 +144,14 @@ def test_many_classes_are_scored_in_blocks_and_trained_in_groups(monkeypatch):
         largest.append(logits.numel())
         return logits
 
-    linear_logits = linear._logits
+    linear_logits = linear._compute_logits
     monkeypatch.setattr(linear, "train_heads", recording)
     monkeypatch.setattr(linear, "HEADS_BYTES", 5 * 4 * CLASSES * (WIDTH + config.batch_size))
     monkeypatch.setattr(linear, "SCORES_BYTES", 4 * CLASSES * 13 * 2)
     scores, chosen = linear_probe(train, train_labels, test, CLASSES, config, seed=0)
     assert groups == [5, 5, 3, 1] and chosen == rate
     torch.testing.assert_close(scores, expected)
-    monkeypatch.setattr(linear, "_logits", watching)
+    monkeypatch.setattr(linear, "_compute_logits", watching)
     monkeypatch.setattr(linear, "train_heads", lambda *_: (torch.zeros(13, CLASSES, WIDTH), torch.zeros(13, CLASSES)))
     linear_probe(train, train_labels, test, CLASSES, config, seed=0)
     assert max(largest) <= 2 * 13 * CLASSES
@@ -168,7 +168,7 @@ def test_a_stop_is_answered_between_batches_or_fits(monkeypatch, method):
         return split(*arguments)
 
     monkeypatch.setattr(linear, "_split", stopping)
-    monkeypatch.setattr(linear, "_logits", None)
+    monkeypatch.setattr(linear, "_compute_logits", None)
     monkeypatch.setattr(linear, "topk_accuracy", None)
     try:
         with pytest.raises(Stopped):

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult
 
 from ..compression import Compression, forward_cost
 from ..models import AccelViTConfig
-from ..utils.telling import telling_settings
+from ..report import describe_differences
 
 METHODS = {
     "knn": "kNN",
@@ -80,7 +80,7 @@ def accuracies(
             entries.append({**entry, "data": data.get(entry["data"], entry["data"])})
     if pixels is not None:
         entries.append({**base, "evaluation": "pixels", "patch_size": None, "top1": pixels})
-    rows = [_accuracy(entry, config, telling_settings(entry, entries)) for entry in entries]
+    rows = [_accuracy(entry, config, describe_differences(entry, entries)) for entry in entries]
     # An evaluation at the end of training and one after it are the same one
     found = {(row.name, row.data, row.split, row.patch_size, row.labels): row for row in rows}
     order = {method: number for number, method in enumerate(METHODS)}

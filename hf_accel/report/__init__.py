@@ -3,7 +3,7 @@ and results with their origin."""
 
 from .cost_figure import format_cost_table, plot_cost
 from .curves import plot_accuracies, plot_curves
-from .evaluations import add_run, evaluation_table, find_run, read_results, run_is_complete
+from .evaluations import add_run, describe_differences, find_run, format_evaluations, read_results, run_is_complete
 from .origin import environment
 from .search_figures import StrategyCosts, plot_schedule
 from .search_report import write_search_report
@@ -12,10 +12,11 @@ from .tables import format_table
 __all__ = [
     "StrategyCosts",
     "add_run",
+    "describe_differences",
     "environment",
-    "evaluation_table",
     "find_run",
     "format_cost_table",
+    "format_evaluations",
     "format_table",
     "plot_accuracies",
     "plot_cost",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..run_folder import RunFolder, write_json
-from ..utils.telling import telling_settings
+from .tables import format_table
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:
@@ -57,23 +57,24 @@ def _same(entry: Mapping[str, Any], question: Mapping[str, Any]) -> bool:
     return all(name in entry and entry[name] == value for name, value in asked.items())
 
 
-def evaluation_table(
+def format_evaluations(
     entries: Sequence[Mapping[str, Any]], skipped: Sequence[tuple[str, str, int | None, str]] = ()
 ) -> str:
-    """Lines of text: encoder, evaluation, patch size, training images, top-1 mean and std over seeds, 95% interval.
+    """Format a table: encoder, evaluation, patch size, training images, top-1 mean and std over seeds, 95% interval.
 
-    The evaluation's settings follow its name as far as entries differ in them.
+    The settings in which entries of one evaluation differ follow its name.
 
     Args:
-        skipped: what was asked for and not taken.
+        skipped: (encoder, evaluation, patch size, reason) of what was asked for and not done.
     """
-    rows = [("encoder", "evaluation", "patch", "labels", "seeds", "top-1, %", "95% interval")]
+    header = ["encoder", "evaluation", "patch", "labels", "seeds", "top-1, %", "95% interval"]
+    rows = []
     for entry in sorted(
         entries, key=lambda entry: (entry["evaluation"], entry["train_images"], entry["patch_size"] or 0)
     ):
         std = "" if entry["top1_std"] is None else f" ± {100 * entry['top1_std']:.1f}"
         low, high = entry["top1_ci95"]
-        settings = telling_settings(entry, entries)
+        settings = describe_differences(entry, entries)
         rows.append(
             (
                 entry["checkpoint"],
@@ -89,10 +90,14 @@ def evaluation_table(
         (encoder, name, str(patch_size or ""), "", "", "skipped", reason)
         for encoder, name, patch_size, reason in skipped
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return format_table(header, rows)
+
+
+def describe_differences(entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
+    """Name the settings of one of `entries` in which others of the same evaluation differ."""
+    alike = [other.get("settings", {}) for other in entries if other["evaluation"] == entry["evaluation"]]
+    named = entry.get("settings", {}).items()
+    return ", ".join(f"{name}={value}" for name, value in named if any(o.get(name) != value for o in alike))
 
 
 def wilson_interval(accuracy: float, num_samples: int) -> tuple[float, float]:

@@ -21,6 +21,7 @@ from ..compression import Compression, Schedule, Strategy
 from ..schedule_search.error_table import ErrorTable, percent
 from ..utils.progress import learning_rate_factor
 from .curves import BLUE, COLORS, GRAY, MARKERS, ORANGE, STYLE
+from .heatmap import draw_heatmap
 
 DECADES = 5
 """How far a logarithmic axis reaches below its largest value."""
@@ -168,29 +169,17 @@ def _heatmap(
     columns: Sequence[float],
 ) -> None:
     values = dict(zip(table.strategies, table.values("ca_mse", progress), strict=True))
-    cells = np.full((len(rows), len(columns)), math.nan)
-    places = {s: (rows.index(s.online.patch_size), columns.index(s.online.token_dropout)) for s in members}
-    for strategy, place in places.items():
-        cells[place] = values[strategy]
     positive = [value for value in values.values() if value > 0]
     low, high = (min(positive), max(positive)) if positive else (1.0, 1.0)
     norm = LogNorm(low, high if high > low else 2 * low)
-    image = axes.imshow(np.maximum(cells, low), cmap="viridis", norm=norm, aspect="auto")
-    for (row, column), value in np.ndenumerate(cells):
-        if not math.isnan(value):
-            red, green, blue, _ = image.to_rgba(np.array([max(value, low)]))[0]
-            dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.42
-            color = "white" if dark else "black"
-            axes.text(column, row, compact(value), ha="center", va="center", color=color, fontsize=7.5)
+    places = {s: (s.online.patch_size, s.online.token_dropout) for s in members}
+    draw_heatmap(axes, {place: values[s] for s, place in places.items()}, rows, columns, norm, compact)
     for strategy in table.chosen(progress):
         if strategy in places:
-            row, column = places[strategy]
+            row, column = rows.index(places[strategy][0]), columns.index(places[strategy][1])
             for color, line in (("white", 4), (ORANGE, 2)):
                 frame = {"fill": False, "edgecolor": color, "linewidth": line, "clip_on": False, "zorder": 3}
                 axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **frame))
-    axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
-    axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
-    axes.tick_params(length=0)
 
 
 def compact(value: float) -> str:

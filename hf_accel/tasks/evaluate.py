@@ -36,7 +36,7 @@ from ..evaluation import (
     weights_digest,
 )
 from ..recipe import Recipe, RecipeError
-from ..report import add_run, environment, evaluation_table, find_run, read_results
+from ..report import add_run, environment, find_run, format_evaluations, read_results
 from .setup import build_objective, images_of, output_of, start
 
 RANDOM = "random"
@@ -108,7 +108,7 @@ def evaluate(recipe: Recipe) -> None:
     if is_main():
         entries = read_results(recipe.output_dir).get("evaluations", [])
         same = [entry for entry in entries if (entry["data"], entry["validation"]) == (recipe.data, validation.name)]
-        table = evaluation_table(same, [(str(recipe.checkpoint), *row) for row in skipped])
+        table = format_evaluations(same, [(str(recipe.checkpoint), *row) for row in skipped])
         say(f"\n{recipe.data}, {validation.name}, {len(validation)} images:\n{table}")
     barrier()
     if torch.distributed.is_initialized():

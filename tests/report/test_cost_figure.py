@@ -80,8 +80,8 @@ def test_text_table() -> None:
         {"patch_size": 14, "token_dropout": 0.9, "tokens": 2, "analytic": 0.0123},
     ]
     assert format_cost_table(table).splitlines() == [
-        "patch size  token dropout  tokens  analytic  measured  ratio",
-        "----------  -------------  ------  --------  --------  -----",
-        "         4           0.00      50    1.0000    1.1000   1.10",
-        "        14           0.90       2    0.0123         -      -",
+        "| patch size | token dropout | tokens | analytic | measured | ratio |",
+        "|-----------:|--------------:|-------:|---------:|---------:|------:|",
+        "|          4 |          0.00 |     50 |   1.0000 |   1.1000 |  1.10 |",
+        "|         14 |          0.90 |      2 |   0.0123 |        - |     - |",
     ]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hf_accel.report import add_run, evaluation_table, find_run, read_results, run_is_complete
+from hf_accel.report import add_run, find_run, format_evaluations, read_results, run_is_complete
 from hf_accel.report.evaluations import wilson_interval
 from hf_accel.run_folder import write_json
 
@@ -55,11 +55,11 @@ def test_table(tmp_path):
     for checkpoint, patch_size, values in (("ours", 4, [0.9, 0.92]), ("random", 4, [0.5]), ("ours", None, [0.3])):
         for seed, value in enumerate(values):
             add_run(tmp_path, {**QUESTION, "checkpoint": checkpoint, "patch_size": patch_size}, run(seed, value))
-    lines = evaluation_table(read_results(tmp_path)["evaluations"]).splitlines()
-    assert len(lines) == 4
-    rows = [line.split() for line in lines[1:]]
-    assert rows[0] == ["ours", "linear", "500", "1", "30.0", "21.9", "to", "39.6"]
-    assert rows[1] == ["ours", "linear", "4", "500", "2", "91.0", "±", "1.4", "83.8", "to", "95.2"]
+    lines = format_evaluations(read_results(tmp_path)["evaluations"]).splitlines()
+    assert len(lines) == 5
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert rows[0] == ["ours", "linear", "", "500", "1", "30.0", "21.9 to 39.6"]
+    assert rows[1] == ["ours", "linear", "4", "500", "2", "91.0 ± 1.4", "83.8 to 95.2"]
     assert rows[2][:6] == ["random", "linear", "4", "500", "1", "50.0"]
 
 
@@ -67,7 +67,7 @@ def test_settings_in_which_entries_differ_follow_the_evaluation(tmp_path):
     for k, name in ((20, "knn"), (5, "knn"), (20, "linear")):
         settings = {"k": k, "temperature": 0.07}
         add_run(tmp_path, {**QUESTION, "evaluation": name, "settings": settings}, run(None, 0.5))
-    table = evaluation_table(read_results(tmp_path)["evaluations"])
+    table = format_evaluations(read_results(tmp_path)["evaluations"])
     assert "knn (k=20) " in table and "knn (k=5) " in table and "linear  " in table and "temperature" not in table
 
 

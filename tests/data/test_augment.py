@@ -279,7 +279,7 @@ def test_probabilities(name):
     assert abs(changed - probability) < 4 * math.sqrt(probability * (1 - probability) / count)
 
 
-def test_nothing_asked_nothing_done():
+def test_zero_probabilities_change_nothing():
     images = random_images(5, 12, 12)
     (view,) = make_views({"images": images}, [PLAIN], 12, 0, 0)
     torch.testing.assert_close(view, images / 255)
@@ -301,7 +301,7 @@ def test_one_gray_channel_equals_three(name):
         torch.testing.assert_close(a, b, atol=2e-6, rtol=0)
 
 
-def test_digits_are_never_mirrored_and_moco_crops_are_mirrored_half_of_the_time():
+def test_half_of_moco_crops_and_no_digits_are_mirrored():
     sides = torch.full((2000,), 28)
 
     def share(config):

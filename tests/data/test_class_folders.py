@@ -1,4 +1,4 @@
-"""Folders of the same class get the same number in every split, whatever their depth and spelling."""
+"""Test that folders of one class get the same number in every split, whatever their depth and spelling."""
 
 import unicodedata
 
@@ -9,7 +9,7 @@ from hf_accel.data import load_sources
 
 
 def labels_of(root, folders, validation_split=None):
-    """The training classes, and for each folder the name of its label; None where its images have none."""
+    """Return the training classes, and the name of each folder's label, or None if its images have none."""
     for folder in folders:
         (root / folder).mkdir(parents=True)
         for number in range(3):

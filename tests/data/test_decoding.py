@@ -1,4 +1,4 @@
-"""The size that is read from a header must be the size of the decoded image, whatever turns the pixels."""
+"""Test that the size in a header equals the size of the decoded image, however it is rotated."""
 
 import io
 
@@ -13,7 +13,7 @@ XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"
 
 
 def stored(file_format, **options):
-    """An image of 32 x 20 stored pixels, as Pillow opens it."""
+    """Return an image of 32 x 20 stored pixels, as Pillow opens it."""
     pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 3), np.uint8)
     buffer = io.BytesIO()
     PIL.Image.fromarray(pixels).save(buffer, file_format, **options)
@@ -30,7 +30,7 @@ def test_header_and_decoded_size_agree(file_format, orientation):
     assert upright_size(image) == expected
     upright = upright_rgb(image)
     assert upright.size == expected
-    assert upright_size(upright) == expected  # what was turned is not turned again
+    assert upright_size(upright) == expected  # it is not rotated a second time
 
 
 def test_tiff_with_orientation_in_xmp_only():

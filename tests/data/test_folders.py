@@ -1,4 +1,4 @@
-"""Every image of a folder is loaded, or a warning names what is left out."""
+"""Test that every image of a folder is loaded, or that a warning names it."""
 
 import gc
 import json
@@ -29,7 +29,7 @@ def fill(root, *folders, count=3, suffix="png"):
 
 
 def load(root, **options):
-    """The loaded file names of each split, relative to `root`, and the training classes."""
+    """Return the loaded file names of each split, relative to `root`, and the training classes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_accel.data.sources.MEMORY_BYTES", 0)
         parts = load_sources(str(root), **options)
@@ -90,7 +90,7 @@ def test_album_folders_need_not_be_classes(tmp_path):
     assert len(loaded) == 6 and classes is None
 
 
-def test_source_of_folder_labels_is_said(tmp_path):
+def test_origin_of_folder_labels_is_logged(tmp_path):
     fill(tmp_path, "a", "b", count=10)
     assert describe_labels(*load_sources(str(tmp_path))) == "Labels: folder names, 2 classes (a, b)"
 
@@ -209,7 +209,7 @@ def test_third_split_is_named_as_not_used(tmp_path, caplog):
     assert "not used: the split test" in caplog.text
 
 
-def test_class_named_like_a_split_is_said(tmp_path, caplog):
+def test_class_named_like_a_split_is_warned_of(tmp_path, caplog):
     fill(tmp_path, "boats", "train")
     load(tmp_path)
     assert "train/ is taken as a class" in caplog.text

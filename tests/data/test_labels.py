@@ -1,4 +1,4 @@
-"""Labels mean the same class in every split, -1 means none, and nothing that is evaluated sees an image without one."""
+"""Test that labels mean the same class in every split, and that images without one are never evaluated."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def column(values, feature):
 
 
 def image_table(values, feature):
-    """One black image for each label."""
+    """Return a table with one black image for each label."""
     images = [PIL.Image.new("RGB", (8, 8))] * len(values)
     features = datasets.Features(image=datasets.Image(), label=feature)
     return datasets.Dataset.from_dict({"image": images, "label": values}, features=features)

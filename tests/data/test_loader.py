@@ -25,14 +25,14 @@ CROP_ONLY = ViewConfig(jitter=0, grayscale=0, blur=0)
 
 
 def noise(seed, width, height, smooth=4):
-    """A picture of soft random blobs."""
+    """Draw a picture of soft random blobs."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (height // smooth + 1, width // smooth + 1, 3), dtype=np.uint8)
     return PIL.Image.fromarray(small).resize((width, height), PIL.Image.Resampling.BICUBIC)
 
 
 def folder(path, count, sizes=((40, 30),), extension="png", broken=()) -> Any:
-    """A source of files, read one by one, with labels 0 1 2 0 1 2 ..."""
+    """Return a source of files, read one by one, with labels 0 1 2 0 1 2 ..."""
     path.mkdir()
     files = [str(path / f"{number:03}.{extension}") for number in range(count)]
     for number, file in enumerate(files):
@@ -61,7 +61,7 @@ def assert_same(one, other):
 
 
 def reference_order(num_images, per_step, seed, step):
-    """Images of one step, in order, by running through the epochs from the start."""
+    """Return the images of one step, in order, by running through the epochs from the start."""
     position = 0
     for epoch in range(1000):
         order = torch.randperm(num_images, generator=generator(seed, "order", epoch)).tolist()
@@ -98,13 +98,13 @@ def test_an_epoch_repeats_nothing_and_the_next_has_another_order():
     assert indices != [[item.index for item in batch] for batch in TrainSampler(23, 5, seed=1, last_step=8)]
 
 
-def test_sampler_starts_anywhere():
+def test_sampler_starts_at_any_step():
     whole = list(TrainSampler(50, 4, 2, 1, 2, seed=3, last_step=20))
     assert list(TrainSampler(50, 4, 2, 1, 2, seed=3, first_step=13, last_step=20)) == whole[26:]
     assert len(TrainSampler(50, 4, first_step=5, last_step=5)) == 0
 
 
-def test_too_small_a_set():
+def test_dataset_smaller_than_a_step_is_refused():
     with pytest.raises(ValueError, match=r"has 47 images and one step takes 48 .*at most 7 per process"):
         TrainSampler(47, 8, world_size=3, accumulation=2)
     TrainSampler(48, 8, world_size=3, accumulation=2)
@@ -166,7 +166,7 @@ def test_files_and_memory_give_the_same_views(tmp_path):
     assert (made[0][0] - made[0][1]).abs().mean() > 0.05
 
 
-def test_a_view_with_a_size_of_its_own_has_it_from_files_and_from_memory(tmp_path):
+def test_own_sizes_of_views_hold_for_files_and_memory(tmp_path):
     files, memory = folder(tmp_path / "set", 12), folder(tmp_path / "copy", 12)
     memory.hold_in_memory()
     configs = (CROP_ONLY, replace(CROP_ONLY, size=10))
@@ -276,7 +276,7 @@ def test_workers_hold_nothing_that_names_view_sizes(tmp_path):
     source = folder(tmp_path / "set", 12)
 
     class Trainer:
-        """Cannot be pickled, as what is defined in a function."""
+        """Cannot be pickled, like classes that are defined in a function."""
 
         def view_size(self, step):
             return 16 + 4 * step
@@ -301,7 +301,7 @@ def test_workers_that_are_not_forked_change_nothing(tmp_path, method):
     found = [next(batches)]
     (worker,) = set(multiprocessing.active_children()) - before
     processes = [worker.pid]
-    if method == "forkserver":  # which gets a signal to all processes of a run, too, and must outlive it
+    if method == "forkserver":  # it gets a signal to all processes of a run, too, and must survive it
         server: Any = multiprocessing.forkserver._forkserver
         processes.append(server._forkserver_pid)
     subprocess.run(["kill", "-TERM", *map(str, processes)], check=True)
@@ -318,7 +318,7 @@ def test_workers_that_are_not_forked_change_nothing(tmp_path, method):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_corrupt_images_give_way_to_the_next(tmp_path, caplog, workers):
+def test_corrupt_images_are_replaced_by_the_next(tmp_path, caplog, workers):
     source = folder(tmp_path / "set", 250, broken=(6, 7))
     sampler = TrainSampler(250, 50, last_step=10)  # two epochs
     config = ViewConfig(crop_scale=(1, 1), crop_ratio=(1, 1), flip=0)
@@ -349,7 +349,7 @@ def test_too_many_corrupt_images(tmp_path, workers):
         list(eval_loader(source, 16, 10, num_workers=workers))
 
 
-def test_a_set_of_which_nothing_can_be_read(tmp_path):
+def test_dataset_without_any_readable_image_is_an_error(tmp_path):
     source = folder(tmp_path / "set", 300, broken=range(300))
     with pytest.raises(CorruptDataError, match="of 300 images"):
         list(train_loader(source, TrainSampler(300, 50), MOCO, view_size))
@@ -408,7 +408,7 @@ def test_evaluation_split_over_processes_and_workers(tmp_path):
     assert order == [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8]
 
 
-def test_no_labels_no_key(tmp_path):
+def test_batches_without_labels_have_no_key_for_them(tmp_path):
     source = folder(tmp_path / "set", 3)
     source.labels = None
     (batch,) = eval_loader(source, 16, 4)

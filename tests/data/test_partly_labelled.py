@@ -1,4 +1,4 @@
-"""A set in which some images have no label and some cannot be read: what each task does with it and reports."""
+"""Test what each task does with a dataset in which some images have no label and some cannot be read."""
 
 import io
 import json
@@ -28,7 +28,7 @@ COLUMN = "label_column=label"
 
 
 def table(count, broken=()):
-    """Images of one colour for each class, of two sizes; every second one has no label."""
+    """Return images of two sizes with one colour for each class; every second one has no label."""
     rng, images = np.random.default_rng(0), []
     for index in range(count):
         side = SIZE + index % 3

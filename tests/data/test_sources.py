@@ -26,7 +26,7 @@ def own_cache(monkeypatch, tmp_path_factory):
 
 
 def picture(number, width=20, height=16, mode="RGB"):
-    """A smooth picture, so that JPEG changes it little, different for every number."""
+    """Draw a smooth picture, which JPEG changes little and which differs for every number."""
     y, x = np.mgrid[:height, :width]
     channels = [(x * 5 + number * 7) % 256, (y * 6 + number * 3) % 256, np.full_like(x, number * 11 % 256)]
     return PIL.Image.fromarray(np.stack(channels, -1).clip(0, 255).astype(np.uint8)).convert(mode)
@@ -39,7 +39,7 @@ def png(image):
 
 
 def class_folders(root, count, sizes=((20, 16),), first=0):
-    """`count` images in each of the folders a, b, c."""
+    """Write `count` images into each of the folders a, b, c."""
     for label, name in enumerate("abc"):
         (root / name).mkdir(parents=True)
         for number in range(count):
@@ -48,7 +48,7 @@ def class_folders(root, count, sizes=((20, 16),), first=0):
 
 
 def table(count, extra=None, labels=True, broken=()):
-    """An Image column of PNG bytes, a ClassLabel column and `extra` columns."""
+    """Return a table with an Image column of PNG bytes, a ClassLabel column and `extra` columns."""
     content = [png(picture(number)) for number in range(count)]
     for number in broken:
         content[number] = content[number][: len(content[number]) // 2]
@@ -257,7 +257,7 @@ def test_normalisation_is_imagenets():
     assert (source.mean, source.std) == (tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD))
 
 
-def test_text_labels_and_plain_integers_follow_the_training_split(tmp_path, caplog):
+def test_text_and_integer_labels_follow_the_training_split(tmp_path, caplog):
     def words(values):
         return table(len(values), {"fruit": (values, datasets.Value("string"))}, labels=False)
 
@@ -311,7 +311,7 @@ def test_held_in_memory_only_when_small_and_of_one_size(tmp_path, monkeypatch):
     assert not decoded
 
 
-def test_an_odd_one_out_that_the_sample_missed(tmp_path, monkeypatch):
+def test_one_image_of_another_size_prevents_memory(tmp_path, monkeypatch):
     class_folders(tmp_path / "train", 4)
     picture(99, 30, 30).save(tmp_path / "train" / "b" / "001.png")
     monkeypatch.setattr(sources, "HEADER_SAMPLE", 2)
@@ -335,7 +335,7 @@ def test_modes_and_orientation(tmp_path):
     save("4.png", PIL.Image.fromarray(np.asarray(base.convert("L")).astype(np.uint16) << 8))
     save("5.jpg", base.convert("CMYK"), quality=95)
     exif = PIL.Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    exif[0x0112] = 6  # EXIF: rotate by 90 degrees clockwise
     save("6.jpg", base, exif=exif, quality=95)
     save("7.png", base.convert("1"))
     train, _ = load_sources(str(tmp_path))
@@ -367,7 +367,7 @@ def test_modes_and_orientation(tmp_path):
         (np.uint8, 30, False),
     ],
 )
-def test_pixels_that_lose_their_contrast_are_said_once(tmp_path, caplog, kind, highest, lost):
+def test_lost_contrast_is_warned_of_once(tmp_path, caplog, kind, highest, lost):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         for number in range(20):

@@ -1,4 +1,4 @@
-"""Tables of files: class names that each file declares, and errors that name what is behind them."""
+"""Test tables of files: the class names that each file declares, and errors that name their cause."""
 
 import errno
 import io

@@ -1,4 +1,4 @@
-"""Batches that come out of workers are those that went in, and failures of workers say what to do."""
+"""Test that workers return batches unchanged, and that their failures say what to do."""
 
 import os
 import pickle
@@ -27,7 +27,7 @@ BATCH = {
 
 
 class Batches(Dataset):
-    """Calls `act` in a worker with the number of the batch; what it returns is the batch."""
+    """Calls `act` in a worker with the number of the batch and returns its result as the batch."""
 
     def __init__(self, act):
         self.act = act
@@ -46,7 +46,7 @@ def load(act, **options):
         return list(loader)
 
 
-def test_a_batch_comes_out_as_it_went_in():
+def test_a_batch_leaves_a_worker_unchanged():
     for batch in load(lambda number: BATCH):
         assert batch.keys() == BATCH.keys()
         for key, value in BATCH.items():
@@ -99,7 +99,7 @@ def raise_corrupt(number):
     raise CorruptDataError("set: at least 2 images cannot be read.\nRemove them.")
 
 
-def test_an_error_of_the_data_is_told_without_a_traceback():
+def test_an_error_of_the_data_has_no_traceback():
     with pytest.raises(CorruptDataError) as error:
         load(raise_corrupt)
     assert str(error.value) == "set: at least 2 images cannot be read.\nRemove them."

@@ -1,4 +1,4 @@
-"""Encoders by folder: what is loaded and what is refused; their processors, and the images that these make."""
+"""Test which encoders are loaded from a folder and which are refused, and the images of their processors."""
 
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def test_half_precision_is_loaded_in_full(tmp_path):
     assert {value.dtype for value in load_encoder(saved(half, tmp_path)).state_dict().values()} == {torch.float32}
 
 
-def test_what_is_no_vision_encoder_is_refused(tmp_path):
+def test_models_that_encode_no_images_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no such folder, and as a Hub id it cannot be opened"):
         load_encoder(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
@@ -96,12 +96,12 @@ def test_weights_of_another_model_are_refused(tmp_path, damage):
         load_encoder(folder)
 
 
-def test_patch_size_is_asked_of_the_model():
+def test_models_with_a_patch_size_per_call_are_recognised():
     ours = hf_accel.AccelViTModel(hf_accel.AccelViTConfig(**SIZES, intermediate_size=16))
     assert takes_patch_size(ours) and not takes_patch_size(Dinov2Model(Dinov2Config(**SIZES)))
 
 
-def test_the_digest_tells_weights_apart():
+def test_digest_differs_between_weights():
     torch.manual_seed(0)
     model = Dinov2Model(Dinov2Config(**SIZES))
     first = weights_digest(model)
@@ -162,7 +162,7 @@ def test_our_own_processor_makes_what_training_measures_with(images):
     torch.testing.assert_close(own["pixel_values"], training["pixel_values"], rtol=1e-6, atol=1e-6)
 
 
-def test_an_unreadable_image_gives_way_with_its_label(images, tmp_path):
+def test_an_unreadable_image_is_replaced_with_its_label(images, tmp_path):
     source, _ = load_sources(str(image_folder(tmp_path, count=120, side=lambda index: 20 + index % 3)))
     paths = sorted((tmp_path / "train").rglob("*.png"))
     paths[39].write_bytes(b"broken")  # the last of the first class

@@ -1,4 +1,4 @@
-"""Feature extraction: pooling, order, modes and random state kept, raw pixels, and two processes like one."""
+"""Test feature extraction: pooling, order, unchanged modes and random state, raw pixels, and two processes."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def small_vit(pooling: bool = False) -> ViTModel:
 
 
 class Encoder(nn.Module):
-    """Records what it is asked, and answers with the mean colour."""
+    """Records its arguments and returns the mean colour."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,7 +232,7 @@ def test_two_processes_equal_one(tmp_path) -> None:
 
 
 def test_a_process_tells_what_it_cannot_read_of_its_share(tmp_path, monkeypatch):
-    root = image_folder(tmp_path / "images", side=lambda index: 16 + index % 3)  # of one size they would be in memory
+    root = image_folder(tmp_path / "images", side=lambda index: 16 + index % 3)  # images of one size would be in memory
     sorted(root.glob("train/*/*.png"))[70].write_bytes(b"no image")
     source, _ = load_sources(str(root))
     monkeypatch.setattr(features, "world_size", lambda: 2)

@@ -1,4 +1,4 @@
-"""Fine-tuning: rates by depth, the encoder's weights in the classifier, learning, what is saved, what is refused."""
+"""Test fine-tuning: learning rates by depth, weights of the classifier, learning, saving, and refusals."""
 
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ def test_a_type_without_a_classifier_is_refused():
 
 
 def test_a_type_of_several_classifiers_is_fine_tuned():
-    deit = DeiTModel(DeiTConfig(**SIZES, intermediate_size=32))  # whose config names no architecture
+    deit = DeiTModel(DeiTConfig(**SIZES, intermediate_size=32))  # its config names no architecture
     assert type(build_classifier(deit, ["a", "b"], 0.0, seed=0)) is DeiTForImageClassification
 
 
@@ -181,12 +181,12 @@ def test_a_run_is_a_function_of_its_seed(sources, tmp_path):
         return AutoModelForImageClassification.from_pretrained(folder).classifier.weight
 
     first = weights(0, tmp_path / "0")
-    torch.rand(7)  # wherever the global generator stands
+    torch.rand(7)  # whatever the state of the global generator
     assert torch.equal(weights(0, tmp_path / "1"), first) and not torch.equal(weights(1, tmp_path / "2"), first)
 
 
-def test_what_a_step_sees(sources, tmp_path, monkeypatch):
-    """Images of their own labels, augmented, in the processor's normalisation; smoothed targets; warm-up and cosine."""
+def test_a_step_gets_augmented_images_and_its_learning_rate(sources, tmp_path, monkeypatch):
+    """It gets augmented, normalised images with labels, smoothed targets, and a rate with warm-up and cosine."""
     source, validation = sources
     seen, rates = [], []
     step = FineTuneTrainer.training_step
@@ -260,7 +260,7 @@ def test_settings_out_of_range(name, value):
 
 @pytest.mark.parametrize("batch", ["train", "validation"])
 def test_a_stop_is_answered_between_batches(tmp_path, monkeypatch, sources, batch):
-    """A request during the first training step, or the first evaluated batch, lets no second one begin."""
+    """After a request in the first training step, or the first evaluated batch, no second one begins."""
     method = "training_step" if batch == "train" else "prediction_step"
     step, done = getattr(FineTuneTrainer, method), []
 

@@ -1,4 +1,4 @@
-"""Weighted kNN against a loop over queries and neighbours, in blocks, in half precision, and on bad input."""
+"""Test weighted kNN against a loop over queries and neighbours, in blocks, in half precision, and on bad input."""
 
 import math
 

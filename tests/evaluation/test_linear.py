@@ -1,4 +1,4 @@
-"""Linear probe and logistic regression: heads trained at once are those trained one by one; the choice; odd inputs."""
+"""Test linear probe and logistic regression: heads that are trained at once, the choice, and unusual inputs."""
 
 import math
 
@@ -18,7 +18,7 @@ CLASSES, WIDTH = 4, 6
 
 
 def blobs(n: int, spread: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Features (n, WIDTH) about one centre for each class, far apart for a small spread, and labels."""
+    """Return features (n, WIDTH) around one centre for each class, and labels."""
     source = torch.Generator().manual_seed(seed)
     centres = 3 * torch.eye(CLASSES, WIDTH)
     labels = torch.arange(n) % CLASSES
@@ -28,7 +28,7 @@ def blobs(n: int, spread: float, seed: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_heads_trained_at_once_equal_heads_trained_one_by_one(weight_decay):
     features, labels = blobs(50, 2.0, 0)  # batches of 16, 16, 16 and 2
-    features = features.double()  # which leaves formulas, and no rounding, to differ
+    features = features.double()  # so that only different formulas, and not rounding, could differ
     config = LinearConfig(epochs=3, batch_size=16, weight_decay=weight_decay)
     rates = (0.01, 0.3, 2.0)
     weight, bias = train_heads(features, labels, CLASSES, rates, config, seed=5)
@@ -50,7 +50,7 @@ def test_heads_trained_at_once_equal_heads_trained_one_by_one(weight_decay):
         torch.testing.assert_close(bias[number], head.bias.detach(), rtol=1e-9, atol=1e-9)
 
 
-def test_both_tell_apart_what_can_be_told_apart():
+def test_both_classifiers_separate_separable_classes():
     train, train_labels = blobs(200, 0.3, 1)
     test, labels = blobs(80, 0.3, 2)
     scores, rate = linear_probe(train, train_labels, test, CLASSES, LinearConfig(), seed=0)
@@ -75,8 +75,8 @@ def test_the_held_out_part_chooses():
 
 
 @pytest.mark.parametrize("method", ["linear", "logistic"])
-def test_ties_do_not_choose_what_has_hardly_learnt(method):
-    """Every setting classifies the held-out part of an easy set, and one class has an image more than the others."""
+def test_ties_are_decided_by_cross_entropy(method):
+    """Every setting classifies the held-out part correctly, and one class has one image more than the others."""
     train, train_labels = blobs(121, 0.3, 1)
     test, labels = blobs(80, 0.3, 2)
     if method == "linear":
@@ -97,7 +97,7 @@ def test_intercepts_alone_do_not_decide_under_any_penalty(monkeypatch, strength)
     assert topk_accuracy(scores, labels, 1) == 1
 
 
-def test_the_only_image_of_a_class_is_trained_on_and_decides_no_ties():
+def test_the_only_image_of_a_class_is_used_for_training_only():
     train, labels = blobs(120, 0.3, 1)
     train, labels = torch.cat([train, -train[:1]]), torch.cat([labels, torch.tensor([CLASSES])])
     assert CLASSES in labels[linear._split(labels, seed=0)[0]]
@@ -201,7 +201,7 @@ def test_classes_without_training_images(present):
     assert (scores[:, absent] == -math.inf).all()
 
 
-def test_errors():
+def test_impossible_features_are_refused():
     train, labels = blobs(40, 1.0, 1)
     broken = train.clone()
     broken[3, 2] = math.nan

@@ -1,4 +1,4 @@
-"""Top-k accuracy against a sort, ties by the expected value of a fair draw, and the Metric without network or files."""
+"""Test top-k accuracy against a sort, ties against a fair draw, and the Metric without network or files."""
 
 import itertools
 

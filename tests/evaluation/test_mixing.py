@@ -1,4 +1,4 @@
-"""Mixup and CutMix: targets are what is seen of each class, pixel by pixel; the papers' formulas; a pure function."""
+"""Test mixup and CutMix: targets are each class's share of the pixels, by the formulas of the papers."""
 
 import math
 
@@ -11,7 +11,7 @@ CLASSES, HEIGHT, WIDTH = 3, 6, 8
 
 
 def coloured(labels: torch.Tensor) -> torch.Tensor:
-    """An image for each label, 1 in the channel of that number and 0 elsewhere."""
+    """Return an image for each label, with 1 in the channel of that number and 0 elsewhere."""
     return torch.eye(CLASSES)[labels][:, :, None, None].expand(-1, -1, HEIGHT, WIDTH).clone()
 
 

@@ -1,4 +1,4 @@
-"""The feature of an image, whatever the encoder: CLS, mean of patches or map; what is random or unclear is refused."""
+"""Test the feature of an image for any encoder: CLS, or the mean of patches or map; unclear outputs are refused."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -59,7 +59,7 @@ def test_mae_is_evaluated_on_all_its_patches(tmp_path):
 
 
 class DroppingViT(ViTModel):
-    """Drops features at random in eval mode, too."""
+    """Drops features at random even in eval mode."""
 
     def forward(self, pixel_values):
         outputs: Any = super().forward(pixel_values)

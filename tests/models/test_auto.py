@@ -1,4 +1,4 @@
-"""Saving, loading, the Auto classes, and the files as the Hub's remote code."""
+"""Test saving, loading, the Auto classes, and the model files as remote code of the Hub."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def features(model: AccelViTModel) -> torch.Tensor:
 
 @pytest.fixture
 def modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty cache of remote code, unknown to Python's imports so far."""
+    """Return an empty cache of remote code that Python has not imported from yet."""
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "modules", {k: v for k, v in sys.modules.items() if "transformers_modules" not in k})
@@ -108,7 +108,7 @@ def test_a_training_checkpoint_opens_as_its_encoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objectives_checkpoint_opens_without_a_word(tmp_path: Path, name: str) -> None:
+def test_checkpoint_of_every_objective_opens_silently(tmp_path: Path, name: str) -> None:
     objective: Any = OBJECTIVES[name]
     small = {"dino": {"num_prototypes": 8, "head_hidden_size": 8, "bottleneck_size": 8}}
     model = objective(config(), **small.get(name, {"projector_hidden_size": 8, "projection_size": 8}))
@@ -117,7 +117,7 @@ def test_every_objectives_checkpoint_opens_without_a_word(tmp_path: Path, name: 
     loaded, report = load(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     assert torch.equal(features(loaded), features(model.encoder))
-    # of anything else it does tell
+    # other missing weights are reported
     state = {**model.state_dict(), "embeddings.stray_tokens": torch.zeros(3)}
     model.save_pretrained(tmp_path, state_dict=state)
     assert load(tmp_path, output_loading_info=True)[1]["unexpected_keys"] == {"embeddings.stray_tokens"}
@@ -140,8 +140,8 @@ def test_a_frozen_projection_stays_frozen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("save_processor", [True, False])
-def test_image_processor(tmp_path: Path, save_processor: bool) -> None:
-    """Shortest edge to 32, centre crop, by PIL; also from a file that does not say which processor it is of."""
+def test_image_processor_is_saved_and_loaded(tmp_path: Path, save_processor: bool) -> None:
+    """It resizes the shortest edge to 32 and crops the centre with PIL, even if the file does not name its class."""
     values = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     values |= {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
     config().save_pretrained(tmp_path)
@@ -160,7 +160,7 @@ def test_image_processor(tmp_path: Path, save_processor: bool) -> None:
 
 @pytest.mark.parametrize("kind", [AccelViTModel, AccelViTForImageClassification])
 def test_patch_size_at_load_time(tmp_path: Path, kind: Any) -> None:
-    """It is that of calls which name none; the kernel, and what is saved again as the base, stay as they were."""
+    """It applies to calls that name none. The kernel, and the base that is saved again, do not change."""
     model = kind(config(num_labels=3)).eval()
     model.save_pretrained(tmp_path / "base")
     images = torch.randn(2, 3, 32, 32)
@@ -183,7 +183,7 @@ def test_patch_size_at_load_time(tmp_path: Path, kind: Any) -> None:
 def test_image_size_at_load_time_keeps_the_features(
     tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The positions span an image of any size: they are not to be laid out for another one."""
+    """The positions span an image of any size, so they must not be laid out again."""
     monkeypatch.setattr(configuration_accel_vit.logger, "propagate", True, raising=False)
     model = AccelViTModel(config(position_embedding_type=kind)).eval()
     model.save_pretrained(tmp_path)
@@ -198,7 +198,7 @@ def test_image_size_at_load_time_keeps_the_features(
 
 
 def test_every_checkpoint_carries_its_code(tmp_path: Path) -> None:
-    """All that the modeling file imports, and nothing else, also beside a training checkpoint; loading does not ask."""
+    """It carries exactly what the modeling file imports, also as a training checkpoint, and loading asks nothing."""
     source = Path(hf_accel.__file__).parent / "models"
     needed = dynamic_module_utils.get_relative_import_files(source / "modeling_accel_vit.py")
     names = {Path(path).name for path in needed} | {"modeling_accel_vit.py"}
@@ -219,7 +219,7 @@ def test_every_checkpoint_carries_its_code(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("modules_cache")
 def test_remote_code_beside_the_package(tmp_path: Path) -> None:
-    """A checkpoint's own files in this process, which has the package: they agree, and what they save is whole."""
+    """A checkpoint's own files work in a process that has the package, and what they save is complete."""
     model = AccelViTModel(config())
     model.save_pretrained(tmp_path / "repo")
 
@@ -239,7 +239,7 @@ def test_remote_code_beside_the_package(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("modules_cache")
 def test_what_a_remote_configuration_saves_opens_as_a_model(tmp_path: Path) -> None:
-    """Its module's folder in transformers' cache holds the models' files, too."""
+    """The folder of its module in transformers' cache holds the model files, too."""
     AccelViTModel(config()).save_pretrained(tmp_path / "repo")
     remote = remote_class("configuration_accel_vit.AccelViTConfig", tmp_path / "repo")
     remote.from_pretrained(tmp_path / "repo").save_pretrained(tmp_path / "again")
@@ -253,7 +253,7 @@ def test_what_a_remote_configuration_saves_opens_as_a_model(tmp_path: Path) -> N
 
 @pytest.mark.usefixtures("modules_cache")
 def test_every_model_file_decides_the_configuration_class(tmp_path: Path) -> None:
-    """`AutoModel` looks the model's class up by the configuration's: other code must have another one."""
+    """`AutoModel` finds the model class by the configuration class, so other code must have another one."""
     reference = "configuration_accel_vit.AccelViTConfig"
     config().save_pretrained(tmp_path / "original" / "final")
     shutil.copytree(tmp_path / "original", tmp_path / "copy")

@@ -1,4 +1,4 @@
-"""Feature maps of AccelViTBackbone: the tokens of chosen layers where their patches lie in the image."""
+"""Test the feature maps of AccelViTBackbone, which hold the tokens of chosen layers at the places of their patches."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ def config(**overrides: Any) -> AccelViTConfig:
 
 
 def backbone(**overrides: Any) -> Any:
-    """With a last LayerNorm other than the identity."""
+    """Return a backbone whose last LayerNorm is not the identity."""
     model = AccelViTBackbone(config(**overrides)).eval()
     nn.init.normal_(model.layernorm.weight)
     return model
@@ -33,7 +33,7 @@ def backbone(**overrides: Any) -> Any:
 
 @torch.no_grad()
 def test_maps_are_the_tokens_of_the_encoder() -> None:
-    """Non-square, at a patch size of the call, past CLS and registers; every stage in its place."""
+    """The image is not square, the call names a patch size, and CLS and registers are skipped."""
     model = backbone(num_register_tokens=2, out_features=["stem", "stage2", "stage3"])
     pixels = torch.randn(2, 3, 32, 48)
     encoder = AccelViTModel(model.config).eval()
@@ -50,7 +50,7 @@ def test_maps_are_the_tokens_of_the_encoder() -> None:
 
 
 @torch.no_grad()
-def test_as_dinov2s_backbone() -> None:
+def test_feature_maps_equal_those_of_dinov2s_backbone() -> None:
     model = backbone(out_indices=[1, 3])
     dinov2, state = to_dinov2(model.config, model.state_dict())
     dinov2.out_indices = [1, 3]
@@ -68,7 +68,7 @@ def test_as_dinov2s_backbone() -> None:
 
 
 @torch.no_grad()
-def test_sides_that_the_patch_does_not_divide() -> None:
+def test_maps_of_sides_that_the_patch_does_not_divide() -> None:
     model = backbone()
     assert model(torch.randn(1, 3, 36, 45)).feature_maps[0].shape == (1, 16, 5, 6)  # resized to 40 x 48
     assert model(torch.randn(1, 3, 32, 32), patch_size=32).feature_maps[0].shape == (1, 16, 1, 1)
@@ -103,7 +103,7 @@ def test_loads_from_any_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     chosen.save_pretrained(tmp_path / "again")
     assert AutoConfig.from_pretrained(tmp_path / "again").out_indices == [1, 3]
     assert type(AutoBackbone.from_config(chosen.config)) is AccelViTBackbone
-    # AutoBackbone takes a local folder for the name of a timm model: it asks the Hub whether there is such a repository
+    # AutoBackbone treats a local folder as the name of a timm model and asks the Hub for this repository
     monkeypatch.setattr(auto_factory, "hf_api", lambda: SimpleNamespace(repo_exists=lambda _: True))
     found = AutoBackbone.from_pretrained(tmp_path / "encoder")
     assert type(found) is AccelViTBackbone

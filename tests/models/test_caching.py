@@ -1,4 +1,4 @@
-"""What is kept between calls: within its bytes, as long as the model, not in copies, and real after an export."""
+"""Test cached tensors: their limit, their lifetime, copies of models, and real tensors after an export."""
 
 import copy
 import gc
@@ -96,7 +96,7 @@ def test_tables_of_the_process_stay_within_their_bytes(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("patch_size", [8, 16])
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_exported_graph_needs_no_operator_of_ours(kind: str, patch_size: int, dynamic: bool) -> None:
-    """Else neither ONNX nor a process without this package can run it. With dynamic sides, at other sizes, too."""
+    """ONNX, or a process without this package, could not run it otherwise. Dynamic sides work at other sizes, too."""
     torch.manual_seed(0)
     model = tiny(position_embedding_type=kind, default_patch_size=patch_size)
     images = torch.randn(2, 3, 32, 32)
@@ -111,7 +111,7 @@ def test_an_exported_graph_needs_no_operator_of_ours(kind: str, patch_size: int,
 
 
 def test_an_export_leaves_real_tables_behind() -> None:
-    """It fakes tensors while it traces. Sizes here are used by no other test."""
+    """An export traces with fake tensors. No other test uses the sizes here."""
     model = tiny(patch_size=11, image_size=33)
     images = torch.randn(1, 3, 38, 57)
     export(model, (images, 19), strict=False)
@@ -121,7 +121,7 @@ def test_an_export_leaves_real_tables_behind() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's exporter, about its own tree specs
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's exporter warns about its own tree specs
 @pytest.mark.parametrize("kind", ["sincos", "learned"])
 def test_onnx_at_a_patch_size_given_at_load_time(kind: str, tmp_path) -> None:
     pytest.importorskip("onnxscript")

@@ -1,4 +1,4 @@
-"""torch.compile: the same results, whole graphs without a generator, and few breaks with one."""
+"""Test torch.compile: equal results, whole graphs without a generator, and few graph breaks with one."""
 
 import shutil
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def test_a_generator_breaks_the_graph_outside_of_the_layers() -> None:
     for seed in range(4):
         expected = model(images, 8, 0.5, torch.Generator().manual_seed(seed)).pooler_output
         assert torch.equal(compiled(images, 8, 0.5, torch.Generator().manual_seed(seed)).pooler_output, expected)
-    # the sorting of the draw and the whole encoder, once for all generators
+    # one graph sorts the draw and one is the whole encoder, for all generators
     assert counter.frame_count <= 3
 
 
@@ -74,8 +74,8 @@ def test_whole_graph_without_a_generator() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("kind", ["sincos", "learned"])
-def test_inductor(kind: str) -> None:
-    """The default backend, through a schedule: output and gradients at changing compressions and image sizes."""
+def test_inductor_agrees_through_a_schedule(kind: str) -> None:
+    """Output and gradients agree at changing compressions and image sizes with the default backend."""
     model = tiny(position_embedding_type=kind)
     compiled = torch.compile(model)
     for size, patch_size, token_dropout in [(32, 16, 0.5), (32, 8, 0.5), (48, 8, 0.0)]:

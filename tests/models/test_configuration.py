@@ -1,4 +1,4 @@
-"""The configuration: what it refuses, what it derives, and the presets."""
+"""Test the configuration: what it refuses, what it derives, and the presets."""
 
 from typing import Any
 
@@ -55,7 +55,7 @@ def test_prefix_tokens_and_grid() -> None:
     "name, heads, millions",
     [("vit_tiny", 3, 5.5), ("vit_small", 12, 21.6), ("vit_base", 12, 85.6), ("vit_large", 16, 303.1)],
 )
-def test_presets(name: str, heads: int, millions: float) -> None:
+def test_presets_have_the_sizes_of_the_papers(name: str, heads: int, millions: float) -> None:
     config = PRESETS[name]()
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in AccelViTModel(config).parameters())
@@ -86,7 +86,7 @@ OTHER_VALUES: dict[str, Any] = {
     **{"hidden_act": "relu", "layer_norm_eps": 1e-12, "num_channels": 1, "qkv_bias": False, "use_cls_token": False},
     **{"num_register_tokens": 4, "position_embedding_type": "learned", "layerscale_value": 0.1},
 }
-"""Of the fields that decide what a checkpoint's weights compute."""
+"""Values for the fields that decide what a checkpoint's weights compute."""
 
 
 def test_every_field_is_changeable_at_load_or_is_not() -> None:
@@ -102,7 +102,7 @@ def test_what_was_trained_is_not_changed_at_load(name: str, value: Any) -> None:
         AccelViTConfig.from_dict(stored.to_dict(), **{name: value})
     other = AccelViTConfig(**{"pooling": "mean", name: value})
     assert getattr(AccelViTConfig.from_dict(other.to_dict(), **{name: value}), name) == value
-    # a file holds only what is not the default
+    # a file holds only values that differ from the default
     with pytest.raises(ValueError, match=message):
         AccelViTConfig.from_dict({"pooling": "mean"}, **{name: value})
 
@@ -129,7 +129,7 @@ def test_changes_at_load_are_checked_as_a_configuration_is() -> None:
         AccelViTConfig.from_dict(stored, drop_path_rate=2.0)
 
 
-def test_the_pooling_of_a_trained_classifier_is_not_changed_at_load() -> None:
+def test_pooling_of_a_trained_classifier_is_fixed_at_load() -> None:
     stored = {**AccelViTConfig().to_dict(), "architectures": ["AccelViTForImageClassification"]}
     with pytest.raises(ValueError, match=r"pooling='mean': .* trained with pooling='cls'"):
         AccelViTConfig.from_dict(stored, pooling="mean")

@@ -1,4 +1,4 @@
-"""Conversions against the real classes of transformers and timm, with random weights; every tensor accounted for."""
+"""Test conversions against the real classes of transformers and timm, with random weights in every tensor."""
 
 import re
 from collections.abc import Callable
@@ -36,7 +36,7 @@ REGISTERS: dict[str, dict[str, Any]] = {
 
 
 def randomised(model: Any) -> Any:
-    """Every parameter random: at initialisation too many are 0 or 1, and an exchange of two would not be seen."""
+    """Randomise every parameter: at initialisation many are 0 or 1, so that swapping two would not be noticed."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -61,7 +61,7 @@ def pixels_for(config: AccelViTConfig) -> torch.Tensor:
 
 @torch.no_grad()
 def assert_same(model: Any, other: Any, config: AccelViTConfig, **options: Any) -> None:
-    """last_hidden_state and pooler_output, or logits, to a relative 1e-5."""
+    """Compare last_hidden_state and pooler_output, or logits, to a relative 1e-5."""
     pixels = pixels_for(config)
     outputs, expected = other(pixels), model(pixels, **options)
     for name, wanted in expected.items():
@@ -90,7 +90,9 @@ def assert_same_as_timm(model: Any, other: Any, config: AccelViTConfig, **option
 @pytest.mark.parametrize("patch_size", [None, 8])
 @pytest.mark.parametrize("fields", OURS.values(), ids=OURS)
 @pytest.mark.parametrize("target", ["vit", "dinov2"])
-def test_to_transformers(target: str, fields: dict[str, Any], patch_size: int | None) -> None:
+def test_converted_to_transformers_features_are_equal(
+    target: str, fields: dict[str, Any], patch_size: int | None
+) -> None:
     model = accel(**{"patch_size": 4 if patch_size else 8, **fields})
     convert, kind = {"vit": (to_vit, ViTModel), "dinov2": (to_dinov2, Dinov2Model)}[target]
     config, state = convert(model.config, model.state_dict(), patch_size)
@@ -100,7 +102,7 @@ def test_to_transformers(target: str, fields: dict[str, Any], patch_size: int | 
 
 @pytest.mark.parametrize("patch_size", [None, 16])
 @pytest.mark.parametrize("fields", [*OURS.values(), *REGISTERS.values()], ids=[*OURS, *REGISTERS])
-def test_to_timm(fields: dict[str, Any], patch_size: int | None) -> None:
+def test_converted_to_timm_features_are_equal(fields: dict[str, Any], patch_size: int | None) -> None:
     model = accel(**{**fields, "image_size": 48})
     assert_same_as_timm(
         model,
@@ -136,8 +138,8 @@ def test_learned_positions_are_the_same_encoder() -> None:
         with_learned_positions(model.config, model.state_dict(), 12)
 
 
-def test_the_pooler_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ours is CLS, and so is what the conversion to ViT writes; another pooler is left out with a warning."""
+def test_pooler_of_vit_is_replaced_by_cls_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our pooler is CLS, and so is the one that a conversion to ViT writes. Another one is left out with a warning."""
     said: list[str] = []
     monkeypatch.setattr(conversion.logger, "warning", said.append)
     model = accel()
@@ -163,7 +165,7 @@ VITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("fields, options", VITS.values(), ids=VITS)
-def test_from_vit(fields: dict[str, Any], options: dict[str, Any]) -> None:
+def test_converted_from_vit_features_are_equal(fields: dict[str, Any], options: dict[str, Any]) -> None:
     config = ViTConfig(**{**SIZES, "patch_size": 8, "intermediate_size": 40, **fields})
     model = randomised(ViTModel(config, **options))
     ours, state = from_vit(config, model.state_dict())
@@ -186,7 +188,7 @@ def test_from_a_vit_classifier() -> None:
 
 
 @pytest.mark.parametrize("fields", [{}, {"use_mask_token": False, "qkv_bias": False, "mlp_ratio": 2, "patch_size": 4}])
-def test_from_dinov2(fields: dict[str, Any]) -> None:
+def test_converted_from_dinov2_features_are_equal(fields: dict[str, Any]) -> None:
     config = Dinov2Config(**{**SIZES, "patch_size": 8, "layerscale_value": 0.5, **fields})
     model = randomised(Dinov2Model(config))
     ours, state = from_dinov2(config, model.state_dict())
@@ -205,7 +207,7 @@ TIMM: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("arguments", TIMM.values(), ids=TIMM)
-def test_from_timm(arguments: dict[str, Any]) -> None:
+def test_converted_from_timm_features_are_equal(arguments: dict[str, Any]) -> None:
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 0}
     model = timm_model({**sizes, **arguments})
     config, state = from_timm(model.state_dict(), 3, arguments.get("global_pool", "token"))
@@ -218,7 +220,7 @@ def test_from_timm(arguments: dict[str, Any]) -> None:
         assert_same_as_timm(loaded(AccelViTModel(config), state), model, config)
 
 
-def test_there_and_back_nothing_changes() -> None:
+def test_conversion_there_and_back_changes_nothing() -> None:
     fields = {"position_embedding_type": "learned", "layerscale_value": 0.5}
     model = accel(**fields)
     heads = model.config.num_attention_heads
@@ -259,7 +261,7 @@ def sources() -> list[tuple[Callable[..., Any], Any, dict[str, torch.Tensor]]]:
     "number", range(7), ids=["to vit", "to dinov2", "to timm", "vit, labels", "vit", "dinov2", "timm"]
 )
 def test_every_tensor_is_accounted_for(number: int) -> None:
-    """Each one in turn: missing, of another shape; and one too many."""
+    """Each tensor in turn is missing or has another shape; then there is one too many."""
     convert, config, state = sources()[number]
     convert(config, state)
     for name, tensor in state.items():
@@ -267,7 +269,7 @@ def test_every_tensor_is_accounted_for(number: int) -> None:
         told = "17 positions and 0 prefix tokens" if name == "cls_token" else re.escape(name)
         with pytest.raises(ValueError, match=told):
             convert(config, without)
-        # timm's sizes are read off these
+        # timm's sizes follow from these tensors
         if number != 6 or name not in ("pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"):
             with pytest.raises(ValueError, match=re.escape(name)):
                 convert(config, {**state, name: tensor[..., None]})

@@ -1,4 +1,4 @@
-"""The embeddings under what other libraries do to modules: offloaded, wrapped, replaced or parametrised weights."""
+"""Test embeddings whose weights other libraries have offloaded, wrapped, replaced or parametrised."""
 
 import copy
 from typing import Any
@@ -38,7 +38,7 @@ def assert_equal_features(model: nn.Module, expected: nn.Module) -> None:
 
 @pytest.mark.parametrize("kind", ["sincos", "learned"])
 def test_offloaded_weights(kind: str) -> None:
-    """`device_map` does the same where memory is short: weights are there only while their module is called."""
+    """`device_map` does the same if memory is short: weights exist only while their module is called."""
     model = tiny(position_embedding_type=kind)
     offloaded: Any = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
     assert all(parameter.is_meta for parameter in offloaded.parameters())
@@ -46,7 +46,7 @@ def test_offloaded_weights(kind: str) -> None:
 
 
 class LoRA(nn.Module):
-    """As peft's, whose adapters of a convolution are two of the same class."""
+    """LoRA as in peft, where the two adapters of a convolution have its class."""
 
     def __init__(self, base: Any):
         super().__init__()
@@ -64,7 +64,7 @@ class LoRA(nn.Module):
 
 @pytest.mark.parametrize("kind", ["sincos", "learned"])
 def test_lora_on_the_patch_projection_is_its_merged_kernel(kind: str) -> None:
-    """Also at other patch sizes and under token dropout, and its adapters get their gradients."""
+    """This holds at other patch sizes and under token dropout, and the adapters get gradients."""
     model = tiny(position_embedding_type=kind)
     adapted, merged = copy.deepcopy(model), copy.deepcopy(model)
     lora = LoRA(adapted.embeddings.patch_embeddings.projection)
@@ -108,7 +108,7 @@ def test_the_projection_alone_is_a_convolution() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sincos", "learned"])
-def test_positions_stay_when_the_image_size_of_the_config_changes(kind: str) -> None:
+def test_positions_stay_when_the_config_changes_image_size(kind: str) -> None:
     model = AccelViTForImageClassification(tiny(position_embedding_type=kind).config).eval()
     images = torch.randn(2, 3, 64, 64)
     expected = model(images).logits

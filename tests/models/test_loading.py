@@ -1,4 +1,4 @@
-"""Every way to open a checkpoint, in fresh processes: with hf_accel, and where it cannot be imported."""
+"""Test every way to open a checkpoint in fresh processes, with hf_accel and without it."""
 
 import json
 import os
@@ -74,7 +74,7 @@ with open(f"{folder}/{sys.argv[2]}.json", "w") as file:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """encoder/, classifier/ and a training checkpoint of one encoder, an image, and what each is to give."""
+    """Write an encoder, a classifier, a training checkpoint and an image, and return the expected outputs."""
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -106,7 +106,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["installed", "remote"])
 def test_every_way_to_open_a_checkpoint(checkpoints: tuple[Path, dict[str, Any]], tmp_path: Path, mode: str) -> None:
-    """Nothing asks for trust (there is no standard input), and nothing warns."""
+    """No call asks for trust (there is no standard input), and none warns."""
     folder, expected = checkpoints
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(ROOT) if mode == "installed" else ""
@@ -166,7 +166,7 @@ assert type(AutoModel.from_pretrained(f"{name}/again", trust_remote_code=True)) 
 
 @pytest.mark.slow
 def test_each_checkpoint_of_a_process_runs_its_own_code(checkpoints: tuple[Path, dict], tmp_path: Path) -> None:
-    """Two versions of a helper's file, in either order: features, logits, and features of what is saved again."""
+    """Two versions of one model file are opened in either order; features and logits are those of each version."""
     for version in ("a", "b"):
         for name in ("encoder", "classifier"):
             shutil.copytree(checkpoints[0] / name, tmp_path / version / name)

@@ -1,4 +1,4 @@
-"""The encoder and the classifier: equal to transformers' ViT where they are the same, and every option on its own."""
+"""Test encoder and classifier: equality with transformers' ViT for the same architecture, and each option."""
 
 import math
 from typing import Any
@@ -96,7 +96,7 @@ def test_every_option_forwards_and_backwards(fields: dict[str, Any]) -> None:
                 assert parameter.grad is None
             else:
                 assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-                # the bias of the keys shifts all scores of a query alike
+                # the bias of the keys shifts all scores of a query equally
                 assert parameter.grad.abs().sum() > 0 or name.endswith("k_proj.bias"), name
 
 
@@ -128,7 +128,7 @@ def test_initialisation_is_that_of_moco_v3() -> None:
             assert torch.equal(model.get_parameter(f"layers.{layer}.{scale}.lambda1"), torch.full((96,), 0.1))
 
 
-def test_stochastic_depth_grows_with_depth_and_acts_per_image_in_training_only() -> None:
+def test_stochastic_depth_grows_with_depth_in_training_only() -> None:
     model = AccelViTModel(config(num_hidden_layers=5, drop_path_rate=0.4))
     drop_probs = [module.drop_prob for module in model.modules() if isinstance(module, AccelViTDropPath)]
     assert drop_probs == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
@@ -196,7 +196,7 @@ def test_attention_implementations_agree_and_eager_gives_weights() -> None:
 
 
 def test_flash_attention_goes_through_the_interface(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel itself needs a GPU and its package; what reaches it and what comes back is checked with a stand-in."""
+    """The real kernel needs a GPU and its package. A stand-in checks what it gets and what is returned."""
     shapes = []
 
     def stand_in(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -285,7 +285,7 @@ def test_classification_loss_and_gradients() -> None:
     ],
 )
 def test_losses_of_micro_batches_add_up_to_that_of_the_batch(problem_type: Any, labels: torch.Tensor) -> None:
-    """With the number of labels of all of them, as the Trainer gives it and adds; of unequal sizes, too."""
+    """The Trainer passes the number of labels of all micro-batches and adds the losses; sizes may differ."""
     model = AccelViTForImageClassification(config(num_labels=3, problem_type=problem_type))
     images = torch.randn(6, 3, 32, 32)
     whole = model(images, labels=labels).loss

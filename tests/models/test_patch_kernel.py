@@ -1,4 +1,4 @@
-"""The kernel rule w_p = pinv(B^T) w against a full NumPy transcription, its identity, gradient, precision and cache."""
+"""Test the kernel rule w_p = pinv(B^T) w against a NumPy transcription, and its gradient, precision and cache."""
 
 import copy
 import pickle
@@ -35,7 +35,7 @@ def bilinear_matrix(old_size: int, new_size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("old_size, new_size", [(4, 7), (4, 14), (7, 5), (6, 2), (5, 5), (3, 1)])
-def test_equals_the_pseudo_inverse_of_the_whole_resize(old_size: int, new_size: int) -> None:
+def test_kernel_equals_the_pseudo_inverse_of_the_resize(old_size: int, new_size: int) -> None:
     kernel = torch.randn(5, 3, old_size, old_size, dtype=torch.float64)
     resized = resize_patch_kernel(kernel, new_size)
     inverse = np.linalg.pinv(bilinear_matrix(old_size, new_size).T)
@@ -44,8 +44,8 @@ def test_equals_the_pseudo_inverse_of_the_whole_resize(old_size: int, new_size: 
 
 
 @pytest.mark.parametrize("old_size, new_sizes", [(16, range(17, 57)), (4, range(5, 29)), (8, (12, 16, 24, 32))])
-def test_a_larger_patch_sees_the_same(old_size: int, new_sizes: range) -> None:
-    """<B x, w_p> = <x, w> to 1e-6, in fp32, x resized by torch itself."""
+def test_a_larger_patch_gives_the_same_embedding(old_size: int, new_sizes: range) -> None:
+    """<B x, w_p> = <x, w> holds to 1e-6 in fp32, with x resized by torch itself."""
     kernel = torch.randn(4, 3, old_size, old_size) / old_size
     patch = torch.randn(2, 3, old_size, old_size)
     expected = torch.einsum("bchw,dchw->bd", patch.double(), kernel.double())
@@ -63,7 +63,7 @@ def test_the_base_patch_size_is_the_kernel_itself() -> None:
 
 
 @pytest.mark.parametrize("new_size", [3, 6, 9])
-def test_gradient(new_size: int) -> None:
+def test_gradient_of_the_resized_kernel(new_size: int) -> None:
     kernel = torch.randn(2, 1, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda w: resize_patch_kernel(w, new_size), (kernel,))
 
@@ -78,7 +78,7 @@ def test_precision_under_autocast_and_of_half_kernels() -> None:
     assert torch.equal(half, resize_patch_kernel(kernel.bfloat16().float(), 16).bfloat16())
 
 
-def test_a_matrix_first_made_in_inference_mode_can_be_trained_with() -> None:
+def test_a_matrix_made_in_inference_mode_serves_training() -> None:
     kernel = torch.randn(2, 3, 9, 9, requires_grad=True)
     with torch.inference_mode():
         resize_patch_kernel(kernel, 13)

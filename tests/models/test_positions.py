@@ -1,4 +1,4 @@
-"""Positions u * G - 1/2 at any patch and image size, against loops; images that the patch does not divide."""
+"""Test positions u * G - 1/2 at any patch and image size against loops, and images that the patch does not divide."""
 
 import logging
 import math
@@ -34,7 +34,7 @@ def patch_positions(embeddings: AccelViTEmbeddings, grid: tuple[int, int]) -> np
 
 
 def test_sincos_is_that_of_moco_v3_at_the_base_grid() -> None:
-    """Token by token. What MoCo-v3's code calls w is the row, `token // grid`, as its meshgrid is "ij"."""
+    """They agree token by token. What MoCo-v3's code calls w is the row, `token // grid`, by its meshgrid."""
     positions = patch_positions(AccelViTEmbeddings(config(hidden_size=24)), (4, 4)).reshape(16, 24)
     for token in range(16):
         for quarter, (wave, at) in enumerate(
@@ -101,7 +101,7 @@ def test_learned_positions_of_a_resized_grid_in_bf16() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sincos", "learned"])
-def test_any_image_size(kind: str) -> None:
+def test_positions_of_any_image_size(kind: str) -> None:
     model = AccelViTModel(config(position_embedding_type=kind)).eval()
     for height, width, patch_size in [(32, 48, 8), (16, 80, 16), (8, 8, 8), (96, 96, 32), (64, 24, 4)]:
         output = model(torch.randn(2, 3, height, width), patch_size=patch_size)

@@ -1,4 +1,4 @@
-"""Token dropout: how many tokens stay, which ones, and that the others cost nothing."""
+"""Test token dropout: how many tokens stay, which ones, and that the others cost nothing."""
 
 from fractions import Fraction
 from typing import Any
@@ -22,7 +22,7 @@ def tiny(**overrides: Any) -> AccelViTModel:
 
 
 def test_number_of_kept_tokens_is_exact() -> None:
-    """As in exact arithmetic, where floating point alone loses a token: int(10 * (1 - 0.9)) = 0."""
+    """It is that of exact arithmetic. Floating point would lose a token: int(10 * (1 - 0.9)) = 0."""
     assert int(10 * (1 - 0.9)) == 0
     for num_patches in range(1, 300):
         for hundredths in range(100):
@@ -36,7 +36,7 @@ def test_an_impossible_ratio_is_named(token_dropout: float) -> None:
         tiny()(torch.randn(1, 3, 32, 32), token_dropout=token_dropout)
 
 
-def test_kept_tokens_are_the_smallest_draws_ascending_and_differ_between_images() -> None:
+def test_kept_tokens_are_the_smallest_draws_of_each_image() -> None:
     kept = sample_kept_tokens(64, 20, 0.6, torch.Generator().manual_seed(3))
     noise = torch.rand(64, 20, generator=torch.Generator().manual_seed(3)).numpy()
     expected = [sorted(sorted(range(20), key=lambda token, row=row: row[token])[:8]) for row in noise]
@@ -59,7 +59,7 @@ def test_the_default_generator_draws_without_one() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_acts_when_asked_for_and_never_otherwise(training: bool) -> None:
+def test_dropout_acts_only_on_request(training: bool) -> None:
     model = tiny().train(training)
     images = torch.randn(2, 3, 32, 32)
     state = torch.get_rng_state()
@@ -72,7 +72,7 @@ def test_acts_when_asked_for_and_never_otherwise(training: bool) -> None:
 @pytest.mark.parametrize("patch_size", [4, 8, 16])
 @pytest.mark.parametrize("kind", ["sincos", "learned"])
 def test_kept_tokens_are_those_of_the_full_sequence(kind: str, patch_size: int) -> None:
-    """The path that gathers and then projects agrees with the one that projects everything."""
+    """Gathering before the projection agrees with projecting everything."""
     embeddings = tiny(num_register_tokens=2, position_embedding_type=kind).embeddings.double()
     images = torch.randn(3, 3, 32, 48, dtype=torch.float64)
     full = embeddings(images, patch_size)
@@ -115,7 +115,7 @@ def test_dropped_patches_are_never_projected(monkeypatch: pytest.MonkeyPatch) ->
     assert rows == [(2, 4, 3 * 8 * 8)]
 
 
-def test_a_generator_reproduces_and_leaves_the_global_state_alone() -> None:
+def test_a_generator_reproduces_and_keeps_the_global_state() -> None:
     model = tiny()
     images = torch.randn(2, 3, 32, 32)
     state = torch.get_rng_state()

@@ -34,7 +34,7 @@ def blank_figures():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_accel.tasks.pretrain.plot_curves", plot_curves)
-        patch.setattr("hf_accel.tasks.card.plot_schedule", plot_schedule)
+        patch.setattr("hf_accel.hub.publish.plot_schedule", plot_schedule)
         yield
 
 

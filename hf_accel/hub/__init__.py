@@ -1,31 +1,23 @@
 """A run on the Hugging Face Hub: its model card, and uploads that neither stall a step nor lose anything."""
 
-from .accuracy import FINAL
-from .card import CARD_NAME, FIGURES, Run, card_text, read_run, schedule_of, write_card
+from .callback import PushCallback
+from .card import CARD_NAME, Run, card_text, write_card
 from .export_card import Export, agreement, export_card, stated_licence
-from .redact import without_local_paths
-from .repository import STATE_FOLDER, Files, HubRepository, PushFailed, PushRefused, patiently, push_failure, stage
+from .publish import Publication
+from .repository import HubRepository, PushFailed, PushRefused
 
 __all__ = [
     "CARD_NAME",
-    "FIGURES",
-    "FINAL",
-    "STATE_FOLDER",
     "Export",
-    "Files",
     "HubRepository",
+    "Publication",
+    "PushCallback",
     "PushFailed",
     "PushRefused",
     "Run",
     "agreement",
     "card_text",
     "export_card",
-    "patiently",
-    "push_failure",
-    "read_run",
-    "schedule_of",
-    "stage",
     "stated_licence",
-    "without_local_paths",
     "write_card",
 ]

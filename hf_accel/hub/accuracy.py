@@ -22,9 +22,6 @@ METHODS = {
 RANDOM = "random"
 """What an evaluation calls the encoder as it was before training."""
 
-FINAL = "final"
-"""Folder of a run that holds the exported encoder."""
-
 
 @dataclass(frozen=True)
 class Accuracy:

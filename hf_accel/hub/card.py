@@ -15,10 +15,12 @@ from safetensors import safe_open
 from ..compression import Compression, Schedule, Strategy, forward_cost
 from ..compression.schedule import Stage
 from ..compression.strategy import possible_patch_sizes
-from ..models import AccelViTConfig
+from ..models import PRESETS, AccelViTConfig
+from ..objectives import OBJECTIVES
+from ..run_folder import RunFolder
+from ..utils.redact import without_local_paths
 from ..utils.weight_files import opening
-from .accuracy import FINAL, Accuracy, accuracies, eval_results
-from .redact import without_local_paths
+from .accuracy import Accuracy, accuracies, eval_results
 
 CARD_NAME = "README.md"
 MARK = "<!-- Written by hf_accel. Remove this line, and it leaves the file alone. -->"
@@ -26,23 +28,25 @@ FIGURES = ("schedule.png", "curves.png")
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 BUNDLED = "bundled digits"
 
-OBJECTIVES = {"moco": "MoCo-v3", "simclr": "SimCLR", "dino": "DINO"}
-WITHOUT_TARGET = ("simclr",)
+HERE = "its Hub id, once it is uploaded"
+"""The end of the code line that names the folder of the card, and that a push replaces."""
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 MODELS = {"vit_tiny": "ViT-Ti", "vit_small": "ViT-S", "vit_base": "ViT-B", "vit_large": "ViT-L"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a card tells of.
+    """The run that a card describes.
 
     Args:
-        name: of the model, for the title and the metadata.
-        recipe: every key, as resolved.
+        name: the name of the model, for the title and the metadata.
+        recipe: the settings of the run, as its recipe.yaml holds them.
         results: what results.json holds.
-        config: the encoder's.
-        parameters: of the encoder, None if they were not counted.
-        figures: of FIGURES, those that will lie beside the card.
-        is_complete: or still in training.
+        config: the configuration of the encoder.
+        parameters: the number of the encoder's parameters, or None if they were not counted.
+        figures: which of FIGURES will lie beside the card.
+        is_complete: whether the training has ended.
     """
 
     name: str
@@ -55,44 +59,45 @@ class Run:
 
     @property
     def data(self) -> str:
-        """A name of the training data that can be published."""
+        """The name of the training data without a path of this machine."""
         return self.results.get("data", {}).get("name") or BUNDLED
 
     @property
     def dataset(self) -> str | None:
-        """The Hub id of the training data, if they are from there."""
-        return self.recipe["data"] if self.results.get("data", {}).get("is_on_hub") else None
+        """The Hub id of the training data, if they are from the Hub."""
+        return self.data if self.results.get("data", {}).get("is_on_hub") else None
 
     def accuracies(self) -> list[Accuracy]:
         knn = {"k": self.recipe.get("knn_k"), "temperature": self.recipe.get("knn_temperature")}
-        return accuracies(self.results, self.config, {self.recipe["data"]: self.data}, knn)
+        return accuracies(self.results, self.config, {self.recipe.get("data", self.data): self.data}, knn)
 
 
-def read_run(output: Path, results: Mapping[str, Any], config: AccelViTConfig) -> Run:
-    """The run in the folder `output`, whose final/ is written.
+def read_run(folder: RunFolder, results: Mapping[str, Any], config: AccelViTConfig) -> Run:
+    """Return the run in a folder whose final/ is written.
 
     Args:
-        results: what its results.json holds.
-        config: of final/.
+        results: what its results.json holds, or will hold.
+        config: the configuration in final/.
     """
-    recipe = yaml.safe_load((output / "recipe.yaml").read_text())
-    with opening(str(output / FINAL)), safe_open(output / FINAL / "model.safetensors", "pt") as weights:
+    final = folder.final
+    with opening(str(final)), safe_open(final / "model.safetensors", "pt") as weights:
         shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
-    figures = tuple(name for name in FIGURES if (output / FINAL / name).exists())
-    return Run(output.resolve().name, recipe, results, config, sum(map(math.prod, shapes)), figures)
+    figures = tuple(name for name in FIGURES if (final / name).exists())
+    name, parameters = folder.path.resolve().name, sum(map(math.prod, shapes))
+    return Run(name, folder.read_recipe(), results, config, parameters, figures)
 
 
-def card_text(run: Run, model_id: str) -> str:
-    """The card, with its metadata.
+def card_text(run: Run, repo_id: str | None) -> str:
+    """Return the card, with its metadata.
 
     Args:
-        model_id: what the code in it loads, a repository or a folder.
+        repo_id: the repository that the code of the card loads; None for the folder of the card.
     """
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"percent": _percent, "duration": _duration, "millions": _millions, "number": _number}
-    rows = run.accuracies()
+    rows, objective = run.accuracies(), OBJECTIVES.get(run.results["objective"])
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         metadata=_metadata(run, rows).to_yaml(),
         mark=MARK,
@@ -103,36 +108,41 @@ def card_text(run: Run, model_id: str) -> str:
         baseline=run.results.get("baseline"),
         data=run.results.get("data"),
         origin=without_local_paths(run.results.get("environment", {})),
-        objective=OBJECTIVES.get(run.recipe["objective"], run.recipe["objective"]),
+        objective=objective.display_name if objective else run.results["objective"],
+        citation=objective.citation.strip() if objective else "",
         architecture=_architecture(run),
-        code=usage(model_id, run),
+        code=usage(repo_id, run),
         rows=rows,
         several_data=len({(row.data, row.split) for row in rows}) > 1,
         stages=_stages(run),
         uncompressed=_uncompressed(run),
     )
-    return str(ModelCard(text))  # which parses the metadata, and so finds out what is wrong with them
+    return str(ModelCard(text))  # This parses the metadata, and so finds out what is wrong with them.
 
 
-def write_card(run: Run, path: Path, model_id: str) -> bool:
-    """Write the card, unless one lies there that somebody has taken over by removing its mark. Whether it did."""
+def write_card(run: Run, path: Path, repo_id: str | None) -> bool:
+    """Write the card, unless somebody has taken over the one that lies there by removing its mark.
+
+    Returns:
+        Whether it was written.
+    """
     if path.exists() and MARK not in path.read_text(encoding="utf-8"):
         return False
-    path.write_text(card_text(run, model_id), encoding="utf-8")
+    path.write_text(card_text(run, repo_id), encoding="utf-8")
     return True
 
 
-def usage(model_id: str, run: Run) -> str:
-    """Python that turns an image into features in a fresh process, wherever it is pasted."""
+def usage(repo_id: str | None, run: Run) -> str:
+    """Return Python that turns an image into features in a fresh process."""
     base, size = run.config.patch_size, run.config.image_size
     larger = next((patch for patch in possible_patch_sizes(size, base) if patch > base), None)
-    here = "  # this folder; its Hub id, once it is uploaded" if Path(model_id).is_dir() else ""
+    folder = f"{json.dumps(f'{run.name}/final')}  # the path to this folder, or {HERE}"
     lines = [
         "import torch",
         "from PIL import Image",
         "from transformers import AutoImageProcessor, AutoModel",
         "",
-        f"model_id = {json.dumps(model_id)}" + here,
+        f"model_id = {json.dumps(repo_id) if repo_id else folder}",
         "processor = AutoImageProcessor.from_pretrained(model_id, trust_remote_code=True)",
         "model = AutoModel.from_pretrained(model_id, trust_remote_code=True).eval()",
         "",
@@ -151,24 +161,22 @@ def usage(model_id: str, run: Run) -> str:
 
 
 def _architecture(run: Run) -> str:
-    """The preset's name, unless the recipe changed what it stands for."""
+    """Return the name of the preset with the encoder's sizes, or these sizes if no preset has them."""
     config = run.config
-    if {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"} & set(
-        run.recipe["model_config"]
-    ):
-        return f"{config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_attention_heads} heads"
-    name: str = run.recipe["model"]
-    return MODELS.get(name, name)
+    for name, display_name in MODELS.items():
+        preset = PRESETS[name]()
+        if all(getattr(preset, size) == getattr(config, size) for size in SIZES):
+            return display_name
+    return f"{config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_attention_heads} heads"
 
 
 def _metadata(run: Run, rows: list[Accuracy]) -> ModelCardData:
-    objective = run.recipe["objective"]
     index = eval_results(rows)
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
-        license=run.recipe["license"],
-        tags=["hf_accel", "self-supervised-learning", "vision-transformer", objective],
+        license=run.recipe.get("license"),
+        tags=["hf_accel", "self-supervised-learning", "vision-transformer", run.results["objective"]],
         datasets=[run.dataset] if run.dataset else None,
         metrics=["accuracy"] if index else None,
         model_name=run.name if index else None,
@@ -177,16 +185,16 @@ def _metadata(run: Run, rows: list[Accuracy]) -> ModelCardData:
 
 
 def schedule_of(results: Mapping[str, Any], config: AccelViTConfig) -> Schedule:
-    """What the run followed; where both branches are trained, they share the online one's compression."""
-    schedule = Schedule.parse(results["schedule"], config.patch_size)
-    if results["objective"] not in WITHOUT_TARGET:
+    """Return the schedule that the run followed, with a target branch only if its objective is known to have one."""
+    schedule, objective = Schedule.parse(results["schedule"], config.patch_size), OBJECTIVES.get(results["objective"])
+    if objective and objective.has_target_branch:
         return schedule
     stages = [(stage.until, stage.strategy) for stage in schedule.stages]
     return Schedule(tuple(Stage(until, Strategy(both.online, both.online, both.local)) for until, both in stages))
 
 
 def _stages(run: Run) -> list[dict[str, Any]]:
-    """Rows of the schedule: progress and compressions, tokens of a view, cost of a training image."""
+    """Return the rows of the schedule: progress and compressions, tokens of a view, cost of a training image."""
     written = run.results["schedule"]
     costs = run.results.get("units_per_image", [None] * len(written))
     size, start, rows = run.config.image_size, 0.0, []
@@ -206,7 +214,7 @@ def _compression(compression: Compression, image_size: int) -> str:
 
 
 def _uncompressed(run: Run) -> dict[str, Any] | None:
-    """What the same units would have bought without compression; None if that is what the run is, or is not known."""
+    """Return what the same units would buy without compression; None if nothing was compressed, or it is not known."""
     unit = run.results.get("units_per_image_uncompressed")
     if unit is None or all(cost == unit for cost in run.results["units_per_image"]):
         return None

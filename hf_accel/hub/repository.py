@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,42 +15,43 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from ..run_folder import write_json
 from ..utils.causes import causes
 
 logger = logging.getLogger(__name__)
 
 Files = Mapping[str, Path | bytes]
-"""What to upload: path in the repository -> file, or content."""
+"""What to upload: for each path in the repository a file, or its content."""
 
 MARKER_NAME = "pushed.json"
-"""What was uploaded, so that a relaunch knows what is left to do and which of the remote files are ours."""
+"""The note of what was uploaded: it tells a relaunch what is left to do and which of the remote files are ours."""
 
 MODEL_FILES = ("*config.json", "model*.safetensors", "model*.safetensors.index.json", "*.py")
-"""Of a checkpoint, what opens as a model. The rest is for resuming: by this list no optimizer state slips through."""
+"""The files of a checkpoint that open as a model. All others are for resuming, and this list keeps them here."""
 
 ENGINE_SCRIPTS = ("zero_to_fp32.py",)
 STATE_FOLDER = "last-checkpoint"
 """Folder of the repository that holds a checkpoint with the optimizer's state; the name is the Trainer's."""
 
 WAITS = (5.0, 20.0, 60.0)
-"""Seconds before the second, third and fourth attempt of what somebody waits for."""
+"""Seconds before the second, third and fourth attempt, where somebody waits for the result."""
 
 TIMEOUT = (10.0, 300.0, 300.0, 300.0)
-"""Seconds to connect, read, write and get a connection. huggingface_hub itself would wait for ever."""
+"""Seconds to connect, read, write and get a connection. huggingface_hub itself has no limit."""
 
 TEMPORARY = (408, 409, 412, 423, 425, 429)
-"""Of the 4xx answers, those that another attempt may not meet."""
+"""The 4xx answers that another attempt may not meet."""
 
 
 T = TypeVar("T")
 
 
 class PushFailed(RuntimeError):
-    """An upload did not get through; another attempt may."""
+    """An upload failed, and another attempt may succeed."""
 
 
 class PushRefused(PushFailed):
-    """The Hub will not take it, however often it is tried: token, name, licence, or no room."""
+    """The Hub refuses an upload for its token, name, licence or size. Another attempt is no use."""
 
 
 class HubRepository:
@@ -57,26 +59,24 @@ class HubRepository:
 
     Args:
         name: "user/name", or "name" in the account of the token.
-        private: of a repository that is not there yet.
-        folder: on this machine, for the marker and for what waits to be uploaded.
+        private: whether a repository that does not exist yet becomes private.
+        folder: the folder on this machine for the note of what was uploaded and for what waits.
     """
 
     def __init__(self, name: str, private: bool, folder: Path):
         self.name, self.private, self.folder, self.api = name, private, folder, HfApi()
         self._is_open = False
-        self._pushing = threading.Lock()  # commits one after the other
-        self._queue = threading.Lock()
-        self._waiting: tuple[Callable[[str], Files], str, Path] | None = None
-        self._thread: threading.Thread | None = None
+        self._pushing = threading.RLock()  # One commit is made after the other.
+        self._last: Future[None] | None = None
 
     @property
     def repo_id(self) -> str | None:
-        """None while it is the token's account that is missing, and the Hub was not asked."""
+        """The full id, or None while the account of the token is not known because the Hub was not asked."""
         known = self.marker().get("repo_id")
         return self.name if "/" in self.name else known
 
     def open(self) -> str:
-        """Make sure that the repository is there; its id.
+        """Make sure that the repository exists, and return its id.
 
         Raises:
             PushFailed, PushRefused
@@ -93,7 +93,7 @@ class HubRepository:
         return url.repo_id
 
     def marker(self) -> dict[str, Any]:
-        """{"repo_id", "files": {path: sha256, or None if it may be there}, "commit", "url"} or {}."""
+        """Return {"repo_id", "files": {path: sha256, or None if it may be there}, "commit", "url"}, or {}."""
         path = self.folder / MARKER_NAME
         found = json.loads(path.read_text()) if path.exists() else {}
         same = found.get("repo_id", "") == self.name or found.get("repo_id", "").split("/")[-1] == self.name
@@ -101,18 +101,19 @@ class HubRepository:
 
     def _write_marker(self, values: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{MARKER_NAME}.tmp"
-        temporary.write_text(json.dumps(values, indent=1))
-        os.replace(temporary, self.folder / MARKER_NAME)
+        write_json(self.folder / MARKER_NAME, values)
 
     def holds(self, files: Files) -> bool:
-        """Whether the last push that got through was of just these files."""
+        """Whether the last successful push was of exactly these files."""
         return self.marker().get("files") == {path: _sha256(add) for path, add in _additions(files).items()}
 
     def push(self, files: Files, message: str) -> str:
-        """One commit after which the repository holds these files, and of earlier pushes none besides. Its URL.
+        """Make one commit after which the repository holds these files and no other file of an earlier push.
 
-        What others put there stays. Blobs that an interrupted push had uploaded are not sent again.
+        Files that others put there stay. Blobs that an interrupted push had uploaded are not sent again.
+
+        Returns:
+            The URL of the repository.
 
         Raises:
             PushFailed, PushRefused
@@ -131,7 +132,7 @@ class HubRepository:
         repo_id, additions = before["repo_id"], _additions(files)
         stale = before["files"].keys() - files.keys()
         stale = stale & set(self.api.list_repo_files(repo_id)) if stale else stale
-        # Now, as the commit may be made and the answer lost
+        # This is written first, because the commit may be made and the answer lost.
         unsure = {**dict.fromkeys(files), **dict.fromkeys(before["files"])}
         self._write_marker({"repo_id": repo_id, "files": unsure})
         operations = [*(CommitOperationDelete(path) for path in sorted(stale)), *additions.values()]
@@ -141,48 +142,41 @@ class HubRepository:
         self._write_marker({"repo_id": repo_id, "files": digests, "commit": commit.oid, "url": url})
         return url
 
-    def push_later(self, make_files: Callable[[str], Files], message: str, folder: Path) -> None:
-        """Push in the background; what waits already gives way.
+    def push_later(self, make_files: Callable[[str], Files], message: str, folder: Path) -> Future[None]:
+        """Push in the background, and drop what still waits for that.
 
-        A failure is a warning in the log: the next push brings what this one did not.
+        A failure is a warning in the log: the next push brings what this one did not. The thread is a daemon, unlike
+        those of `HfApi.run_as_future`: a run that stops or fails does not wait for an upload that hangs.
 
         Args:
-            make_files: repository's id -> files.
-            folder: holds files of it, and is removed afterwards.
+            make_files: takes the repository's id and returns the files.
+            folder: holds files of the push, and is removed after it.
         """
-        with self._queue:
-            replaced, self._waiting = self._waiting, (make_files, message, folder)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._push_waiting, name="push to the Hub", daemon=True)
-                self._thread.start()
-        if replaced:
-            shutil.rmtree(replaced[2], ignore_errors=True)
+        self.drop_waiting()
+        self._last = Future()
+        self._last.add_done_callback(lambda _: shutil.rmtree(folder, ignore_errors=True))
+        arguments = (self._last, make_files, message)
+        threading.Thread(target=self._push_in_turn, args=arguments, name="push to the Hub", daemon=True).start()
+        return self._last
 
-    def _push_waiting(self) -> None:
-        while True:
-            with self._queue:
-                job, self._waiting = self._waiting, None
-                if job is None:
-                    self._thread = None
-                    return
-            make_files, message, folder = job
+    def _push_in_turn(self, job: Future[None], make_files: Callable[[str], Files], message: str) -> None:
+        with self._pushing:
+            if not job.set_running_or_notify_cancel():  # It was dropped while it waited.
+                return
             try:
                 self.push(make_files(self.repo_id or self.open()), message)
-            except Exception as error:  # of a thread nobody would see it
+            except Exception as error:  # Nobody would see an error of a thread.
                 logger.warning("Not pushed to %s: %s (%s). The next checkpoint tries again", self.name, message, error)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+            job.set_result(None)
 
     def drop_waiting(self) -> None:
-        """Forget what waits, as something newer is about to be pushed. What is under way goes on."""
-        with self._queue:
-            dropped, self._waiting = self._waiting, None
-        if dropped:
-            shutil.rmtree(dropped[2], ignore_errors=True)
+        """Forget the push that waits, because something newer is about to be pushed. One under way goes on."""
+        if self._last:
+            self._last.cancel()
 
 
 def patiently(act: Callable[[], T]) -> T:
-    """What `act` returns, after further attempts where those make sense. Raises PushFailed, PushRefused."""
+    """Call `act`, again after each PushFailed, and return its result. Raises PushFailed, PushRefused."""
     for wait in WAITS:
         try:
             return act()
@@ -195,7 +189,7 @@ def patiently(act: Callable[[], T]) -> T:
 
 
 def push_failure(error: Exception) -> PushFailed:
-    """The error of an upload as one of ours, from the chain of causes that huggingface_hub wraps it in."""
+    """Return the error of an upload as one of ours, from the chain of causes that huggingface_hub wraps it in."""
     if isinstance(error, PushFailed):
         return error
     chain = causes(error)
@@ -206,7 +200,7 @@ def push_failure(error: Exception) -> PushFailed:
             return kind(f"{status}: {' '.join((link.server_message or str(link)).split())}")
         if isinstance(link, HFValidationError):
             return PushRefused(str(link))
-    # A card that the Hub finds invalid; an answer that is no JSON comes from something in between
+    # A ValueError is a card that the Hub finds invalid, but an answer that is no JSON comes from something in between.
     refused = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
     text = "; because of ".join(f"{type(link).__name__}: {' '.join(str(link).split())}" for link in (error, chain[-1]))
     return (PushRefused if refused else PushFailed)(text if len(chain) > 1 else text.partition("; because")[0])
@@ -224,13 +218,13 @@ def _sha256(addition: CommitOperationAdd) -> str:
 
 
 def stage(checkpoint: Path, folder: Path, optimizer: bool) -> dict[str, Path]:
-    """Hard links in `folder` to what is to be uploaded of a checkpoint, which may be removed meanwhile.
+    """Make hard links in `folder` to the files of a checkpoint that are to be uploaded, as it may be removed meanwhile.
 
     Args:
-        optimizer: also everything else of it, under STATE_FOLDER.
+        optimizer: whether the whole checkpoint is uploaded, too, under STATE_FOLDER.
 
     Returns:
-        Path in the repository -> link, or copy where the file system has no links.
+        For each path in the repository a link, or a copy where the file system has no links.
     """
     shutil.rmtree(folder, ignore_errors=True)
     files = {}

@@ -4,7 +4,7 @@ and results with their origin."""
 from .cost_figure import format_cost_table, plot_cost
 from .curves import plot_accuracies, plot_curves
 from .evaluations import add_run, describe_differences, find_run, format_evaluations, read_results, run_is_complete
-from .origin import environment
+from .origin import describe_data, environment
 from .search_figures import StrategyCosts, plot_schedule
 from .search_report import write_search_report
 from .tables import format_table
@@ -12,6 +12,7 @@ from .tables import format_table
 __all__ = [
     "StrategyCosts",
     "add_run",
+    "describe_data",
     "describe_differences",
     "environment",
     "find_run",

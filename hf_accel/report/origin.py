@@ -1,4 +1,4 @@
-"""Where a result comes from: command, versions, commit and hardware."""
+"""Where a result comes from: images, command, versions, commit and hardware."""
 
 import os
 import platform
@@ -11,7 +11,52 @@ from typing import Any
 
 import torch
 
+from ..data import ImageSource
+from ..data.labels import UNLABELLED
+from ..utils.redact import without_local_paths
+
 PACKAGES = ("hf-accel", "transformers", "accelerate", "datasets", "evaluate", "huggingface_hub", "numpy")
+
+MOST_NAMED = 100
+"""The number of unreadable images of a split that results.json names."""
+
+
+def describe_data(data: str | None, source: ImageSource, validation: ImageSource | None) -> dict[str, Any]:
+    """Return what results.json says about the images, without paths of this machine.
+
+    Args:
+        data: "bundled", a Hub id, or the path of a folder; None for a dataset that was made in Python.
+    """
+    local = Path(data or "").expanduser()
+    parts = [source] if validation is None else [source, validation]
+    is_on_hub = data not in (None, "bundled") and not local.exists()
+    name = {"bundled": "bundled digits", None: "a dataset made in Python"}.get(data, local.resolve().name)
+    return {
+        "name": data if is_on_hub else name,
+        "is_on_hub": is_on_hub,
+        "images": len(source),
+        "train_split": source.name.rpartition("/")[2],
+        "validation_images": None if validation is None else len(validation),
+        "validation_split": None if validation is None else validation.name.rpartition("/")[2],
+        "classes": source.num_classes,
+        "labels": source.labels_from,
+        "labelled_images": 0 if source.labels is None else int((source.labels != UNLABELLED).sum()),
+        "unreadable_images": len(source.bad),
+        "unreadable_validation_images": None if validation is None else len(validation.bad),
+        "unreadable": [
+            {"image": _name_inside(local, name), "reason": without_local_paths(reason)}
+            for part in parts
+            for name, reason in list(part.bad.values())[:MOST_NAMED]
+        ],
+    }
+
+
+def _name_inside(folder: Path, name: str) -> str:
+    """Return the name of an image without the path of its folder, or any other path of this machine."""
+    for start in (folder.resolve(), folder):
+        if Path(name).is_relative_to(start):
+            return Path(name).relative_to(start).as_posix()
+    return without_local_paths(name)
 
 
 def environment() -> dict[str, Any]:

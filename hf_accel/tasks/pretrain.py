@@ -12,12 +12,13 @@ from ..data import ImageSource, image_processor
 from ..distributed import barrier, broadcast_object, is_main, say
 from ..distributed.signals import STOPPED
 from ..evaluation import raw_pixel_features, weights_digest
+from ..hub import PushCallback
 from ..objectives import ObjectiveForPreTraining
 from ..recipe import Recipe
-from ..report import environment, plot_curves, read_results, run_is_complete
+from ..report import describe_data, environment, plot_curves, read_results, run_is_complete
 from ..run_folder import AGAIN, checkpoints, damage, sole_launch, write_json, write_text, writing
 from ..training.trainer import PretrainTrainer, knn_of
-from .card import PushCallback, complete_final, describe_data, publish, start_hub
+from .card import publication_of
 from .setup import (
     build_objective,
     continue_recipe,
@@ -36,7 +37,7 @@ def pretrain(recipe: Recipe) -> None:
     if run_is_complete(output):
         say(f"This run is complete: {output / 'results.json'}. Choose another output_dir for a new one.")
         if recipe.push_to_hub:
-            publish(recipe)
+            publication_of(recipe).publish()
         return
     output = output_of(recipe)
     arguments = start(recipe)
@@ -48,7 +49,9 @@ def pretrain(recipe: Recipe) -> None:
 
 def train(recipe: Recipe, arguments: TrainingArguments, checkpoint: Path | None) -> None:
     """Train from `checkpoint`, or from the start, and finish the run. After a stop exit with the code STOPPED."""
-    output, hub = Path(recipe.output_dir), start_hub(recipe)
+    output, publication = Path(recipe.output_dir), publication_of(recipe)
+    if recipe.push_to_hub:
+        publication.start()
     arguments.eval_on_start &= checkpoint is None
     model = build_objective(recipe)
     units = partial(model.units_per_image, forward_cost=cost_function(recipe, arguments.device))
@@ -66,8 +69,14 @@ def train(recipe: Recipe, arguments: TrainingArguments, checkpoint: Path | None)
     for note in notes_on(recipe, model, plan):
         say(note)
     trainer = PretrainTrainer(model, arguments, recipe, plan, source, validation, controller)
-    if hub:
-        trainer.add_callback(PushCallback(trainer, hub))
+    if recipe.push_to_hub and is_main():
+        here = environment()
+
+        def results_so_far() -> dict[str, Any]:
+            data = describe_data(recipe.data, source, validation)
+            return {**trainer.results(), "data": data, "environment": here}
+
+        trainer.add_callback(PushCallback(publication, results_so_far))
     if checkpoint:
         say(f"Resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -79,7 +88,7 @@ def train(recipe: Recipe, arguments: TrainingArguments, checkpoint: Path | None)
     finish(trainer, recipe, source, validation)
     trainer.end()
     if recipe.push_to_hub and run_is_complete(output):
-        publish(recipe, hub)
+        publication.publish()
 
 
 def notes_on(recipe: Recipe, model: ObjectiveForPreTraining, plan: Plan) -> list[str]:
@@ -126,7 +135,7 @@ def finish(trainer: PretrainTrainer, recipe: Recipe, source: ImageSource, valida
         **so_far,
         "knn_top1_raw_pixels": raw and raw["top1"],
         "weights": weights_digest(encoder),
-        "data": describe_data(recipe, source, validation),
+        "data": describe_data(recipe.data, source, validation),
         "environment": environment(),
     }
     with writing(output, AGAIN):
@@ -153,5 +162,5 @@ def write_results(recipe: Recipe, results: dict[str, Any], history: list[dict[st
     write_json(output / "log_history.json", {"log_history": history})
     earlier = read_results(output).get("evaluations")  # of a checkpoint, while the run went on
     results |= {"evaluations": earlier} if earlier else {}
-    complete_final(recipe, results)
+    publication_of(recipe).complete_final(results)
     write_json(output / "results.json", results)

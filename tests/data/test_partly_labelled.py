@@ -17,7 +17,7 @@ import torch
 from hf_accel.data import ImageSource
 from hf_accel.evaluation import raw_pixel_features
 from hf_accel.recipe import load_recipe
-from hf_accel.tasks.card import describe_data
+from hf_accel.report import describe_data
 from hf_accel.tasks.evaluate import labelled_images
 from hf_accel.training.trainer import knn_of
 from tests.tiny_runs import SIZE, launch, read
@@ -69,12 +69,11 @@ def test_task_evaluate_takes_labelled_images_only(folder, capsys):
 
 
 def test_unreadable_images_are_described_without_local_paths(tmp_path):
-    recipe = load_recipe(None, ["budget=64", f"data={tmp_path}"])
     pixels = torch.zeros(300, 3, 8, 8, dtype=torch.uint8)
     source, validation = (ImageSource(f"{tmp_path}/{split}", pixels=pixels) for split in ("train", "test"))
     source.report([(3, f"{tmp_path}/a/3.png", f"OSError: cannot open '{tmp_path}/a/3.png'")])
     validation.report([(4, f"{tmp_path}/test[4]", "truncated"), (5, "/elsewhere/5.png", "truncated")])
-    data = describe_data(recipe, source, validation)
+    data = describe_data(str(tmp_path), source, validation)
     assert (data["unreadable_images"], data["unreadable_validation_images"]) == (1, 2)
     assert [entry["image"] for entry in data["unreadable"]] == ["a/3.png", "test[4]", "…/5.png"]
     assert str(tmp_path) not in json.dumps(data) and data["unreadable"][1]["reason"] == "truncated"

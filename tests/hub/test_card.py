@@ -12,9 +12,13 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from hf_accel.compression import Compression, forward_cost
-from hf_accel.hub import Run, card_text, without_local_paths, write_card
+from hf_accel.hub import Run, card_text, write_card
+from hf_accel.hub.publish import name_repository
+from hf_accel.models import vit_tiny
+from hf_accel.objectives import OBJECTIVES, ObjectiveForPreTraining
 from hf_accel.recipe import PretrainRecipe
 from hf_accel.report.evaluations import add_run, read_results, wilson_interval
+from hf_accel.utils.redact import without_local_paths
 from tests.tiny_runs import RECIPE
 
 SCHEDULE = [{"until": 0.5, "patch_size": 8}, {"until": 1.0, "patch_size": 4, "token_dropout": 0.5}]
@@ -292,15 +296,17 @@ def test_local_paths_are_cut(value, expected):
 
 @pytest.mark.parametrize(("objective", "key"), [("moco", "chen2021"), ("simclr", "chen2020"), ("dino", "caron2021")])
 def test_what_is_built_on_is_cited(run, objective, key):
-    recipe = {**run.recipe, "objective": objective}
-    text = section(card_text(dataclasses.replace(run, recipe=recipe), "ann/run"), "Citation")
+    text = section(card_text(changed(run, objective=objective), "ann/run"), "Citation")
     assert "lin2024" in text and "beyer2023" in text and key in text and text.count("@inproceedings") == 3
 
 
 def test_a_preset_is_named_only_where_it_is_one(run):
     assert "2 layers of width 32, 2 heads (78,392 parameters)" in card_text(run, "ann/run")
-    plain = dataclasses.replace(run, recipe={**run.recipe, "model_config": {}}, parameters=5_526_720)
+    plain = dataclasses.replace(run, config=vit_tiny(pooling="mean"), parameters=5_526_720)
     assert "ViT-Ti (5.5 M parameters)" in card_text(plain, "ann/run")
+    assert "12 layers of width 192, 6 heads" in card_text(
+        dataclasses.replace(run, config=vit_tiny(num_attention_heads=6)), "ann/run"
+    )
 
 
 def test_a_card_that_somebody_took_over_is_left_alone(run, tmp_path):
@@ -309,3 +315,38 @@ def test_a_card_that_somebody_took_over_is_left_alone(run, tmp_path):
     own = "\n".join(line for line in path.read_text().splitlines() if not line.startswith("<!-- Written by hf_accel"))
     path.write_text(own)
     assert not write_card(run, path, "ann/run") and path.read_text() == own
+
+
+class NewObjective(ObjectiveForPreTraining):
+    name, display_name, has_target_branch = "new", "New Method", False
+    citation = "@misc{ann2026new, title = {A New Method}}"
+
+
+def test_card_asks_the_objective_about_itself(run, monkeypatch):
+    new = changed(run, objective="new")
+    unknown = card_text(new, "ann/run")  # as where the file that registers it is not installed
+    assert "trained with new on" in unknown and section(unknown, "Citation").count("@") == 2
+    assert "target" not in section(unknown, "Schedule")
+    monkeypatch.setitem(OBJECTIVES, "new", NewObjective)
+    text = card_text(new, "ann/run")
+    assert "trained with New Method on" in text and "ann2026new" in section(text, "Citation")
+    assert "target" not in section(text, "Schedule") and "new" in ModelCard(text).data.to_dict()["tags"]
+    monkeypatch.setattr(NewObjective, "has_target_branch", True)
+    assert "target branch" in section(card_text(new, "ann/run"), "Schedule")
+
+
+def test_card_needs_no_key_that_only_recipes_have(run):
+    keys = ("knn_k", "knn_temperature", "lr_schedule", "learning_rate", "warmup", "augmentation", "batch_size")
+    plain = dataclasses.replace(run, recipe={key: run.recipe[key] for key in keys})
+    text = card_text(plain, "ann/run")
+    assert "datasets/ann/pets" in text and "trained with MoCo-v3" in text
+    assert "license" not in ModelCard(text).data.to_dict()
+
+
+def test_card_names_no_folder_of_this_machine(run):
+    (line,) = (line for line in card_text(run, None).splitlines() if line.startswith("model_id = "))
+    assert line == 'model_id = "run/final"  # the path to this folder, or its Hub id, once it is uploaded'
+    assert name_repository(f"{line}\nmine", "ann/run") == 'model_id = "ann/run"\nmine'
+    old = 'model_id = "/home/ann/run/final"  # this folder; its Hub id, once it is uploaded'
+    assert name_repository(old, "ann/run") == 'model_id = "ann/run"'
+    assert name_repository('model_id = "mine"', "ann/run") == 'model_id = "mine"'

@@ -1,4 +1,4 @@
-"""What is taken of a checkpoint, what waits while an upload runs, and how failures are told apart. No network."""
+"""Pushes without a network: staging of checkpoints, the queue of uploads, and kinds of failures."""
 
 import json
 import logging
@@ -10,8 +10,9 @@ import httpx2
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from hf_accel.hub import HubRepository, PushFailed, PushRefused, patiently, push_failure, stage
+from hf_accel.hub import HubRepository, PushFailed, PushRefused
 from hf_accel.hub import repository as push
+from hf_accel.hub.repository import patiently, push_failure, stage
 
 MODEL = ["config.json", "model.safetensors", "modeling_accel_vit.py", "preprocessor_config.json"]
 STATE = ["optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin", "trainer_state.json", "run_state.json"]
@@ -28,7 +29,7 @@ def checkpoint(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_a_stage_holds_the_model_alone_and_outlives_the_checkpoint(checkpoint, tmp_path, monkeypatch, links):
+def test_staged_model_outlives_its_checkpoint(checkpoint, tmp_path, monkeypatch, links):
     if not links:
 
         def fail(*_):
@@ -43,7 +44,7 @@ def test_a_stage_holds_the_model_alone_and_outlives_the_checkpoint(checkpoint, t
     assert {name: path.read_text() for name, path in files.items()} == {name: name for name in MODEL}
 
 
-def test_the_optimizer_goes_to_a_folder_of_its_own_when_asked_for(checkpoint, tmp_path):
+def test_optimizer_is_staged_in_its_own_folder_if_asked_for(checkpoint, tmp_path):
     files = stage(checkpoint, tmp_path / "staged", optimizer=True)
     whole = {f"last-checkpoint/{name}" for name in [*MODEL, *STATE, *ENGINE]}
     assert set(files) == {*MODEL, *whole}
@@ -79,7 +80,7 @@ def wrapped(cause: Exception) -> Exception:
         (json.JSONDecodeError("no JSON", "<html>", 0), PushFailed, "no JSON"),
     ],
 )
-def test_what_another_attempt_cannot_cure_is_told_apart(error, kind, words):
+def test_refusals_differ_from_failures_that_may_pass(error, kind, words):
     failure = push_failure(error)
     assert type(failure) is kind and words in str(failure)
 
@@ -111,7 +112,7 @@ def hub(tmp_path) -> HubRepository:
     return HubRepository("ann/model", private=False, folder=tmp_path / ".hub")
 
 
-def test_while_one_upload_runs_the_newest_waits_and_older_ones_give_way(hub, monkeypatch):
+def test_newest_push_waits_and_older_ones_give_way(hub, monkeypatch):
     going, go_on, pushed = threading.Event(), threading.Event(), []
 
     def slow(files, message):
@@ -121,20 +122,20 @@ def test_while_one_upload_runs_the_newest_waits_and_older_ones_give_way(hub, mon
 
     monkeypatch.setattr(hub, "push", slow)
     folders = {name: hub.folder / name for name in ("first", "second", "third")}
+    jobs = []
     for name, folder in folders.items():
         folder.mkdir(parents=True)
-        hub.push_later(lambda repo_id, name=name: {f"{repo_id}/{name}": b""}, name, folder)
+        jobs.append(hub.push_later(lambda repo_id, name=name: {f"{repo_id}/{name}": b""}, name, folder))
         assert going.wait(20)  # submitting does not wait: the first upload hangs until go_on
     assert not folders["second"].exists() and folders["third"].exists()
-    thread = hub._thread
-    assert thread
     go_on.set()
-    thread.join(20)
+    jobs[-1].result(20)
+    with hub._pushing:  # The thread clears up before it lets go.
+        assert not any(folder.exists() for folder in folders.values())
     assert pushed == [("first", {"ann/model/first": b""}), ("third", {"ann/model/third": b""})]
-    assert not any(folder.exists() for folder in folders.values())
 
 
-def test_what_waits_is_dropped_for_something_newer(hub, monkeypatch):
+def test_waiting_push_can_be_dropped(hub, monkeypatch):
     going, go_on, pushed = threading.Event(), threading.Event(), []
 
     def slow(files, message):
@@ -143,33 +144,28 @@ def test_what_waits_is_dropped_for_something_newer(hub, monkeypatch):
         assert go_on.wait(20)
 
     monkeypatch.setattr(hub, "push", slow)
-    hub.push_later(lambda _: {}, "first", hub.folder / "first")
+    first = hub.push_later(lambda _: {}, "first", hub.folder / "first")
     assert going.wait(20)
     (hub.folder / "second").mkdir(parents=True)
-    hub.push_later(lambda _: {}, "second", hub.folder / "second")
+    second = hub.push_later(lambda _: {}, "second", hub.folder / "second")
     hub.drop_waiting()
-    assert not (hub.folder / "second").exists()
-    thread = hub._thread
-    assert thread
+    assert second.cancelled() and not (hub.folder / "second").exists()
     go_on.set()
-    thread.join(20)
+    first.result(20)
     assert pushed == ["first"]
 
 
-def test_a_failure_in_the_background_is_a_warning_with_its_cause(hub, monkeypatch, caplog):
+def test_failure_in_the_background_is_a_warning(hub, monkeypatch, caplog):
     def fail(files, message):
         raise PushFailed("the line is cut")
 
     monkeypatch.setattr(hub, "push", fail)
     with caplog.at_level(logging.WARNING):
-        hub.push_later(lambda _: {}, "Step 2", hub.folder / "staged")
-        thread = hub._thread
-        if thread:
-            thread.join(20)
+        hub.push_later(lambda _: {}, "Step 2", hub.folder / "staged").result(20)
     assert "Not pushed to ann/model: Step 2 (the line is cut)" in caplog.text
 
 
-def test_the_note_of_another_repository_does_not_count(hub, tmp_path):
+def test_note_of_another_repository_does_not_count(hub, tmp_path):
     hub._write_marker({"repo_id": "ann/model", "files": {"a": None}})
     assert HubRepository("model", False, hub.folder).repo_id == "ann/model"
     assert HubRepository("bob/model", False, hub.folder).marker() == {}

@@ -146,7 +146,7 @@ def test_pretrain(whole):
 def test_curves_show_the_plan_that_was_followed(tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr("hf_accel.tasks.pretrain.plot_curves", lambda *_, **options: drawn.update(options))
-    monkeypatch.setattr("hf_accel.tasks.pretrain.complete_final", lambda *_: True)
+    monkeypatch.setattr("hf_accel.hub.Publication.complete_final", lambda *_: True)
     results = {"knn_top1_raw_pixels": None, "knn_top1_random_init": None, "data": {"name": "photos"}}
     recipe, plan = PretrainRecipe(budget=100, image_size=32, output_dir=str(tmp_path)), object()
     pretrain_task.write_results(recipe, results, [], cast(Plan, plan))

@@ -116,3 +116,18 @@ def test_numbers_of_the_overview_figure_are_in_the_results():
 def test_notebook_is_committed_without_outputs():
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     assert all(not cell.get("outputs") and not cell.get("execution_count") for cell in cells)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
+def test_notebook_runs_at_toy_size(tmp_path, monkeypatch):
+    pytest.importorskip("hf_accel.training.config")
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    sizes = 'images, budget, batch_size = 2000, "4 epochs", 128'
+    assert code.count(sizes) == 1
+    found: dict = {}
+    exec(code.replace(sizes, 'images, budget, batch_size = 200, "2 epochs", 32'), found)
+    assert found["features"].shape == (1, 128) and found["trainer"].state.global_step > 0
+    assert (tmp_path / "runs/notebook/results.json").exists()

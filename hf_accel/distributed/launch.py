@@ -8,7 +8,6 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +24,6 @@ SETTINGS_OF_DEEPSPEED = {
     "gradient_clipping": "max_grad_norm",
 }
 """What DeepSpeed's configuration can say as well, by the recipe's key."""
-
-LOCK_SECONDS = 1800
-"""A compilation, of a minute or two, does not take so long on the slowest machine."""
 
 
 def check_launch(recipe: Recipe) -> None:
@@ -60,10 +56,8 @@ def check_launch(recipe: Recipe) -> None:
             "accelerate was asked for a dynamo backend: it would compile the random draws of a step, too; leave it out "
             "and set torch_compile=true in the recipe"
         )
-    if _is_on("ACCELERATE_USE_DEEPSPEED"):
-        if importlib.util.find_spec("deepspeed") is None:
-            raise RecipeError("DeepSpeed is not installed: pip install 'hf-accel[deepspeed]', or launch with ddp.yaml")
-        _check_compilations()
+    if _is_on("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
+        raise RecipeError("DeepSpeed is not installed: pip install 'hf-accel[deepspeed]', or launch with ddp.yaml")
     if "ACCELERATE_MIXED_PRECISION" in environment:
         deepspeed = _is_on("ACCELERATE_USE_DEEPSPEED")
         environment["ACCELERATE_MIXED_PRECISION"] = "no" if deepspeed else recipe.mixed_precision
@@ -128,27 +122,6 @@ def describe_launch(arguments: TrainingArguments, recipe: Recipe) -> str:
     precision = {"no": "fp32"}.get(recipe.mixed_precision, f"{recipe.mixed_precision} autocast")
     threads = torch.get_num_threads()
     return f"Device: {name}; processes: {arguments.world_size}; threads: {threads} each; precision: {precision}"
-
-
-def _check_compilations() -> None:
-    """DeepSpeed compiles extensions when they are first wanted, behind locks that torch waits for without an end.
-
-    Raises:
-        RecipeError: a lock so old that whoever held it must have been killed.
-    """
-    from torch.utils.cpp_extension import get_default_build_root  # an import of a second
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in root.glob("**/deepspeed_*/lock"):
-        try:
-            age = time.time() - lock.stat().st_mtime
-        except FileNotFoundError:  # it was just released
-            continue
-        if age > LOCK_SECONDS:
-            raise RecipeError(
-                f"{lock} is {age / 60:.0f} minutes old: a run that was killed while it compiled for DeepSpeed left it, "
-                "and this one would wait for it for ever. If no other is compiling, remove it and launch again"
-            )
 
 
 def end_with_launcher() -> None:

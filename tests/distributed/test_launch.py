@@ -61,22 +61,6 @@ def test_a_launch_that_would_not_do_what_it_says_is_refused(launched, variables,
         engine.check_launch(recipe(mixed_precision=precision))
 
 
-def test_a_lock_that_a_killed_compilation_left_is_named_and_not_waited_for(launched, monkeypatch, tmp_path):
-    pytest.importorskip("deepspeed")
-    launched({**CPU, "ACCELERATE_USE_DEEPSPEED": "true"})
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    engine.check_launch(recipe())
-    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    engine.check_launch(recipe())  # somebody compiles
-    an_hour_ago = lock.stat().st_mtime - 3600
-    os.utime(lock, (an_hour_ago, an_hour_ago))
-    with pytest.raises(RecipeError, match=rf"{lock} is 60 minutes old: .*remove it and launch again"):
-        engine.check_launch(recipe())
-    assert lock.exists()
-
-
 def test_deepspeed_that_is_not_installed_is_named(launched, monkeypatch):
     launched({**GPU, "ACCELERATE_USE_DEEPSPEED": "true"})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -1,7 +1,9 @@
-"""Write the tables of keys into docs/recipes.md, from the code: python docs/key_tables.py"""
+"""Write the tables of keys into docs/recipes.md and docs/python.md, from the code: python docs/key_tables.py"""
 
 import re
+import typing
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +13,32 @@ from hf_accel.recipe.declarations import Declaration
 from hf_accel.recipe.keys import default_of
 from hf_accel.recipe.loading import group_keys
 from hf_accel.recipe.values import type_name
+from hf_accel.utils.pretrain_settings import PretrainSettings
 
-PAGE = Path(__file__).with_name("recipes.md")
+DOCS = Path(__file__).parent
 BEGIN, END = "<!-- keys: written by docs/key_tables.py -->\n", "<!-- end of keys -->\n"
 
 
-def render_tables() -> str:
-    return "\n".join([*_key_tables(), *_setting_tables()]) + "\n"
+def render_pages() -> dict[Path, str]:
+    """Return each page with the tables that the code gives now."""
+    tables = {"recipes.md": [*_key_tables(), *_setting_tables()], "python.md": [*_config_table()]}
+    pages = {}
+    for name, lines in tables.items():
+        before, _, rest = (DOCS / name).read_text(encoding="utf-8").partition(BEGIN)
+        after = rest.partition(END)[2]
+        pages[DOCS / name] = before + BEGIN + "\n".join(lines) + "\n" + END + after
+    return pages
 
 
-def insert_tables(page: str) -> str:
-    """The page with the tables that the code gives now."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + render_tables() + END + after
+def _config_table() -> Iterator[str]:
+    yield "| field | type | default | meaning |\n|---|---|---|---|"
+    defaults = {
+        field.name: field.default_factory() if callable(field.default_factory) else field.default
+        for field in fields(PretrainSettings)
+    }
+    hints = typing.get_type_hints(PretrainSettings)
+    for field in fields(PretrainSettings):
+        yield _row(f"`{field.name}`", type_name(hints[field.name]), _show(defaults[field.name]), field.metadata["help"])
 
 
 def _key_tables() -> Iterator[str]:
@@ -75,4 +89,5 @@ def _show(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(insert_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, text in render_pages().items():
+        path.write_text(text, encoding="utf-8")

@@ -34,8 +34,16 @@ def __getattr__(name: str) -> Any:
     return getattr(models, name)
 
 
+def _is_command() -> bool:
+    """Whether this process is run.py or the `hf-accel` command."""
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    if main is None:
+        return sys.argv[:1] == ["-m"] and "hf_accel" in sys.orig_argv  # python -m hf_accel
+    path = Path(main)
+    return "hf-accel" in (path.stem, path.parent.stem) or path.resolve() == Path(__file__).resolve().with_name("run.py")
+
+
 # `import hf_accel` registers the classes, so that `AutoModel` opens checkpoints. For that it imports torch, which takes
-# seconds. Only the script run.py goes without at first: it answers --help, or refuses a recipe, before it imports them.
-_main = getattr(sys.modules["__main__"], "__file__", None)
-if _main is None or Path(_main).resolve() != Path(__file__).resolve().with_name("run.py"):
+# seconds. Only the commands go without it at first: they answer --help, or refuse a recipe, before they import it.
+if not _is_command():
     from . import models  # noqa: F401

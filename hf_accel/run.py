@@ -19,17 +19,8 @@ import time  # noqa: E402
 from importlib import import_module  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
-from hf_accel.recipe import Recipe, RecipeError, describe_keys, load_recipe  # noqa: E402
-
-TASKS = {
-    "pretrain": ("tasks.pretrain", "pretrain"),
-    "search": ("tasks.search", "search"),
-    "evaluate": ("tasks.evaluate", "evaluate"),
-    "export": ("tasks.export", "export"),
-    "card": ("tasks.card", "card"),
-    "cost": ("tasks.cost", "cost_report"),
-}
-"""For each value of the key `task` the module of this package and the function in it."""
+from hf_accel.recipe import Recipe, RecipeError, describe_keys, load_recipe, split_words  # noqa: E402
+from hf_accel.tasks import TASKS  # noqa: E402
 
 PATIENCE = 10.0
 """Seconds in which torch's launcher has ended the other processes once one of them has failed."""
@@ -39,16 +30,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="hf_accel/run.py",
         usage="accelerate launch hf_accel/run.py RECIPE [key=value ...]",
-        description="Runs the task of a recipe. Keys, for the YAML file or as key=value:",
+        description="Runs the task of a recipe. Keys of task=pretrain, for the recipe or as key=value:",
         epilog=describe_keys(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", help="a YAML file, e.g. recipes/moco.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the recipe")
+    parser.add_argument("recipe", nargs="*", metavar="RECIPE", help="a YAML file, e.g. recipes/moco.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that replace those of the recipe")
     arguments = parser.parse_args(argv)
+    start(arguments.recipe + arguments.overrides)
+
+
+def start(words: list[str]) -> None:
+    """Run the task of a recipe, given as RECIPE and overrides, and end the process with a line if it cannot be done."""
     try:
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
-        run_task(recipe)
+        run_task(load_recipe(*split_words(words)))
     except RecipeError as error:
         end_with(error)
     except KeyboardInterrupt:

@@ -26,6 +26,8 @@ LEVELS = [
     {"recipe"},
     {"tasks"},
     {"run"},
+    {"cli"},
+    {"__main__"},
     {"__init__"},
 ]
 FOR_NOW = {("distributed", "recipe"), ("schedule_search", "recipe"), ("training", "recipe")}

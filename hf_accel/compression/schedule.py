@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..utils.shipped import find_file
 from ..utils.strict_yaml import as_number, load_yaml
 from .strategy import BRANCHES, Compression, Strategy, check_compression
 
@@ -84,7 +85,7 @@ class Schedule:
         if value is None:
             return cls.constant(Strategy(Compression(base_patch_size)))
         if isinstance(value, str):
-            path = Path(value) if folder is None or Path(value).exists() else folder / value
+            path = find_file(value if folder is None or Path(value).exists() else folder / value, "recipes")
             if not path.is_file():
                 raise ValueError(f"schedule: no file {value!r}; give a list of stages or the path of a YAML file")
             value = load_yaml(path.read_text())

@@ -12,7 +12,7 @@ from .keys import (
     task_reads,
     tasks_that_read,
 )
-from .loading import describe_keys, load_recipe, overrides_for
+from .loading import describe_keys, load_recipe, overrides_for, split_words
 from .values import RecipeError
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "describe_keys",
     "load_recipe",
     "overrides_for",
+    "split_words",
     "task_reads",
     "tasks_that_read",
 ]

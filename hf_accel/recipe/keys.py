@@ -55,6 +55,11 @@ class Recipe:
         raise AttributeError(f"{type(self).__name__} has no key {name!r}")
 
     @classmethod
+    def summary(cls) -> str:
+        """What the task does, in a line: the first one of the class's docstring."""
+        return (cls.__doc__ or "").partition("\n")[0]
+
+    @classmethod
     def reads(cls, key: str) -> bool:
         """Whether the recipe's task reads this key."""
         return key == "task" or key in cls.types()
@@ -132,6 +137,8 @@ class PretrainRecipe(
     DataKeys,
     RunKeys,
 ):
+    """Train an encoder, or go on with an interrupted run."""
+
     task: ClassVar[str] = "pretrain"
 
 
@@ -146,6 +153,8 @@ class SearchRecipe(
     DataKeys,
     RunKeys,
 ):
+    """Search a compression schedule in the checkpoints of a pilot run."""
+
     task: ClassVar[str] = "search"
 
     pilot: str | None = setting(
@@ -178,6 +187,8 @@ class EvaluateRecipe(
     DataKeys,
     RunKeys,
 ):
+    """Measure how good the features of an encoder are."""
+
     task: ClassVar[str] = "evaluate"
 
     checkpoint: str | None = setting(
@@ -197,6 +208,8 @@ class EvaluateRecipe(
 
 @dataclass
 class ExportRecipe(Recipe, take(ModelKeys, "model_config"), take(RunKeys, "output_dir")):
+    """Convert an encoder to another architecture or format."""
+
     task: ClassVar[str] = "export"
 
     checkpoint: str | None = setting(None, "folder or Hub id of the encoder to export", "export", resume="free")
@@ -210,6 +223,8 @@ class ExportRecipe(Recipe, take(ModelKeys, "model_config"), take(RunKeys, "outpu
 
 @dataclass
 class CardRecipe(Recipe, HubKeys):
+    """Write the model card of a finished run again."""
+
     task: ClassVar[str] = "card"
 
     checkpoint: str | None = setting(
@@ -220,6 +235,8 @@ class CardRecipe(Recipe, HubKeys):
 
 @dataclass
 class CostRecipe(Recipe, take(StepKeys, "mixed_precision"), ModelKeys, take(RunKeys, "output_dir")):
+    """Measure what a forward pass costs under every compression."""
+
     task: ClassVar[str] = "cost"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from ..utils.shipped import find_file, list_recipes
 from ..utils.strict_yaml import load_yaml
 from .checks import configured_classes
 from .keys import RECIPES, Recipe, default_of, task_reads, tasks_that_read
@@ -70,15 +71,23 @@ def _override(values: dict[str, Any], override: str) -> str:
 
 
 def _read_file(path: str | Path) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise RecipeError(f"no recipe at {str(path)!r}; give the path of a YAML file, e.g. recipes/moco.yaml")
+    path = find_file(path, "recipes")
+    if not path.is_file():
+        hint = did_you_mean(str(path).removesuffix(".yaml").removeprefix("recipes/"), list_recipes())
+        raise RecipeError(f"no recipe at {str(path)!r}; give a YAML file, or a name that `hf-accel list` prints{hint}")
     try:
-        loaded = load_yaml(Path(path).read_text())
+        loaded = load_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(loaded, Mapping | None):
         raise RecipeError(f"{path}: expected `key: value` lines, got {type(loaded).__name__}")
     return dict(loaded or {})
+
+
+def split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Split the words of a command into the recipe, if the first one is no `key=value`, and the overrides."""
+    named = bool(words) and ("=" not in words[0] or Path(words[0]).is_file())
+    return (words[0] if named else None), list(words[named:])
 
 
 def overrides_for(task: str, overrides: Iterable[str]) -> list[str]:

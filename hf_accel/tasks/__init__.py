@@ -1,1 +1,17 @@
-"""The tasks of a recipe, each one file."""
+"""The tasks of recipes, and the commands that take no recipe; each is a file of this folder."""
+
+TASKS = {
+    "pretrain": ("tasks.pretrain", "pretrain"),
+    "search": ("tasks.search", "search"),
+    "evaluate": ("tasks.evaluate", "evaluate"),
+    "export": ("tasks.export", "export"),
+    "card": ("tasks.card", "card"),
+    "cost": ("tasks.cost", "cost_report"),
+}
+"""For each recipe's task the module of hf_accel and the function in it, which takes the recipe."""
+
+COMMANDS = {
+    "list": ("tasks.list", "print_list", "Print tasks, shipped recipes, presets and objectives."),
+    "env": ("tasks.env", "print_environment", "Print versions, devices, threads and settings, for a bug report."),
+}
+"""For each command the module of hf_accel, the function in it, which takes a parser and the words, and its summary."""

@@ -1,0 +1,5 @@
+"""`python -m hf_accel` is the `hf-accel` command."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,94 @@
+"""The `hf-accel` command: the tasks of recipes by name, in this process or launched through accelerate."""
+
+import argparse
+import signal
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import run
+from .recipe import RECIPES, RecipeError, describe_keys, load_recipe, split_words
+from .tasks import COMMANDS, TASKS
+from .tasks.list import format_table, summarize_tasks
+from .utils.shipped import find_file
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="hf-accel",
+        usage="hf-accel TASK [RECIPE] [key=value ...]",
+        description="Self-supervised pretraining of Vision Transformers under a compute budget.",
+        epilog=format_table("tasks", summarize_tasks()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "task", choices=[*TASKS, *COMMANDS], metavar="TASK", help="what to do; hf-accel TASK --help lists its keys"
+    )
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.task in COMMANDS:
+        module, function, text = COMMANDS[arguments.task]
+        parser = argparse.ArgumentParser(prog=f"hf-accel {arguments.task}", description=text)
+        getattr(import_module(f"hf_accel.{module}"), function)(parser, arguments.rest)
+    else:
+        start_task(arguments.task, arguments.rest)
+
+
+def start_task(task: str, argv: list[str]) -> None:
+    """Run a task in this process, or through accelerate's launcher if one of its options is given."""
+    parser = argparse.ArgumentParser(
+        prog=f"hf-accel {task}",
+        usage=f"hf-accel {task} [RECIPE] [key=value ...] [--config_file FILE] [--num_processes N]",
+        description=f"{RECIPES[task].summary()} Keys, for the recipe or as key=value:",
+        epilog=describe_keys(task),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("words", nargs="*", metavar="RECIPE", help="a YAML file, or a name that hf-accel list prints")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that replace those of the recipe")
+    launching = parser.add_argument_group("options of accelerate launch")
+    launching.add_argument("--config_file", help="configuration of accelerate: a file, or a shipped one as ddp.yaml")
+    launching.add_argument("--num_processes", help="number of processes")
+    launching.add_argument("--num_cpu_threads_per_process", help="threads of each process")
+    arguments = vars(parser.parse_intermixed_args(argv))
+    recipe, overrides = split_words(arguments.pop("words") + arguments.pop("overrides"))
+    if any(override.startswith("task=") for override in overrides):
+        parser.error(f"the task is given twice: leave task= out, or call hf-accel with another task than {task}")
+    words = [*([recipe] if recipe else []), f"task={task}", *overrides]
+    options = {name: value for name, value in arguments.items() if value is not None}
+    if options:
+        launch(words, options)
+    else:
+        run.start(words)
+
+
+def launch(words: list[str], options: dict[str, str]) -> NoReturn:
+    """Run a recipe as `accelerate launch` does, and end with the exit code of the run."""
+    try:
+        load_recipe(*split_words(words))  # so that what is wrong with it is said once, and at once
+    except RecipeError as error:
+        run.end_with(error)
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    if "config_file" in options:
+        options["config_file"] = str(find_file(options["config_file"], "accelerate_configs"))
+    flags = [word for name, value in options.items() for word in (f"--{name}", value)]
+    signal.signal(signal.SIGTERM, hand_on)
+    signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends it to the run, too, for which this process waits
+    try:
+        launch_command(launch_command_parser().parse_args([*flags, str(Path(run.__file__).resolve()), *words]))
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode if error.returncode > 0 else 128 - error.returncode)
+    sys.exit(0)
+
+
+def hand_on(signum: int, _frame: Any) -> None:
+    """Hand a signal on to the run that accelerate's launcher has started and waits for."""
+    import psutil  # a dependency of accelerate
+
+    children = psutil.Process().children()
+    if not children:
+        sys.exit(128 + signum)
+    for child in children:
+        child.send_signal(signum)

@@ -31,7 +31,10 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.task in COMMANDS:
         module, function, text = COMMANDS[arguments.task]
         parser = argparse.ArgumentParser(prog=f"hf-accel {arguments.task}", description=text)
-        getattr(import_module(f"hf_accel.{module}"), function)(parser, arguments.rest)
+        try:
+            getattr(import_module(f"hf_accel.{module}"), function)(parser, arguments.rest)
+        except RecipeError as error:
+            run.end_with(error)
     else:
         start_task(arguments.task, arguments.rest)
 

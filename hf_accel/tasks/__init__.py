@@ -11,6 +11,7 @@ TASKS = {
 """For each recipe's task the module of hf_accel and the function in it, which takes the recipe."""
 
 COMMANDS = {
+    "compare": ("tasks.compare", "compare_runs", "Make one table and one figure of finished runs."),
     "list": ("tasks.list", "print_list", "Print tasks, shipped recipes, presets and objectives."),
     "env": ("tasks.env", "print_environment", "Print versions, devices, threads and settings, for a bug report."),
 }

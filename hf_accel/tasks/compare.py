@@ -1,5 +1,6 @@
 """`hf-accel compare RUN RUN ...`: one table and one figure of finished runs."""
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,13 @@ class FinishedRun:
         commit = str(environment["commit"])[:7] + (" with changes" if environment["dirty"] else "")
         processes = f", {self.results['processes']} processes" if self.results["processes"] > 1 else ""
         return {"data": self.results["data"]["name"], "commit": commit, "hardware": device + processes}
+
+
+def compare_runs(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """Answer the command `hf-accel compare`."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a finished run")
+    parser.add_argument("--output", type=Path, default=Path(), help="folder of compare.md and compare.png; default: .")
+    compare(**vars(parser.parse_args(argv)))
 
 
 def compare(runs: Sequence[str], output: Path = Path()) -> None:

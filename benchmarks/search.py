@@ -25,7 +25,7 @@ from hf_accel.data import ImageSource
 from hf_accel.recipe import PretrainRecipe, Recipe
 from hf_accel.report import environment
 from hf_accel.run_folder import write_json
-from hf_accel.schedule_search.choose import search_grid
+from hf_accel.schedule_search.choose import build_grid
 from hf_accel.schedule_search.gradient_error import chunks, estimate_gradient_errors
 from hf_accel.schedule_search.gradient_probe import GradientProbe
 from hf_accel.tasks.setup import build_objective
@@ -85,7 +85,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(cost.SEED)
     model: Any = build_objective(recipe)
     model.to(args.device)
-    grid = search_grid(args.image_size, args.patch_size, [index / args.dropouts for index in range(args.dropouts)])
+    grid = build_grid(args.image_size, args.patch_size, [index / args.dropouts for index in range(args.dropouts)])
     units = {
         strategy: args.batch_size * model.units_per_image(strategy, partial(forward_cost, model.config))
         for strategy in grid

@@ -1,4 +1,4 @@
-"""Shortened token sequences: what they are, what they cost, and when to use which."""
+"""Compressions of views: strategies, their costs, schedules of them, and the plan that spends a budget."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +7,7 @@ from .schedule import Schedule, Stage
 from .strategy import Compression, Strategy, check_compression, possible_patch_sizes
 
 if TYPE_CHECKING:
-    from .cost import CostTable, cost_grid, cost_rows, forward_cost, forward_flops, measure_costs
+    from .cost import CostTable, build_cost_grid, build_cost_rows, forward_cost, forward_flops, measure_costs
 
 __all__ = [
     "Compression",
@@ -17,9 +17,9 @@ __all__ = [
     "Stage",
     "Step",
     "Strategy",
+    "build_cost_grid",
+    "build_cost_rows",
     "check_compression",
-    "cost_grid",
-    "cost_rows",
     "forward_cost",
     "forward_flops",
     "measure_costs",
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The names of `cost` are imported when they are first asked for: with them comes torch, which takes seconds."""
+    """Import the names of `cost` on first use, because they need torch, whose import takes seconds."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import cost

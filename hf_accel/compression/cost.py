@@ -1,7 +1,7 @@
-"""What a forward pass costs, in units: one unit = the base encoder on one uncompressed image.
+"""The cost of a forward pass in units. One unit is a forward pass of the base encoder on one uncompressed image.
 
 Analytic costs are FLOPs of the encoder at that sequence length, the same on every machine. Measured ones are timed on
-this device and kept as a table.
+this device and kept in a table.
 """
 
 import json
@@ -28,9 +28,10 @@ class ForwardCost(Protocol):
 
 
 def forward_flops(config: AccelViTConfig, compression: Compression, image_size: int | None = None) -> int:
-    """Multiply-adds (each counted as two) of one encoder forward on one square image of `image_size` pixels.
+    """Count the floating-point operations of one encoder forward on one square image of `image_size` pixels.
 
-    Matrix products only, which are over 99% of a ViT's: patch projection of the kept patches, attention, MLP.
+    Only matrix products count, which are over 99%: patch projection of the kept patches, attention, MLP. A
+    multiply-add is two operations.
     """
     size = image_size or config.image_size
     patches = compression.kept_tokens(size)
@@ -42,14 +43,14 @@ def forward_flops(config: AccelViTConfig, compression: Compression, image_size: 
 
 
 def forward_cost(config: AccelViTConfig, compression: Compression, image_size: int | None = None) -> float:
-    """Analytic cost of a forward under `compression`, in units; `image_size` (pixels) defaults to the config's."""
+    """Return the analytic cost of a forward in units. `image_size` (pixels) defaults to the config's."""
     unit = forward_flops(config, Compression(config.patch_size))
     return forward_flops(config, compression, image_size) / unit
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """Measured forward costs in units, with where they were measured."""
+    """Measured costs of forward passes in units, and the device that they were measured on."""
 
     costs: dict[Compression, float]
     device: str
@@ -67,7 +68,7 @@ class CostTable:
 
     def save(self, path: Path) -> None:
         entries = [{**compression.to_dict(), "units": units} for compression, units in self.costs.items()]
-        # A kill must not leave half a table, which the resumed run would trip over.
+        # A kill must not leave half a table, because the resumed run could not read it.
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(json.dumps({"device": self.device, "costs": entries}, indent=1))
         os.replace(temporary, path)
@@ -94,9 +95,9 @@ def measure_costs(
 ) -> CostTable:
     """Time forwards of `batch_size` images at the config's image size, relative to the uncompressed one.
 
-    The compressions are timed in turn, `repeats` times round after one warm-up round, and the median of each is taken:
-    a slow moment of the machine then falls on all of them alike. `dtype` (bf16, fp16) times under autocast. The random
-    state is left as it was.
+    The compressions are timed in turn, in `repeats` rounds after a warm-up round, so that a slow moment of the machine
+    affects all of them. The median of each is taken. With `dtype` (bf16, fp16) they run under autocast. The random
+    state does not change.
     """
     device = torch.device(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -136,14 +137,14 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def cost_grid(config: AccelViTConfig) -> list[Compression]:
-    """Token dropout 0 to 0.9 for every possible patch size: the paper's sample-cost figure."""
+def build_cost_grid(config: AccelViTConfig) -> list[Compression]:
+    """Build the grid of the paper's figure of sample costs: token dropout 0 to 0.9 for every possible patch size."""
     sizes = possible_patch_sizes(config.image_size, config.patch_size)
     return [Compression(patch_size, tenth / 10) for patch_size in sizes for tenth in range(10)]
 
 
-def cost_rows(config: AccelViTConfig, table: CostTable) -> list[dict[str, Any]]:
-    """One row a compression of `table`: tokens, analytic and measured cost."""
+def build_cost_rows(config: AccelViTConfig, table: CostTable) -> list[dict[str, Any]]:
+    """Build one row for each compression of `table`: tokens, analytic and measured cost."""
     return [
         {
             **compression.to_dict(),

@@ -12,9 +12,9 @@ from .strategy import Strategy
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step of a plan. `spent` are the units before it; `progress` is the share of the budget that is.
+    """One optimizer step of a plan. `spent` are the units before it, and `progress` is their share of the budget.
 
-    What was spent before the first step, on a probe, is no part of progress: or a warm-up would be half over by then.
+    Units that a probe spent before the first step do not count as progress. Otherwise a warm-up would be half over.
     """
 
     index: int
@@ -33,10 +33,9 @@ class _Segment:
 
 
 class Plan:
-    """Every step of a run, known before it starts: budget + schedule + batch size -> strategy and progress of each.
+    """Every step of a run, with its strategy and progress, from budget, schedule and batch size.
 
-    The run takes as many steps as the budget pays for and never one more: `total_cost <= budget`, and what is left is
-    less than a step.
+    The run takes as many steps as the budget pays for: `total_cost <= budget`, and less than a step is left.
 
     Args:
         budget: units (one unit = one forward of the base encoder on one uncompressed image).
@@ -62,7 +61,7 @@ class Plan:
             )
 
     def _following(self, schedule: Schedule, first: int, spent: float) -> tuple[list[_Segment], int, float]:
-        """The segments of `schedule` from step `first` on, before which `spent` units are; steps and units then."""
+        """Build the segments from step `first` on, after `spent` units. Return also the steps and units at the end."""
         segments, start = [], spent if first == 0 else self.start
         for stage in schedule.stages:
             cost = self.batch_size * self.units_per_image(stage.strategy)
@@ -74,20 +73,20 @@ class Plan:
             if steps:
                 segments.append(_Segment(first, stage.strategy, spent, cost))
                 first, spent = first + steps, spent + steps * cost
-            if affordable < to_stage_end:  # a later, cheaper stage is for a progress that is never reached
+            if affordable < to_stage_end:  # the progress of a later, cheaper stage is never reached
                 break
         return segments, first, spent
 
     def pays_for_last_stage(self) -> bool:
-        """Whether at least one step is of the schedule's last stage: the budget may be spent before that begins."""
+        """Whether a step of the schedule's last stage is taken. The budget may be spent before that begins."""
         begin = self.schedule.stages[-2].until if len(self.schedule.stages) > 1 else 0.0
         last = self.segments[-1]
         return last.spent >= self.start + begin * (self.budget - self.start) - 1e-9 * last.cost
 
     def revise(self, step: int, schedule: Schedule, charge: float = 0.0) -> None:
-        """From `step` on follow `schedule` to the end of the budget; before it, `charge` units are spent on a probe.
+        """Follow `schedule` from `step` to the end of the budget, after `charge` units for a probe.
 
-        A stage of which not one step can be paid is left out, and the one before it goes on.
+        A stage that cannot pay for one step is left out, and the one before it continues.
 
         Raises:
             ValueError: the budget does not pay for the charge and one more step.
@@ -102,21 +101,21 @@ class Plan:
 
     @property
     def start(self) -> float:
-        """Units spent before the first step."""
+        """The units spent before the first step."""
         return self.segments[0].spent
 
     def progress(self, spent: float) -> float:
-        """In [0, 1], once so many units are spent."""
+        """Return the progress in [0, 1] after `spent` units."""
         return min(1.0, (spent - self.start) / (self.budget - self.start))
 
     def _run_to_the_end(self) -> None:
-        """Of the budget, with the last segment."""
+        """Extend the last segment to the end of the budget."""
         last = self.segments[-1]
         steps = math.floor((self.budget - last.spent) / last.cost + 1e-9)
         self.num_steps, self.total_cost = last.first + steps, last.spent + steps * last.cost
 
     def stage_ends(self) -> list[tuple[float, Strategy]]:
-        """(units spent, strategy) at the end of each run of steps under one strategy, in order."""
+        """Return (units spent, strategy) at the end of each segment, in order."""
         ends = []
         for segment, later in zip(self.segments, [*self.segments[1:], None], strict=True):
             steps = (later.first if later else self.num_steps) - segment.first
@@ -124,7 +123,7 @@ class Plan:
         return ends
 
     def followed(self) -> Schedule:
-        """The schedule that the segments amount to: what was planned, or what revisions made of it."""
+        """Return the schedule that the segments follow, which revisions may have changed."""
         stages: list[Stage] = []
         for segment, later in zip(self.segments, [*self.segments[1:], None], strict=True):
             if stages and stages[-1].strategy == segment.strategy:
@@ -133,11 +132,11 @@ class Plan:
         return Schedule(tuple(stages))
 
     def state(self) -> list[list[Any]]:
-        """The segments, as JSON can hold them."""
+        """Return the segments in values that JSON can hold."""
         return [[s.first, s.spent, *(Schedule.constant(s.strategy).to_list())] for s in self.segments]
 
     def restore(self, state: list[list[Any]], base_patch_size: int) -> None:
-        """Take over the segments of a revised plan's state, the last of which runs to the end of the budget."""
+        """Continue with the segments of a revised plan. The last one runs to the end of the budget."""
         for number, (first, spent, stage) in enumerate(state):
             strategy = Schedule.parse([stage], base_patch_size).stages[0].strategy
             cost = self.batch_size * self.units_per_image(strategy)

@@ -60,8 +60,11 @@ class Schedule:
         return list(dict.fromkeys(stage.strategy for stage in self.stages))
 
     def validate(self, image_size: int, base_patch_size: int, local_crop_size: int | None = None) -> None:
-        """Raises ValueError if a stage asks for a patch size that this model and these image sizes do not allow, or
-        compresses local crops where there are none."""
+        """Check the schedule against a model and its image sizes.
+
+        Raises:
+            ValueError: a patch size is not possible, or local crops are compressed where there are none.
+        """
         for number, stage in enumerate(self.stages, 1):
             strategy = stage.strategy
             try:
@@ -102,8 +105,9 @@ class Schedule:
         return cls(tuple(_parse_stage(stage, number, base_patch_size) for number, stage in enumerate(value, 1)))
 
     def transferred(self, old_patch_size: int, new_patch_size: int) -> "Schedule":
-        """This schedule for another base patch size: patches larger by the same factor, and so the same relative
-        number of tokens. Progress needs no change: it knows neither budgets nor data sets.
+        """Return this schedule for another base patch size, with all patches larger or smaller by the same factor.
+
+        The relative number of tokens stays the same.
 
         Raises:
             ValueError: a patch would not be a whole number of pixels.
@@ -129,7 +133,7 @@ class Schedule:
         return Schedule(tuple(stages))
 
     def to_list(self) -> list[dict[str, Any]]:
-        """The recipe's form of this schedule, every key spelled out."""
+        """Return the form that recipes use, with every key."""
         return [{"until": stage.until, **stage.strategy.to_dict()} for stage in self.stages]
 
 

@@ -1,4 +1,4 @@
-"""What is shortened: the `Compression` of one view, and the `Strategy` of a step, one compression a branch."""
+"""The `Compression` of one view, and the `Strategy` of a step, with one compression for each branch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -10,7 +10,7 @@ BRANCHES = {"online": "", "target": "target_", "local": "local_"}
 
 @dataclass(frozen=True, order=True)
 class Compression:
-    """How one view is shortened before it enters the encoder.
+    """The two ways in which a view's token sequence is shortened.
 
     Args:
         patch_size: side of a patch in pixels, of a view at the model's image size.
@@ -30,7 +30,7 @@ class Compression:
         object.__setattr__(self, "token_dropout", float(self.token_dropout))
 
     def kept_tokens(self, image_size: int) -> int:
-        """Patch tokens that remain of a square view of `image_size` pixels (prefix tokens are not counted)."""
+        """Count the patch tokens that remain of a square view of `image_size` pixels, without prefix tokens."""
         from ..models.shortening_accel_vit import num_kept_tokens  # it imports torch, and a recipe is checked without
 
         return num_kept_tokens((image_size // self.patch_size) ** 2, self.token_dropout)
@@ -57,8 +57,8 @@ class Compression:
 class Strategy:
     """The compressions of a step: of the branch that is trained and of the branch that gives its targets.
 
-    Without `target`, the paper's default: patch scaling is symmetric, token dropout acts on the online branch only.
-    `local` is for the local crops of an objective that has them; None leaves those whole.
+    `target` defaults to the paper's choice: the same patch size, and no token dropout. `local` is for the local crops
+    of an objective that has them, and None leaves them whole.
     """
 
     online: Compression
@@ -108,12 +108,12 @@ class Strategy:
 
 
 def possible_patch_sizes(image_size: int, base_patch_size: int) -> list[int]:
-    """Patch sizes that compress: from the base up, dividing the image, and leaving a grid of at least 2 x 2."""
+    """List the possible patch sizes: from the base up, divisors of the image, with a grid of at least 2 x 2."""
     return [p for p in range(base_patch_size, image_size // 2 + 1) if image_size % p == 0]
 
 
 def check_compression(compression: Compression, image_size: int, base_patch_size: int) -> None:
-    """Raises ValueError, naming what is possible, if this model cannot run under `compression`."""
+    """Raise ValueError, which names what is possible, if this model cannot run under `compression`."""
     possible = possible_patch_sizes(image_size, base_patch_size)
     if compression.patch_size not in possible:
         raise ValueError(

@@ -1,5 +1,4 @@
-"""What a run leaves for people to read: training curves, the cost of compressions, the report of a search,
-and results with their origin."""
+"""Figures, tables and pages of runs, searches and evaluations."""
 
 from .cost_figure import format_cost_table, plot_cost
 from .curves import plot_accuracies, plot_curves

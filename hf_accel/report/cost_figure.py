@@ -1,4 +1,4 @@
-"""The cost of a forward pass over token dropout and patch size, analytic beside measured: figure and text table."""
+"""The cost of a forward pass over token dropout and patch size, analytic and measured, as figure and table."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def plot_cost(table: Rows, path: str | Path, title: str = "") -> None:
-    """Heatmaps of the analytic cost, the measured cost and their ratio; without measurements the analytic one alone.
+    """Draw heatmaps of the analytic cost, the measured cost and their ratio, or of the analytic cost alone.
 
     Args:
         table: one row a compression; combinations that are missing stay blank.

@@ -14,7 +14,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from ..compression import Plan
 
-BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "#555555"  # of Okabe and Ito's palette, told apart by the colour-blind too
+BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "#555555"  # of Okabe and Ito's palette, for the colour-blind, too
 COLORS = [BLUE, ORANGE, "#009E73", "#CC79A7", GRAY, "#E69F00", "#56B4E9", "#000000"]  # the rest of the palette
 MARKERS = "osDPX^pv"
 DASHES = [(0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2))]
@@ -28,7 +28,7 @@ STYLE: dict[Any, Any] = {
 }
 UNITS_SPENT = "units spent (1 unit: the encoder's forward pass on one uncompressed image)"
 SMOOTHED_FROM = 40
-"""Logged losses from which a running mean over a twentieth of them is drawn over the single ones."""
+"""Number of logged losses from which on a running mean over a twentieth of them is drawn, too."""
 
 Series = tuple[np.ndarray, np.ndarray]
 Logs = Sequence[Mapping[str, Any]]
@@ -42,19 +42,18 @@ def plot_curves(
     plan: Plan | None = None,
     image_size: int = 224,
 ) -> None:
-    """Draw kNN accuracy and loss, and beneath them tokens per image, patch size and token dropout, against units spent.
+    """Draw kNN accuracy, loss, tokens per image, patch size and token dropout against the units spent.
 
-    A panel without data is left out; NaN values are. A log without "units" (an evaluation's) is placed by its "step".
-    Without a plan the compression is drawn from the logs: each holds for the steps since the log before it, so that a
-    change between two logs shows at the first of them, and tokens include those that are no patches.
+    Panels without data and NaN values are left out. A log without "units" is placed by its "step". Without a plan the
+    compression is drawn from the logs. Each log holds for the steps since the one before it, so that a change between
+    two logs is drawn at the first of them, and tokens include the prefix tokens.
 
     Args:
         log_history: the Trainer's, in its order: "units" or "step", and any of "eval_knn_top1", "loss", "tokens",
             "target_tokens", "patch_size", "target_patch_size", "token_dropout", "target_token_dropout".
         path: image to write; its suffix says the format (png, pdf, svg).
         baselines: kNN accuracies in [0, 1] to draw as dashed lines, such as {"random initialisation": 0.4}.
-        plan: the run's, whose compression is then drawn exactly where it changes, with patch tokens as in a schedule's
-            figure.
+        plan: of the run. Compression is then drawn exactly where it changes, with patch tokens only.
         image_size: pixels of the plan's views, of which its tokens are.
     """
     placed = _with_units(log_history)
@@ -132,7 +131,7 @@ def _with_seconds(log_history: Logs, batch_size: int) -> list[tuple[float, Mappi
 
 
 def _with_units(log_history: Logs) -> list[tuple[float, Mapping[str, Any]]]:
-    """(units, log) in the order of units; what lacks units gets those of its step, between logs in proportion."""
+    """Return (units, log) in the order of units. A log without units gets those of its step, by interpolation."""
     both = {log["step"]: log["units"] for log in log_history if _finite(log.get("units")) and "step" in log}
     steps = sorted(both)
     placed = []
@@ -146,7 +145,7 @@ def _with_units(log_history: Logs) -> list[tuple[float, Mapping[str, Any]]]:
 
 
 def _planned(plan: Plan, image_size: int) -> list[tuple[float, Mapping[str, Any]]]:
-    """What logs would say at the end of each stage that the plan follows, with patch tokens alone."""
+    """Build what logs would hold at the end of each stage of the plan, with patch tokens only."""
     stages = []
     for units, strategy in plan.stage_ends():
         values = {}
@@ -204,7 +203,7 @@ def _loss(axes: Axes, loss: Series) -> None:
 
 
 def _compression(axes: Axes, online: Series, target: Series, label: str) -> None:
-    """A value is that of the steps up to its units, from those of the value before it on."""
+    """Draw steps: a value holds from the units of the value before it to its own."""
     differ = len(target[0]) > 0 and not np.array_equal(target[1], online[1])
     branches = [(online, "online" if differ else "", BLUE, "-", 1.8)]
     if differ:

@@ -1,4 +1,4 @@
-"""The evaluations in a `results.json`: an entry for each question asked, a run in it for each seed, and their table."""
+"""The evaluations in a `results.json`, with an entry for each question and a run for each seed, and their table."""
 
 import json
 import statistics
@@ -11,17 +11,17 @@ from .tables import format_table
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:
-    """What `results.json` in this folder holds; nothing, if there is none."""
+    """Return what `results.json` in this folder holds, or nothing if there is none."""
     return RunFolder(folder).read_results()
 
 
 def run_is_complete(folder: str | Path) -> bool:
-    """Whether a pretraining run in this folder has come to its end: evaluations alone do not say so."""
+    """Whether a pretraining run in this folder has ended. A folder that holds evaluations only is not complete."""
     return RunFolder(folder).is_complete()
 
 
 def find_run(folder: str | Path, question: Mapping[str, Any], seed: int | None) -> dict[str, Any] | None:
-    """The run that has answered this question with this seed, if there is one."""
+    """Return the run that has answered this question with this seed, if there is one."""
     for entry in read_results(folder).get("evaluations", []):
         if _same(entry, question):
             return next((run for run in entry["runs"] if run["seed"] == seed), None)
@@ -29,7 +29,7 @@ def find_run(folder: str | Path, question: Mapping[str, Any], seed: int | None) 
 
 
 def add_run(folder: str | Path, question: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    """Add a run to `results.json`, to the entry of the same question or a new one; what else is there stays.
+    """Add a run to `results.json`, to the entry of the same question or to a new one. Everything else there stays.
 
     Args:
         question: what was evaluated on what, and how; "validation_images" is the number of test images.
@@ -101,10 +101,10 @@ def describe_differences(entry: Mapping[str, Any], entries: Sequence[Mapping[str
 
 
 def wilson_interval(accuracy: float, num_samples: int) -> tuple[float, float]:
-    """95% confidence interval of an accuracy measured on `num_samples` test images (Wilson, JASA 1927).
+    """Return the 95% confidence interval of an accuracy measured on `num_samples` test images (Wilson, JASA 1927).
 
-    It covers the draw of the test images from those that one could have tested on, and nothing else: neither the draw
-    of the training images nor pretraining nor the seed of a probe, whose spread is the standard deviation over seeds.
+    It covers the draw of the test images only. It does not cover the draw of the training images, pretraining, or the
+    seed of a probe, whose spread is the standard deviation over seeds.
     """
     z = 1.959964
     centre = (accuracy + z**2 / (2 * num_samples)) / (1 + z**2 / num_samples)

@@ -60,9 +60,9 @@ def _name_inside(folder: Path, name: str) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """The command, versions of Python and the packages, git commit of the source (with "dirty") and hardware.
+    """Return the command, the versions, the git commit of the source (with "dirty") and the hardware.
 
-    Entries that cannot be found out are None: the commit of an installed wheel, for one.
+    Entries that cannot be found are None, such as the commit of an installed wheel.
     """
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
@@ -91,7 +91,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(folder: Path) -> dict[str, Any]:
-    """{"commit", "dirty"} of the repository that tracks this file, not of one around a virtual environment."""
+    """Return {"commit", "dirty"} of the repository that tracks this file, not of one around a virtual environment."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

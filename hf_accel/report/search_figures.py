@@ -24,16 +24,16 @@ from .curves import BLUE, COLORS, GRAY, MARKERS, ORANGE, STYLE
 from .heatmap import draw_heatmap
 
 DECADES = 5
-"""How far a logarithmic axis reaches below its largest value."""
+"""Powers of ten that a logarithmic axis reaches below its largest value."""
 NARROW = 0.12
-"""Share of the progress that is too narrow for the name of a compression, which then stands upright."""
+"""Share of progress below which the name of a compression does not fit and is turned upright."""
 
 
 def plot_gradient_error(table: ErrorTable, path: Path, title: str = "") -> None:
-    """Squared bias, cost-adjusted variance, CA-MSE and gain against strategy, a line a stage, with 95% intervals.
+    """Draw squared bias, cost-adjusted variance, CA-MSE and gain by strategy, a line a stage, with 95% intervals.
 
-    Strategies run downwards, so that the names of sixty can be read on a printed page. Writes `path` with the suffixes
-    .png and .svg, as all figures here do.
+    The strategies run downwards, so that the names of sixty can be read. All figures here are written with the
+    suffixes .png and .svg.
     """
     unit = r" / $\|G\|^2$" if table.relative else ""
     count = len(table.strategies)
@@ -62,7 +62,7 @@ def plot_gradient_error(table: ErrorTable, path: Path, title: str = "") -> None:
 
 
 def _handles(table: ErrorTable, clipped: bool) -> list[Line2D]:
-    """Of the legend."""
+    """Build the entries of the legend."""
     black: dict[str, Any] = {"color": "black", "linestyle": "none", "fillstyle": "none"}
     handles = [
         Line2D([], [], color=color, marker=marker, markersize=4, label=f"progress {percent(progress)}")
@@ -75,12 +75,12 @@ def _handles(table: ErrorTable, clipped: bool) -> list[Line2D]:
 
 
 def _styles(points: Sequence[float]) -> list[tuple[float, str, str]]:
-    """(progress, colour, marker) of each stage."""
+    """Return (progress, colour, marker) of each stage."""
     return list(zip(points, cycle(COLORS), cycle(MARKERS), strict=False))
 
 
 def _errors(axes: Axes, table: ErrorTable, name: str, label: str, interval: bool) -> bool:
-    """Returns whether a value lies below the axis and was drawn at its end."""
+    """Draw one panel. Return whether a value lies below the axis and was drawn at its end."""
     values = {progress: table.values(name, progress) for progress in table.points}
     floor = _floor(np.concatenate(list(values.values())))
     any_clipped = False
@@ -106,7 +106,7 @@ def _errors(axes: Axes, table: ErrorTable, name: str, label: str, interval: bool
 
 
 def _log_axis(axes: Axes, low: float, high: float) -> None:
-    """A logarithmic x axis, with numbers at powers of ten, or at 1, 2 and 5 if there would be few of those."""
+    """Make the x axis logarithmic, with numbers at powers of ten, or also at 2 and 5 if those are few."""
     axes.set_xscale("log")
     axes.set_xlim(low / 1.15, max(1.15 * high, 5 * low))
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 50 * low else (1.0, 2.0, 5.0)))
@@ -116,21 +116,21 @@ def _log_axis(axes: Axes, low: float, high: float) -> None:
 
 
 def _offsets(count: int) -> np.ndarray:
-    """Of the stages from their strategy's place, so that their intervals do not hide each other."""
+    """Return the offsets of the stages, so that their intervals do not hide each other."""
     return np.linspace(-0.3, 0.3, count) if count > 1 else np.zeros(1)
 
 
 def _floor(values: np.ndarray) -> float:
-    """Where a logarithmic axis of these values ends; zero and what is negative lie below."""
+    """Return the lower end of a logarithmic axis of these values. Zero and negative values lie below it."""
     positive = values[values > 0]
     return max(positive.min() / 1.25, positive.max() / 10**DECADES) if len(positive) else 1e-3
 
 
 def plot_ca_mse_heatmap(table: ErrorTable, path: Path, title: str = "") -> None:
-    """CA-MSE over token dropout x patch size, a panel a stage, each symmetry on lines of its own.
+    """Draw CA-MSE over token dropout and patch size, a panel a stage, each symmetry in rows of its own.
 
-    Each stage has its own colours, from its least to its largest value: a schedule chooses within a stage, and the
-    levels of stages differ by far more than what the choice is about. The numbers can be compared between stages.
+    Each stage has its own colours, from its least to its largest value, because a schedule chooses within a stage. The
+    numbers can be compared between stages.
     """
     strategies = table.strategies
     columns = sorted({strategy.online.token_dropout for strategy in strategies})
@@ -183,7 +183,7 @@ def _heatmap(
 
 
 def compact(value: float) -> str:
-    """Two significant digits in as few characters as possible."""
+    """Write two significant digits in as few characters as possible."""
     if value <= 0:
         return "≤0"
     if 0.00995 <= value < 995:
@@ -194,7 +194,7 @@ def compact(value: float) -> str:
 
 @dataclass(frozen=True)
 class StrategyCosts:
-    """What `plot_schedule` asks of an `ErrorTable`, of a run for which there is none.
+    """What `plot_schedule` needs of an `ErrorTable`, for a run that has none.
 
     `cost` is that of a training image, relative to the uncompressed one's.
     """
@@ -208,7 +208,7 @@ class StrategyCosts:
 
 
 def plot_schedule(table: ErrorTable | StrategyCosts, schedule: Schedule, path: Path, title: str = "") -> None:
-    """Tokens per image of both branches, their compressions, and the cost per image, over progress."""
+    """Draw tokens per image of both branches, their compressions, and the cost per image, over progress."""
     starts = [0.0, *(stage.until for stage in schedule.stages)]
     strategies = [stage.strategy for stage in schedule.stages]
     online = [table.tokens(strategy.online) for strategy in strategies]
@@ -237,7 +237,7 @@ def _steps(axes: Axes, starts: Sequence[float], values: Sequence[float], color: 
 
 
 def _names(axes: Axes, starts: Sequence[float], strategies: Sequence[Strategy]) -> None:
-    """The compressions as text, a line a branch."""
+    """Write the compressions as text, a line a branch."""
     for (start, end), strategy in zip(pairwise(starts), strategies, strict=True):
         for line, compression in enumerate((strategy.online, strategy.target_branch)):
             options = {"ha": "center", "va": "center", "fontsize": 8, "rotation": 90 if end - start < NARROW else 0}
@@ -251,7 +251,7 @@ def _names(axes: Axes, starts: Sequence[float], strategies: Sequence[Strategy]) 
 
 
 def plot_learning_rate(schedule: Schedule, warmup: float, path: Path, title: str = "") -> None:
-    """The cosine and the poly learning rate over progress, with dotted lines where the compression changes."""
+    """Draw the cosine and the poly learning rate over progress, with dotted lines where the compression changes."""
     progress = np.unique([*np.linspace(0, 1, 401), warmup])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3), layout="constrained")

@@ -1,4 +1,4 @@
-"""From gradient errors to a schedule: the best strategy of each stage, never more compressed than the one before."""
+"""The schedule that follows from gradient errors: the best strategy of each stage, at a cost that never falls."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,20 +10,20 @@ from ..compression.strategy import Compression, Strategy, possible_patch_sizes
 from .gradient_error import GradientError
 
 CRITERIA = ("ca_mse", "gain")
-"""What a schedule is to be best by: the paper's cost-adjusted error of a step, or the way that its price buys."""
+"""What a strategy is chosen by: the paper's cost-adjusted error, or the decrease of the loss per unit."""
 
 SYMMETRIES = ("paper", "symmetric", "asymmetric")
 """Which of a strategy's compressions the target branch shares: the larger patch (the paper's), both, or none."""
 
 
-def search_grid(
+def build_grid(
     image_size: int,
     base_patch_size: int,
     token_dropouts: Sequence[float],
     patch_sizes: Sequence[int] | None = None,
     symmetries: Sequence[str] = ("paper",),
 ) -> list[Strategy]:
-    """Every strategy of the grid, the uncompressed one first; `patch_sizes` defaults to all possible ones.
+    """Build every strategy of the grid, the uncompressed one first. `patch_sizes` defaults to all possible ones.
 
     Raises:
         ValueError: a patch size is not possible, or a symmetry is unknown.
@@ -52,13 +52,15 @@ def choose_strategies(
     relative_cost: Mapping[Strategy, float],
     criterion: str = "ca_mse",
 ) -> list[Strategy]:
-    """One strategy a stage: the least sum of log ca_mse, or the largest of log gain, at which the cost never falls.
+    """Choose one strategy for each stage, so that the cost never falls from a stage to the next.
 
-    Strategies whose ca_mse lies within the best one's 95% interval count as tied with it, and of tied ones the cheaper
-    wins. Of gains, in which cost is contained in full, it is the lower end of the interval that counts, what is gained
-    for sure: where noise hides the differences, as at the end of training, the cheaper is not the safer, and a stage
-    without any sure gain is for the dearest strategy. The logarithm lets a stage weigh by its ratios: gradients shrink
-    by orders of magnitude over training.
+    The choice has the least sum of log ca_mse over the stages, or the largest sum of log gain. With the logarithm a
+    stage counts by its ratios, because gradients shrink by orders of magnitude over training.
+
+    By ca_mse, strategies within the 95% interval of the best one count as equal to it, and the cheapest of them wins.
+    A gain already contains the whole cost. So strategies are compared by the lower end of its interval, which is gained
+    with near certainty. If no strategy of a stage has such a gain, as at the end of training, where noise hides the
+    differences, the most expensive strategy is chosen.
 
     Raises:
         ValueError: no stage, stages of different strategies, or an unknown criterion.
@@ -68,7 +70,7 @@ def choose_strategies(
     if criterion not in CRITERIA:
         raise ValueError(f"criterion {criterion!r}: must be one of {', '.join(CRITERIA)}")
     strategies = sorted(stages[0], key=lambda strategy: relative_cost[strategy])
-    # best[k]: the least (sum of logs, sum of costs) of the stages so far that end with strategy k, and the way there
+    # best[k] is the least (sum of logs, sum of costs) of stages that end with strategy k, and their strategies.
     best: list[tuple[tuple[float, float], list[Strategy]]] = [((0.0, 0.0), []) for _ in strategies]
     for stage in stages:
         losses = _log_ca_mse(stage) if criterion == "ca_mse" else _minus_log_gain(stage, relative_cost)
@@ -93,7 +95,10 @@ def _log_ca_mse(stage: Mapping[Strategy, GradientError]) -> dict[Strategy, float
 def _minus_log_gain(
     stage: Mapping[Strategy, GradientError], relative_cost: Mapping[Strategy, float]
 ) -> dict[Strategy, float]:
-    """By the lower end of the interval; 0 or less counts as a thousandth of the best, or of the dearest if all are."""
+    """Take the lower ends of the intervals. One of 0 or less counts as a thousandth of the best.
+
+    If all are 0 or less, the most expensive strategy is the best.
+    """
     sure = {strategy: error.gain_interval[0] for strategy, error in stage.items()}
     best = max(sure.values())
     if best <= 0:
@@ -118,6 +123,6 @@ def build_schedule(points: Sequence[float], strategies: Sequence[Strategy]) -> S
     return Schedule(tuple(stages))
 
 
-def schedule_file(schedule: Schedule, base_patch_size: int, **origin: Any) -> dict[str, Any]:
-    """What a schedule's YAML file holds: the stages, the base patch size that they are meant for, and their origin."""
+def build_schedule_file(schedule: Schedule, base_patch_size: int, **origin: Any) -> dict[str, Any]:
+    """Build what a schedule's YAML file holds: the stages, the base patch size that they are for, and their origin."""
     return {**origin, "patch_size": base_patch_size, "stages": schedule.to_list()}

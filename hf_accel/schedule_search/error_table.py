@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ..compression import Compression, Strategy
-from .choose import SYMMETRIES, search_grid
+from .choose import SYMMETRIES, build_grid
 from .gradient_error import GradientError
 
 Row = Mapping[str, Any]
@@ -36,7 +36,7 @@ class ErrorTable:
         points: progress of each stage, in order.
         strategies: in the order of their cost, the cheapest first.
         cost: {strategy: its relative cost}, in the same order.
-        symmetries: {name: the strategies that have it}, as few as hold all strategies of `search_grid`. A strategy
+        symmetries: {name: the strategies that have it}, as few as hold all strategies of `build_grid`. A strategy
             without dropout, or with the base patch, can be in more than one.
         uncompressed: the base patch on both branches, without dropout. By measured costs another may cost more.
         relative: whether `values` are relative to || G ||^2, and gains to the uncompressed one. They are not if the
@@ -165,7 +165,7 @@ class ErrorTable:
         dropouts = sorted({compression.token_dropout for compression in online})
         found = {}
         for name in SYMMETRIES:
-            grid = search_grid(self.image_size, patch_sizes[0], dropouts, patch_sizes, [name])
+            grid = build_grid(self.image_size, patch_sizes[0], dropouts, patch_sizes, [name])
             found[name] = [strategy for strategy in self.strategies if strategy in grid]
         holders = {s: [name for name in found if s in found[name]] for s in self.strategies}
         shown = {names[0] for names in holders.values() if len(names) == 1}

@@ -1,4 +1,4 @@
-"""How wrong a cheap gradient is: squared bias and cost-adjusted variance, estimated from paired draws.
+"""The error of a compressed gradient: squared bias and cost-adjusted variance, estimated from paired draws.
 
 Lin et al., "Accelerating Augmentation Invariance Pretraining" (arXiv 2410.22364), section 4. With g a gradient of one
 uncompressed batch, g_a that of the same batch under a strategy a, G = E[g], and k_a the cost of a over uncompressed:
@@ -9,13 +9,13 @@ The bias is estimated from the differences d_i = g_a_i - g_i of n pairs (the sam
 mean of <d_i, d_j> over i != j. The plain || mean d ||^2 also holds the noise, || d - E d ||^2 / n on average, and
 holds most of it for exactly the strategies whose bias is smallest.
 
-Beside it, and not the paper's, the gain: how far the price of one uncompressed step goes along G when the length of a
-step is the learning rate's and not the gradient's, as AdamW's is, and cheaper batches buy more steps:
+The gain is a second measure, which the paper does not have. It is the way along G that the price of one uncompressed
+step buys, if cheaper batches buy more steps and if the learning rate sets the length of a step, as it does in AdamW:
 
     gain(a) = <G, E[g_a]> / (k_a sqrt(E || g_a ||^2))
 
-To first order it is the decrease of the uncompressed loss per unit. Unlike ca_mse it does not mind that compressed
-gradients are longer or shorter, and it spends what is saved on steps instead of on averages.
+To first order it is the decrease of the uncompressed loss per unit. Unlike ca_mse it ignores the length of compressed
+gradients, and it spends what is saved on more steps instead of on larger averages.
 """
 
 import math
@@ -36,13 +36,13 @@ MAX_BLOCKS = 256
 """Draws are left out one by one up to this many, then in blocks, so that memory does not grow with them."""
 
 CLEAR, MAX_SCORE = float(ndtri(0.975)), 10.0
-"""Evidence from which on it is clear, and no probe's is more: not even that of draws without noise."""
+"""The score from which on a difference is clear, and the largest score, which draws without noise get."""
 
 Name = TypeVar("Name", bound=Hashable)
 
 
 class GradientNotFinite(ValueError):
-    """A gradient holds NaN or infinity: nothing can be estimated from it."""
+    """A gradient holds NaN or infinity, so nothing can be estimated from it."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class GradientError:
 
 
 class GradientErrorAccumulator(Generic[Name]):
-    """Sums over paired draws. It knows no model, and its memory does not grow with the number of draws.
+    """It sums paired draws and estimates errors from the sums. Its memory does not grow with the number of draws.
 
     Args:
         relative_cost: k_a of each strategy by name: its cost over the uncompressed one's.
@@ -86,7 +86,7 @@ class GradientErrorAccumulator(Generic[Name]):
 
     @torch.no_grad()
     def add(self, reference: Tensor, compressed: Mapping[Name, Tensor]) -> None:
-        """Take one paired draw: flat gradients (D,), uncompressed and under every strategy.
+        """Add one paired draw: flat gradients (D,), uncompressed and under every strategy.
 
         Raises:
             ValueError: a strategy is missing or unknown, or a shape differs.
@@ -97,7 +97,7 @@ class GradientErrorAccumulator(Generic[Name]):
         for name, gradient in [("the reference", reference), *compressed.items()]:
             if gradient.ndim != 1 or gradient.shape != reference.shape:
                 raise ValueError(f"expected flat gradients of one size, got {tuple(gradient.shape)} from {name}")
-        # The device is asked twice for all gradients, and not several times for each.
+        # Two transfers from the device for all gradients are faster than several for each.
         names = list(compressed)
         reference_norm, *norms = torch.stack([_norm(vector) for vector in (reference, *compressed.values())]).tolist()
         for name, norm in zip(["the reference", *names], [reference_norm, *norms], strict=True):
@@ -119,21 +119,22 @@ class GradientErrorAccumulator(Generic[Name]):
         self.num_draws += 1
 
     def result(self) -> dict[Name, GradientError]:
-        """Errors by strategy.
+        """Estimate the errors of every strategy.
 
         Raises:
-            ValueError: fewer than three draws, of which no interval can be given.
+            ValueError: fewer than three draws, too few for an interval.
         """
         if self.num_draws < 3:
             raise ValueError(f"an estimate with an interval needs at least 3 draws, got {self.num_draws}")
         return {name: self._of(name) for name in self.relative_cost}
 
     def evidence(self, criterion: str, one: Name, other: Name) -> float:
-        """How surely "ca_mse" or "gain" of one strategy is above the other's, as a standard normal score.
+        """Return a standard normal score of how surely "ca_mse" or "gain" of one strategy is above the other's.
 
-        Of the difference, as their noise is largely the same: estimate over deviation is Student's t, and the score is
-        as improbable as that. Above CLEAR the difference's 95% interval lies above 0. Scores of independent probes add
-        up to one of theirs, over the root of their number (Stouffer 1949), whatever scale each of them had.
+        It tests the difference of the two, because most of their noise is the same. The difference over its deviation
+        follows Student's t, and the score is as improbable as that value. Above CLEAR, the 95% interval of the
+        difference lies above 0. The sum of the scores of n independent probes, over the root of n, is a score again
+        (Stouffer 1949).
 
         Raises:
             ValueError: fewer than three draws.
@@ -169,7 +170,7 @@ class GradientErrorAccumulator(Generic[Name]):
         )
 
     def _left_out(self, name: Name) -> dict[str, Tensor]:
-        """float64 (blocks,) each: bias2, ca_mse and gain of what remains without each block, by the sketches."""
+        """Estimate bias2, ca_mse and gain without each block from the sketches: float64 (blocks,) each."""
         difference, reference, norm2 = self._differences[name], self._reference, self._compressed_norm2[name]
         cost = self.relative_cost[name]
         rest = self.num_draws - torch.tensor(reference.blocks.counts, dtype=torch.float64)
@@ -186,7 +187,7 @@ class GradientErrorAccumulator(Generic[Name]):
 
 
 class _Blocks:
-    """Values summed in at most MAX_BLOCKS blocks of consecutive draws; a full row of blocks is halved by pairs."""
+    """Values summed in at most MAX_BLOCKS blocks of consecutive draws. When the blocks are full, pairs are merged."""
 
     def __init__(self):
         self.values: list = []
@@ -211,7 +212,7 @@ class _Blocks:
 
 
 class _Sums:
-    """Of vectors x_i (D,): their sum and summed squared norms exactly, and sketches of both block by block."""
+    """The sum of vectors x_i (D,) and of their squared norms, both exact, and sketches of the vectors by block."""
 
     def __init__(self):
         self.total = torch.zeros(())
@@ -220,7 +221,7 @@ class _Sums:
         self.num_draws = 0
 
     def take(self, vector: Tensor) -> None:
-        """The device's part of taking a vector; `note` is the host's."""
+        """Add a vector on the device. `note` adds the rest on the host."""
         if self.num_draws == 0:
             self.total = torch.zeros_like(vector, dtype=torch.promote_types(vector.dtype, torch.float32))
         self.total += vector
@@ -232,16 +233,16 @@ class _Sums:
         self.num_draws += 1
 
     def product_of_different_draws(self) -> float:
-        """The mean of <x_i, x_j> over i != j: unbiased for || E[x] ||^2."""
+        """Return the mean of <x_i, x_j> over i != j, an unbiased estimate of || E[x] ||^2."""
         return (_norm2(self.total) - self.norm2) / (self.num_draws * (self.num_draws - 1))
 
     def sketches_without(self) -> Tensor:
-        """float64 (blocks, size): the sum of all sketches but those of each block."""
+        """Return the sum of all sketches except those of each block: float64 (blocks, size)."""
         blocks = torch.stack(self.blocks.values)
         return blocks.sum(0) - blocks
 
     def product_without(self) -> Tensor:
-        """float64 (blocks,): `product_of_different_draws` of what remains without each block, by the sketches."""
+        """Estimate `product_of_different_draws` without each block from the sketches: float64 (blocks,)."""
         counts = torch.tensor(self.blocks.counts, dtype=torch.float64)
         rest = self.num_draws - counts
         norm2 = torch.tensor(self.block_norm2.values, dtype=torch.float64)
@@ -250,7 +251,7 @@ class _Sums:
 
 
 def _norm(vector: Tensor) -> Tensor:
-    """float64 scalar."""
+    """Return the norm as a float64 scalar."""
     return torch.linalg.vector_norm(vector, dtype=torch.float64)
 
 
@@ -259,15 +260,15 @@ def _norm2(vector: Tensor) -> float:
 
 
 def _root(norm2):
-    """Of squared norms; a gradient of zeros has no direction, and its product with G is 0 over this."""
+    """Return the root of squared norms. It is above 0, so that the gain of a gradient of zeros is 0 and not NaN."""
     return (norm2 + 1e-300) ** 0.5
 
 
 def _sketch(vector: Tensor) -> Tensor:
-    """float64 (min(D, SKETCH_SIZE),), whose inner products are those of the vectors, up to noise.
+    """Return a sketch, float64 (min(D, SKETCH_SIZE),), with the inner products of the vectors up to noise.
 
-    A count sketch (Charikar et al., ICALP 2002): every number gets a random sign and is added to one of the places,
-    here in turn, which needs no table of them.
+    It is a count sketch (Charikar et al., ICALP 2002): every number gets a random sign and is added to one of the
+    places. Here the places are taken in turn, which needs no table of them.
     """
     if vector.numel() <= SKETCH_SIZE:
         return vector.double()
@@ -281,7 +282,7 @@ _SIGNS: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def _signs(rows: int, device: torch.device) -> Tensor:
-    """int8 (rows, SKETCH_SIZE) of +1 and -1, the same in every process."""
+    """Draw int8 (rows, SKETCH_SIZE) of +1 and -1, the same in every process."""
     if (rows, device) not in _SIGNS:
         _SIGNS.clear()
         bits = torch.randint(0, 2, (rows, SKETCH_SIZE), generator=generator(0, "sketch"), dtype=torch.int8)
@@ -290,13 +291,13 @@ def _signs(rows: int, device: torch.device) -> Tensor:
 
 
 def _jackknife(estimate: float, left_out: Tensor) -> tuple[float, float]:
-    """95% interval of `estimate` from what it is without each block (blocks,), by Student's t."""
+    """Return the 95% interval of an estimate, by Student's t, from the estimates without each block (blocks,)."""
     margin = float(stdtrit(len(left_out) - 1, 0.975)) * _deviation(left_out)
     return estimate - margin, estimate + margin
 
 
 def _deviation(left_out: Tensor) -> float:
-    """Standard deviation of an estimate from what it is without each block (blocks,): the jackknife (Tukey 1958)."""
+    """Return the standard deviation of an estimate by the jackknife (Tukey 1958), from those without each block."""
     blocks = len(left_out)
     return float((left_out - left_out.mean()).square().sum() * (blocks - 1) / blocks) ** 0.5
 
@@ -309,11 +310,11 @@ def estimate_gradient_errors(
     progress: Callable[[int], object] = lambda computed: None,
     uncompressed: Name | None = None,
 ) -> dict[Name, GradientError]:
-    """Errors of every strategy from paired draws, in chunks of strategies that fit into memory.
+    """Estimate the errors of every strategy from paired draws, in chunks of strategies that fit into memory.
 
     Args:
         gradient: `gradient(name, draw)` is the flat gradient (D,) of the draw under a strategy, `gradient(None, draw)`
-            the uncompressed one. A pure function: a chunk asks again for the uncompressed gradients.
+            the uncompressed one. It must be a pure function, because each chunk calls it again for the latter.
         relative_cost: k_a by strategy.
         draws: numbers of the draws.
         max_bytes: memory for the sums of the strategies of one chunk, two gradients a strategy while a draw is added.
@@ -346,6 +347,6 @@ def estimate_gradient_errors(
 
 
 def chunks(names: Sequence[Name], size: int) -> list[list[Name]]:
-    """`names` in lists of at most `size`, as even as possible."""
+    """Split `names` into lists of at most `size` names, as even as possible."""
     count = math.ceil(len(names) / size)
     return [list(names[len(names) * i // count : len(names) * (i + 1) // count]) for i in range(count)]

@@ -1,21 +1,25 @@
 """`schedule: auto`: a run finds its schedule while it trains, and pays for the search out of its own budget.
 
-The rule. Strategies stand on a ladder, from the cheapest to the uncompressed one, each a good deal dearer than the one
-below. Before the first step all of them are probed, and the run starts on the cheapest that is not clearly worse than
-the best: one whose ca_mse is not above the least, or, by the criterion "gain", whose gain is not below the largest, at
-the 2.5% level. At evenly spaced points of progress it then probes the rung it stands on and the next one, with the same
-images under both, and climbs when the rung is clearly worse than the next one, by the evidence of the last four probes
-of this rung together. Without clear evidence it climbs, too, but at the rung's deadline: these divide the first 80% of
-progress evenly among the rungs, and the last 20% are uncompressed. It never climbs down, as compression never
-increases. There are as many points as the share of the budget pays for, and at most 20; where it pays for more than
-that, each probe takes more draws, and at most 64.
+The strategies form a ladder, from the cheapest to the uncompressed one. Each rung costs at least twice as much as the
+one below it. All rungs are probed before the first step. The run starts on the cheapest rung that is not clearly worse
+than the best one: its ca_mse is not above the least, or, by the criterion "gain", its gain is not below the largest, at
+the 2.5% level.
 
-Why deadlines: an error of single steps does not tell what a run is for. Training on a rung makes gradients there small
-and true, so that the next rung looks no better, while the encoder that is used at full length never gets used to it.
+At evenly spaced points of progress the run then probes its rung and the next one, with the same images under both. It
+climbs when its rung is clearly worse, by the evidence of the last four probes of this rung together. Without clear
+evidence it climbs at the deadline of the rung. The deadlines divide the first 80% of progress evenly among the rungs,
+and the last 20% are uncompressed. The run never climbs down, because compression never increases.
 
-Where it fails: on a budget so small that a probe is a sizeable part of it (an error says so); when the noise of few
-draws hides the difference, it climbs at its deadlines only, and by up to three probes late, as it looks back on those;
-and where staying on a cheap rung beyond its deadline would have been best.
+There are as many points as the share of the budget pays for, at most 20. If the share pays for more, each probe takes
+more draws, at most 64.
+
+The deadlines are there because the error of a single step is not the goal of a run. Training on a rung makes the
+gradients of that rung small and accurate, so that the next rung looks no better. Meanwhile the encoder, which is used
+with full sequences, never sees one.
+
+The rule fails in three cases. A probe may be a large part of a small budget; then an error says so. The noise of few
+draws may hide the difference; then the run climbs at its deadlines only, or up to three probes late, because older
+probes count, too. And it may be best to stay on a cheap rung beyond its deadline.
 """
 
 import math
@@ -25,7 +29,7 @@ from typing import Any
 
 from ..compression.schedule import Schedule, Stage
 from ..compression.strategy import Strategy
-from .choose import search_grid
+from .choose import build_grid
 from .gradient_error import CLEAR, GradientErrorAccumulator
 
 RUNG_RATIO = 0.5
@@ -36,15 +40,15 @@ LADDER_DROPOUTS = (0.0, 0.5)
 MAX_POINTS, MAX_DRAWS = 20, 64
 
 UNCOMPRESSED_FROM = 0.8
-"""Progress from which on the run is uncompressed, whatever is found: as by hand, where this did best."""
+"""Progress from which on the run is uncompressed, whatever the probes find. Schedules by hand did best with it."""
 
 POOLED = 4
-"""Probes of a rung whose evidence is taken together: more would see less noise, and more of what has passed."""
+"""Number of the latest probes of a rung that are judged together. More would have less noise, but be out of date."""
 
 
-def ladder_of(image_size: int, base_patch_size: int, units: Callable[[Strategy], float]) -> list[Strategy]:
-    """Strategies by rising cost, the last one uncompressed: possible patches, with and without half of the tokens."""
-    grid = search_grid(image_size, base_patch_size, LADDER_DROPOUTS)
+def build_ladder(image_size: int, base_patch_size: int, units: Callable[[Strategy], float]) -> list[Strategy]:
+    """Build the rungs by rising cost, the last one uncompressed: possible patches, with and without half the tokens."""
+    grid = build_grid(image_size, base_patch_size, LADDER_DROPOUTS)
     ladder = [grid[0]]
     for strategy in sorted(grid[1:], key=units, reverse=True):
         tokens = strategy.online.kept_tokens(image_size)
@@ -54,7 +58,7 @@ def ladder_of(image_size: int, base_patch_size: int, units: Callable[[Strategy],
 
 
 class OnlineController:
-    """Where on the ladder a run stands, and when it looks up.
+    """It decides when to probe, and which rung of the ladder a run trains on.
 
     Args:
         ladder: strategies by rising cost, the last one uncompressed.
@@ -106,21 +110,21 @@ class OnlineController:
         return self.ladder[self.rung]
 
     def schedule(self) -> Schedule:
-        """From where it stands up the ladder, each rung until its deadline."""
+        """Return the schedule from the present rung up the ladder, each rung until its deadline."""
         return Schedule(self._stages()[self.rung :])
 
     def _stages(self) -> tuple[Stage, ...]:
         return tuple(map(Stage, [*self.deadlines, 1.0], self.ladder))
 
     def cost_of(self, strategies) -> float:
-        """Units of a probe of these strategies; the uncompressed gradient that they are compared with is also one."""
+        """Return the units of a probe of these strategies, with its uncompressed gradients."""
         base = self.ladder[-1]
         return self.draws * (self.units[base] + sum(self.units[s] for s in strategies if s != base))
 
     def due(self, progress: float, left: float) -> list[Strategy]:
-        """The strategies to probe now; none if it is too early, nothing is left to climb, or too little to spend.
+        """Return the strategies to probe now: none before the next point, on the last rung, or without budget.
 
-        Past its deadline a rung has been left, as `schedule` says.
+        A rung whose deadline has passed is left first, as `schedule` says.
 
         Args:
             progress: of the plan's next step.
@@ -135,12 +139,13 @@ class OnlineController:
         cost = self.cost_of(strategies)
         if cost >= left:
             return []
-        # A step must be left to take, where the plan then stands or one rung up. The first probe's cost is no progress
+        # The budget must pay for one more step, on the rung of the plan or the next one. The first probe's cost is no
+        # progress.
         after = self.schedule()(min(1.0, progress + (1 - progress) * cost / left) if self.probed else 0.0)
         return strategies if cost + max(self.units[after], self.units[strategies[-1]]) <= left else []
 
     def decide(self, accumulator: GradientErrorAccumulator[Strategy], progress: float) -> Strategy:
-        """Take the errors of the strategies that were due, and give the one to follow from now on."""
+        """Decide by the errors of the strategies that were due, and return the strategy to follow from now on."""
         if self.probed == 0:
             self.rung = self.ladder.index(self._first(accumulator))
         else:
@@ -154,27 +159,27 @@ class OnlineController:
         return self.strategy
 
     def _first(self, accumulator: GradientErrorAccumulator[Strategy]) -> Strategy:
-        """The cheapest that is not clearly worse than the best: a run can climb later, but never down."""
+        """Return the cheapest strategy that is not clearly worse than the best. A run never climbs down."""
         errors = accumulator.result()
         better = max if self.criterion == "gain" else min
         best = better(self.ladder, key=lambda strategy: getattr(errors[strategy], self.criterion))
         return next(s for s in self.ladder if s == best or self._worse(accumulator, s, best) <= CLEAR)
 
     def _worse(self, accumulator: GradientErrorAccumulator[Strategy], one: Strategy, other: Strategy) -> float:
-        """How surely one strategy is worse than the other, as a standard normal score."""
+        """Return a standard normal score of how surely one strategy is worse than the other."""
         score = accumulator.evidence(self.criterion, one, other)
         return -score if self.criterion == "gain" else score
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs, as JSON can hold it."""
+        """Return what a resumed run needs, in values that JSON can hold."""
         ladder = [f"{stage.strategy} until {stage.until:g}" for stage in self._stages()]
         return {"ladder": ladder, "rung": self.rung, "probed": self.probed, "evidence": self.evidence}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state.
+        """Continue from a state.
 
         Raises:
-            ValueError: it counts rungs of another ladder, as another version of this rule may have built it.
+            ValueError: the state is of another ladder, which another version of hf_accel may have built.
         """
         ladder = self.state()["ladder"]
         if state.get("ladder") != ladder:

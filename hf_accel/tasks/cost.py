@@ -2,7 +2,7 @@
 
 import torch
 
-from ..compression import cost_grid, cost_rows, measure_costs
+from ..compression import build_cost_grid, build_cost_rows, measure_costs
 from ..distributed.launch import settle_precision
 from ..recipe import Recipe
 from ..report import environment, format_cost_table, plot_cost
@@ -16,8 +16,8 @@ def cost_report(recipe: Recipe) -> None:
     output = output_of(recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = recipe.encoder_config()
-    table = measure_costs(config, cost_grid(config), device, dtype=recipe.precision())
-    rows = cost_rows(config, table)
+    table = measure_costs(config, build_cost_grid(config), device, dtype=recipe.precision())
+    rows = build_cost_rows(config, table)
     write_json(output / "cost.json", {"rows": rows, "environment": environment()})
     plot_cost(rows, output / "cost.png", title=f"{recipe.model}, {recipe.image_size} px, {table.device}")
     print(format_cost_table(rows))

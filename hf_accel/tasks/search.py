@@ -20,7 +20,7 @@ from ..objectives import ObjectiveForPreTraining
 from ..recipe import Recipe, RecipeError
 from ..report import environment, write_search_report
 from ..run_folder import RUN_STATE_NAME, write_text
-from ..schedule_search.choose import build_schedule, choose_strategies, schedule_file
+from ..schedule_search.choose import build_schedule, build_schedule_file, choose_strategies
 from ..schedule_search.error_table import ErrorTable
 from ..schedule_search.gradient_error import GradientError, chunks, estimate_gradient_errors
 from ..schedule_search.gradient_probe import GradientProbe
@@ -88,7 +88,7 @@ def write_result(recipe: Recipe, table: ErrorTable, schedule: Schedule, data_nam
         "command": environment()["command"],
         "date": str(date.today()),
     }
-    text = yaml.safe_dump(schedule_file(schedule, recipe.patch_size, **origin), sort_keys=False)
+    text = yaml.safe_dump(build_schedule_file(schedule, recipe.patch_size, **origin), sort_keys=False)
     write_text(output / SCHEDULE_NAME, text)
     table.save(output / ERRORS_NAME)
     title = f"{recipe.objective} on {data_name}"

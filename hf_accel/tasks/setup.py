@@ -29,8 +29,8 @@ from ..models import AccelViTModel
 from ..objectives import OBJECTIVES, ObjectiveForPreTraining
 from ..recipe import Recipe, RecipeError
 from ..run_folder import RunFolder, last_complete_checkpoint
-from ..schedule_search.choose import search_grid
-from ..schedule_search.ladder import LADDER_DROPOUTS, OnlineController, ladder_of
+from ..schedule_search.choose import build_grid
+from ..schedule_search.ladder import LADDER_DROPOUTS, OnlineController, build_ladder
 from ..utils.causes import reason
 
 
@@ -153,7 +153,7 @@ def cost_function(recipe: Recipe, device: torch.device) -> ForwardCost:
         if recipe.task == "search":
             strategies = [*strategies, *grid_of(recipe)]
         if recipe.schedule == "auto":
-            strategies = [*strategies, *search_grid(recipe.image_size, recipe.patch_size, LADDER_DROPOUTS)]
+            strategies = [*strategies, *build_grid(recipe.image_size, recipe.patch_size, LADDER_DROPOUTS)]
         wanted = [c for strategy in strategies for c in (strategy.online, strategy.target_branch)]
         share = recipe.batch_size // (recipe.gradient_accumulation_steps * world_size())
         batch_size = 64 if device.type == "cpu" else share  # of a small batch a GPU shows how fast it is given work
@@ -175,7 +175,7 @@ def plan_of(
 
 def grid_of(recipe: Recipe) -> list[Strategy]:
     try:
-        return search_grid(
+        return build_grid(
             recipe.image_size,
             recipe.patch_size,
             recipe.search_token_dropout,
@@ -190,7 +190,7 @@ def controller_of(recipe: Recipe, units_per_image: Callable[[Strategy], float]) 
     """What `schedule: auto` follows; None for a schedule that is known."""
     if recipe.schedule != "auto":
         return None
-    ladder = ladder_of(recipe.image_size, recipe.patch_size, units_per_image)
+    ladder = build_ladder(recipe.image_size, recipe.patch_size, units_per_image)
     try:
         return OnlineController(
             ladder,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_accel.compression import Compression, CostTable, cost_grid, cost_rows, forward_cost, measure_costs
+from hf_accel.compression import Compression, CostTable, build_cost_grid, build_cost_rows, forward_cost, measure_costs
 from hf_accel.compression import cost as cost_module
 from hf_accel.models import AccelViTConfig, AccelViTModel
 
@@ -80,11 +80,11 @@ def test_measuring_leaves_the_random_state_and_the_gradient_mode(dtype):
 
 
 def test_report_rows_hold_every_possible_compression():
-    grid = cost_grid(CONFIG)
+    grid = build_cost_grid(CONFIG)
     assert [c.patch_size for c in grid[::10]] == [4, 8, 16]
     assert [c.token_dropout for c in grid[:10]] == pytest.approx([0.1 * tenth for tenth in range(10)])
     table = CostTable({compression: 2.0 * number for number, compression in enumerate(grid)}, "cpu")
-    rows = json.loads(json.dumps(cost_rows(CONFIG, table)))
+    rows = json.loads(json.dumps(build_cost_rows(CONFIG, table)))
     assert [row["measured"] for row in rows] == [2.0 * number for number in range(30)]
     for row, compression in zip(rows, grid, strict=True):
         side = 32 // compression.patch_size

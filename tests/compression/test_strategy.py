@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from hf_accel.compression import Compression, CostTable, Plan, Schedule, Stage, Strategy
-from hf_accel.schedule_search.choose import schedule_file
+from hf_accel.schedule_search.choose import build_schedule_file
 from hf_accel.schedule_search.error_table import ErrorTable
 from hf_accel.schedule_search.gradient_error import GradientError
 
@@ -54,7 +54,7 @@ def test_a_record_of_a_strategy_keeps_every_field(strategies):
 def test_a_schedule_file_keeps_every_field(strategies, tmp_path):
     schedule = build_schedule(strategies)
     path = tmp_path / "schedule.yaml"
-    path.write_text(yaml.safe_dump(schedule_file(schedule, 4)))
+    path.write_text(yaml.safe_dump(build_schedule_file(schedule, 4)))
     assert Schedule.parse(str(path), 4) == schedule
 
 

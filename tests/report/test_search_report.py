@@ -18,7 +18,7 @@ from hf_accel.report.search_figures import (
     plot_schedule,
 )
 from hf_accel.report.search_report import build_report
-from hf_accel.schedule_search.choose import build_schedule, search_grid
+from hf_accel.schedule_search.choose import build_grid, build_schedule
 from hf_accel.schedule_search.error_table import ErrorTable
 from hf_accel.schedule_search.gradient_error import GradientError
 from hf_accel.utils.progress import learning_rate_factor
@@ -39,7 +39,7 @@ def search_of(name: str = "two stages") -> tuple[list[dict], Schedule]:
     """Random rows of a grid, and a schedule of the strategies marked as chosen; biases of both signs."""
     points, image_size, base, *of_grid = GRIDS[name]
     rng = np.random.default_rng(0)
-    grid = search_grid(image_size, base, *of_grid)
+    grid = build_grid(image_size, base, *of_grid)
     cost = {
         strategy: (3 * strategy.online.kept_tokens(image_size) + strategy.target_branch.kept_tokens(image_size))
         / (4 * (image_size // base) ** 2)
@@ -271,7 +271,7 @@ def test_heatmaps_hold_each_symmetry(drawn) -> None:
 def test_schedule_steps(drawn) -> None:
     rows, _ = search_of()
     table = ErrorTable(rows)
-    strategies = search_grid(28, 4, [0.5, 0.75], [14, 4])
+    strategies = build_grid(28, 4, [0.5, 0.75], [14, 4])
     schedule = Schedule((Stage(0.05, strategies[2]), Stage(0.4, strategies[1]), Stage(1.0, strategies[0])))
     tokens, names, cost = drawn(plot_schedule, table, schedule).axes
     lines = {line.get_label(): np.asarray(line.get_ydata()) for line in tokens.lines}
@@ -347,7 +347,7 @@ def test_errors(tmp_path) -> None:
     rows, schedule = search_of()
     with pytest.raises(ValueError, match="without token dropout"):
         write_search_report(ErrorTable([row for row in rows if row["token_dropout"]]), schedule, tmp_path, "")
-    other = Schedule.constant(Strategy(search_grid(28, 4, [0.9], [7])[1].online))
+    other = Schedule.constant(Strategy(build_grid(28, 4, [0.9], [7])[1].online))
     with pytest.raises(ValueError, match=re.escape("patch 7, dropout 0.9")):
         write_search_report(ErrorTable(rows), other, tmp_path, "")
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from hf_accel.compression import Compression, Schedule, Strategy
-from hf_accel.schedule_search.choose import build_schedule, choose_strategies, schedule_file, search_grid
+from hf_accel.schedule_search.choose import build_grid, build_schedule, build_schedule_file, choose_strategies
 from hf_accel.schedule_search.gradient_error import GradientError
 
 
@@ -16,7 +16,7 @@ def error(ca_mse: float, width: float = 0.0) -> GradientError:
 
 
 def test_the_grid_holds_every_strategy_once_and_the_uncompressed_first():
-    grid = search_grid(28, 4, [0.0, 0.5], symmetries=["paper", "symmetric", "asymmetric"])
+    grid = build_grid(28, 4, [0.0, 0.5], symmetries=["paper", "symmetric", "asymmetric"])
     expected = {
         Strategy(Compression(p, r), Compression(*target))
         for p, r in product([4, 7, 14], [0.0, 0.5])
@@ -24,9 +24,9 @@ def test_the_grid_holds_every_strategy_once_and_the_uncompressed_first():
     }
     assert grid[0] == Strategy(Compression(4)) and set(grid) == expected and len(grid) == len(expected)
     with pytest.raises(ValueError, match=r"patch_size 5.*\[4, 7, 14\]"):
-        search_grid(28, 4, [0.0], [5])
+        build_grid(28, 4, [0.0], [5])
     with pytest.raises(ValueError, match=r"papper.*paper"):
-        search_grid(28, 4, [0.0], symmetries=["papper"])
+        build_grid(28, 4, [0.0], symmetries=["papper"])
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -142,7 +142,7 @@ def test_stages_reach_halfway_to_their_neighbours_and_equal_ones_merge():
 def test_a_schedule_file_is_read_at_its_own_base_patch_and_at_another(tmp_path):
     found = build_schedule([0.0, 0.5, 1.0], [Strategy(Compression(p, r)) for p, r in ((32, 0.5), (24, 0.0), (16, 0.0))])
     path = tmp_path / "schedule.yaml"
-    path.write_text(yaml.safe_dump(schedule_file(found, 16, data="x", command="y")))
+    path.write_text(yaml.safe_dump(build_schedule_file(found, 16, data="x", command="y")))
     assert Schedule.parse(str(path), 16) == found
     moved = Schedule.parse(str(path), 4)
     assert [stage.strategy.online for stage in moved.stages] == [Compression(8, 0.5), Compression(6), Compression(4)]

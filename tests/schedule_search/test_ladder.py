@@ -13,9 +13,9 @@ from scipy import stats
 from hf_accel.compression import Compression, Plan, Strategy, forward_cost
 from hf_accel.models import AccelViTConfig
 from hf_accel.schedule_search import gradient_error
-from hf_accel.schedule_search.choose import search_grid
+from hf_accel.schedule_search.choose import build_grid
 from hf_accel.schedule_search.gradient_error import GradientErrorAccumulator
-from hf_accel.schedule_search.ladder import OnlineController, ladder_of
+from hf_accel.schedule_search.ladder import OnlineController, build_ladder
 
 CONFIG = AccelViTConfig(
     hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, image_size=96, patch_size=8
@@ -30,7 +30,7 @@ def units(strategy: Strategy, config: AccelViTConfig = CONFIG) -> float:
 def ladder_at(image_size: int, patch_size: int) -> tuple[list[Strategy], partial]:
     config = AccelViTConfig(**{**CONFIG.to_dict(), "image_size": image_size, "patch_size": patch_size})
     cost = partial(units, config=config)
-    return ladder_of(image_size, patch_size, cost), cost
+    return build_ladder(image_size, patch_size, cost), cost
 
 
 LADDER, _ = ladder_at(96, 8)
@@ -53,7 +53,7 @@ def test_a_ladder_rises_in_clear_steps_and_misses_none(image_size, patch_size):
     assert all(strategy.online.kept_tokens(image_size) >= 4 for strategy in ladder)
     candidates = [
         cost(strategy)
-        for strategy in search_grid(image_size, patch_size, [0.0, 0.5])
+        for strategy in build_grid(image_size, patch_size, [0.0, 0.5])
         if strategy.online.kept_tokens(image_size) >= 4
     ]
     for lower, upper in pairwise([0.0, *costs]):  # below the first rung, and between two

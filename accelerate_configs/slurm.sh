@@ -21,23 +21,23 @@ port=$((10000 + SLURM_JOB_ID % 20000)) # jobs may share machines
 # Seconds in which the run must have saved, within those of --signal: torch's launcher would kill it after 30
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
 
-still_runs() { # and `scontrol show job` has what matches $1
+still_runs() { # true if the job runs and `scontrol show job` matches $1
     [[ $(scontrol show job "$SLURM_JOB_ID") =~ JobState=(RUNNING|SIGNALING).*$1 ]]
 }
 
-again='PreemptTime=[0-9]' # preempted with a grace time: Slurm tells the steps, but not this script
+again='PreemptTime=[0-9]' # after preemption with a grace time, of which Slurm informs the steps but not this script
 warned() {
     trap '' TERM
-    still_runs '' || return # no warning, then: Slurm is ending the job and has told the steps itself
+    still_runs '' || return # Slurm is ending the job and has already sent a signal to the steps
     echo "warned: saving, then queueing again"
     again=''
     scancel --signal=TERM "$SLURM_JOB_ID" # the steps only
 }
 trap warned TERM
 
-# The launcher of a single process dies of SIGTERM while the run saves, and Slurm would then kill the run. So each step
-# waits for the end of its output, which comes when the last process of the run has ended.
-# From Slurm 22.05 on, srun does not take the number of CPUs from sbatch
+# The launcher of a single process ends at SIGTERM while the run saves, and Slurm would then kill the run. So each step
+# waits for the end of its output, which comes when the last process of the run has ended. From Slurm 22.05 on, srun does
+# not take the number of CPUs from sbatch.
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
     trap : TERM
     set -o pipefail

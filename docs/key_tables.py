@@ -32,13 +32,14 @@ def render_pages() -> dict[Path, str]:
 
 def _config_table() -> Iterator[str]:
     yield "| field | type | default | meaning |\n|---|---|---|---|"
-    defaults = {
-        field.name: field.default_factory() if callable(field.default_factory) else field.default
-        for field in fields(PretrainSettings)
-    }
-    hints = typing.get_type_hints(PretrainSettings)
+    hints, defaults = typing.get_type_hints(PretrainSettings), PretrainSettings()
     for field in fields(PretrainSettings):
-        yield _row(f"`{field.name}`", type_name(hints[field.name]), _show(defaults[field.name]), field.metadata["help"])
+        yield _row(
+            f"`{field.name}`",
+            type_name(hints[field.name]),
+            _show(getattr(defaults, field.name)),
+            field.metadata["help"],
+        )
 
 
 def _key_tables() -> Iterator[str]:

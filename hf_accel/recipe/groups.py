@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal
 
-from ..utils.pretrain_settings import Rule, setting
+from ..utils.pretrain_settings import Rule, correction, fixed, free
 from .checks import OBJECTIVES, PRESETS, contrastive_objectives
 
 
@@ -29,132 +29,102 @@ def take(group: type, *names: str, resume: Rule | None = None) -> Any:
 
 @dataclass
 class RunKeys:
-    output_dir: str = setting(
-        "runs/default",
-        "folder of everything that a run writes; an interrupted run resumes from it",
-        "run",
-        resume="free",
+    output_dir: str = free(
+        "runs/default", "folder of everything that a run writes; an interrupted run resumes from it", "run"
     )
-    seed: int = setting(0, "number that every random draw is a function of", resume="fixed")
+    seed: int = fixed(0, "number that every random draw is a function of")
 
 
 @dataclass
 class DataKeys:
-    data: str = setting(
+    data: str = fixed(
         "bundled",
         "images: 'bundled' digits, id of a dataset on the Hub, image folder, or parquet/arrow file or folder",
         "data",
-        resume="fixed",
     )
-    data_config: str | None = setting(
-        None, "configuration of a dataset that has several, as its page on the Hub names them", resume="fixed"
+    data_config: str | None = fixed(
+        None, "configuration of a dataset that has several, as its page on the Hub names them"
     )
-    train_split: str | None = setting(
-        None, "split to train on, or a part of it as train[:1000] or train[:10%]; default: train", resume="fixed"
+    train_split: str | None = fixed(
+        None, "split to train on, or a part of it as train[:1000] or train[:10%]; default: train"
     )
-    validation_split: str | None = setting(
-        None, "split to measure accuracy on; default: validation, val, test or a held-out tenth", resume="fixed"
+    validation_split: str | None = fixed(
+        None, "split to measure accuracy on; default: validation, val, test or a held-out tenth"
     )
-    image_column: str | None = setting(None, "column of the images; default: the one of type Image", resume="fixed")
-    label_column: str | None = setting(
+    image_column: str | None = fixed(None, "column of the images; default: the one of type Image")
+    label_column: str | None = fixed(
         None,
         "column of the labels, which only evaluation needs, or none: no labels, and folders are no classes; default: "
         "the one of type ClassLabel, or the names of the folders",
-        resume="fixed",
     )
 
 
 @dataclass
 class WorkerKeys:
-    num_workers: int = setting(
-        0, "processes that decode images; 0 is right for data held in memory", "data", resume="free"
-    )
+    num_workers: int = free(0, "processes that decode images; 0 is right for data held in memory", "data")
 
 
 @dataclass
 class ModelKeys:
-    model: str = setting("vit_small", f"size of the encoder: one of {', '.join(PRESETS)}", "model", resume="fixed")
-    model_config: dict[str, Any] = setting(
-        {},
-        "fields of AccelViTConfig that replace the preset's, e.g. model_config.num_hidden_layers=6",
-        resume="fixed",
+    model: str = fixed("vit_small", f"size of the encoder: one of {', '.join(PRESETS)}", "model")
+    model_config: dict[str, Any] = fixed(
+        {}, "fields of AccelViTConfig that replace the preset's, e.g. model_config.num_hidden_layers=6"
     )
-    image_size: int = setting(224, "side of a view in pixels", resume="fixed")
-    patch_size: int = setting(16, "base patch size in pixels; must divide image_size", resume="fixed")
+    image_size: int = fixed(224, "side of a view in pixels")
+    patch_size: int = fixed(16, "base patch size in pixels; must divide image_size")
 
 
 @dataclass
 class ObjectiveKeys:
-    attn_implementation: str | None = setting(
-        None, "attention of the encoder: sdpa (default), eager or flash_attention_2", "objective", resume="fixed"
+    attn_implementation: str | None = fixed(
+        None, "attention of the encoder: sdpa (default), eager or flash_attention_2", "objective"
     )
-    torch_compile: bool = setting(
-        False, "compile the encoder with torch.compile, once for each shape of the schedule", resume="fixed"
-    )
-    objective: str = setting("moco", f"what is learned: one of {', '.join(OBJECTIVES)}", resume="fixed")
-    objective_config: dict[str, Any] = setting({}, "settings of the objective, listed below", resume="fixed")
+    torch_compile: bool = fixed(False, "compile the encoder with torch.compile, once for each shape of the schedule")
+    objective: str = fixed("moco", f"what is learned: one of {', '.join(OBJECTIVES)}")
+    objective_config: dict[str, Any] = fixed({}, "settings of the objective, listed below")
 
 
 @dataclass
 class StepKeys:
-    gradient_accumulation_steps: int = setting(
+    gradient_accumulation_steps: int = fixed(
         1,
         f"micro-batches of a step; {' and '.join(contrastive_objectives())} contrast the images of a micro-batch only",
         "optimisation",
-        resume="fixed",
     )
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = setting(
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = correction(
         "auto",
         "precision of autocast: no is fp32, auto what accelerate launch names, else bf16 on a GPU that has it, else no",
-        resume="correction",
     )
 
 
 @dataclass
 class OptimizerKeys:
-    learning_rate: float = setting(
-        1.5e-4, "highest learning rate, for this batch_size", "optimisation", resume="correction"
-    )
-    weight_decay: float = setting(0.1, "weight decay of matrices; biases and norms have none", resume="fixed")
-    max_grad_norm: float = setting(
-        0.0, "norm that gradients are clipped to; 0: they are not clipped", resume="correction"
-    )
-    gradient_checkpointing: bool = setting(
-        False, "compute activations again in the backward pass, to save memory", resume="fixed"
-    )
+    learning_rate: float = correction(1.5e-4, "highest learning rate, for this batch_size", "optimisation")
+    weight_decay: float = fixed(0.1, "weight decay of matrices; biases and norms have none")
+    max_grad_norm: float = correction(0.0, "norm that gradients are clipped to; 0: they are not clipped")
+    gradient_checkpointing: bool = fixed(False, "compute activations again in the backward pass, to save memory")
 
 
 @dataclass
 class LoggingKeys:
-    logging_steps: int = setting(50, "steps between two log lines", "logging and saving", resume="free")
-    report_to: list[str] = setting(
-        ["tensorboard"], "trackers of the Trainer: tensorboard, trackio, ..., or none", resume="free"
-    )
+    logging_steps: int = free(50, "steps between two log lines", "logging and saving")
+    report_to: list[str] = free(["tensorboard"], "trackers of the Trainer: tensorboard, trackio, ..., or none")
 
 
 @dataclass
 class SavingKeys:
-    save_steps: float = setting(
-        0.1,
-        "steps between two checkpoints, or below 1 a fraction of the run",
-        "logging and saving",
-        resume="free",
+    save_steps: float = free(
+        0.1, "steps between two checkpoints, or below 1 a fraction of the run", "logging and saving"
     )
-    save_total_limit: int = setting(
-        2, "checkpoints that are kept; at least 2, so that a kill during a save loses none", resume="free"
-    )
+    save_total_limit: int = free(2, "checkpoints that are kept; at least 2, so that a kill during a save loses none")
 
 
 @dataclass
 class HubKeys:
-    push_to_hub: bool = setting(
-        False, "upload to the Hub at checkpoints, in the background, and at the end", "Hub", resume="free"
+    push_to_hub: bool = free(False, "upload to the Hub at checkpoints, in the background, and at the end", "Hub")
+    hub_model_id: str | None = free(
+        None, "repository on the Hub, as user/name; default: the name of output_dir, in your account"
     )
-    hub_model_id: str | None = setting(
-        None, "repository on the Hub, as user/name; default: the name of output_dir, in your account", resume="free"
-    )
-    hub_private: bool = setting(False, "make the repository on the Hub private when it is created", resume="free")
-    hub_optimizer: bool = setting(
-        False, "upload the optimizer's state, too, so that others can resume the run", resume="free"
-    )
-    license: str = setting("apache-2.0", "license of the model, for its card", resume="free")
+    hub_private: bool = free(False, "make the repository on the Hub private when it is created")
+    hub_optimizer: bool = free(False, "upload the optimizer's state, too, so that others can resume the run")
+    license: str = free("apache-2.0", "license of the model, for its card")

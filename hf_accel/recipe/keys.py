@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import yaml
 
 from ..compression import Schedule, Strategy
-from ..utils.pretrain_settings import PretrainSettings, Rule, setting
+from ..utils.pretrain_settings import PretrainSettings, Rule, fixed, free
 from .checks import EVALUATIONS, SYMMETRIES, check_recipe, objective_settings
 from .groups import (
     DataKeys,
@@ -157,22 +157,16 @@ class SearchRecipe(
 
     task: ClassVar[str] = "search"
 
-    pilot: str | None = setting(
-        None, "output_dir of a finished run that has checkpoints of keep_points", "search", resume="fixed"
+    pilot: str | None = fixed(None, "output_dir of a finished run that has checkpoints of keep_points", "search")
+    search_draws: int = fixed(16, "paired gradients of each estimate of a search")
+    search_token_dropout: list[float] = fixed(
+        [tenth / 10 for tenth in range(10)], "token dropout ratios that a search compares"
     )
-    search_draws: int = setting(16, "paired gradients of each estimate of a search", resume="fixed")
-    search_token_dropout: list[float] = setting(
-        [tenth / 10 for tenth in range(10)], "token dropout ratios that a search compares", resume="fixed"
+    search_patch_size: list[int] | None = fixed(None, "patch sizes that a search compares; default: every possible one")
+    search_symmetry: list[str] = fixed(
+        ["paper"], f"which compression the target branch shares: {', '.join(SYMMETRIES)}"
     )
-    search_patch_size: list[int] | None = setting(
-        None, "patch sizes that a search compares; default: every possible one", resume="fixed"
-    )
-    search_symmetry: list[str] = setting(
-        ["paper"], f"which compression the target branch shares: {', '.join(SYMMETRIES)}", resume="fixed"
-    )
-    search_memory: float = setting(
-        4.0, "GB for the sums of gradients of a search; a smaller number needs more passes", resume="free"
-    )
+    search_memory: float = free(4.0, "GB for the sums of gradients of a search; a smaller number needs more passes")
 
 
 @dataclass
@@ -191,19 +185,16 @@ class EvaluateRecipe(
 
     task: ClassVar[str] = "evaluate"
 
-    checkpoint: str | None = setting(
-        None,
-        "folder or Hub id of the encoder to evaluate, or random: the recipe's model, untrained",
-        "evaluation",
-        resume="free",
+    checkpoint: str | None = free(
+        None, "folder or Hub id of the encoder to evaluate, or random: the recipe's model, untrained", "evaluation"
     )
-    evaluations: list[str] = setting(["knn"], f"evaluations to run: any of {', '.join(EVALUATIONS)}", resume="free")
-    eval_patch_sizes: list[int] = setting(
-        [], "patch sizes in pixels to evaluate at, in turn; default: the base patch size", resume="free"
+    evaluations: list[str] = free(["knn"], f"evaluations to run: any of {', '.join(EVALUATIONS)}")
+    eval_patch_sizes: list[int] = free(
+        [], "patch sizes in pixels to evaluate at, in turn; default: the base patch size"
     )
-    eval_seeds: list[int] = setting([0], "seeds of linear, logistic and finetune, each in turn", resume="free")
-    linear_config: dict[str, Any] = setting({}, "settings of the linear probe, listed below", resume="free")
-    finetune_config: dict[str, Any] = setting({}, "settings of fine-tuning, listed below", resume="free")
+    eval_seeds: list[int] = free([0], "seeds of linear, logistic and finetune, each in turn")
+    linear_config: dict[str, Any] = free({}, "settings of the linear probe, listed below")
+    finetune_config: dict[str, Any] = free({}, "settings of fine-tuning, listed below")
 
 
 @dataclass
@@ -212,13 +203,11 @@ class ExportRecipe(Recipe, take(ModelKeys, "model_config"), take(RunKeys, "outpu
 
     task: ClassVar[str] = "export"
 
-    checkpoint: str | None = setting(None, "folder or Hub id of the encoder to export", "export", resume="free")
-    export_format: Literal["accel_vit", "vit", "dinov2", "timm", "onnx"] = setting(
-        "vit", "architecture or format to export the encoder to", resume="free"
+    checkpoint: str | None = free(None, "folder or Hub id of the encoder to export", "export")
+    export_format: Literal["accel_vit", "vit", "dinov2", "timm", "onnx"] = free(
+        "vit", "architecture or format to export the encoder to"
     )
-    eval_patch_sizes: list[int] = setting(
-        [], "patch size in pixels that the export has; default: the base patch size", resume="free"
-    )
+    eval_patch_sizes: list[int] = free([], "patch size in pixels that the export has; default: the base patch size")
 
 
 @dataclass
@@ -227,10 +216,10 @@ class CardRecipe(Recipe, HubKeys):
 
     task: ClassVar[str] = "card"
 
-    checkpoint: str | None = setting(
-        None, "folder of the finished run, or of its encoder, to write the model card of", "card", resume="free"
+    checkpoint: str | None = free(
+        None, "folder of the finished run, or of its encoder, to write the model card of", "card"
     )
-    baseline: str | None = setting(None, "output_dir of the uncompressed run to compare with", resume="free")
+    baseline: str | None = free(None, "output_dir of the uncompressed run to compare with")
 
 
 @dataclass

@@ -6,6 +6,7 @@ module imports no torch, so that a recipe is checked, and `--help` answered, bef
 
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from .errors import fail
@@ -16,7 +17,7 @@ Rule = Literal["fixed", "correction", "free"]
 """Whether a setting may change between an interrupted run and its continuation.
 
 A fixed one may not. A correction may change from a checkpoint on, because everything before it stays as it was. A free
-one may always change, because the result does not depend on it.
+one may always change, because the training does not depend on it.
 """
 
 
@@ -28,72 +29,54 @@ def setting(default: Any, text: str, group: str = "", *, resume: Rule) -> Any:
     return field(default=default, metadata=metadata)
 
 
+fixed = partial(setting, resume="fixed")
+correction = partial(setting, resume="correction")
+free = partial(setting, resume="free")
+
+
 @dataclass
 class PretrainSettings:
     """What a budget, its schedule and the kNN accuracy need."""
 
-    budget: float | str | None = setting(
+    budget: float | str | None = fixed(
         None,
         "units to spend, or 'N epochs': what so many epochs cost without compression (a unit is a forward pass of the "
         "encoder on one uncompressed image)",
         "budget",
-        resume="fixed",
     )
-    schedule: list[Any] | str | None = setting(
-        None,
-        "list of stages, path of a YAML file of them, or auto; default: no compression",
-        resume="fixed",
+    schedule: list[Any] | str | None = fixed(
+        None, "list of stages, path of a YAML file of them, or auto; default: no compression"
     )
-    cost: Literal["analytic", "measured"] = setting(
-        "analytic", "units from FLOPs, or timed on this device", resume="fixed"
-    )
-    auto_share: float = setting(0.03, "share of the budget that the probes of schedule=auto may spend", resume="fixed")
-    auto_draws: int = setting(
-        8, "paired gradients of a probe of schedule=auto; up to 64 if auto_share pays for them", resume="fixed"
-    )
-    search_criterion: Literal["ca_mse", "gain"] = setting(
+    cost: Literal["analytic", "measured"] = fixed("analytic", "units from FLOPs, or timed on this device")
+    auto_share: float = fixed(0.03, "share of the budget that the probes of schedule=auto may spend")
+    auto_draws: int = fixed(8, "paired gradients of a probe of schedule=auto; up to 64 if auto_share pays for them")
+    search_criterion: Literal["ca_mse", "gain"] = fixed(
         "ca_mse",
         "what a strategy is chosen by: ca_mse, the paper's cost-adjusted error, or gain, the decrease of the loss per "
         "unit to first order",
-        resume="fixed",
     )
-    batch_size: int = setting(
-        256, "images of a step, over all processes and micro-batches", "optimisation", resume="fixed"
+    batch_size: int = fixed(256, "images of a step, over all processes and micro-batches", "optimisation")
+    lr_schedule: Literal["cosine", "poly"] = fixed(
+        "cosine", "learning rate after the warm-up: cosine, or poly, which is base x (1 - progress^2)"
     )
-    lr_schedule: Literal["cosine", "poly"] = setting(
-        "cosine",
-        "learning rate after the warm-up: cosine, or poly, which is base x (1 - progress^2)",
-        resume="fixed",
+    warmup: float = correction(0.1, "progress over which the learning rate rises linearly")
+    weight_decay_end: float | None = fixed(
+        None, "weight decay at the end, reached along a cosine of progress; default: weight_decay throughout"
     )
-    warmup: float = setting(0.1, "progress over which the learning rate rises linearly", resume="correction")
-    weight_decay_end: float | None = setting(
-        None,
-        "weight decay at the end, reached along a cosine of progress; default: weight_decay throughout",
-        resume="fixed",
+    augmentation: str = fixed(
+        "moco", "how views are drawn: moco, or digits, which neither mirrors nor colours them", "views"
     )
-    augmentation: str = setting(
-        "moco",
-        "how views are drawn: moco, or digits, which neither mirrors nor colours them",
-        "views",
-        resume="fixed",
-    )
-    view_resolution: Literal["full", "matched"] = setting(
+    view_resolution: Literal["full", "matched"] = fixed(
         "full",
         "pixels of the views: full, or matched, which makes the views of larger patches at a proportionally lower "
         "resolution (same tokens, less data work)",
-        resume="fixed",
     )
-    eval_points: list[float] = setting(
-        [0.0, 0.25, 0.5, 0.75, 1.0],
-        "progress at which kNN accuracy is measured",
-        "evaluation",
-        resume="free",
+    eval_points: list[float] = free(
+        [0.0, 0.25, 0.5, 0.75, 1.0], "progress at which kNN accuracy is measured", "evaluation"
     )
-    keep_points: list[float] = setting(
-        [], "progress at which a checkpoint is kept for good, in kept/ of output_dir", resume="free"
-    )
-    knn_k: int = setting(20, "neighbours of the kNN accuracy", resume="free")
-    knn_temperature: float = setting(0.07, "temperature of the neighbours' votes", resume="free")
+    keep_points: list[float] = free([], "progress at which a checkpoint is kept for good, in kept/ of output_dir")
+    knn_k: int = free(20, "neighbours of the kNN accuracy")
+    knn_temperature: float = free(0.07, "temperature of the neighbours' votes")
 
     def check_pretraining(self) -> None:
         """Take numbers that were written as text for numbers.

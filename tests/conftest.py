@@ -28,7 +28,7 @@ def blank_figures():
     def plot_curves(log_history, path, **_):
         path.touch()
 
-    def plot_schedule(table, schedule, path, **_):
+    def plot_schedule(schedule, cost, image_size, path, **_):
         for suffix in (".png", ".svg"):
             path.with_suffix(suffix).touch()
 

@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..distributed import broadcast_object, is_main, say
 from ..models import AccelViTConfig
-from ..report import StrategyCosts, plot_schedule
+from ..report import plot_schedule
 from ..run_folder import RunFolder
 from ..utils.errors import SettingError
 from ..utils.redact import without_local_paths
@@ -113,7 +113,7 @@ class Publication:
         if "units_per_image" in results:  # earlier versions did not write it
             relative = [units / results["units_per_image_uncompressed"] for units in results["units_per_image"]]
             costs = dict(zip((stage.strategy for stage in schedule.stages), relative, strict=True))
-            plot_schedule(StrategyCosts(config.image_size, costs), schedule, self.run.path / "schedule")
+            plot_schedule(schedule, costs, config.image_size, self.run.path / "schedule")
         for name in FIGURES:
             if (self.run.path / name).exists():
                 shutil.copy(self.run.path / name, final)

@@ -146,7 +146,7 @@ class PretrainRecipe(
 class SearchRecipe(
     Recipe,
     StepKeys,
-    take(PretrainSettings, "schedule", "cost", "batch_size", "warmup", "augmentation", "view_resolution"),
+    take(PretrainSettings, "schedule", "cost", "batch_size", "augmentation", "view_resolution"),
     take(PretrainSettings, "search_criterion", resume="free"),  # a search chooses from the table that it has
     ObjectiveKeys,
     ModelKeys,

@@ -4,12 +4,11 @@ from .cost_figure import format_cost_table, plot_cost
 from .curves import plot_accuracies, plot_curves
 from .evaluations import add_run, describe_differences, find_run, format_evaluations, read_results, run_is_complete
 from .origin import describe_data, environment
-from .search_figures import StrategyCosts, plot_schedule
+from .search_figures import plot_schedule
 from .search_report import write_search_report
 from .tables import format_table
 
 __all__ = [
-    "StrategyCosts",
     "add_run",
     "describe_data",
     "describe_differences",

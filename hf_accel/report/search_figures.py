@@ -1,9 +1,8 @@
-"""Figures of a search: gradient errors against strategy and as heatmaps, the schedule found, learning rates."""
+"""Figures of a search: gradient errors against strategy and as heatmaps, and the schedule found."""
 
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from ..compression import Compression, Schedule, Strategy
+from ..compression import Schedule, Strategy
 from ..schedule_search.error_table import ErrorTable, percent
-from ..utils.progress import learning_rate_factor
 from .curves import BLUE, COLORS, GRAY, MARKERS, ORANGE, STYLE
 from .heatmap import draw_heatmap
 
@@ -192,28 +190,19 @@ def compact(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-@dataclass(frozen=True)
-class StrategyCosts:
-    """What `plot_schedule` needs of an `ErrorTable`, for a run that has none.
+def plot_schedule(
+    schedule: Schedule, cost: Mapping[Strategy, float], image_size: int, path: Path, title: str = ""
+) -> None:
+    """Draw tokens per image of both branches, their compressions, and the cost per image, over progress.
 
-    `cost` is that of a training image, relative to the uncompressed one's.
+    Args:
+        cost: of a training image under each strategy, relative to the uncompressed one's.
+        image_size: pixels of a view.
     """
-
-    image_size: int
-    cost: Mapping[Strategy, float]
-
-    def tokens(self, compression: Compression) -> int:
-        """Patch tokens of a view."""
-        return compression.kept_tokens(self.image_size)
-
-
-def plot_schedule(table: ErrorTable | StrategyCosts, schedule: Schedule, path: Path, title: str = "") -> None:
-    """Draw tokens per image of both branches, their compressions, and the cost per image, over progress."""
     starts = [0.0, *(stage.until for stage in schedule.stages)]
     strategies = [stage.strategy for stage in schedule.stages]
-    online = [table.tokens(strategy.online) for strategy in strategies]
-    target = [table.tokens(strategy.target_branch) for strategy in strategies]
-    cost = [table.cost[strategy] for strategy in strategies]
+    online = [strategy.online.kept_tokens(image_size) for strategy in strategies]
+    target = [strategy.target_branch.kept_tokens(image_size) for strategy in strategies]
     narrow = min(end - start for start, end in pairwise(starts)) < NARROW
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 5.2 if narrow else 4.7), layout="constrained")
@@ -224,9 +213,11 @@ def plot_schedule(table: ErrorTable | StrategyCosts, schedule: Schedule, path: P
         grid[0].set_ylabel("patch tokens\nper image")
         grid[0].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
         _names(grid[1], starts, strategies)
-        _steps(grid[2], starts, cost, BLUE, "-", "")
+        _steps(grid[2], starts, [cost[strategy] for strategy in strategies], BLUE, "-", "")
         grid[2].set_ylabel("cost per image\n(uncompressed: 1)")
-        _progress_axis(grid[2])
+        grid[2].set_xlim(0, 1)
+        grid[2].xaxis.set_major_formatter(PercentFormatter(1.0))
+        grid[2].set_xlabel("progress (share of the budget spent)")
         figure.align_ylabels(grid)
         _save(figure, path, title)
 
@@ -248,30 +239,6 @@ def _names(axes: Axes, starts: Sequence[float], strategies: Sequence[Strategy]) 
     axes.set_yticks([0, 1], ["online", "target"])
     axes.grid(visible=False)
     axes.tick_params(axis="y", length=0)
-
-
-def plot_learning_rate(schedule: Schedule, warmup: float, path: Path, title: str = "") -> None:
-    """Draw the cosine and the poly learning rate over progress, with dotted lines where the compression changes."""
-    progress = np.unique([*np.linspace(0, 1, 401), warmup])
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3), layout="constrained")
-        axes = figure.subplots()
-        for stage in schedule.stages[:-1]:
-            axes.axvline(stage.until, color=GRAY, linewidth=0.8, linestyle=":")
-        for name, color, line in (("cosine", BLUE, "-"), ("poly", ORANGE, "--")):
-            rates = [learning_rate_factor(at, name, warmup) for at in progress]
-            axes.plot(progress, rates, color=color, linestyle=line, linewidth=1.8, label=name)
-        axes.set_ylim(0, 1.05)
-        axes.set_ylabel("learning rate / peak")
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-        _progress_axis(axes)
-        _save(figure, path, title)
-
-
-def _progress_axis(axes: Axes) -> None:
-    axes.set_xlim(0, 1)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_xlabel("progress (share of the budget spent)")
 
 
 def _save(figure: Figure, path: Path, title: str) -> None:

@@ -8,7 +8,7 @@ from ..compression import Schedule, Strategy
 from ..schedule_search.error_table import ErrorTable, Row, percent
 from .origin import environment
 from .pages import escape, write_page
-from .search_figures import plot_ca_mse_heatmap, plot_gradient_error, plot_learning_rate, plot_schedule
+from .search_figures import plot_ca_mse_heatmap, plot_gradient_error, plot_schedule
 from .tables import format_table
 
 BEST = 5
@@ -36,19 +36,17 @@ CAPTIONS = {
     "largest value, as strategies are chosen within a stage; the numbers can be compared between stages.",
     "schedule": "The schedule found: patch tokens per image, compressions (p: patch size in pixels, d: token dropout) "
     "and cost per training image.",
-    "learning_rate": "Learning rates that training can follow, over the same progress; dotted: changes of compression.",
 }
 
 
 def write_search_report(
-    table: ErrorTable, schedule: Schedule, output: Path, title: str, warmup: float = 0.1, criterion: str = "ca_mse"
+    table: ErrorTable, schedule: Schedule, output: Path, title: str, criterion: str = "ca_mse"
 ) -> None:
     """Write report.md, report.html and their figures, each as .png and .svg, into `output`.
 
     Args:
         schedule: of strategies that the table holds.
         title: of the page and the figures.
-        warmup: progress over which the learning rate rises.
         criterion: "ca_mse" or "gain", by which the schedule was chosen.
 
     Raises:
@@ -62,8 +60,7 @@ def write_search_report(
     output.mkdir(parents=True, exist_ok=True)
     plot_gradient_error(table, output / "gradient_error", title)
     plot_ca_mse_heatmap(table, output / "ca_mse_heatmap", title)
-    plot_schedule(table, schedule, output / "schedule", title)
-    plot_learning_rate(schedule, warmup, output / "learning_rate", title)
+    plot_schedule(schedule, table.cost, table.image_size, output / "schedule", title)
     write_page(text, output / "report.md", title)
 
 
@@ -100,10 +97,6 @@ Paired draws: {draws}. Cost never falls as training goes on. All rows, as measur
 {_figure("gradient_error")}
 
 {_figure("ca_mse_heatmap")}
-
-## Learning rate
-
-{_figure("learning_rate")}
 """
 
 

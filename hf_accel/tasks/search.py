@@ -92,7 +92,7 @@ def write_result(recipe: Recipe, table: ErrorTable, schedule: Schedule, data_nam
     write_text(output / SCHEDULE_NAME, text)
     table.save(output / ERRORS_NAME)
     title = f"{recipe.objective} on {data_name}"
-    write_search_report(table, schedule, output, title, recipe.warmup, recipe.search_criterion)
+    write_search_report(table, schedule, output, title, recipe.search_criterion)
 
 
 def load_finished(path: Path) -> ErrorTable:

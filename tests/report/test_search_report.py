@@ -14,14 +14,12 @@ from hf_accel.report.search_figures import (
     compact,
     plot_ca_mse_heatmap,
     plot_gradient_error,
-    plot_learning_rate,
     plot_schedule,
 )
 from hf_accel.report.search_report import build_report
 from hf_accel.schedule_search.choose import build_grid, build_schedule
 from hf_accel.schedule_search.error_table import ErrorTable
 from hf_accel.schedule_search.gradient_error import GradientError
-from hf_accel.utils.progress import learning_rate_factor
 
 TENTHS = [tenth / 10 for tenth in range(10)]
 GRIDS = {
@@ -115,7 +113,7 @@ def written(tmp_path_factory) -> tuple[Path, list[dict], Schedule]:
 
 def test_all_files_are_written(written) -> None:
     output = written[0]
-    for name in ("gradient_error", "ca_mse_heatmap", "schedule", "learning_rate"):
+    for name in ("gradient_error", "ca_mse_heatmap", "schedule"):
         assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "</svg>" in (output / f"{name}.svg").read_text()
 
@@ -125,7 +123,7 @@ def test_page_needs_nothing_else_and_escapes(written) -> None:
     page = Page(text)
     assert page.headings == [TITLE, TITLE]
     assert not set(page.tags) & {"script", "link", "iframe", "object", "a"}
-    assert len(page.images) == 4 and all(source.startswith("data:image/png;base64,") for source in page.images)
+    assert len(page.images) == 3 and all(source.startswith("data:image/png;base64,") for source in page.images)
     assert "url(" not in text and "@import" not in text and "href" not in text
 
 
@@ -197,8 +195,7 @@ def test_no_text_is_cut_or_overlaps(drawn, name: str) -> None:
     for figure in (
         drawn(plot_gradient_error, table),
         drawn(plot_ca_mse_heatmap, table),
-        drawn(plot_schedule, table, schedule),
-        drawn(plot_learning_rate, schedule, 0.1),
+        drawn(plot_schedule, schedule, table.cost, table.image_size),
     ):
         box = figure.get_tightbbox()
         assert box.x0 >= 0 and box.y0 >= 0, box
@@ -273,7 +270,7 @@ def test_schedule_steps(drawn) -> None:
     table = ErrorTable(rows)
     strategies = build_grid(28, 4, [0.5, 0.75], [14, 4])
     schedule = Schedule((Stage(0.05, strategies[2]), Stage(0.4, strategies[1]), Stage(1.0, strategies[0])))
-    tokens, names, cost = drawn(plot_schedule, table, schedule).axes
+    tokens, names, cost = drawn(plot_schedule, schedule, table.cost, table.image_size).axes
     lines = {line.get_label(): np.asarray(line.get_ydata()) for line in tokens.lines}
     np.testing.assert_array_equal(lines["online"], [1, 2, 49, 49])
     np.testing.assert_array_equal(lines["target"], [4, 4, 49, 49])
@@ -281,15 +278,6 @@ def test_schedule_steps(drawn) -> None:
     np.testing.assert_allclose(np.asarray(cost.lines[0].get_ydata())[[2, 3]], [1, 1])
     shown = [(text.get_text(), text.get_rotation()) for text in names.texts]
     assert shown == [("p14 d0.75", 90), ("p14 d0", 90), ("p14 d0.5", 0), ("p14 d0", 0), ("p4 d0", 0), ("p4 d0", 0)]
-
-
-def test_learning_rates(drawn) -> None:
-    axes = drawn(plot_learning_rate, search_of()[1], 0.25).axes[0]
-    lines = {line.get_label(): (np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in axes.lines}
-    for name in ("cosine", "poly"):
-        progress, rates = lines[name]
-        np.testing.assert_allclose(rates, [learning_rate_factor(at, name, 0.25) for at in progress])
-        assert 0.25 in progress and progress[0] == 0 and progress[-1] == 1
 
 
 def test_norm_lost_in_noise_leaves_values_as_they_are(drawn) -> None:

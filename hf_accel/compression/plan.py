@@ -161,5 +161,5 @@ class Plan:
         return self.total_cost if steps >= self.num_steps else self[steps].spent
 
     def share_done(self, steps: int) -> float:
-        """In [0, 1]: of what the plan spends from its first step on, which is all but a last step that was too dear."""
+        """Return the share, in [0, 1], of what the plan spends from its first step to its last."""
         return (self.spent_after(steps) - self.start) / (self.total_cost - self.start)

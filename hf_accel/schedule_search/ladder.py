@@ -185,6 +185,6 @@ class OnlineController:
         if state.get("ladder") != ladder:
             raise ValueError(
                 f"the checkpoint's run climbs another ladder, {state.get('ladder', 'unknown')}, than this version's, "
-                f"{ladder}. Resume with the version that it was started by, or start anew in another output_dir"
+                f"{ladder}. Resume with the version that started it, or start again in another output_dir"
             )
         self.rung, self.probed, self.evidence = state["rung"], state["probed"], list(state["evidence"])

@@ -32,14 +32,14 @@ def test_an_interrupted_save_keeps_the_table_that_was_there(tmp_path, monkeypatc
     assert CostTable.load(path)(BASE) == 1.0
 
 
-def test_a_compression_that_was_not_measured_is_named_with_the_way_out():
+def test_a_compression_without_a_measured_cost_is_named():
     table = CostTable({BASE: 1.0, Compression(8): 0.3}, "cpu")
     assert table(Compression(8)) == 0.3
     with pytest.raises(KeyError, match=r"patch 8, dropout 0\.5.*patch 4, dropout 0.*cost_table\.json.*cost=analytic"):
         table(Compression(8, 0.5))
 
 
-def test_costs_are_relative_to_the_base_and_those_of_the_tokens_that_a_forward_has(monkeypatch):
+def test_measured_costs_are_relative_to_the_base_patch(monkeypatch):
     now: list[float] = [0.0]
     true_forward: Any = AccelViTModel.forward
 

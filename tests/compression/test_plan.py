@@ -44,12 +44,12 @@ def test_plan_against_a_loop_that_spends_step_by_step(seed):
 
 
 def test_a_budget_too_small_for_the_last_stage_is_known():
-    cheap, dear = Strategy(Compression(16)), Strategy(Compression(8))
-    schedule = Schedule((Stage(0.5, dear), Stage(0.9, cheap), Stage(1.0, dear)))
-    step = 10 * units(dear)
+    cheap, costly = Strategy(Compression(16)), Strategy(Compression(8))
+    schedule = Schedule((Stage(0.5, costly), Stage(0.9, cheap), Stage(1.0, costly)))
+    step = 10 * units(costly)
     paid = {budget: Plan(budget * step, schedule, 10, units).pays_for_last_stage() for budget in (2, 5, 10, 20)}
     assert paid == {2: False, 5: False, 10: False, 20: True}
-    assert Plan(step, Schedule.constant(dear), 10, units).pays_for_last_stage()
+    assert Plan(step, Schedule.constant(costly), 10, units).pays_for_last_stage()
 
 
 def test_a_budget_of_exactly_n_steps_buys_n():
@@ -60,23 +60,23 @@ def test_a_budget_of_exactly_n_steps_buys_n():
 
 
 @pytest.mark.parametrize("budget", [10, 200])
-def test_what_the_budget_leaves_of_a_dear_stage_is_not_for_the_cheaper_one_after_it(budget):
-    dear, cheap = Strategy(Compression(8)), Strategy(Compression(16, 0.75))
-    schedule = Schedule((Stage(0.99, dear), Stage(1.0, cheap)))
+def test_the_rest_of_a_stage_buys_no_step_of_a_cheaper_one(budget):
+    costly, cheap = Strategy(Compression(8)), Strategy(Compression(16, 0.75))
+    schedule = Schedule((Stage(0.99, costly), Stage(1.0, cheap)))
     if budget < 4 * 16:  # not even one step at progress 0, and units enough for a cheap one
         assert 16 * units(cheap) < budget
         with pytest.raises(ValueError, match="does not pay for one step of 16 images, which costs 64 units"):
             Plan(budget, schedule, 16, units)
     else:
         plan = Plan(budget, schedule, 16, units)
-        assert [step.strategy for step in plan] == [dear] * 3 and plan.total_cost == pytest.approx(192)
+        assert [step.strategy for step in plan] == [costly] * 3 and plan.total_cost == pytest.approx(192)
 
 
 STRATEGIES = [Strategy(Compression(p, r)) for p, r in ((16, 0.5), (16, 0.0), (12, 0.0), (8, 0.5), (8, 0.0))]
 
 
 def rising(rng) -> Schedule:
-    """One to three stages, each dearer than the one before."""
+    """One to three stages, each costlier than the one before."""
     chosen = np.sort(rng.choice(5, rng.integers(1, 4), replace=False))
     ends = [*np.sort(rng.uniform(0.05, 0.95, len(chosen) - 1)), 1.0]
     return Schedule(tuple(Stage(float(end), STRATEGIES[index]) for end, index in zip(ends, chosen, strict=True)))
@@ -198,7 +198,7 @@ def test_a_plan_goes_on_from_its_state(seed):
     assert list(other) == list(plan) and other.state() == plan.state()
 
 
-def test_a_revision_that_leaves_no_step_is_refused_and_changes_nothing():
+def test_a_revision_without_a_step_is_refused_and_changes_nothing():
     plan = Plan(16 * 4 * 10, Schedule.constant(STRATEGIES[4]), 16, units)
     before = list(plan)
     with pytest.raises(ValueError, match=r"60 units are left at step 3, and one more costs 64"):
@@ -208,14 +208,14 @@ def test_a_revision_that_leaves_no_step_is_refused_and_changes_nothing():
     assert len(plan) == 4 and plan.total_cost == pytest.approx(plan.budget)
 
 
-def test_what_too_little_is_left_for_is_left_out_and_the_stage_before_goes_on():
-    cheap, dear = STRATEGIES[0], STRATEGIES[4]
-    plan = Plan(16 * units(dear) * 1.9, Schedule.constant(dear), 16, units)
-    schedule = Schedule((Stage(0.6, cheap), Stage(1.0, dear)))
+def test_a_stage_without_a_step_leaves_the_one_before_it():
+    cheap, costly = STRATEGIES[0], STRATEGIES[4]
+    plan = Plan(16 * units(costly) * 1.9, Schedule.constant(costly), 16, units)
+    schedule = Schedule((Stage(0.6, cheap), Stage(1.0, costly)))
     plan.revise(0, schedule)
     assert {step.strategy for step in plan} == {cheap}
     assert 0 <= plan.budget - plan.total_cost < 16 * units(cheap)
-    other = Plan(plan.budget, Schedule.constant(dear), 16, units)
+    other = Plan(plan.budget, Schedule.constant(costly), 16, units)
     other.restore(json.loads(json.dumps(plan.state())), 8)
     assert list(other) == list(plan)
 

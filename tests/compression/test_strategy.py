@@ -1,4 +1,4 @@
-"""Records of strategies: whoever writes one and reads it back loses nothing, whatever fields a compression has."""
+"""Records of strategies: no field is lost between writing and reading."""
 
 import json
 from dataclasses import dataclass

@@ -118,10 +118,10 @@ def unit(strategy: Strategy) -> float:
 
 
 def test_a_revised_plan_is_drawn_with_its_probes(panels) -> None:
-    cheap, dear = Strategy(Compression(8)), Strategy(Compression(4))
+    cheap, costly = Strategy(Compression(8)), Strategy(Compression(4))
     plan = Plan(100, Schedule.constant(cheap), 2, unit)
     plan.revise(0, Schedule.constant(cheap), 10)
-    plan.revise(20, Schedule.constant(dear), 10)  # 50 units are spent before the probe
+    plan.revise(20, Schedule.constant(costly), 10)  # 50 units are spent before the probe
     x, y = next(iter(lines(panels([], plan=plan, image_size=32)["patch tokens per image"]).values()))
     np.testing.assert_array_equal((x, y), ([0, 50, 100], [16, 16, 64]))
 

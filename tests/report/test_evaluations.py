@@ -41,7 +41,7 @@ def test_runs_of_one_question_share_an_entry(tmp_path):
     assert second["seeds"] == [0] and second["top1_std"] is None
 
 
-def test_evaluations_do_not_make_a_run_complete_and_leave_what_is_there(tmp_path):
+def test_evaluations_do_not_make_a_run_complete(tmp_path):
     assert read_results(tmp_path) == {} and not run_is_complete(tmp_path)
     add_run(tmp_path, QUESTION, run(0, 0.5))
     assert not run_is_complete(tmp_path)

@@ -15,7 +15,7 @@ def error(ca_mse: float, width: float = 0.0) -> GradientError:
     return GradientError(0.0, ca_mse, ca_mse, ca_mse, 1.0, (0.0, 0.0), interval, 1 / ca_mse, (1 / ca_mse, 1 / ca_mse))
 
 
-def test_the_grid_holds_every_strategy_once_and_the_uncompressed_first():
+def test_the_grid_holds_every_strategy_once():
     grid = build_grid(28, 4, [0.0, 0.5], symmetries=["paper", "symmetric", "asymmetric"])
     expected = {
         Strategy(Compression(p, r), Compression(*target))
@@ -49,8 +49,8 @@ def rule_of_one_stage(stage, cost, criterion: str) -> list[float]:
     if criterion == "gain":
         sure = [error.gain_interval[0] for error in stage.values()]
         if max(sure) <= 0:
-            dearest = max(stage, key=cost.__getitem__)
-            sure = [float(strategy == dearest) for strategy in stage]
+            costliest = max(stage, key=cost.__getitem__)
+            sure = [float(strategy == costliest) for strategy in stage]
         return [-np.log(max(gain, max(sure) / 1000)) for gain in sure]
     (_, best) = min((error.ca_mse, i) for i, error in enumerate(stage.values()))
     best = list(stage.values())[best]
@@ -61,7 +61,7 @@ def rule_of_one_stage(stage, cost, criterion: str) -> list[float]:
 
 @pytest.mark.parametrize("criterion", ["ca_mse", "gain"])
 @pytest.mark.parametrize("seed", range(60))
-def test_the_choice_of_noisy_estimates_against_trying_every_monotone_sequence(seed, criterion):
+def test_the_choice_of_noisy_estimates_against_every_sequence(seed, criterion):
     """Intervals, ties, estimates below zero, and strategies in any order."""
     rng = np.random.default_rng(seed)
     strategies = [Strategy(Compression(4, r)) for r in rng.permutation([0.75, 0.6, 0.5, 0.25, 0.0])]
@@ -101,7 +101,7 @@ def gaining(gain: float, width: float = 0.0) -> GradientError:
     return replace(error(1.0, width=9.0), gain=gain, gain_interval=(gain - width, gain + width))
 
 
-def test_of_gains_the_surest_wins_and_without_any_the_dearest_strategy():
+def test_the_surest_gain_wins_or_the_uncompressed_strategy():
     cheap, middle, full = (Strategy(Compression(4, r)) for r in (0.75, 0.5, 0.0))
     cost = {cheap: 0.4, middle: 0.6, full: 1.0}
     clear = {cheap: gaining(1.9), middle: gaining(2.0), full: gaining(1.0)}
@@ -126,7 +126,7 @@ def test_compression_never_increases():
         choose_strategies([early, {cheap: error(1.0)}], cost)
 
 
-def test_stages_reach_halfway_to_their_neighbours_and_equal_ones_merge():
+def test_stages_reach_halfway_to_their_neighbours_or_merge():
     a, b, c = (Strategy(Compression(p)) for p in (14, 7, 4))
     schedule = build_schedule([0.0, 0.25, 0.5, 0.75, 1.0], [a, a, b, c, c])
     assert [(stage.until, stage.strategy) for stage in schedule.stages] == [(0.375, a), (0.625, b), (1.0, c)]
@@ -139,7 +139,7 @@ def test_stages_reach_halfway_to_their_neighbours_and_equal_ones_merge():
     assert Schedule(list(schedule.stages)) == schedule  # pyright: ignore[reportArgumentType]
 
 
-def test_a_schedule_file_is_read_at_its_own_base_patch_and_at_another(tmp_path):
+def test_a_schedule_file_is_read_at_another_base_patch(tmp_path):
     found = build_schedule([0.0, 0.5, 1.0], [Strategy(Compression(p, r)) for p, r in ((32, 0.5), (24, 0.0), (16, 0.0))])
     path = tmp_path / "schedule.yaml"
     path.write_text(yaml.safe_dump(build_schedule_file(found, 16, data="x", command="y")))
@@ -157,7 +157,7 @@ def test_a_schedule_file_is_read_at_its_own_base_patch_and_at_another(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["patch_size: 4", "stage: []", "{patch_size: '4', stages: [{until: 1.0}]}", "{}"])
-def test_a_schedule_file_without_its_stages_is_not_taken_for_none(text, tmp_path):
+def test_a_schedule_file_without_stages_is_refused(text, tmp_path):
     (tmp_path / "schedule.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"a file holds a list of stages, or `stages`.*got stages="):
         Schedule.parse(str(tmp_path / "schedule.yaml"), 4)

@@ -58,14 +58,14 @@ def test_against_loops(draws):
         assert error.gain_interval == pytest.approx((gain - margins[2], gain + margins[2]))
 
 
-def test_the_formula_of_the_design_is_the_mean_over_different_draws():
+def test_bias2_is_the_mean_over_different_draws():
     reference, compressed = paired(np.random.default_rng(1), 11, 6, 0.5)
     d = compressed - reference
     written = (d.mean(0) ** 2).sum() - ((d - d.mean(0)) ** 2).sum() / (6 * 5)
     assert accumulate(reference, compressed).bias2 == pytest.approx(written)
 
 
-def test_unbiased_with_true_intervals_where_the_plain_estimate_fails():
+def test_estimates_are_unbiased_where_the_plain_one_is_not():
     rng, size, draws, bias, repetitions = np.random.default_rng(0), 40, 16, 1.0, 400
     truth = {"bias2": bias**2, "ca_mse": bias**2 + COST * size * 0.25}
     found, covered, plain = {name: [] for name in truth}, dict.fromkeys(truth, 0), []
@@ -83,7 +83,7 @@ def test_unbiased_with_true_intervals_where_the_plain_estimate_fails():
     assert np.mean(plain) > 1.25 * truth["bias2"]
 
 
-def test_the_gain_is_the_decrease_of_a_linear_loss_by_steps_of_one_length():
+def test_the_gain_is_the_decrease_of_a_linear_loss():
     """Steps of length 1 along single gradients, as many as the price pays for, on the loss <G, x>; and its interval."""
     rng, size, draws, noise = np.random.default_rng(8), 30, 16, 0.5
     truth = rng.normal(size=size)

@@ -71,7 +71,7 @@ def test_an_image_of_few_tokens_has_no_ladder():
 
 
 def least_units(ladder: list[Strategy], cost, draws: int) -> tuple[float, float]:
-    """Units of the first probe, and of the dearest later one: a batch under each, and an uncompressed one."""
+    """Units of the first probe, and of the costliest later one: a batch under each, and an uncompressed one."""
 
     def probe(strategies: list[Strategy]) -> float:
         batches = strategies if ladder[-1] in strategies else [*strategies, ladder[-1]]
@@ -85,18 +85,18 @@ def test_as_many_points_and_then_draws_as_the_share_pays_for(seed):
     rng = np.random.default_rng(seed)
     ladder, cost = ladder_at(*SIZES[seed % len(SIZES)])
     share, draws = float(rng.uniform(0.01, 0.5)), int(rng.integers(3, 12))
-    start, dearest = least_units(ladder, cost, draws)
-    budget = float(rng.choice([rng.uniform(1, 30), rng.uniform(30, 300)])) * (start + dearest) / share
+    start, costliest = least_units(ladder, cost, draws)
+    budget = float(rng.choice([rng.uniform(1, 30), rng.uniform(30, 300)])) * (start + costliest) / share
     count = 0
-    while count < 20 and start + (count + 1) * dearest <= share * budget:
+    while count < 20 and start + (count + 1) * costliest <= share * budget:
         count += 1
     most = draws
-    while count == 20 and most < 64 and (start + 20 * dearest) * (most + 1) / draws <= share * budget:
+    while count == 20 and most < 64 and (start + 20 * costliest) * (most + 1) / draws <= share * budget:
         most += 1
     controller = OnlineController(ladder, lambda strategy: BATCH * cost(strategy), budget, share, draws)
     assert controller.points == pytest.approx([0.8 * i / (count + 1) for i in range(count + 1)])
     assert controller.draws == most and controller.cost_of(ladder) == pytest.approx(start * most / draws)
-    one_unit_less = (start + dearest) / share * (1 - 1e-6)
+    one_unit_less = (start + costliest) / share * (1 - 1e-6)
     with pytest.raises(ValueError, match=r"raise auto_share or the budget, lower auto_draws"):
         OnlineController(ladder, lambda strategy: BATCH * cost(strategy), one_unit_less, share, draws)
 
@@ -148,7 +148,7 @@ def follow(
 @pytest.mark.parametrize("share", [pytest.param(0.03, marks=pytest.mark.slow), 0.1, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("ladder", [LADDER, LADDER[-2:]], ids=["whole ladder", "two rungs"])
 @pytest.mark.parametrize("climbing", ["always", "never", "at random"])
-def test_all_probes_of_a_run_stay_within_the_share_and_the_run_within_the_budget(share, ladder, climbing):
+def test_probes_stay_in_the_share_and_runs_in_the_budget(share, ladder, climbing):
     rng = np.random.default_rng(0)
     climb = {"always": lambda n: True, "never": lambda n: False, "at random": lambda n: rng.random() < 0.3}[climbing]
     enough = sum(least_units(ladder, units, 3)) / share
@@ -164,11 +164,11 @@ def test_all_probes_of_a_run_stay_within_the_share_and_the_run_within_the_budget
         for step, rung in zip(plan, rungs, strict=True):
             passed = sum(step.progress >= 0.8 * (k + 1) / (len(ladder) - 1) for k in range(len(ladder) - 1))
             left = budget - step.spent >= BATCH * units(ladder[-1])
-            assert rung >= max(first, passed) or not left  # too little for a dearer step
+            assert rung >= max(first, passed) or not left  # too little for a costlier step
             assert climbing != "never" or rung <= max(first, passed)
 
 
-def test_probes_are_due_at_the_points_only_and_never_on_the_top_rung():
+def test_probes_are_due_at_the_points_below_the_top_rung():
     controller = controller_with(1e7)
     points = controller.points
     assert len(points) == 21 and points[-1] < 0.8 and controller.due(0.0, 1e7) == LADDER
@@ -279,7 +279,7 @@ def test_evidence_is_clear_where_the_interval_lies_above_zero():
     assert min(outcomes.values()) >= 5, outcomes
 
 
-def test_common_noise_hides_no_difference_and_none_at_all_is_not_more_than_the_most():
+def test_common_noise_hides_no_difference():
     rng = np.random.default_rng(0)
     reference = rng.normal(size=(8, 30))
     accumulator = accumulated("ab", (0.5, 0.5), reference, (reference * 1.51, reference * 1.5))
@@ -315,7 +315,7 @@ def test_it_climbs_only_when_the_evidence_is_clear():
     assert min(outcomes.values()) >= 5, outcomes
 
 
-def test_the_evidence_of_the_last_four_probes_of_a_rung_is_taken_together(monkeypatch):
+def test_the_last_four_probes_of_a_rung_are_judged_together(monkeypatch):
     rng, scores = np.random.default_rng(3), []
     monkeypatch.setattr(GradientErrorAccumulator, "evidence", lambda *_: scores[-1])
     controller, since, climbs, alone = at_rung(0, 1), [], 0, 0
@@ -355,14 +355,14 @@ def looks(shift: float, repetitions: int = 60) -> tuple[float, float]:
     return pooled / repetitions, single / repetitions
 
 
-def test_pooled_evidence_finds_what_single_probes_miss_and_errs_no_more_often():
+def test_pooled_evidence_finds_what_single_probes_miss():
     pooled, single = looks(0.0)
     assert pooled <= 0.15 and single <= 0.15  # four looks of one in forty each, 10% if they were independent
     pooled, single = looks(2.0)
     assert pooled > single + 0.2
 
 
-def test_a_restored_controller_goes_on_as_the_one_that_was_left_alone(monkeypatch):
+def test_a_restored_controller_decides_like_the_original(monkeypatch):
     one = controller_with(1e7)
     one.decide(Verdict(one, 1, False), 0.0)
     one.decide(Verdict(one, 1, True), one.points[1])
@@ -385,7 +385,7 @@ def test_a_state_that_counts_rungs_of_another_ladder_is_refused():
     of_an_old_version = {key: value for key, value in state.items() if key != "ladder"}
     for other in (controller_with(1e7, ladder=LADDER[1:]).state(), of_an_old_version):
         controller = controller_with(1e7)
-        with pytest.raises(ValueError, match=r"climbs another ladder, .*start anew in another output_dir"):
+        with pytest.raises(ValueError, match=r"climbs another ladder, .*start again in another output_dir"):
             controller.restore(other | {"rung": 1})
         assert controller.state() == state
 
@@ -402,7 +402,7 @@ def gain(reference: np.ndarray, compressed: np.ndarray, cost: float) -> float:
 
 
 @pytest.mark.parametrize(("criterion", "quantity"), [("ca_mse", ca_mse), ("gain", lambda *of: -gain(*of))])
-def test_it_starts_on_the_cheapest_that_is_not_clearly_worse_than_the_best(criterion, quantity):
+def test_the_first_rung_is_the_cheapest_not_clearly_worse(criterion, quantity):
     outcomes = {"the best": 0, "cheaper": 0}
     for seed, noise in product(range(8), (0.05, 3.0)):
         rng = np.random.default_rng(seed)

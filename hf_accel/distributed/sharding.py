@@ -81,7 +81,7 @@ def clip_each(parameters: Parameters, largest: float) -> None:
 
 
 def drop_gradients(parameters: Parameters) -> None:
-    """Keep these parameters out of the step; under DeepSpeed, which always has gradients, together with `skip_step`."""
+    """Keep these parameters out of the step. DeepSpeed, which always has gradients, needs `separate_group`, too."""
     parameters = list(parameters)
     if _held_by_deepspeed(parameters):
         _update_gradients(parameters, torch.zeros_like)
@@ -90,29 +90,25 @@ def drop_gradients(parameters: Parameters) -> None:
 
 
 def separate_group(optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
-    """Give these parameters a group of their own, marked "freezable", with the settings that they had."""
+    """Give these parameters a group of their own, marked "freezable", with the settings that they had.
+
+    DeepSpeed steps whatever it holds. A step of this group with a learning rate of 0 and no gradient leaves weights and
+    moments as they are, and is not counted: else the bias corrections would take the moments for old ones later.
+    """
     chosen = set(parameters)
     for group in list(optimizer.param_groups):
         mine = [p for p in group["params"] if p in chosen]
         if mine:
             group["params"] = [p for p in group["params"] if p not in chosen]
             optimizer.add_param_group({**group, "params": mine, "freezable": True})
+    optimizer.register_step_post_hook(_forget_frozen_steps)
 
 
-def skip_step(zero_optimizer: Any) -> None:
-    """After a ZeRO step without gradient and with lr 0: Adam's count of steps of the "freezable" groups starts anew.
-
-    ZeRO steps whatever it holds. The moments are still 0, but the bias corrections would take them for old ones.
-    """
-    freezable = [i for i, group in enumerate(zero_optimizer.param_groups) if group.get("freezable")]
-    if hasattr(zero_optimizer, "sub_group_to_group_id"):  # ZeRO-3
-        flat = zero_optimizer.fp32_partitioned_groups_flat
-        tensors = [flat[sub] for sub, group in zero_optimizer.sub_group_to_group_id.items() if group in freezable]
-    else:
-        tensors = [zero_optimizer.single_partition_of_fp32_groups[i] for i in freezable]
-    for tensor in tensors:
-        count = zero_optimizer.optimizer.state[tensor]["step"]
-        count.zero_()
+def _forget_frozen_steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        if group.get("freezable") and group["lr"] == 0:
+            for parameter in group["params"]:  # the shards that DeepSpeed puts there for the step
+                optimizer.state[parameter]["step"].zero_()
 
 
 def _held_by_deepspeed(parameters: list[nn.Parameter]) -> bool:

@@ -4,7 +4,6 @@ from typing import Any, cast
 
 from transformers import TrainerCallback
 
-from ..distributed.sharding import skip_step
 from ..distributed.stopping import stop_agreed
 from ..utils.progress import cosine, learning_rate_factor
 
@@ -47,14 +46,12 @@ class ProgressCallback(TrainerCallback):
         self.trainer.objective.before_optimizer_step(self.trainer.plan[state.global_step].progress)
 
     def wrap_engine_step(self, engine: Any, state) -> None:
-        """DeepSpeed calls its `step` itself: do before and after it what is ours to do."""
+        """DeepSpeed calls its `step` itself: do before it what is ours to do."""
         step = engine.step
 
         def wrapped(*args, **kwargs):
             self.before_step(state)
             step(*args, **kwargs)
-            if self.trainer.objective.frozen_parameters(self.trainer.plan[state.global_step].progress):
-                skip_step(engine.optimizer)
 
         engine.step = wrapped
 

@@ -148,6 +148,18 @@ def test_a_group_of_its_own_keeps_its_settings():
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(matrices) + len(rest)
 
 
+def test_frozen_step_of_a_group_is_not_counted():
+    frozen, other = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = torch.optim.AdamW([frozen, other], lr=0.1)
+    separate_group(optimizer, [frozen])
+    for step, rate in enumerate((0.0, 0.0, 0.1), start=1):
+        optimizer.param_groups[1]["lr"] = rate
+        frozen.grad, other.grad = torch.full((2,), rate), torch.ones(2)
+        optimizer.step()
+        assert optimizer.state[other]["step"] == step
+        assert optimizer.state[frozen]["step"] == (1 if rate else 0)
+
+
 def run_two(engine: str, folder: Path) -> list[dict[str, Any]]:
     if engine != "fsdp2" and (importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None):
         pytest.skip("needs DeepSpeed and g++")

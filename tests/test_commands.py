@@ -15,7 +15,9 @@ from accelerate.commands.launch import launch_command_parser
 from packaging.requirements import Requirement
 
 import hf_accel.run as entry
+from hf_accel import cli
 from hf_accel.recipe import RECIPES, Recipe, load_recipe, overrides_for
+from hf_accel.tasks import COMMANDS as COMMANDS_WITHOUT_RECIPE
 from tests.commands import ROOT, Command, all_commands, code_blocks, commands_of_comments, commands_of_markdown
 from tests.tiny_runs import image_folder, read
 
@@ -41,9 +43,6 @@ NEEDED = {
     "card": ["checkpoint=runs/moco/final"],
 }
 """Overrides that a shorthand such as `task=search search_draws=64` leaves to the reader."""
-
-WITHOUT_RECIPE = ("list", "env", "compare")
-"""Tasks of the `hf-accel` command that read no recipe."""
 
 COMMANDS = all_commands()
 
@@ -163,8 +162,8 @@ def check_pip(words: list[str]) -> None:
 
 
 def check_hf_accel(words: list[str]) -> None:
-    assert words[1] in (*RECIPES, "plan", *WITHOUT_RECIPE), f"no task {words[1]}"
-    if len(words) > 2 and words[1] not in WITHOUT_RECIPE:
+    assert words[1] in (*RECIPES, "plan", *COMMANDS_WITHOUT_RECIPE), f"no task {words[1]}"
+    if len(words) > 2 and words[1] not in COMMANDS_WITHOUT_RECIPE:
         check_launch(words)
 
 
@@ -289,10 +288,11 @@ TOY = [
 
 
 def launches_of_readme() -> list[list[str]]:
-    """[recipe, *overrides] of what README launches, in its order, after the quickstart."""
+    """[task, recipe, *overrides] of what README launches, in its order, after the quickstart."""
     words = [given(command) for command in COMMANDS if command.where == "README.md" and len(command.words) > 2]
     runs = [recipe_of(words) for words in words if words[0] in ("hf-accel", "accelerate")]
-    return [["recipes/moco.yaml"], *([recipe, *overrides] for recipe, overrides in runs)]
+    started = [[overrides[0].removeprefix("task="), recipe, *overrides[1:]] for recipe, overrides in runs]
+    return [["pretrain", "recipes/moco.yaml"], *started]
 
 
 @pytest.mark.slow
@@ -302,10 +302,9 @@ def test_what_readme_launches_runs_at_toy_size(workplace, capsys):
     images = image_folder(workplace / "images", side=lambda _: 28)
     launches = launches_of_readme()
     assert len(launches) >= 7
-    for recipe, *overrides in launches:
-        task = load_recipe(recipe, overrides).task
+    for task, recipe, *overrides in launches:
         toy = [] if task == "export" else overrides_for(task, [*TOY, f"data={images}"])
-        entry.main([recipe, *overrides, *toy])
+        cli.main([task, recipe, *overrides, *toy])
     for path in ("moco/final", "photos/final", "search/schedule.yaml", "searched/final", "exported/vit/README.md"):
         assert (workplace / "runs" / path).exists(), path
     evaluations = read(workplace / "runs/evaluated/results.json")["evaluations"]

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.options import parser_of
-from hf_accel.compression import forward_cost
+from hf_accel.compression import Plan, forward_cost
 from hf_accel.recipe import load_recipe
 from hf_accel.report import environment
 from hf_accel.run_folder import write_json
-from hf_accel.tasks.setup import build_objective, plan_of
+from hf_accel.tasks.setup import build_objective
 
 BYTES = 4  # weights and gradients are fp32 under every engine
 ENGINES = {"ddp": (2, 0), "zero1": (2, 0), "zero2": (2, 0), "zero3": (3, 1), "fsdp2": (3, 1)}
@@ -45,7 +45,8 @@ def run_of(path: str) -> Run:
     recipe = load_recipe(path, [])
     with torch.device("meta"):
         model = build_objective(recipe)
-    plan = plan_of(recipe, partial(model.units_per_image, forward_cost=partial(forward_cost, model.config)))
+    units = partial(model.units_per_image, forward_cost=partial(forward_cost, model.config))
+    plan = Plan(float(recipe.budget), recipe.compression_schedule(), recipe.batch_size, units)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     target = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     return Run(plan.total_cost, plan.num_steps, trained, target)

@@ -26,7 +26,7 @@ from hf_accel.recipe import PretrainRecipe, Recipe
 from hf_accel.report import environment
 from hf_accel.run_folder import write_json
 from hf_accel.schedule_search.choose import build_grid
-from hf_accel.schedule_search.gradient_error import chunks, estimate_gradient_errors
+from hf_accel.schedule_search.gradient_error import chunks, estimate_errors
 from hf_accel.schedule_search.gradient_probe import GradientProbe
 from hf_accel.tasks.setup import build_objective
 
@@ -100,7 +100,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     passes = len(chunks(grid, max(1, int(args.memory * 1e9 // (8 * size)))))
     whole = cost.Stopwatch(args)
     whole.mark()
-    estimate_gradient_errors(timed, relative_cost, range(args.draws), 1.0, args.memory * 1e9, uncompressed=base)
+    estimate_errors(timed, relative_cost, range(args.draws), 1.0, args.memory * 1e9, uncompressed=base)
     whole.mark()
     (seconds,) = whole.seconds()
     rows = rows_of(timed, units, base, per_unit)

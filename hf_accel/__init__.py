@@ -1,10 +1,12 @@
 """hf_accel: accelerated self-supervised pretraining of vision transformers on the Hugging Face stack."""
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .compression import Compression, Schedule, Strategy
     from .models import (
         PRESETS,
         AccelViTBackbone,
@@ -12,9 +14,28 @@ if TYPE_CHECKING:
         AccelViTForImageClassification,
         AccelViTModel,
         AccelViTPreTrainedModel,
+        vit_base,
+        vit_large,
+        vit_small,
+        vit_tiny,
     )
+    from .objectives import DINOForPreTraining, MoCoForPreTraining, SimCLRForPreTraining
+    from .schedule_search import estimate_gradient_errors
+    from .training import PretrainConfig, PretrainTrainer
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "compression": ("Compression", "Schedule", "Strategy"),
+    "models": (
+        *("PRESETS", "AccelViTBackbone", "AccelViTConfig", "AccelViTForImageClassification", "AccelViTModel"),
+        *("AccelViTPreTrainedModel", "vit_base", "vit_large", "vit_small", "vit_tiny"),
+    ),
+    "objectives": ("DINOForPreTraining", "MoCoForPreTraining", "SimCLRForPreTraining"),
+    "schedule_search": ("estimate_gradient_errors",),
+    "training": ("PretrainConfig", "PretrainTrainer"),
+}
+"""The public names, by the package that defines them. They are imported when they are first used."""
 
 __all__ = [
     "PRESETS",
@@ -23,15 +44,27 @@ __all__ = [
     "AccelViTForImageClassification",
     "AccelViTModel",
     "AccelViTPreTrainedModel",
+    "Compression",
+    "DINOForPreTraining",
+    "MoCoForPreTraining",
+    "PretrainConfig",
+    "PretrainTrainer",
+    "Schedule",
+    "SimCLRForPreTraining",
+    "Strategy",
+    "estimate_gradient_errors",
+    "vit_base",
+    "vit_large",
+    "vit_small",
+    "vit_tiny",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import models
-
-    return getattr(models, name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f".{home}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _is_command() -> bool:

@@ -56,7 +56,7 @@ def run_task(recipe: Recipe) -> None:
     from hf_accel.distributed.launch import end_with_launcher
     from hf_accel.hub import PushFailed
     from hf_accel.run_folder import AGAIN, WriteFailed, writing
-    from hf_accel.training.trainer import TrainingDiverged
+    from hf_accel.training import TrainingDiverged
 
     end_with_launcher()
     module, function = TASKS[recipe.task]

@@ -33,7 +33,7 @@ def blank_figures():
             path.with_suffix(suffix).touch()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_accel.tasks.pretrain.plot_curves", plot_curves)
+        patch.setattr("hf_accel.training.finish.plot_curves", plot_curves)
         patch.setattr("hf_accel.hub.publish.plot_schedule", plot_schedule)
         yield
 

@@ -1,6 +1,7 @@
 """Images: where they come from, how they become batches, and how they are augmented."""
 
 from .augment import AUGMENTATIONS, ViewConfig, crop_and_resize, crop_boxes, make_views
+from .items import image_source
 from .loader import TrainSampler, eval_loader, image_processor, resize_edge, train_loader
 from .sources import CorruptDataError, CorruptImage, ImageSource, describe_labels, load_sources
 from .workers import WorkersFailed, explained_failures
@@ -19,6 +20,7 @@ __all__ = [
     "eval_loader",
     "explained_failures",
     "image_processor",
+    "image_source",
     "load_sources",
     "make_views",
     "resize_edge",

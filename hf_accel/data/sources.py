@@ -120,6 +120,11 @@ class ImageSource:
         row = index if self._whole is None else int(self._whole[1][index])
         name = record.get("path") or f"{self.name}[{row}]"
         try:
+            if "image" in record:  # of a program's own dataset, or the error that it raised
+                if isinstance(record["image"], Exception):
+                    raise record["image"]
+                record["image"].info["name"] = name
+                return record["image"]
             content = record.get("bytes")
             image = PIL.Image.open(io.BytesIO(Path(record["path"]).read_bytes() if content is None else content))
             image.info["name"] = name

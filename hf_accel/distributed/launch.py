@@ -1,4 +1,4 @@
-"""What `accelerate launch` chose to run a recipe under, checked, and set as the recipe needs it.
+"""What `accelerate launch` chose, checked before training, and set as training needs it.
 
 Weights, optimizer states, momentum branches and centres stay in fp32 under every engine; `mixed_precision` is autocast.
 """
@@ -8,87 +8,95 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from ..recipe import Recipe, RecipeError
+from ..utils.errors import SettingError, fail
+from .collectives import say
 from .signals import launcher_ended
 
 PRECISIONS = ("no", "bf16", "fp16")
 
-SETTINGS_OF_DEEPSPEED = {
+DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What autocast computes in, by the name of a precision."""
+
+DEEPSPEED_SETTINGS = {
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "gradient_clipping": "max_grad_norm",
 }
-"""What DeepSpeed's configuration can say as well, by the recipe's key."""
+"""The settings that DeepSpeed's configuration can hold as well: its name for each, and ours."""
 
 
-def check_launch(recipe: Recipe) -> None:
-    """Before anything is set up.
+def check_launch() -> None:
+    """Check the launcher's choices before any process connects.
 
     Raises:
-        RecipeError: an engine or precision that would not do what it was asked for, with what to take instead.
+        SettingError: an engine that would not do what it was asked for, with what to take instead.
     """
     environment = os.environ
-    settle_precision(recipe)
     if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
-        raise RecipeError(
+        raise SettingError(
             "accelerate was asked for several processes and started one, as it does with --cpu --num_processes N: "
             "launch with --config_file accelerate_configs/cpu_2proc.yaml --num_processes N"
         )
     if _is_on("ACCELERATE_USE_FSDP"):
         if on_cpu():
-            raise RecipeError(
+            raise SettingError(
                 "FSDP on a CPU: accelerate would run plain data parallel training instead; "
                 "take accelerate_configs/deepspeed_zero3_cpu_2proc.yaml, or cpu_2proc.yaml"
             )
         if environment.get("FSDP_VERSION", "1") != "2":
-            raise RecipeError(
+            raise SettingError(
                 "FSDP 1 flattens weights, and a momentum branch could not follow: set fsdp_version: 2, as in "
                 "accelerate_configs/fsdp2.yaml"
             )
     _check_gpus()
     if environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
-        raise RecipeError(
+        raise SettingError(
             "accelerate was asked for a dynamo backend: it would compile the random draws of a step, too; leave it out "
             "and set torch_compile=true in the recipe"
         )
     if _is_on("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
-        raise RecipeError("DeepSpeed is not installed: pip install 'hf-accel[deepspeed]', or launch with ddp.yaml")
-    if "ACCELERATE_MIXED_PRECISION" in environment:
-        deepspeed = _is_on("ACCELERATE_USE_DEEPSPEED")
-        environment["ACCELERATE_MIXED_PRECISION"] = "no" if deepspeed else recipe.mixed_precision
+        raise SettingError("DeepSpeed is not installed: pip install 'hf-accel[deepspeed]', or launch with ddp.yaml")
 
 
-def settle_precision(recipe: Recipe, until_now: str | None = None) -> None:
-    """Give `mixed_precision: auto` its meaning for this launch.
+def choose_precision(asked: str, begun: str | None = None) -> str:
+    """The precision of a launch: "no" (fp32), "bf16" or "fp16".
 
-    That is what the launcher names, else what the run was begun with, else bf16 on a GPU that has it, else fp32. A
+    "auto" is what the launcher names, else what the run was begun with, else bf16 on a GPU that has it, else fp32. A
     launcher's "no" names nothing: accelerate passes it on wherever no precision was asked for.
 
     Args:
-        until_now: the precision of the run that goes on, if one does.
+        asked: the setting, "auto" or one of PRECISIONS.
+        begun: the precision of the run that is resumed, if one is.
 
     Raises:
-        RecipeError: recipe and launcher name different ones, or it is one that this device does not have.
+        SettingError: the setting and the launcher name different ones, or this device does not have the precision.
     """
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    named = None if asked == "no" else asked
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    named = None if launched == "no" else launched
     if named not in (None, "bf16", "fp16"):
-        raise RecipeError(f"accelerate was asked for mixed precision {named!r}, which is not supported: take bf16")
-    if recipe.mixed_precision == "auto":
-        begun = until_now if until_now in PRECISIONS else None
-        recipe.mixed_precision = named or begun or ("bf16" if _has_bf16() else "no")  # pyright: ignore
-    elif named and named != recipe.mixed_precision:
-        raise RecipeError(
-            f"mixed_precision={recipe.mixed_precision!r}: accelerate was asked for {named}; name the precision in one "
-            "place only, or the same one in both"
+        raise SettingError(f"accelerate was asked for mixed precision {named!r}, which is not supported: take bf16")
+    if asked == "auto":
+        precision = named or (begun if begun in PRECISIONS else None) or ("bf16" if _has_bf16() else "no")
+    elif named and named != asked:
+        fail(
+            "mixed_precision",
+            asked,
+            f"accelerate was asked for {named}; name the precision in one place only, or the same one in both",
         )
-    if recipe.mixed_precision == "fp16" and on_cpu():
-        raise RecipeError("mixed_precision='fp16': a CPU has none, and accelerate would run in fp32; take bf16 or no")
+    else:
+        precision = asked
+    if precision == "fp16" and on_cpu():
+        fail("mixed_precision", "fp16", "a CPU has none, and accelerate would run in fp32; take bf16 or no")
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if _is_on("ACCELERATE_USE_DEEPSPEED") else precision
+    return precision
 
 
 def _has_bf16() -> bool:
@@ -97,7 +105,7 @@ def _has_bf16() -> bool:
 
 
 def _check_gpus() -> None:
-    """Raises RecipeError if the launcher was asked for GPUs and there are none: the run would be on the CPU instead."""
+    """Raises SettingError if the launcher was asked for GPUs and there are none: the run would be on the CPU."""
     if torch.accelerator.is_available() or _is_on("ACCELERATE_USE_CPU"):
         return
     processes, visible = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -109,19 +117,75 @@ def _check_gpus() -> None:
         asked = f"GPU {visible}"
     else:
         return
-    raise RecipeError(
+    raise SettingError(
         f"{asked} were asked for, and torch finds no GPU here: this would train on the CPU. Launch with --config_file "
         "accelerate_configs/cpu.yaml, or cpu_2proc.yaml for several processes (ACCELERATE_USE_CPU=true says so, too)"
     )
 
 
-def describe_launch(arguments: TrainingArguments, recipe: Recipe) -> str:
-    """Device, processes, threads and precision of a run, in a line."""
+def start_processes(arguments: TrainingArguments, precision: str, compiled: bool = False) -> None:
+    """Connect the processes, set threads and random state, and say on what the run computes.
+
+    Args:
+        arguments: the Trainer's.
+        precision: see `choose_precision`.
+        compiled: whether the model is compiled.
+
+    Raises:
+        SettingError: not all processes take part, DeepSpeed's configuration asks for something else, or a tracker is
+            missing.
+    """
+    _check_trackers(arguments)
+    _ = arguments.device  # This starts the process group.
+    arguments._n_gpu = min(arguments._n_gpu, 1)  # Several GPUs want several processes: accelerate launch.
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if arguments.world_size != started:
+        raise SettingError(f"{started} processes were started but {arguments.world_size} take part")
+    _set_deepspeed(arguments, precision, compiled)
+    if arguments.device.type == "cpu":
+        _set_threads(started)
+    set_seed(arguments.seed)
+    say(describe_launch(arguments, precision))
+
+
+def _check_trackers(arguments: TrainingArguments) -> None:
+    """Raises SettingError if the Trainer does not know a tracker or does not find its package."""
+    try:
+        for tracker in get_reporting_integration_callbacks(arguments.report_to):
+            tracker()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise SettingError(f"report_to={arguments.report_to!r}: {error}") from None
+
+
+def _set_threads(processes: int) -> None:
+    """Share the cores among the processes, unless OMP_NUM_THREADS says otherwise.
+
+    `accelerate launch` without a number of threads sets OMP_NUM_THREADS to 1. Whether the user had set it, too, only
+    the environment of the launcher itself shows, which Linux alone lets others read.
+    """
+    chosen = os.environ.get("OMP_NUM_THREADS")
+    if chosen == "1" and _is_launched():
+        chosen = _launcher_variable("OMP_NUM_THREADS")
+    if chosen is None:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+
+
+def _launcher_variable(name: str) -> str | None:
+    """A variable of the environment in which the launcher was started; None where it is unset or cannot be read."""
+    try:
+        entries = Path(f"/proc/{os.getppid()}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return None
+    return next((entry.partition("=")[2] for entry in entries if entry.startswith(f"{name}=")), None)
+
+
+def describe_launch(arguments: TrainingArguments, precision: str) -> str:
+    """One line with device, processes, threads and precision."""
     device = arguments.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    precision = {"no": "fp32"}.get(recipe.mixed_precision, f"{recipe.mixed_precision} autocast")
+    computed = "fp32" if precision == "no" else f"{precision} autocast"
     threads = torch.get_num_threads()
-    return f"Device: {name}; processes: {arguments.world_size}; threads: {threads} each; precision: {precision}"
+    return f"Device: {name}; processes: {arguments.world_size}; threads: {threads} each; precision: {computed}"
 
 
 def end_with_launcher() -> None:
@@ -160,51 +224,50 @@ def shards_weights() -> bool:
     return _is_on("ACCELERATE_USE_DEEPSPEED") or _is_on("ACCELERATE_USE_FSDP")
 
 
-def autocast_arguments(recipe: Recipe) -> dict[str, Any]:
-    """For `TrainingArguments`. DeepSpeed would hold weights in `bf16`; it gets autocast from `set_deepspeed`."""
+def autocast_arguments(precision: str) -> dict[str, Any]:
+    """For `TrainingArguments`. DeepSpeed would hold weights in `bf16`; it gets autocast from `start_processes`."""
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
-        return {}
-    precision = recipe.precision()
-    return {"bf16": precision == torch.bfloat16, "fp16": precision == torch.float16}
+        return {"bf16": False, "fp16": False}
+    return {"bf16": precision == "bf16", "fp16": precision == "fp16"}
 
 
-def set_deepspeed(arguments: TrainingArguments, recipe: Recipe) -> None:
+def _set_deepspeed(arguments: TrainingArguments, precision: str, compiled: bool) -> None:
     """Complete DeepSpeed's configuration, if there is one.
 
     Raises:
-        RecipeError: the configuration asks for what would not train as the recipe says.
+        SettingError: the configuration asks for what would not train as the settings say.
     """
     plugin: Any = arguments.deepspeed_plugin
     if plugin is None:
         return
     config: dict[str, Any] = plugin.deepspeed_config
     zero = config.setdefault("zero_optimization", {})
-    if recipe.mixed_precision == "fp16":
-        raise RecipeError("mixed_precision='fp16' under DeepSpeed is not supported: take bf16")
+    if precision == "fp16":
+        raise SettingError("mixed_precision='fp16' under DeepSpeed is not supported: take bf16")
     for name in ("bf16", "fp16"):
         if str(config.get(name, {}).get("enabled", False)).lower() == "true":
-            raise RecipeError(
+            raise SettingError(
                 f"DeepSpeed's {name} section keeps weights in {name}, in which a momentum branch stands still: "
-                "remove it and set mixed_precision: bf16 in the recipe, which is autocast"
+                "remove it and set mixed_precision: bf16 in the recipe (bf16=True in Python), which is autocast"
             )
     for name in ("optimizer", "scheduler"):
         if name in config:
-            raise RecipeError(
-                f"DeepSpeed's configuration has a section {name!r}: remove it; the recipe's keys learning_rate, "
-                "lr_schedule, warmup and weight_decay are what is followed"
+            raise SettingError(
+                f"DeepSpeed's configuration has a section {name!r}: remove it; learning_rate, lr_schedule, warmup and "
+                "weight_decay are followed"
             )
-    for name, key in SETTINGS_OF_DEEPSPEED.items():
-        if config.get(name, "auto") not in ("auto", getattr(recipe, key)):
-            raise RecipeError(
-                f"DeepSpeed's configuration has {name}={config[name]}, and the recipe {key}={getattr(recipe, key)}: "
-                "remove it there; the recipe is what is followed"
+    for name, ours in DEEPSPEED_SETTINGS.items():
+        if config.get(name, "auto") not in ("auto", getattr(arguments, ours)):
+            raise SettingError(
+                f"DeepSpeed's configuration has {name}={config[name]}, and the run {ours}={getattr(arguments, ours)}: "
+                "remove it from DeepSpeed's configuration"
             )
     for name in ("offload_param", "offload_optimizer"):
         if zero.get(name, {}).get("device", "none") == "nvme":
-            raise RecipeError(f"DeepSpeed's {name} to nvme: a momentum branch is out of reach there; take cpu")
-    if zero.get("stage") == 3 and recipe.torch_compile:
-        raise RecipeError("torch_compile=true under ZeRO-3: the engine's own hooks break every graph; take ZeRO-2")
-    if recipe.mixed_precision == "bf16":
+            raise SettingError(f"DeepSpeed's {name} to nvme: a momentum branch is out of reach there; take cpu")
+    if zero.get("stage") == 3 and compiled:
+        raise SettingError("torch_compile=true under ZeRO-3: the engine's own hooks break every graph; take ZeRO-2")
+    if precision == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     zero["stage3_gather_16bit_weights_on_model_save"] = True  # else checkpoints hold no weights that others can open
     config["zero_force_ds_cpu_optimizer"] = False  # offloaded states, too, are torch's AdamW

@@ -83,6 +83,22 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
         """The views to be made of an image; `augmentation` holds how the first and the second one are drawn."""
         return list(augmentation[:2])
 
+    def matched_view_size(self, strategy: Strategy) -> int:
+        """Pixels of views that hold no more than the patches of `strategy` see.
+
+        A resized kernel sees p0 x p0 numbers of each patch, so a view may be made with p0 pixels a patch. Where the
+        patches of the branches differ, both need the full view.
+        """
+        online, target = strategy.online.patch_size, strategy.target_branch.patch_size
+        size, base = self.config.image_size, self.config.patch_size
+        return size if online != target else size // online * base
+
+    def compile_encoders(self) -> None:
+        """Compile in place: names in checkpoints stay, and the draws around the encoders are no part of the graphs."""
+        for module in self.modules():
+            if isinstance(module, AccelViTModel):
+                module.compile()
+
     def forward(
         self, views: list[torch.Tensor], strategy: Strategy, draw: Draw, progress: float = 0.0
     ) -> ObjectiveOutput:

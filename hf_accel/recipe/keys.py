@@ -96,7 +96,7 @@ class Recipe:
         return Schedule.parse(None if self.schedule == "auto" else self.schedule, self.patch_size)
 
     def precision(self) -> "torch.dtype | None":
-        """What autocast computes in; None without it. A launch settles `auto` first: `launch.settle_precision`."""
+        """What autocast computes in; None without it. A launch chooses for `auto` first: `launch.choose_precision`."""
         import torch
 
         return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.mixed_precision]

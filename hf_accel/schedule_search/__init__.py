@@ -1,1 +1,6 @@
 """Gradient errors, and the schedules that follow from them."""
+
+from .gradient_error import GradientError
+from .gradient_probe import GradientProbe, estimate_gradient_errors
+
+__all__ = ["GradientError", "GradientProbe", "estimate_gradient_errors"]

@@ -302,7 +302,7 @@ def _deviation(left_out: Tensor) -> float:
     return float((left_out - left_out.mean()).square().sum() * (blocks - 1) / blocks) ** 0.5
 
 
-def estimate_gradient_errors(
+def estimate_errors(
     gradient: Callable[[Name | None, int], Tensor],
     relative_cost: Mapping[Name, float],
     draws: Iterable[int],

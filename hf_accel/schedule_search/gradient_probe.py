@@ -1,28 +1,31 @@
 """`GradientProbe`: the gradient of an objective at fixed parameters, for any draw under any strategy."""
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import distributed
-from ..compression import Compression, Strategy
-from ..data import AUGMENTATIONS, ImageSource, TrainSampler, ViewConfig, make_views, train_loader
+from ..compression import Compression, Strategy, forward_cost
+from ..data import AUGMENTATIONS, ImageSource, TrainSampler, ViewConfig, image_source, make_views, train_loader
 from ..objectives import Draw, ObjectiveForPreTraining
-from ..recipe import Recipe
 from ..utils.seeding import generator
+from .choose import build_grid
+from .gradient_error import GradientError, estimate_errors
 
 
 class GradientProbe:
-    """Flat gradients of the recipe's batch loss; a call leaves the objective bit for bit as it found it.
+    """Flat gradients of the loss of a batch; a call leaves the objective bit for bit as it found it.
 
-    Every draw is a batch of the recipe's size, with its own images, views and kept tokens; the same draw has the same
+    Every draw is a batch of the run's size, with its own images, views and kept tokens; the same draw has the same
     of each under every strategy. Negatives and BatchNorm statistics are those of that batch. In several processes each
     brings its share of the batch and all get the gradient of the whole.
 
     Args:
         objective: at the parameters of interest.
-        recipe: batch size, accumulation, augmentation, precision and seed.
+        args: a `PretrainConfig`: batch size, accumulation, augmentation, precision and seed.
         source: training images.
         progress: where in training these parameters stand; the objective may depend on it.
     """
@@ -30,18 +33,18 @@ class GradientProbe:
     def __init__(
         self,
         objective: ObjectiveForPreTraining,
-        recipe: Recipe,
+        args: Any,
         source: ImageSource,
         progress: float = 0.0,
     ):
-        self.objective, self.recipe, self.source, self.progress = objective, recipe, source, progress
+        self.objective, self.args, self.source, self.progress = objective, args, source, progress
         frozen = set(objective.frozen_parameters(progress))
         self.parameters = [p for p in objective.parameters() if p.requires_grad and p not in frozen]
         self.device = next(objective.parameters()).device
-        self.precision = recipe.precision()
+        self.precision = args.autocast_dtype
         self.loss_scale = 2.0**12 if self.precision == torch.float16 else 1.0  # fp16 loses small gradients
-        self.base = Strategy(Compression(recipe.patch_size))
-        self.seed = generator(recipe.seed, "probe").initial_seed()
+        self.base = Strategy(Compression(objective.config.patch_size))
+        self.seed = generator(args.seed, "probe").initial_seed()
         self._views: dict[tuple[int, int], list[list[Tensor]]] = {}
 
     def __call__(self, strategy: Strategy | None, draw: int) -> Tensor:
@@ -63,7 +66,9 @@ class GradientProbe:
 
     def _gradient(self, strategy: Strategy, draw: int) -> Tensor:
         self.objective.train()
-        micro_batches = self._micro_batches(draw, self.recipe.view_size(strategy))
+        matched = self.args.view_resolution == "matched"
+        size = self.objective.matched_view_size(strategy) if matched else self.objective.config.image_size
+        micro_batches = self._micro_batches(draw, size)
         total = torch.zeros(sum(parameter.numel() for parameter in self.parameters), device=self.device)
         for micro_step, views in enumerate(micro_batches):
             key = (draw, micro_step, distributed.rank())
@@ -85,21 +90,21 @@ class GradientProbe:
         return self._views[draw, size]
 
     def _make(self, draw: int, size: int) -> list[list[Tensor]]:
-        recipe, source, world = self.recipe, self.source, distributed.world_size()
-        share = recipe.batch_size // (recipe.gradient_accumulation_steps * world)
+        args, source, world = self.args, self.source, distributed.world_size()
+        share = args.batch_size // (args.gradient_accumulation_steps * world)
         # Each draw has an epoch of its own: batches of one epoch share no image, and were not independent.
-        step = draw * (len(source) // recipe.batch_size)
+        step = draw * (len(source) // args.batch_size)
         sampler = TrainSampler(
             len(source),
             share,
             world,
             distributed.rank(),
-            recipe.gradient_accumulation_steps,
+            args.gradient_accumulation_steps,
             self.seed,
             first_step=step,
             last_step=step + 1,
         )
-        configs: Sequence[ViewConfig] = self.objective.view_configs(AUGMENTATIONS[recipe.augmentation])
+        configs: Sequence[ViewConfig] = self.objective.view_configs(AUGMENTATIONS[args.augmentation])
         made = []
         pinned = self.device.type != "cpu"
         for batch in train_loader(source, sampler, configs, lambda step: size, 0, self.seed, pinned):
@@ -111,3 +116,42 @@ class GradientProbe:
             where = (batch["step"], batch["micro_step"], batch["rows"], batch["global_batch"])
             made.append(make_views(batch, configs, size, self.seed, *where, source.mean, source.std))
         return made
+
+
+def estimate_gradient_errors(
+    model: ObjectiveForPreTraining,
+    args: Any,
+    train_dataset: Any,
+    strategies: Sequence[Strategy] | None = None,
+    draws: int = 16,
+    progress: float = 0.0,
+    max_bytes: float = 4e9,
+) -> dict[Strategy, GradientError]:
+    """
+    Estimate how wrong the gradients under each strategy are, at the present parameters of a model.
+
+    Args:
+        model: A model such as [`MoCoForPreTraining`], on the device to compute on. It stays bit for bit as it is.
+        args ([`PretrainConfig`]): Batch size, augmentation, precision and seed.
+        train_dataset: As that of a [`PretrainTrainer`].
+        strategies (*optional*): Default: every possible patch size, with a token dropout of 0, 0.25, 0.5 and 0.75.
+        draws: Paired gradients, at least 3. The intervals shrink with their number.
+        progress: Share of the budget at which the parameters stand.
+        max_bytes: Memory for sums of gradients. Less of it costs more passes.
+
+    Returns:
+        A [`GradientError`] for each strategy: squared bias, variance, cost-adjusted mean squared error and gain, with
+        intervals of 95%.
+
+    Example:
+        >>> errors = estimate_gradient_errors(model, config, photos)
+        >>> best = min(errors, key=lambda strategy: errors[strategy].ca_mse)
+    """
+    source, config = image_source(train_dataset, "train_dataset"), model.config
+    base = Strategy(Compression(config.patch_size))
+    if strategies is None:
+        strategies = build_grid(config.image_size, config.patch_size, [0.0, 0.25, 0.5, 0.75])
+    units = partial(model.units_per_image, forward_cost=partial(forward_cost, config))
+    cost = {strategy: units(strategy) / units(base) for strategy in strategies}
+    probe = GradientProbe(model, args, source, progress)
+    return estimate_errors(probe, cost, range(draws), max_bytes, uncompressed=base)

@@ -3,7 +3,7 @@
 import torch
 
 from ..compression import build_cost_grid, build_cost_rows, measure_costs
-from ..distributed.launch import settle_precision
+from ..distributed.launch import choose_precision
 from ..recipe import Recipe
 from ..report import environment, format_cost_table, plot_cost
 from ..run_folder import write_json
@@ -12,7 +12,7 @@ from .setup import output_of
 
 def cost_report(recipe: Recipe) -> None:
     """Print and save the cost of every compression, analytic beside measured."""
-    settle_precision(recipe)
+    recipe.mixed_precision = choose_precision(recipe.mixed_precision)  # pyright: ignore
     output = output_of(recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = recipe.encoder_config()

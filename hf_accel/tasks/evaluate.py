@@ -194,7 +194,7 @@ def _finetune(bench: Bench, patch_size: int | None, seed: int, folder: str) -> d
         logging_steps=recipe.logging_steps,
         report_to=recipe.report_to,
         dataloader_num_workers=recipe.num_workers,
-        **autocast_arguments(recipe),
+        **autocast_arguments(recipe.mixed_precision),
     )
     return {**accuracy, "folder": folder}
 

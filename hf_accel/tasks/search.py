@@ -5,27 +5,30 @@ import sys
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from ..compression import Plan, Schedule, Strategy
+from ..compression import Schedule, Strategy
 from ..data import ImageSource
 from ..distributed import barrier, is_main, say
+from ..distributed.launch import start_processes
 from ..evaluation import weights_digest
 from ..objectives import ObjectiveForPreTraining
 from ..recipe import Recipe, RecipeError
 from ..report import environment, write_search_report
-from ..run_folder import RUN_STATE_NAME, write_text
+from ..run_folder import RUN_STATE_NAME, RunFolder, write_text
 from ..schedule_search.choose import build_schedule, build_schedule_file, choose_strategies
 from ..schedule_search.error_table import ErrorTable
-from ..schedule_search.gradient_error import GradientError, chunks, estimate_gradient_errors
+from ..schedule_search.gradient_error import GradientError, chunks, estimate_errors
 from ..schedule_search.gradient_probe import GradientProbe
-from ..training.trainer import KEPT_NAME, PretrainTrainer
-from .setup import build_objective, continue_recipe, cost_function, grid_of, images_of, output_of, start
+from ..training.config import PretrainConfig
+from ..training.planning import make_forward_cost
+from .setup import build_objective, continue_recipe, grid_of, images_of, output_of, pretrain_config
 
 ERRORS_NAME = "gradient_error.parquet"
 SCHEDULE_NAME = "schedule.yaml"
@@ -37,6 +40,15 @@ OF_THE_PILOT = (
 """The settings under which the gradients of a search are those of its pilot's training."""
 
 
+class Parts(NamedTuple):
+    """What a search measures gradients with."""
+
+    recipe: Recipe
+    config: PretrainConfig
+    objective: ObjectiveForPreTraining
+    source: ImageSource
+
+
 def search(recipe: Recipe) -> None:
     """Write `schedule.yaml`, `gradient_error.parquet` and a report with figures into `output_dir`.
 
@@ -46,22 +58,27 @@ def search(recipe: Recipe) -> None:
     continue_recipe(recipe)
     checkpoints = kept_checkpoints(Path(str(recipe.pilot)))
     output = output_of(recipe)
-    arguments = start(recipe)
+    config = pretrain_config(recipe)
+    start_processes(config, config.precision, config.torch_compile)
     if is_main():
         write_text(output / "recipe.yaml", recipe.to_yaml())
     objective = build_objective(recipe)
-    forward_cost = cost_function(recipe, arguments.device)
+    if config.torch_compile:
+        objective.compile_encoders()
     strategies = grid_of(recipe)
+    wanted = [*recipe.compression_schedule().strategies, *strategies]
+    forward_cost = make_forward_cost(config, objective.config, config.device, wanted)
     base = objective.units_per_image(strategies[0], forward_cost)
     cost = {strategy: objective.units_per_image(strategy, forward_cost) / base for strategy in strategies}
     source, _ = images_of(recipe)
-    objective.to(arguments.device)  # pyright: ignore[reportArgumentType]
-    no_plan = Plan(1, Schedule.constant(strategies[0]), 1, lambda strategy: 1.0)  # nothing is trained
-    trainer = PretrainTrainer(objective, arguments, recipe, no_plan, source)
+    if len(source) < recipe.batch_size:
+        raise RecipeError(f"batch_size={recipe.batch_size}: {source.name} has only {len(source)} images")
+    objective.to(config.device)  # pyright: ignore[reportArgumentType]
+    parts = Parts(recipe, config, objective, source)
     report_differences(recipe)
     finished, rows = load_finished(output / ERRORS_NAME), []
     for progress, folder in checkpoints:
-        rows += measure_checkpoint(trainer, folder, progress, cost, source, finished)
+        rows += measure_checkpoint(parts, folder, progress, cost, finished)
         if is_main():
             later = [row for row in finished.rows.values() if row["progress"] > progress]
             ErrorTable([*rows, *later]).save(output / ERRORS_NAME)
@@ -75,7 +92,8 @@ def search(recipe: Recipe) -> None:
         doubt = describe_doubt(errors[strategies[0]], recipe.search_draws)
         say(f"progress {progress:.0%}: {strategy} (cost {cost[strategy]:.2f} of uncompressed){doubt}")
     say(f"schedule: {output / SCHEDULE_NAME} (use it as schedule={output / SCHEDULE_NAME}), report in {output}")
-    trainer.end()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def write_result(recipe: Recipe, table: ErrorTable, schedule: Schedule, data_name: str) -> None:
@@ -114,11 +132,11 @@ def kept_checkpoints(pilot: Path) -> list[tuple[float, Path]]:
         RecipeError: there is none.
     """
     found = []
-    for path in (pilot / KEPT_NAME).glob(f"*/{RUN_STATE_NAME}"):
+    for path in RunFolder(pilot).kept.glob(f"*/{RUN_STATE_NAME}"):
         found.append((round(json.loads(path.read_text())["progress"], 6), path.parent))
     if not found:
         raise RecipeError(
-            f"pilot={str(pilot)!r}: no checkpoints in {pilot / KEPT_NAME}; train the pilot with "
+            f"pilot={str(pilot)!r}: no checkpoints in {RunFolder(pilot).kept}; train the pilot with "
             "keep_points=[0.0,0.25,0.5,0.75,1.0]"
         )
     return sorted(found)
@@ -152,35 +170,30 @@ def load_weights(objective: ObjectiveForPreTraining, folder: Path) -> None:
 
 
 def measure_checkpoint(
-    trainer: PretrainTrainer,
-    folder: Path,
-    progress: float,
-    cost: dict[Strategy, float],
-    source: ImageSource,
-    finished: ErrorTable,
+    parts: Parts, folder: Path, progress: float, cost: dict[Strategy, float], finished: ErrorTable
 ) -> list[Mapping[str, Any]]:
     """Measure the rows of one checkpoint, or take those that an earlier launch has finished for the same weights."""
-    load_weights(trainer.objective, folder)
-    weights = weights_digest(trainer.objective)
+    load_weights(parts.objective, folder)
+    weights = weights_digest(parts.objective)
     stage = [row for row in finished.rows.values() if (row["progress"], row.get("weights")) == (progress, weights)]
     if stage:
-        say(f"progress {progress:.0%}: found in {Path(trainer.recipe.output_dir) / ERRORS_NAME}")
+        say(f"progress {progress:.0%}: found in {Path(parts.recipe.output_dir) / ERRORS_NAME}")
         return stage
-    errors = measure_errors(trainer, folder, progress, cost, source)
-    size, draws = trainer.recipe.image_size, trainer.recipe.search_draws
+    errors = measure_errors(parts, folder, progress, cost)
+    size, draws = parts.recipe.image_size, parts.recipe.search_draws
     return [ErrorTable.build_row(progress, s, errors[s], cost[s], size, draws, weights) for s in cost]
 
 
 def measure_errors(
-    trainer: PretrainTrainer, folder: Path, progress: float, cost: dict[Strategy, float], source: ImageSource
+    parts: Parts, folder: Path, progress: float, cost: dict[Strategy, float]
 ) -> dict[Strategy, GradientError]:
     """Measure the errors of every strategy at the parameters of one checkpoint, with a progress bar.
 
     Raises:
         RecipeError: search_memory is too small, or a gradient is not finite.
     """
-    recipe = trainer.recipe
-    probe = GradientProbe(trainer.objective, recipe, source, progress)
+    recipe = parts.recipe
+    probe = GradientProbe(parts.objective, parts.config, parts.source, progress)
     memory = recipe.search_memory * 1e9
     size = sum(parameter.numel() for parameter in probe.parameters)
     passes = len(chunks(list(cost), max(1, int(memory // (8 * size)))))
@@ -188,7 +201,7 @@ def measure_errors(
     try:
         with tqdm(total=total, desc=f"progress {progress:.0%}", disable=not is_main(), file=sys.stderr) as bar:
             draws = range(recipe.search_draws)
-            return estimate_gradient_errors(probe, cost, draws, memory, bar.update, probe.base)
+            return estimate_errors(probe, cost, draws, memory, bar.update, probe.base)
     except ValueError as error:
         raise RecipeError(f"the search at {folder}: {error}") from error
 

@@ -39,7 +39,7 @@ class AutoScheduleCallback(TrainerCallback):
         logs = {"probe_units": charge, "probe_moved": float(strategy != before), "probe_tokens": 0.0}
         if step:  # the first probe, of all rungs, compares no pair
             logs["probe_evidence"] = controller.score  # of this probe and those before it; clear above 1.96
-        logs["probe_tokens"] = float(strategy.online.kept_tokens(trainer.recipe.image_size))
+        logs["probe_tokens"] = float(strategy.online.kept_tokens(trainer.objective.config.image_size))
         for name, probed in (("", due[0]), ("_next", due[-1])) if len(due) == 2 else (("", strategy),):
             error = errors[probed]
             logs[f"probe_bias2{name}"], logs[f"probe_ca_mse{name}"] = error.bias2, error.ca_mse
@@ -47,10 +47,10 @@ class AutoScheduleCallback(TrainerCallback):
         trainer.log(logs)
 
     def _probe(self, due, step: int, progress: float) -> GradientErrorAccumulator:
-        trainer, controller, recipe = self.trainer, self.controller, self.trainer.recipe
+        trainer, controller = self.trainer, self.controller
         cost = {strategy: controller.relative_cost[strategy] for strategy in due}
         accumulator = GradientErrorAccumulator(cost)
-        probe = GradientProbe(trainer.whole_objective(), recipe, trainer.source, progress)
+        probe = GradientProbe(trainer.whole_objective(), trainer.args, trainer.source, progress)
         for draw in range(step * controller.draws, (step + 1) * controller.draws):
             stop_together()  # the launch that resumes probes from the first draw on
             reference = probe(None, draw)

@@ -18,7 +18,7 @@ class ProgressCallback(TrainerCallback):
         self.seen = self.share_done(state)
         if self.trainer.is_deepspeed_enabled:
             self.wrap_engine_step(self.trainer.deepspeed, state)
-        if state.global_step == 0 and 0 in self.trainer.recipe.keep_points:
+        if state.global_step == 0 and 0 in self.trainer.args.keep_points:
             self.trainer.keep_start()
 
     def share_done(self, state) -> float:
@@ -26,15 +26,16 @@ class ProgressCallback(TrainerCallback):
         return self.trainer.plan.share_done(state.global_step) + 1e-12
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-        recipe, progress = self.trainer.recipe, self.trainer.plan[state.global_step].progress
-        end = recipe.weight_decay if recipe.weight_decay_end is None else recipe.weight_decay_end
+        progress = self.trainer.plan[state.global_step].progress
+        rate = args.learning_rate * learning_rate_factor(progress, args.lr_schedule, args.warmup)
+        end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+        decay = cosine(args.weight_decay, end, progress)
         frozen = bool(self.trainer.objective.frozen_parameters(progress))
         for group in cast(Any, self.trainer.optimizer).param_groups:
-            group["lr"] = recipe.learning_rate * learning_rate_factor(progress, recipe.lr_schedule, recipe.warmup)
+            group["lr"] = rate * group.get("lr_factor", 1.0)  # Checkpoints of earlier versions hold no factors.
             if frozen and group.get("freezable"):
                 group["lr"] = 0.0
-            if group["weight_decay"] > 0:
-                group["weight_decay"] = cosine(recipe.weight_decay, end, progress)
+            group["weight_decay"] = decay * group.get("weight_decay_factor", float(group["weight_decay"] > 0))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self.trainer.is_deepspeed_enabled:  # its engine has stepped together with the backward
@@ -62,8 +63,8 @@ class ProgressCallback(TrainerCallback):
         trainer = self.trainer
         state.epoch = state.global_step * trainer.plan.batch_size / len(trainer.source)
         before, self.seen = self.seen, self.share_done(state)
-        control.should_evaluate = any(before < point <= self.seen for point in trainer.recipe.eval_points)
-        trainer.keep_now = any(before < point <= self.seen for point in trainer.recipe.keep_points)
+        control.should_evaluate = any(before < point <= self.seen for point in trainer.args.eval_points)
+        trainer.keep_now = any(before < point <= self.seen for point in trainer.args.keep_points)
         control.should_save |= trainer.keep_now
         control.should_log |= state.global_step == state.max_steps  # what came after the last full window, too
         if stop_agreed():

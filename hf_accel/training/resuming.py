@@ -1,12 +1,54 @@
-"""What a run takes over from the checkpoint that it goes on from, besides weights and optimizer."""
+"""The checkpoint that a run resumes from, and what it takes over from it besides weights and optimizer."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from ..distributed import broadcast_object, is_main, say
 from ..distributed.launch import engine_of
-from ..recipe import RecipeError
-from ..run_folder import read_state
+from ..run_folder import RunFolder, find_damage, read_state
+from ..utils.errors import SettingError, fail
+
+
+def choose_checkpoint(folder: RunFolder, resume: Any) -> Path | None:
+    """The checkpoint to resume from, the same on all processes; None to start.
+
+    Args:
+        resume: see `PretrainTrainer.train`.
+
+    Raises:
+        SettingError: the folder holds a run that was not to be resumed, or no complete checkpoint.
+    """
+    if isinstance(resume, str) and resume != "auto":
+        if wrong := find_damage(Path(resume)):
+            fail("resume_from_checkpoint", resume, f"it cannot be resumed from: {wrong}")
+        return Path(resume)
+    found = _last_checkpoint(folder)
+    if not resume and (found or folder.is_complete()):
+        fail(
+            "output_dir",
+            str(folder),
+            "it holds a run; resume it with train(resume_from_checkpoint=True), or choose another folder",
+        )
+    if folder.is_complete():
+        fail(
+            "output_dir", str(folder), "its run is complete: results.json is there; choose another folder for a new one"
+        )
+    if resume and resume != "auto" and found is None:
+        fail("resume_from_checkpoint", resume, f"{folder} holds no complete checkpoint; leave it out to start")
+    return found
+
+
+def _last_checkpoint(folder: RunFolder) -> Path | None:
+    """The newest complete checkpoint. Says of newer ones why they are passed over."""
+    found = None
+    for path in folder.checkpoints() if is_main() else []:
+        wrong = find_damage(path)
+        if wrong is None:
+            found = path
+            break
+        say(f"Not resumed from {path}: {wrong}")
+    return broadcast_object(found)
 
 
 def take_over(trainer: Any, checkpoint: Path) -> int:
@@ -16,13 +58,18 @@ def take_over(trainer: Any, checkpoint: Path) -> int:
         The step that is next.
 
     Raises:
-        RecipeError: the checkpoint is of another engine, or was trained along another plan.
+        SettingError: the checkpoint is of another engine, or was trained along another plan.
     """
     state, now = read_state(checkpoint), engine_of(trainer.accelerator)
     if state.get("engine", now) != now:
-        raise RecipeError(
+        raise SettingError(
             f"{checkpoint} was saved by {state['engine']}, and this is {now}, which would lose the optimizer's state. "
             "Launch the run as it was started, or start again in another output_dir"
+        )
+    if state.get("images", len(trainer.source)) != len(trainer.source):
+        raise SettingError(
+            f"{checkpoint} was trained on {state['images']} images, and now there are {len(trainer.source)}: restore "
+            "them to resume, or choose another output_dir"
         )
     trainer.seconds, trainer.cpu_seconds = state["seconds"], state.get("cpu_seconds", 0.0)
     trainer.source.bad |= {int(index): tuple(what) for index, what in state.get("unreadable", {}).items()}
@@ -31,12 +78,12 @@ def take_over(trainer: Any, checkpoint: Path) -> int:
         try:
             trainer.controller.restore(state["controller"])
         except ValueError as error:
-            raise RecipeError(f"schedule='auto': {checkpoint}: {error}") from None
-        trainer.plan.restore(state["plan"], trainer.recipe.patch_size)
+            raise SettingError(f"schedule='auto': {checkpoint}: {error}") from None
+        trainer.plan.restore(state["plan"], trainer.objective.config.patch_size)
         trainer.args.max_steps = trainer.plan.num_steps
     elif "plan" in state and state["plan"] != json.loads(json.dumps(trainer.plan.state())):
-        raise RecipeError(
-            f"schedule={trainer.recipe.schedule!r}: {checkpoint} was trained along another plan; "
+        raise SettingError(
+            f"schedule={trainer.args.schedule!r}: {checkpoint} was trained along another plan; "
             "restore the schedule's file (or the measured costs) to continue, or choose another output_dir"
         )
     return state["step"]

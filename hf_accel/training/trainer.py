@@ -1,82 +1,118 @@
-"""`PretrainTrainer`: the transformers Trainer, driven by a plan that spends a budget along a schedule."""
+"""`PretrainTrainer`: transformers' Trainer, driven by a plan that spends a budget along a schedule."""
 
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
-from transformers import Trainer, TrainingArguments
+import yaml
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import distributed
-from ..compression import Compression, Plan, Strategy
-from ..compression.cost import TABLE_NAME
-from ..data import AUGMENTATIONS, ImageSource, TrainSampler, eval_loader, image_processor, make_views, train_loader
+from ..data import AUGMENTATIONS, TrainSampler, image_processor, image_source, make_views, train_loader
 from ..data.loader import StepBatches, WholeRun
-from ..distributed.launch import engine_of
+from ..distributed.launch import start_processes
 from ..distributed.sharding import is_sharded, separate_group, shards, whole_state
 from ..distributed.signals import stopping_on_sigterm
 from ..distributed.stopping import Stopped, stop_agreed, stop_requested
-from ..evaluation import extract_features, knn_accuracy
 from ..objectives import Draw, ObjectiveForPreTraining
-from ..recipe import Recipe
-from ..run_folder import last_complete_checkpoint, remove_interrupted, remove_old, seal, writing
-from ..schedule_search.ladder import OnlineController
+from ..run_folder import AGAIN, RunFolder, write_text, writing
+from ..utils.errors import fail
+from ..utils.pretrain_settings import Rule
 from ..utils.seeding import generator
+from .accuracy import measure_knn
 from .auto_schedule import AutoScheduleCallback
 from .callbacks import ProgressCallback
+from .config import PretrainConfig
+from .finish import finish_run
 from .monitoring import CollapseMonitor
-from .resuming import take_over
-
-KEPT_NAME = "kept"
-"""Folder in `output_dir` of the checkpoints at `keep_points`, which are not removed."""
+from .planning import describe_plan, make_forward_cost, make_plan, read_schedule, strategies_of_run
+from .publishing import PublishingTrainer
+from .record import RULES, describe_settings, run_state
+from .resuming import choose_checkpoint, take_over
 
 
 class TrainingDiverged(RuntimeError):
     """The loss is NaN or infinite."""
 
 
-class PretrainTrainer(Trainer):
-    """Trains an objective until its budget is spent.
+class PretrainTrainer(PublishingTrainer):
+    """
+    Trains an objective until its budget is spent.
+
+    It is transformers' Trainer: callbacks, trackers, Accelerate and DeepSpeed work as there. At the end of `train` the
+    folder `args.output_dir` holds `results.json`, curves, and in `final/` the encoder with its processor and card.
 
     Args:
-        recipe: the settings.
-        plan: strategy and progress of every step.
-        source: training images.
-        validation: labelled images for kNN accuracy, or None.
-        controller: revises the plan while it is followed (`schedule: auto`), or None.
+        model ([`ObjectiveForPreTraining`]): For example a [`MoCoForPreTraining`].
+        args ([`PretrainConfig`]): The settings.
+        train_dataset: A `datasets.Dataset` or a torch `Dataset` of PIL images or uint8 tensors (C, H, W), bare or in
+            dicts or tuples. Labels are optional; they serve kNN accuracy only.
+        eval_dataset (*optional*): Labelled images of the same kind, on which kNN accuracy is measured.
+        record (`dict`, *optional*): The settings that `recipe.yaml` records, in place of those of `model` and `args`.
+        rules (`dict`, *optional*): For each of these whether a resumed run may change it: "fixed" (the default),
+            "free" or "correction".
+
+    Attributes:
+        plan ([`Plan`]): Strategy and progress of every step.
+        stopped (`bool`): Whether SIGTERM has ended `train` early, at a checkpoint.
+
+    Example:
+        >>> trainer = PretrainTrainer(MoCoForPreTraining(vit_small()), config, train_dataset=photos)
+        >>> trainer.train()
+        >>> trainer.save_model("encoder")
     """
 
+    args: PretrainConfig
     loss_is_scaled_for_ga = False
 
     def __init__(
         self,
         model: ObjectiveForPreTraining,
-        args: TrainingArguments,
-        recipe: Recipe,
-        plan: Plan,
-        source: ImageSource,
-        validation: ImageSource | None = None,
-        controller: OnlineController | None = None,
+        args: PretrainConfig,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        *,
+        record: Mapping[str, Any] | None = None,
+        rules: Mapping[str, Rule] | None = None,
         **kwargs: Any,
     ):
-        self.recipe, self.plan, self.source, self.validation = recipe, plan, source, validation
-        self.controller, self.most_steps, self.keep_now = controller, plan.num_steps, False
-        self.stopped = self.evaluation_due = False
-        self.view_configs = model.view_configs(AUGMENTATIONS[recipe.augmentation])
+        start_processes(args, args.precision, args.torch_compile)
+        self.folder, config = RunFolder(str(args.output_dir)), model.config
+        self.source = image_source(train_dataset, "train_dataset")
+        self.validation = None if eval_dataset is None else image_source(eval_dataset, "eval_dataset", self.source)
+        if len(self.source) < args.batch_size:
+            fail("batch_size", args.batch_size, f"{self.source.name} has only {len(self.source)} images")
+        if args.batch_size < model.least_batch * args.gradient_accumulation_steps:
+            least = f"{model.name} needs at least {model.least_batch} images in each micro-batch"
+            fail("batch_size", args.batch_size, least)
+        if args.torch_compile:
+            model.compile_encoders()
+        self.view_configs = model.view_configs(AUGMENTATIONS[args.augmentation])
+        schedule = read_schedule(args, config, next((view.size for view in self.view_configs if view.size), None))
+        strategies = strategies_of_run(args, config, schedule)
+        self.forward_cost = make_forward_cost(args, config, args.device, strategies)
+        units = partial(model.units_per_image, forward_cost=self.forward_cost)
+        self.plan, self.controller = make_plan(args, config, schedule, units, len(self.source))
+        args.max_steps = self.most_steps = self.plan.num_steps
+        self.given_record, self.rules = record, rules or RULES
+        self.stopped = self.evaluation_due = self.keep_now = False
         self.seconds = {"total": 0.0, "data": 0.0, "forward_backward": 0.0, "evaluation": 0.0}
         self.cpu_seconds = 0.0
         self._metric_sums: dict[str, torch.Tensor] = {}
-        self._metric_count = 0
+        self._metric_count = self._first_step = 0
         self._window = (time.perf_counter(), 0, 0.0)
-        images: dict[str, Any] = {"train_dataset": source, "eval_dataset": validation}
-        processor = image_processor(source, recipe.image_size)  # saved in checkpoints, which pipelines open with it
-        super().__init__(model=model, args=args, processing_class=processor, **images, **kwargs)
-        if controller:
-            self.add_callback(AutoScheduleCallback(self, controller))
+        datasets: dict[str, Any] = {"train_dataset": self.source, "eval_dataset": self.validation}
+        processor = image_processor(self.source, config.image_size)  # Pipelines open checkpoints with it.
+        super().__init__(model=model, args=args, processing_class=processor, **datasets, **kwargs)
+        if self.optimizer is not None:
+            note_factors(cast(Any, self.optimizer), args)
+        if self.controller:
+            self.add_callback(AutoScheduleCallback(self, self.controller))
         self.add_callback(ProgressCallback(self))
         self.add_callback(CollapseMonitor(model.collapse_symptoms))
 
@@ -94,40 +130,77 @@ class PretrainTrainer(Trainer):
         if not is_sharded(objective):
             return objective
         with torch.random.fork_rng(devices=[]):  # its initialisation is thrown away
-            copy = cast(Any, type(objective))(objective.config, **self.recipe.objective_config)
+            copy = cast(Any, type(objective))(objective.config, **objective.settings)
         copy.load_state_dict(whole_state(objective))
         return copy.to(self.args.device).train(objective.training)
 
     # Data
 
     def view_size(self, step: int) -> int:
-        """Pixels of the views of a step: the image size, or, matched, what the step's patches leave of it."""
-        if self.recipe.view_resolution == "full":
-            return self.recipe.image_size
-        return self.recipe.view_size(self.plan[step].strategy)
+        """Pixels of the views of a step."""
+        if self.args.view_resolution == "full":
+            return self.objective.config.image_size
+        return self.objective.matched_view_size(self.plan[step].strategy)
 
     def get_train_dataloader(self):
         """One pass is the whole run, from the step that is next: a resumed run reads no batch only to skip it."""
-        args, recipe = self.args, self.recipe
+        args = self.args
         shard = (args.per_device_train_batch_size, args.world_size, args.process_index)
         steps = {"first_step": self._first_step, "last_step": self.most_steps}
-        sampler = TrainSampler(len(self.source), *shard, args.gradient_accumulation_steps, recipe.seed, **steps)
+        sampler = TrainSampler(len(self.source), *shard, args.gradient_accumulation_steps, args.seed, **steps)
         views, pinned = (self.view_configs, self.view_size), args.device.type != "cpu"
-        loader = train_loader(self.source, sampler, *views, recipe.num_workers, recipe.seed, pin_memory=pinned)
+        workers = args.dataloader_num_workers
+        loader = train_loader(self.source, sampler, *views, workers, args.seed, pin_memory=pinned)
         return WholeRun(loader, self.most_steps * args.gradient_accumulation_steps)
 
+    # The run
+
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any):
-        """As the Trainer's. SIGTERM stops it at a checkpoint, and `stopped` is then true."""
+        """Train until the budget is spent, and write results and encoder.
+
+        SIGTERM stops training at a checkpoint; `stopped` is then true, and nothing is finished.
+
+        Args:
+            resume_from_checkpoint (`bool` or `str`, *optional*): Default: start, in a folder that holds no run. True
+                resumes the last complete checkpoint in `output_dir` exactly, a path that checkpoint, and `"auto"` the
+                last one if there is one, as a job does that a queue may interrupt.
+
+        Raises:
+            SettingError: the folder holds a run, or there is nothing to resume, or it was started with other settings.
+            TrainingDiverged: the loss, a gradient or the weights are not finite.
+        """
+        with self.folder.lock():
+            checkpoint = choose_checkpoint(self.folder, resume_from_checkpoint)
+            record = dict(self.given_record or describe_settings(self))
+            rules: dict[str, Rule] = {key: self.rules.get(key, "fixed") for key in record}
+            for note in self.folder.compare_settings(record, rules):
+                distributed.say(note)
+            if self.args.should_save:
+                with writing(self.folder.recipe, AGAIN):
+                    write_text(self.folder.recipe, yaml.safe_dump(record, sort_keys=False))
+            self.args.eval_on_start = 0.0 in self.args.eval_points and checkpoint is None
+            for line in describe_plan(self.args, self.objective, self.plan, self.source):
+                distributed.say(line)
+            if checkpoint:
+                distributed.say(f"Resuming from {checkpoint}")
+            output = self._train(checkpoint, **kwargs)
+            if not self.stopped:
+                finish_run(self)
+        if self.args.push_to_hub and not self.stopped:
+            self.push_to_hub()
+        return output
+
+    def _train(self, checkpoint: Path | None, **kwargs: Any):
         self._first_step, self.stopped = 0, False
-        if resume_from_checkpoint:
-            self._first_step = take_over(self, Path(resume_from_checkpoint))
+        if checkpoint:
+            self._first_step = take_over(self, checkpoint)
         self._started, self._seconds_before = time.perf_counter(), self.seconds["total"]
         self._cpu_before = self.cpu_seconds - time.process_time()
         self._window = (self._started, self._first_step, self.seconds["data"])
         with stopping_on_sigterm():
             try:
-                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-                self.stopped |= stop_agreed()  # a signal that came after the last step
+                output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+                self.stopped |= stop_agreed()  # A signal may come after the last step.
                 return output
             except Stopped:
                 self._save_between_steps()
@@ -135,8 +208,8 @@ class PretrainTrainer(Trainer):
     def _save_between_steps(self) -> None:
         """Save after a stop in a probe. After one before the first step of this launch there is nothing new to save."""
         self.stopped, step = True, self.state.global_step
-        folder = Path(self.recipe.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        is_saved = distributed.broadcast_object(last_complete_checkpoint(self.recipe.output_dir) == folder)
+        last = self.folder.last_complete_checkpoint()
+        is_saved = distributed.broadcast_object(last == self.folder.checkpoint(step))
         if step > self._first_step and not is_saved:
             self._save_checkpoint(cast(Any, self.model_wrapped), None)
 
@@ -160,7 +233,7 @@ class PretrainTrainer(Trainer):
         stop_requested()  # a sign that the run goes on, also in a step of many micro-batches
         # Stochastic depth draws from the global generators: make those, too, a function of the step alone.
         key = (inputs["step"], inputs["micro_step"], distributed.rank())
-        torch.manual_seed(generator(self.recipe.seed, "model", *key).initial_seed())
+        torch.manual_seed(generator(self.args.seed, "model", *key).initial_seed())
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.seconds["forward_backward"] += time.perf_counter() - start
         return loss
@@ -171,7 +244,7 @@ class PretrainTrainer(Trainer):
             inputs,
             self.view_configs,
             self.view_size(step),
-            self.recipe.seed,
+            self.args.seed,
             step,
             micro_step,
             inputs["rows"],
@@ -180,7 +253,7 @@ class PretrainTrainer(Trainer):
             self.source.std,
         )
         now = self.plan[step]
-        output = model(views, now.strategy, Draw(self.recipe.seed, step, micro_step), now.progress)
+        output = model(views, now.strategy, Draw(self.args.seed, step, micro_step), now.progress)
         for name, value in output.metrics.items():
             self._metric_sums[name] = self._metric_sums.get(name, 0) + value
         self._metric_count += 1
@@ -194,6 +267,7 @@ class PretrainTrainer(Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.is_deepspeed_enabled:  # there only lr 0 keeps what is frozen for now out of a step
             separate_group(optimizer, self.objective.frozen_parameters(0.0))
+        note_factors(optimizer, self.args)
         return optimizer
 
     def _get_learning_rate(self) -> float:
@@ -215,7 +289,7 @@ class PretrainTrainer(Trainer):
         super().log(logs, start_time)
 
     def _step_logs(self, steps: int) -> dict[str, float]:
-        strategy, size = self.plan[steps - 1].strategy, self.recipe.image_size
+        strategy, size = self.plan[steps - 1].strategy, self.objective.config.image_size
         online, target = strategy.online, strategy.target_branch
         prefix = self.objective.config.num_prefix_tokens
         now, data = time.perf_counter(), self.seconds["data"]
@@ -231,7 +305,7 @@ class PretrainTrainer(Trainer):
             "images_per_second": (steps - first) * self.plan.batch_size / max(now - since, 1e-9),
             "data_wait_fraction": (data - data_before) / max(now - since, 1e-9),
         }
-        if self.recipe.torch_compile:
+        if self.args.torch_compile:
             from torch._dynamo.utils import counters  # an import of seconds
 
             logs["compilations"] = counters["stats"]["unique_graphs"]
@@ -242,10 +316,10 @@ class PretrainTrainer(Trainer):
 
     def diverged(self) -> NoReturn:
         """End the run with what is known and what to try."""
-        kept = last_complete_checkpoint(self.recipe.output_dir)
+        kept = self.folder.last_complete_checkpoint()
         raise TrainingDiverged(
             f"the loss, a gradient or the weights are not finite at step {self.state.global_step} "
-            f"(seed {self.recipe.seed}). Last good checkpoint: {kept or 'none yet'}. Try a lower learning_rate, a "
+            f"(seed {self.args.seed}). Last good checkpoint: {kept or 'none yet'}. Try a lower learning_rate, a "
             "longer warmup, max_grad_norm=1.0 or mixed_precision=bf16 instead of fp16 with the same command, or, in a "
             "new output_dir, model_config.freeze_patch_projection=true"
         )
@@ -260,6 +334,11 @@ class PretrainTrainer(Trainer):
         finite = torch.stack([torch.isfinite(tensor.detach()).all() for tensor in tensors]).all()
         return bool(cast(torch.Tensor, self.accelerator.gather(finite.int())).all())
 
+    def has_labels(self) -> bool:
+        """Whether kNN accuracy can be measured."""
+        labelled = [images is not None and images.labels is not None for images in (self.source, self.validation)]
+        return all(labelled)
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """kNN accuracy of the exported encoder, as a fraction; nothing without labels.
 
@@ -272,10 +351,10 @@ class PretrainTrainer(Trainer):
         metrics: dict[str, float] = {}
         self.evaluation_due = False
         try:
-            if self.validation is not None and self.validation.labels is not None and self.source.labels is not None:
+            if self.has_labels():
                 encoder = self.whole_objective().encoder
                 with torch.compiler.set_stance("force_eager"):  # its shapes are not worth a compilation
-                    accuracy = knn_of(encoder, self.source, self.validation, self.recipe, self.args.device)
+                    accuracy = measure_knn(encoder, self.source, cast(Any, self.validation), self.args)
                 metrics = {f"{metric_key_prefix}_knn_{name}": value for name, value in accuracy.items()}
                 self.log(dict(metrics))
         except Stopped:
@@ -292,101 +371,65 @@ class PretrainTrainer(Trainer):
         self._window = (since + taken, steps, data)
         return metrics
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the encoder that evaluation uses, with its processor and code: `AutoModel` opens the folder.
+
+        The checkpoints of a run hold the whole model. All processes must call it.
+        """
+        if _internal_call:
+            return super().save_model(output_dir, _internal_call)
+        encoder, folder = self.whole_objective().encoder, output_dir or str(self.args.output_dir)
+        if self.args.should_save:
+            with writing(Path(folder), "Make room, and save again"):
+                encoder.save_pretrained(folder)
+                cast(Any, self.processing_class).save_pretrained(folder)
+
     def _save_checkpoint(self, model, trial) -> None:
-        output = Path(self.recipe.output_dir)
-        if self.args.should_save:  # here, as what follows makes the others wait for it
-            remove_interrupted(output, self.state.global_step)
+        if self.args.should_save:  # First, as the others wait for it in what follows.
+            self.folder.remove_interrupted(self.state.global_step)
         if not self._is_finite():
             self.diverged()
-        folder = output / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        # A process that fails ends, and its launcher the others: they may wait for it within an engine's own saving
-        good = last_complete_checkpoint(output)
-        with writing(folder, f"Last good checkpoint: {good or 'none yet'}. Make room, and the same command resumes"):
-            super()._save_checkpoint(model, trial)
+        checkpoint = self.folder.checkpoint(self.state.global_step)
+        # A process that fails ends, and its launcher ends the others: they may wait for it within an engine's saving.
+        good = self.folder.last_complete_checkpoint()
+        with writing(
+            checkpoint, f"Last good checkpoint: {good or 'none yet'}. Make room, and the same command resumes"
+        ):
+            limit, self.args.save_total_limit = self.args.save_total_limit, None  # Only sealed checkpoints count.
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
             distributed.barrier()
             if self.args.should_save:
-                self._complete_checkpoint(folder)
-                remove_old(output, self.recipe.save_total_limit)
-        distributed.barrier()  # a process that ended first could have its launcher end the others while they save
+                self._complete_checkpoint(checkpoint)
+                self.folder.remove_old(limit or 10**9)
+        distributed.barrier()  # A process that ended first could have its launcher end the others while they save.
 
-    def _complete_checkpoint(self, folder: Path) -> None:
-        if self.recipe.cost == "measured":
-            shutil.copy(Path(self.recipe.output_dir) / TABLE_NAME, folder)
-        state = self.run_state()
-        if self.keep_now:  # first: after a kill in between, the checkpoint is not resumed from and both are redone
-            kept = Path(self.recipe.output_dir) / KEPT_NAME / folder.name
-            shutil.copytree(folder, kept, dirs_exist_ok=True)
-            seal(kept, state)
-        seal(folder, state)
+    def _complete_checkpoint(self, checkpoint: Path) -> None:
+        if self.args.cost == "measured":
+            shutil.copy(self.folder.cost_table, checkpoint)
+        state = run_state(self)
+        if self.keep_now:  # First: after a kill in between, the checkpoint is not resumed from and both are redone.
+            kept = self.folder.kept / checkpoint.name
+            shutil.copytree(checkpoint, kept, dirs_exist_ok=True)
+            self.folder.seal(kept, state)
+        self.folder.seal(checkpoint, state)
 
     def keep_start(self) -> None:
-        """Keep the model as it was initialised: there is no optimizer state yet."""
-        folder = Path(self.recipe.output_dir) / KEPT_NAME / f"{PREFIX_CHECKPOINT_DIR}-0"
-        with writing(folder, "Make room, and launch the same command again"):
-            self.save_model(str(folder))
+        """Keep the model as it was initialised; there is no optimizer state yet."""
+        folder = self.folder.kept / f"{PREFIX_CHECKPOINT_DIR}-0"
+        with writing(folder, AGAIN):
+            self.save_model(str(folder), _internal_call=True)
             if self.args.should_save:
-                seal(folder, self.run_state())
-
-    def run_state(self) -> dict[str, Any]:
-        """Counters that a resumed run continues from."""
-        self.seconds["total"] = self._seconds_before + time.perf_counter() - self._started
-        self.cpu_seconds = self._cpu_before + time.process_time()
-        steps = self.state.global_step
-        units = self.plan.spent_after(steps)
-        progress = self.plan.progress(units)
-        state: dict[str, Any] = {"step": steps, "units": units, "progress": progress, "seconds": self.seconds}
-        state["cpu_seconds"] = self.cpu_seconds
-        state |= {"plan": self.plan.state(), "engine": engine_of(self.accelerator)}
-        state["unreadable"] = {str(index): what for index, what in self.source.bad.items()}
-        state |= {"evaluation_due": True} if self.evaluation_due else {}
-        if self.controller:
-            state["controller"] = self.controller.state()
-        return state
-
-    def results(self) -> dict[str, Any]:
-        """What results.json tells of the training so far."""
-        state, plan = self.run_state(), self.plan
-        accuracies = [entry for entry in self.state.log_history if "eval_knn_top1" in entry]
-        seconds = state["seconds"]
-        in_parts = seconds["data"] + seconds["forward_backward"] + seconds["evaluation"]
-        schedule = plan.followed()
-        uncompressed = Strategy(Compression(self.recipe.patch_size))
-        return {
-            "knn_top1": accuracies[-1]["eval_knn_top1"] if accuracies else None,
-            "knn_top5": accuracies[-1].get("eval_knn_top5") if accuracies else None,
-            "knn_top1_random_init": next((e["eval_knn_top1"] for e in accuracies if e["step"] == 0), None),
-            "units": state["units"],
-            "budget": plan.budget,
-            "steps": state["step"],
-            "images_seen": state["step"] * plan.batch_size,
-            "seconds": {**seconds, "rest": seconds["total"] - in_parts},
-            # Of the main process, without its evaluations. Other work on the machine hardly changes this time.
-            "cpu_seconds": state["cpu_seconds"],
-            "processes": self.args.world_size,
-            "seed": self.recipe.seed,
-            "objective": self.recipe.objective,
-            "schedule": schedule.to_list(),
-            "units_per_image": [plan.units_per_image(stage.strategy) for stage in schedule.stages],
-            "units_per_image_uncompressed": plan.units_per_image(uncompressed),
-        }
+                self.folder.seal(folder, run_state(self))
 
 
-def knn_of(
-    encoder: torch.nn.Module,
-    source: ImageSource,
-    validation: ImageSource,
-    recipe: Recipe,
-    device: torch.device,
-    patch_size: int | None = None,
-    features: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
-) -> dict[str, float]:
-    """kNN accuracy {"top1", "top5"} on the labelled images of `validation`, bank those of `source`.
-
-    `features(loader)` replaces the encoder.
-    """
-    pairs = []
-    for images in (source.labelled(), validation.labelled()):
-        loader = eval_loader(images, recipe.image_size, 256, recipe.num_workers)
-        pairs.append(features(loader) if features else extract_features(encoder, loader, device, patch_size))
-    (bank, bank_labels), (queries, labels) = pairs
-    return knn_accuracy(bank, bank_labels, queries, labels, recipe.knn_k, recipe.knn_temperature)
+def note_factors(optimizer: torch.optim.Optimizer, args: PretrainConfig) -> None:
+    """Note for each parameter group its learning rate and weight decay relative to the run's, which schedules keep."""
+    for group in cast(Any, optimizer).param_groups:
+        group["lr_factor"] = group["lr"] / args.learning_rate
+        if args.weight_decay:
+            group["weight_decay_factor"] = group["weight_decay"] / args.weight_decay
+        else:  # Weight decay may begin later: it is then for matrices.
+            group["weight_decay_factor"] = float(all(parameter.ndim > 1 for parameter in group["params"]))

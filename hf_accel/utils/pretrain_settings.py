@@ -96,6 +96,8 @@ class PretrainSettings:
                 fail(name, getattr(self, name), "must be above 0")
         if not 0 <= self.warmup <= 1:
             fail("warmup", self.warmup, "must lie in [0, 1]")
+        if self.weight_decay_end is not None and self.weight_decay_end < 0:
+            fail("weight_decay_end", self.weight_decay_end, "must not be negative")
         if not 0 < self.auto_share < 1:
             fail("auto_share", self.auto_share, "must lie between 0 and 1")
         if self.auto_draws < 3:

@@ -1,4 +1,4 @@
-"""Test what each task does with a dataset in which some images have no label and some cannot be read."""
+"""A set in which some images have no label and some cannot be read: what each task does with it and reports."""
 
 import io
 import json
@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import numpy as np
@@ -19,7 +21,7 @@ from hf_accel.evaluation import raw_pixel_features
 from hf_accel.recipe import load_recipe
 from hf_accel.report import describe_data
 from hf_accel.tasks.evaluate import labelled_images
-from hf_accel.training.trainer import knn_of
+from hf_accel.training.accuracy import measure_knn
 from tests.tiny_runs import SIZE, launch, read
 from tests.two_processes import results_of
 
@@ -28,7 +30,7 @@ COLUMN = "label_column=label"
 
 
 def table(count, broken=()):
-    """Return images of two sizes with one colour for each class; every second one has no label."""
+    """Images of one colour for each class, of two sizes; every second one has no label."""
     rng, images = np.random.default_rng(0), []
     for index in range(count):
         side = SIZE + index % 3
@@ -54,9 +56,9 @@ def test_knn_asks_and_answers_with_labelled_images_only():
     labels = torch.tensor([0, 1, -1] * 10)  # the third colour is never labelled
     pixels = colours[torch.arange(3).repeat(10)].view(30, 3, 1, 1).expand(-1, -1, 8, 8).contiguous()
     source = ImageSource("x", pixels=pixels, labels=labels, class_names=["a", "b"])
-    recipe = load_recipe(None, ["budget=64", "image_size=8", "patch_size=4", "knn_k=5"])
-    model = torch.nn.Identity()
-    accuracy = knn_of(model, source, source, recipe, torch.device("cpu"), features=raw_pixel_features)
+    args: Any = SimpleNamespace(knn_k=5, knn_temperature=0.07, dataloader_num_workers=0)
+    encoder = SimpleNamespace(config=SimpleNamespace(image_size=8))
+    accuracy = measure_knn(encoder, source, source, args, features=raw_pixel_features)
     assert accuracy["top1"] == 1
 
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from hf_accel.distributed import launch as engine
-from hf_accel.recipe import PretrainRecipe, Recipe, RecipeError
+from hf_accel.utils.errors import SettingError
 
 VARIABLES = (
     *("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "WORLD_SIZE"),
@@ -20,10 +20,6 @@ VARIABLES = (
 )
 FSDP = {"ACCELERATE_USE_FSDP": "true"}
 GPU, CPU = {"ACCELERATE_USE_CPU": "false"}, {"ACCELERATE_USE_CPU": "true"}
-
-
-def recipe(**settings: Any) -> Recipe:
-    return PretrainRecipe(budget=1000, **settings)
 
 
 @pytest.fixture
@@ -41,31 +37,29 @@ def launched(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("variables", "precision", "reason"),
+    ("variables", "reason"),
     [
-        ({**CPU, "MASTER_ADDR": "127.0.0.1"}, "no", r"several processes and started one.*cpu_2proc"),
-        ({**CPU}, "fp16", r"mixed_precision='fp16': a CPU has none.*bf16"),
+        ({**CPU, "MASTER_ADDR": "127.0.0.1"}, r"several processes and started one.*cpu_2proc"),
         (
             {**CPU, **FSDP, "FSDP_VERSION": "2"},
-            "no",
             r"FSDP on a CPU.*deepspeed_zero3_cpu_2proc",
         ),
-        ({**GPU, **FSDP, "FSDP_VERSION": "1"}, "no", r"fsdp_version: 2"),
-        ({**GPU, "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "no", r"dynamo backend.*torch_compile=true"),
-        ({**GPU, **FSDP}, "no", r"fsdp_version: 2"),
+        ({**GPU, **FSDP, "FSDP_VERSION": "1"}, r"fsdp_version: 2"),
+        ({**GPU, "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, r"dynamo backend.*torch_compile=true"),
+        ({**GPU, **FSDP}, r"fsdp_version: 2"),
     ],
 )
-def test_a_launch_that_would_not_do_what_it_says_is_refused(launched, variables, precision, reason):
+def test_a_launch_that_would_not_do_what_it_says_is_refused(launched, variables, reason):
     launched(variables)
-    with pytest.raises(RecipeError, match=reason):
-        engine.check_launch(recipe(mixed_precision=precision))
+    with pytest.raises(SettingError, match=reason):
+        engine.check_launch()
 
 
 def test_deepspeed_that_is_not_installed_is_named(launched, monkeypatch):
     launched({**GPU, "ACCELERATE_USE_DEEPSPEED": "true"})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match=r"pip install 'hf-accel\[deepspeed\]'"):
-        engine.check_launch(recipe())
+    with pytest.raises(SettingError, match=r"pip install 'hf-accel\[deepspeed\]'"):
+        engine.check_launch()
 
 
 @pytest.mark.parametrize(
@@ -78,7 +72,7 @@ def test_deepspeed_that_is_not_installed_is_named(launched, monkeypatch):
 )
 def test_what_is_sound_passes(launched, variables):
     launched(variables)
-    engine.check_launch(recipe(mixed_precision="bf16"))
+    engine.check_launch()
 
 
 @pytest.mark.parametrize("has_bf16", [False, True])
@@ -106,16 +100,13 @@ def test_recipe_launcher_run_and_device_decide_on_the_precision(
     launched({**GPU, **({"ACCELERATE_MIXED_PRECISION": launchers} if launchers else {})})
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: has_bf16)
-    of_run = recipe(mixed_precision=recipes)
     if " " in expected and expected != "by the device":
-        with pytest.raises(RecipeError, match=expected):
-            engine.settle_precision(of_run, until_now)
+        with pytest.raises(SettingError, match=expected):
+            engine.choose_precision(recipes, until_now)
         return
-    engine.settle_precision(of_run, until_now)
-    device = "bf16" if has_bf16 else "no"
-    assert of_run.mixed_precision == (device if expected == "by the device" else expected)
-    engine.settle_precision(of_run)  # once settled it stays
-    assert of_run.mixed_precision == (device if expected == "by the device" else expected)
+    chosen = engine.choose_precision(recipes, until_now)
+    assert chosen == (("bf16" if has_bf16 else "no") if expected == "by the device" else expected)
+    assert engine.choose_precision(chosen) == chosen  # once chosen it stays
 
 
 def test_on_a_cpu_auto_is_fp32_or_what_the_launcher_names(launched, monkeypatch):
@@ -124,21 +115,19 @@ def test_on_a_cpu_auto_is_fp32_or_what_the_launcher_names(launched, monkeypatch)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
     for launchers, expected in {"no": "no", "bf16": "bf16"}.items():
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launchers)
-        of_run = recipe()
-        engine.settle_precision(of_run)
-        assert of_run.mixed_precision == expected
+        assert engine.choose_precision("auto") == expected
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(RecipeError, match=r"mixed_precision='fp16': a CPU has none"):
-        engine.settle_precision(recipe())
+    with pytest.raises(SettingError, match=r"mixed_precision='fp16': a CPU has none"):
+        engine.choose_precision("auto")
 
 
 @pytest.mark.parametrize(
-    ("recipes", "deepspeed", "expected"), [("bf16", "false", "bf16"), ("auto", "false", "no"), ("bf16", "true", "no")]
+    ("asked", "deepspeed", "expected"), [("bf16", "false", "bf16"), ("auto", "false", "no"), ("bf16", "true", "no")]
 )
-def test_accelerate_is_told_the_precision_that_was_settled(launched, monkeypatch, recipes, deepspeed, expected):
+def test_accelerate_is_told_the_precision_that_was_settled(launched, monkeypatch, asked, deepspeed, expected):
     launched({**CPU, "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_DEEPSPEED": deepspeed})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    engine.check_launch(recipe(mixed_precision=recipes))
+    engine.choose_precision(asked)
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == expected
 
 
@@ -160,13 +149,13 @@ SEVERAL = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "8", "ACCELERATE_MIXED_PREC
 )
 def test_a_launch_on_gpus_that_are_not_there_is_refused(launched, monkeypatch, variables, reason):
     launched(variables)
-    engine.check_launch(recipe())  # where there are some
+    engine.check_launch()  # where there are some
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     if reason is None:
-        engine.check_launch(recipe())
+        engine.check_launch()
         return
-    with pytest.raises(RecipeError, match=rf"{reason} .*torch finds no GPU here.*cpu\.yaml, or cpu_2proc"):
-        engine.check_launch(recipe())
+    with pytest.raises(SettingError, match=rf"{reason} .*torch finds no GPU here.*cpu\.yaml, or cpu_2proc"):
+        engine.check_launch()
 
 
 def test_the_files_for_several_processes_on_a_cpu_hide_gpus():
@@ -179,26 +168,27 @@ def test_the_files_for_several_processes_on_a_cpu_hide_gpus():
 def test_the_first_line_describes_the_launch(launched):
     launched({**CPU})
     arguments: Any = SimpleNamespace(device=torch.device("cpu"), world_size=2)
-    line = engine.describe_launch(arguments, recipe(mixed_precision="bf16"))
+    line = engine.describe_launch(arguments, "bf16")
     assert line == f"Device: cpu; processes: 2; threads: {torch.get_num_threads()} each; precision: bf16 autocast"
-    assert engine.describe_launch(arguments, recipe(mixed_precision="no")).endswith("precision: fp32")
+    assert engine.describe_launch(arguments, "no").endswith("precision: fp32")
 
 
 def test_precision_is_the_arguments_or_under_deepspeed_autocast(launched):
     launched({**GPU})
-    assert engine.autocast_arguments(recipe(mixed_precision="bf16")) == {"bf16": True, "fp16": False}
+    assert engine.autocast_arguments("bf16") == {"bf16": True, "fp16": False}
     launched({**GPU, "ACCELERATE_USE_DEEPSPEED": "true"})
-    assert engine.autocast_arguments(recipe(mixed_precision="bf16")) == {}
-    config = configured({"zero_optimization": {"stage": 3}}, mixed_precision="bf16")
+    assert engine.autocast_arguments("bf16") == {"bf16": False, "fp16": False}
+    config = configured({"zero_optimization": {"stage": 3}}, precision="bf16")
     assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
-    assert "torch_autocast" not in configured({}, mixed_precision="no")
+    assert "torch_autocast" not in configured({})
 
 
-def configured(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
+def configured(config: dict[str, Any], precision: str = "no", compiled: bool = False, **settings: Any) -> dict:
     """DeepSpeed's configuration as it is after ours."""
-    arguments: Any = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
-    engine.set_deepspeed(arguments, recipe(**settings))
+    settings = {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0, **settings}
+    arguments: Any = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config), **settings)
+    engine._set_deepspeed(arguments, precision, compiled)
     return config
 
 
@@ -207,12 +197,12 @@ def configured(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
     [
         ({"bf16": {"enabled": True}}, {}, r"bf16 section.*mixed_precision: bf16"),
         ({"fp16": {"enabled": "true"}}, {}, r"fp16 section.*mixed_precision: bf16"),
-        ({}, {"mixed_precision": "fp16"}, r"take bf16"),
+        ({}, {"precision": "fp16"}, r"take bf16"),
         ({"optimizer": {"type": "AdamW"}}, {}, r"section 'optimizer': remove it"),
         (
             {"gradient_accumulation_steps": 4},
             {},
-            r"gradient_accumulation_steps=4, and the recipe .*=1: remove",
+            r"gradient_accumulation_steps=4, and the run .*=1: remove",
         ),
         (
             {"gradient_clipping": 1.0},
@@ -221,11 +211,11 @@ def configured(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
         ),
         ({"scheduler": {"type": "WarmupLR"}}, {}, r"section 'scheduler': remove it.*lr_schedule"),
         ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, {}, r"offload_param to nvme.*cpu"),
-        ({"zero_optimization": {"stage": 3}}, {"torch_compile": True}, r"ZeRO-3.*ZeRO-2"),
+        ({"zero_optimization": {"stage": 3}}, {"compiled": True}, r"ZeRO-3.*ZeRO-2"),
     ],
 )
 def test_a_deepspeed_configuration_that_would_not_train_right_is_refused(config, settings, reason):
-    with pytest.raises(RecipeError, match=reason):
+    with pytest.raises(SettingError, match=reason):
         configured(config, **settings)
 
 
@@ -260,4 +250,61 @@ def test_what_deepspeed_has_taken_from_the_recipe_passes():
 
 
 def test_without_deepspeed_there_is_nothing_to_set():
-    engine.set_deepspeed(SimpleNamespace(deepspeed_plugin=None), recipe(mixed_precision="fp16"))  # pyright: ignore
+    engine._set_deepspeed(SimpleNamespace(deepspeed_plugin=None), "fp16", False)  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("threads", "launched", "processes", "expected"),
+    [
+        (None, False, 1, 6),
+        (None, False, 2, 3),
+        ("1", True, 1, 6),
+        ("1", False, 1, 5),
+        ("4", True, 1, 5),
+        (None, True, 9, 1),
+    ],
+    ids=["unset", "shared", "set by accelerate", "set by the user", "set by the user of accelerate", "more than cores"],
+)
+def test_a_bare_launch_uses_all_cores_and_a_choice_is_kept(monkeypatch, threads, launched, processes, expected):
+    given = [5]  # what torch made of OMP_NUM_THREADS
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    for name, value in (("OMP_NUM_THREADS", threads), ("ACCELERATE_MIXED_PRECISION", "no" if launched else None)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(engine, "_launcher_variable", lambda name: None)
+    engine._set_threads(processes)
+    assert given[-1] == expected
+
+
+LAUNCHER = """
+import os, subprocess, sys
+os.environ["OMP_NUM_THREADS"] = "1"  # as accelerate sets it for its processes
+sys.exit(subprocess.call([sys.executable, "-c", sys.argv[1]]))
+"""
+PRINT_THREADS = "import hf_accel.distributed.launch as l, torch; l._set_threads(1); print(torch.get_num_threads())"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="only Linux shows a process's environment")
+@pytest.mark.parametrize("threads", [None, "1"])
+def test_threads_are_those_that_the_launchers_user_chose(threads):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"ACCELERATE_MIXED_PRECISION": "no", **({"OMP_NUM_THREADS": threads} if threads else {})}
+    command = [sys.executable, "-c", LAUNCHER, PRINT_THREADS]
+    printed = subprocess.check_output(command, cwd=Path(__file__).parents[2], env=environment, text=True)
+    assert int(printed) == (1 if threads else os.cpu_count())
+
+
+def test_trackers_that_are_not_there_are_named():
+    def arguments(names: list[str]) -> Any:
+        return SimpleNamespace(report_to=names)
+
+    engine._check_trackers(arguments(["tensorboard"]))
+    engine._check_trackers(arguments([]))
+    with pytest.raises(SettingError, match=r"report_to=\['tensorbord'\]: .*only .*tensorboard"):
+        engine._check_trackers(arguments(["tensorbord"]))
+    with pytest.raises(SettingError, match=r"report_to=\['swanlab'\]: .*swanlab"):
+        engine._check_trackers(arguments(["swanlab"]))

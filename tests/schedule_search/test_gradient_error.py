@@ -4,7 +4,7 @@ import torch
 from scipy import stats
 
 from hf_accel.schedule_search import gradient_error
-from hf_accel.schedule_search.gradient_error import GradientErrorAccumulator, estimate_gradient_errors
+from hf_accel.schedule_search.gradient_error import GradientErrorAccumulator, estimate_errors
 
 COST = 0.3
 
@@ -178,16 +178,16 @@ def test_chunks_change_nothing_and_ask_for_each_gradient_once():
         asked.append((name, draw))
         return table[name, draw]
 
-    whole = estimate_gradient_errors(gradient, costs, range(5))
+    whole = estimate_errors(gradient, costs, range(5))
     assert sorted(asked[1:], key=str) == sorted(table, key=str)
-    assert estimate_gradient_errors(gradient, costs, range(5), max_bytes=2 * 50 * 8) == whole
+    assert estimate_errors(gradient, costs, range(5), max_bytes=2 * 50 * 8) == whole
     # what is known to be the reference is not asked for, and has no bias
     asked.clear()
-    known = estimate_gradient_errors(gradient, {**costs, "whole": 1.0}, range(5), uncompressed="whole")
+    known = estimate_errors(gradient, {**costs, "whole": 1.0}, range(5), uncompressed="whole")
     assert "whole" not in {name for name, _ in asked} and known["whole"].bias2 == 0
     assert {name: known[name] for name in costs} == whole
     with pytest.raises(ValueError, match="800 bytes"):
-        estimate_gradient_errors(gradient, costs, range(5), max_bytes=100)
+        estimate_errors(gradient, costs, range(5), max_bytes=100)
 
 
 def test_what_cannot_be_estimated_is_refused():

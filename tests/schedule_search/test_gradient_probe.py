@@ -10,9 +10,9 @@ from hf_accel.compression import Compression, Strategy
 from hf_accel.data import AUGMENTATIONS, ImageSource, TrainSampler, ViewConfig, make_views, train_loader
 from hf_accel.objectives import OBJECTIVES, Draw
 from hf_accel.recipe import Recipe, load_recipe
-from hf_accel.schedule_search.gradient_error import estimate_gradient_errors
+from hf_accel.schedule_search.gradient_error import estimate_errors
 from hf_accel.schedule_search.gradient_probe import GradientProbe
-from hf_accel.tasks.setup import build_objective, images_of
+from hf_accel.tasks.setup import build_objective, images_of, pretrain_config
 
 SMALL = [
     "model_config.hidden_size=16",
@@ -59,7 +59,7 @@ def test_a_probe_changes_neither_objective_nor_next_step(name, device):
     objective.zero_grad()
     torch.set_rng_state(states[0])
     torch.cuda.set_rng_state_all(states[1:])
-    probe = GradientProbe(objective, recipe, source, progress=0.3)
+    probe = GradientProbe(objective, pretrain_config(recipe), source, progress=0.3)
     gradients = [probe(strategy, draw) for strategy in (None, Strategy(Compression(7))) for draw in (0, 1)]
     assert all(gradient.shape == gradients[0].shape and gradient.norm() > 0 for gradient in gradients)
     assert all(torch.equal(a, b) for a, b in zip(random_states(), states, strict=True)) and objective.training
@@ -76,7 +76,7 @@ def test_what_a_step_freezes_is_not_probed():
     recipe = small("dino", "objective_config.freeze_last_layer=0.1")
     source, _ = images_of(recipe)
     objective = build_objective(recipe)
-    during, after = (GradientProbe(objective, recipe, source, progress) for progress in (0.05, 0.1))
+    during, after = (GradientProbe(objective, pretrain_config(recipe), source, progress) for progress in (0.05, 0.1))
     frozen = objective.frozen_parameters(0.05)
     assert len(frozen) == 1
     assert len(during(None, 0)) == len(after(None, 0)) - frozen[0].numel()
@@ -87,7 +87,7 @@ def test_the_gradient_is_that_of_the_batch_loss():
     source, _ = images_of(recipe)
     objective = build_objective(recipe)
     strategy, draw = Strategy(Compression(4, 0.5)), 5
-    probe = GradientProbe(objective, recipe, source)
+    probe = GradientProbe(objective, pretrain_config(recipe), source)
     found = probe(strategy, draw)
     objective.train()
     configs = objective.view_configs(AUGMENTATIONS[recipe.augmentation])
@@ -106,7 +106,7 @@ def test_the_gradient_is_that_of_the_batch_loss():
 def test_draws_are_paired_and_repeat():
     recipe = small()
     source, _ = images_of(recipe)
-    probe = GradientProbe(build_objective(recipe), recipe, source)
+    probe = GradientProbe(build_objective(recipe), pretrain_config(recipe), source)
     first, base = probe(None, 0), Strategy(Compression(4))
     assert torch.equal(probe(base, 0), first)  # the same images, views and tokens
     assert not torch.equal(probe(None, 1), first)
@@ -120,8 +120,8 @@ def test_bias_grows_with_compression_from_0():
     torch.manual_seed(1)
     objective = build_objective(recipe)
     base, half, most = (Strategy(Compression(4, ratio)) for ratio in (0.0, 0.5, 0.9))
-    probe = GradientProbe(objective, recipe, source)
-    errors = estimate_gradient_errors(probe, {base: 1.0, half: 0.6, most: 0.3}, range(8))
+    probe = GradientProbe(objective, pretrain_config(recipe), source)
+    errors = estimate_errors(probe, {base: 1.0, half: 0.6, most: 0.3}, range(8))
     assert errors[base].bias2 == 0 and errors[base].bias2_interval == (0, 0)
     assert errors[half].bias2 < errors[most].bias2
     assert errors[base].variance < errors[half].variance < errors[most].variance
@@ -133,6 +133,7 @@ class MeanPixel(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.config = SimpleNamespace(image_size=8, patch_size=4)
 
     def view_configs(self, augmentation):
         return [ViewConfig((1.0, 1.0), (1.0, 1.0), jitter=0, grayscale=0, blur=0, flip=0)]
@@ -149,10 +150,10 @@ def test_draws_of_a_small_set_are_independent():
     recipe = small("moco", "image_size=8", "batch_size=4", "schedule=null")
     pixels = torch.tensor([0, 255], dtype=torch.uint8).repeat(4)[:, None, None, None].expand(-1, 3, 8, 8).contiguous()
     source = ImageSource("set", pixels=pixels, mean=(0.5,) * 3, std=(0.5,) * 3)
-    probe = GradientProbe(cast(Any, MeanPixel()), recipe, source)
+    probe = GradientProbe(cast(Any, MeanPixel()), pretrain_config(recipe), source)
     in_a_batch = (8 - 4) / (8 - 1) / 4  # variance of the mean of four of the eight, without replacement
     cheap = Strategy(Compression(4, 0.5))
     biases = [
-        estimate_gradient_errors(probe, {cheap: 0.5}, range(4 * i, 4 * i + 4))[cheap].bias2 for i in range(40)
+        estimate_errors(probe, {cheap: 0.5}, range(4 * i, 4 * i + 4))[cheap].bias2 for i in range(40)
     ]  # its truth is 0: the mean pixel of the set
     assert abs(sum(biases) / len(biases)) < in_a_batch / 6  # three standard errors

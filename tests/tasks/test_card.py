@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_accel.report import add_run
-from hf_accel.tasks import pretrain as pretrain_task
+from hf_accel.training import finish
 from tests.hub.clients import ended, launch, python, start
 from tests.hub.hub_server import Hub, Repository, free_port
 from tests.tiny_runs import STEPS, WEIGHTS, assert_same_weights, image_folder, read
@@ -303,13 +303,13 @@ def test_from_the_optimizer_if_asked_for_others_resume(pushed, hub, images, tmp_
 @pytest.fixture
 def titles(monkeypatch) -> list[str]:
     """Of the training curves that are drawn."""
-    found, plot_curves = [], pretrain_task.plot_curves
+    found, plot_curves = [], finish.plot_curves
 
     def plot(*args, title, **kwargs):
         found.append(title)
         plot_curves(*args, title=title, **kwargs)
 
-    monkeypatch.setattr(pretrain_task, "plot_curves", plot)
+    monkeypatch.setattr(finish, "plot_curves", plot)
     return found
 
 

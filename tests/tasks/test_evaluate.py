@@ -172,7 +172,8 @@ def test_one_command_compares_encoders_of_every_kind(whole, dinov2, folder, tmp_
         rows = [line for line in capsys.readouterr().out.splitlines() if " skipped " in line]
         assert len(rows) == len(skipped)
         for row, (name, reason) in zip(rows, skipped.items(), strict=True):
-            assert row.split()[:3] == [str(checkpoint), name, "8"] and row.endswith(reason)
+            cells = [cell.strip() for cell in row.strip("|").split("|")]
+            assert cells[:3] == [str(checkpoint), name, "8"] and cells[-1].endswith(reason)
     taken = [(entry["checkpoint"], entry["evaluation"], entry["patch_size"]) for entry in entries(tmp_path / "run")]
     ours = [("knn", 4), ("linear", 4), ("finetune", 4), ("knn", 8), ("linear", 8)]
     assert taken == [(str(whole / "final"), *row) for row in ours] + [(str(dinov2), name, 4) for name in names]
@@ -283,8 +284,8 @@ def test_what_cannot_be_fine_tuned_is_skipped_with_the_reason(folder, tmp_path, 
         for names, rows in (("[finetune]", ["finetune"]), ("[finetune, knn]", ["knn", "finetune"])):
             output = tmp_path / f"{kind}-{names}"
             launch(folder, output, *TASK, f"evaluations={names}", f"checkpoint={tmp_path / kind}")
-            table = capsys.readouterr().out.split("30 images:\n")[-1].splitlines()[1:]
-            assert [line.split()[1] for line in table] == rows
+            table = capsys.readouterr().out.split("30 images:\n")[-1].strip().splitlines()[2:]
+            assert [line.split("|")[2].strip() for line in table] == rows
             assert "skipped" in table[-1] and reason in table[-1]
 
 

@@ -19,10 +19,10 @@ from hf_accel.objectives import OBJECTIVES
 from hf_accel.recipe import RecipeError, load_recipe
 from hf_accel.schedule_search.choose import choose_strategies
 from hf_accel.schedule_search.error_table import ErrorTable
-from hf_accel.schedule_search.gradient_error import GradientErrorAccumulator, estimate_gradient_errors
+from hf_accel.schedule_search.gradient_error import GradientErrorAccumulator, estimate_errors
 from hf_accel.schedule_search.gradient_probe import GradientProbe
 from hf_accel.tasks import search
-from hf_accel.tasks.setup import build_objective, images_of
+from hf_accel.tasks.setup import build_objective, images_of, pretrain_config
 from tests.tiny_runs import STEPS, WEIGHTS, image_folder, launch, read
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
@@ -93,7 +93,8 @@ def test_the_errors_are_those_at_the_checkpoint(found, pilot, folder):
     source, _ = images_of(recipe)
     stage = {Strategy.from_dict(row): row for row in rows_of(found) if row["progress"] == 0.5}
     cost = {strategy: row["relative_cost"] for strategy, row in stage.items()}
-    errors = estimate_gradient_errors(GradientProbe(objective, recipe, source, 0.5), cost, range(DRAWS))
+    probe = GradientProbe(objective, pretrain_config(recipe), source, 0.5)
+    errors = estimate_errors(probe, cost, range(DRAWS))
     for strategy, error in errors.items():
         for name in ("bias2", "variance", "ca_variance", "ca_mse", "reference_norm2"):
             assert stage[strategy][name] == pytest.approx(getattr(error, name)), (strategy, name)
@@ -124,11 +125,11 @@ def test_the_report_holds_every_figure(found):
 def test_a_killed_search_continues_and_finds_the_same(found, pilot, folder, tmp_path, monkeypatch, capsys):
     true_errors, seen = search.measure_errors, []
 
-    def measure_errors(trainer, folder, progress, *rest):
+    def measure_errors(parts, folder, progress, *rest):
         seen.append(progress)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return true_errors(trainer, folder, progress, *rest)
+        return true_errors(parts, folder, progress, *rest)
 
     monkeypatch.setattr(search, "measure_errors", measure_errors)
     monkeypatch.setattr(search, "write_search_report", lambda *_: None)

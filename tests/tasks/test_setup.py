@@ -1,63 +1,32 @@
-import os
 from dataclasses import asdict
 
 import pytest
-import torch
 import yaml
 
-from hf_accel.compression import Compression, CostTable
 from hf_accel.recipe import RecipeError, load_recipe
 from hf_accel.run_folder import seal, write_json
 from hf_accel.tasks.setup import (
     build_objective,
-    check_trackers,
     continue_recipe,
-    cost_function,
     images_of,
     output_of,
-    training_arguments,
-    use_all_cores,
+    pretrain_config,
 )
 from hf_accel.training.trainer import PretrainTrainer
 
 
-@pytest.mark.parametrize(
-    ("threads", "launched", "processes", "expected"),
-    [
-        (None, False, 1, 6),
-        (None, False, 2, 3),
-        ("1", True, 1, 6),
-        ("1", False, 1, 5),
-        ("4", True, 1, 5),
-        (None, True, 9, 1),
-    ],
-    ids=["unset", "shared", "set by accelerate", "set by the user", "set by the user of accelerate", "more than cores"],
-)
-def test_a_bare_launch_uses_all_cores_and_a_choice_is_kept(monkeypatch, threads, launched, processes, expected):
-    given = [5]  # what torch made of OMP_NUM_THREADS
-    monkeypatch.setattr(torch, "set_num_threads", given.append)
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    for name, value in (("OMP_NUM_THREADS", threads), ("ACCELERATE_MIXED_PRECISION", "no" if launched else None)):
-        if value is None:
-            monkeypatch.delenv(name, raising=False)
-        else:
-            monkeypatch.setenv(name, value)
-    use_all_cores(processes)
-    assert given[-1] == expected
-
-
-def test_a_batch_that_does_not_divide_is_named():
+def test_a_batch_that_does_not_divide_is_named(monkeypatch):
     recipe = load_recipe("recipes/moco.yaml", ["batch_size=36", "gradient_accumulation_steps=4", "mixed_precision=no"])
-    assert training_arguments(recipe, 3).per_device_train_batch_size == 3
+    assert pretrain_config(recipe).per_device_train_batch_size == 9
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(RecipeError, match=r"batch_size=36.*multiple.* = 8"):
-        training_arguments(recipe, 2)
+        pretrain_config(recipe)
 
 
-def test_a_key_that_the_task_does_not_read_refuses_nothing():
-    evaluate = ["task=evaluate", "checkpoint=random", "mixed_precision=no"]
-    assert training_arguments(load_recipe("recipes/moco.yaml", evaluate), 3).per_device_train_batch_size == 85
-    search = training_arguments(load_recipe("recipes/moco.yaml", ["task=search", "pilot=x", "mixed_precision=no"]), 1)
-    assert search.report_to == []
+def test_a_search_has_no_trackers():
+    search = load_recipe("recipes/moco.yaml", ["task=search", "pilot=x", "mixed_precision=no"])
+    assert pretrain_config(search).report_to == []
 
 
 def test_weight_decay_is_for_matrices():
@@ -89,18 +58,6 @@ DINO = ["objective=dino", "objective_config={num_prototypes: 8, head_hidden_size
 def test_what_an_objective_cannot_be_made_of_is_named(overrides, words):
     with pytest.raises(RecipeError, match=words):
         build_objective(load_recipe("recipes/moco.yaml", overrides))
-
-
-def test_trackers_that_are_not_there_are_named():
-    def arguments(names: str):
-        return training_arguments(load_recipe("recipes/moco.yaml", [f"report_to={names}", "mixed_precision=no"]), 1)
-
-    check_trackers(arguments("[tensorboard]"))
-    check_trackers(arguments("[none]"))
-    with pytest.raises(RecipeError, match=r"report_to=\['tensorbord'\]: .*only .*tensorboard"):
-        check_trackers(arguments("[tensorbord]"))
-    with pytest.raises(RecipeError, match=r"report_to=\['swanlab'\]: .*swanlab"):
-        check_trackers(arguments("[swanlab]"))
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
@@ -157,23 +114,6 @@ def test_a_run_of_an_earlier_version_goes_on_in_its_precision(tmp_path, no_launc
     assert continue_recipe(recipe) == ["Continuing with mixed_precision='bf16' (until here 'no')"]
 
 
-@pytest.mark.parametrize(
-    ("device", "precision", "expected"), [("cpu", "bf16", (64, torch.bfloat16)), ("cuda", "no", (128, None))]
-)
-def test_costs_are_measured_as_the_run_will_compute(device, precision, expected, tmp_path, monkeypatch):
-    asked = []
-
-    def measured(config, compressions, device, batch_size, dtype):
-        asked.append((batch_size, dtype))
-        return CostTable({compression: 1.0 for compression in compressions}, "test")
-
-    monkeypatch.setattr("hf_accel.tasks.setup.measure_costs", measured)
-    settings = ["cost=measured", f"output_dir={tmp_path}", f"mixed_precision={precision}"]
-    settings += ["batch_size=256", "gradient_accumulation_steps=2"]
-    costs = cost_function(load_recipe("recipes/moco.yaml", settings), torch.device(device))
-    assert asked == [expected] and costs(Compression(7)) == 1.0
-
-
 def test_label_column_none_turns_labels_off(capsys):
     settings = ["data=bundled", "budget=64", "label_column=none"]
     source, _ = images_of(load_recipe(None, settings))
@@ -186,10 +126,3 @@ def test_columns_of_the_bundled_digits_are_refused():
     for key in ("image_column", "label_column"):
         with pytest.raises(RecipeError, match=f"{key}='x': the bundled digits have no columns"):
             images_of(load_recipe(None, ["data=bundled", "budget=64", f"{key}=x"]))
-
-
-def test_a_batch_may_be_all_images_and_no_more():
-    source, _ = images_of(load_recipe("recipes/moco.yaml", ["batch_size=4000"]))
-    assert len(source) == 4000
-    with pytest.raises(RecipeError, match=r"batch_size=4001: bundled/train has only 4000 images"):
-        images_of(load_recipe("recipes/moco.yaml", ["batch_size=4001"]))

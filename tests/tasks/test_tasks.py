@@ -12,7 +12,8 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
 import PIL.Image
 import pytest
@@ -23,13 +24,13 @@ from torch._dynamo.utils import counters
 import hf_accel.objectives.moco as moco
 import hf_accel.run as entry
 import hf_accel.run_folder
-from hf_accel.compression import Compression, CostTable, Plan
+from hf_accel.compression import Compression, CostTable
 from hf_accel.models import AccelViTModel
 from hf_accel.recipe import PretrainRecipe, Recipe
-from hf_accel.run_folder import sole_launch
+from hf_accel.run_folder import RunFolder, sole_launch
 from hf_accel.tasks import cost as cost_task
-from hf_accel.tasks import pretrain as pretrain_task
 from hf_accel.training.callbacks import ProgressCallback
+from hf_accel.training.finish import write_results
 from hf_accel.training.trainer import PretrainTrainer
 from tests.tiny_runs import (
     RECIPE,
@@ -145,12 +146,18 @@ def test_pretrain(whole):
 
 def test_curves_show_the_plan_that_was_followed(tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr("hf_accel.tasks.pretrain.plot_curves", lambda *_, **options: drawn.update(options))
-    monkeypatch.setattr("hf_accel.hub.Publication.complete_final", lambda *_: True)
-    results = {"knn_top1_raw_pixels": None, "knn_top1_random_init": None, "data": {"name": "photos"}}
-    recipe, plan = PretrainRecipe(budget=100, image_size=32, output_dir=str(tmp_path)), object()
-    pretrain_task.write_results(recipe, results, [], cast(Plan, plan))
-    assert drawn["plan"] is plan and drawn["image_size"] == 32
+    monkeypatch.setattr("hf_accel.training.finish.plot_curves", lambda *_, **options: drawn.update(options))
+    results = {
+        "knn_top1_raw_pixels": None,
+        "knn_top1_random_init": None,
+        "data": {"name": "photos"},
+        "objective": "moco",
+    }
+    trainer: Any = SimpleNamespace(folder=RunFolder(tmp_path), plan=object(), state=SimpleNamespace(log_history=[]))
+    trainer.objective = SimpleNamespace(config=SimpleNamespace(image_size=32))
+    trainer.publication = lambda: SimpleNamespace(complete_final=lambda _: True)
+    write_results(trainer, results)
+    assert drawn["plan"] is trainer.plan and drawn["image_size"] == 32
 
 
 def test_the_last_steps_are_logged_also_where_they_fill_no_window(folder, tmp_path):
@@ -231,7 +238,9 @@ def test_a_schedule_file_that_changed_is_not_continued_with(folder, tmp_path, mo
         stop_at(patch, 3)
         output = launch_until_stopped(folder, tmp_path / "run", f"schedule={path}", "eval_points=[]")
     path.write_text("[{until: 0.75, patch_size: 8}, {until: 1.0}]")
-    with pytest.raises(SystemExit, match=r"RecipeError: schedule='.*schedule\.yaml': .*checkpoint-3 was trained along"):
+    with pytest.raises(
+        SystemExit, match=r"SettingError: schedule='.*schedule\.yaml': .*checkpoint-3 was trained along"
+    ):
         launch(folder, output, f"schedule={path}", "eval_points=[]")
     path.write_text("[{until: 0.5, patch_size: 8}, {until: 1.0, patch_size: 4}]  # the same")
     launch(folder, output, f"schedule={path}", "eval_points=[]")
@@ -252,7 +261,7 @@ def test_measured_costs_are_kept_and_used_again(folder, tmp_path, monkeypatch):
     def again(*_, **__):
         raise AssertionError("measured twice")
 
-    monkeypatch.setattr("hf_accel.tasks.setup.measure_costs", again)
+    monkeypatch.setattr("hf_accel.training.planning.measure_costs", again)
     launch(folder, output, "cost=measured", schedule)
     assert CostTable.load(output / "cost_table.json") == table
     logs = [log for log in read(output / "log_history.json")["log_history"] if "loss" in log]
@@ -311,7 +320,7 @@ def test_images_without_labels_are_trained_on(tmp_path, capsys):
     assert [results[key] for key in ("knn_top1", "knn_top1_random_init", "knn_top1_raw_pixels")] == [None] * 3
     assert (output / "curves.png").exists()
     said = capsys.readouterr().out
-    assert said.startswith("Device: cpu; processes: 1; threads: ") and f"Results in {output}; no accuracy" in said
+    assert "\nDevice: cpu; processes: 1; threads: " in said and f"Results in {output}; no accuracy" in said
 
 
 @pytest.mark.parametrize(
@@ -489,8 +498,9 @@ def test_a_second_launch_in_the_same_folder_is_refused_while_the_first_is_at_wor
     holder.enter_context(sole_launch(output))
     with monkeypatch.context() as patch:
         patch.setattr("time.sleep", lambda seconds: holder.close())
-        with pytest.raises(SystemExit, match="only 120 images"):  # the one before was about to end
-            launch(folder, output, "batch_size=128", "budget=4096")
+        patch.setattr("hf_accel.training.trainer.choose_checkpoint", lambda *_: sys.exit("it has the folder"))
+        with pytest.raises(SystemExit, match="it has the folder"):  # the one before was about to end
+            launch(folder, output)
         assert f"Another launch is at work in {output}: waiting for 60 s" in capsys.readouterr().out
     monkeypatch.setattr("hf_accel.run_folder.LOCK_PATIENCE", 0.1)
     with (
@@ -499,9 +509,10 @@ def test_a_second_launch_in_the_same_folder_is_refused_while_the_first_is_at_wor
     ):
         launch(folder, output)
     assert not (output / "recipe.yaml").exists()
-    for _ in range(2):  # whatever became of the one before
-        with pytest.raises(SystemExit, match="only 120 images"):
-            launch(folder, output, "batch_size=128", "budget=4096")
+    monkeypatch.setattr("hf_accel.training.trainer.choose_checkpoint", lambda *_: sys.exit("it has the folder"))
+    for _ in range(2):  # however the one before ended
+        with pytest.raises(SystemExit, match="it has the folder"):
+            launch(folder, output)
 
 
 def test_fp16_on_a_cpu_is_refused(folder, tmp_path):

@@ -253,13 +253,13 @@ def test_a_run_of_a_version_with_another_ladder_is_not_resumed(folder, tmp_path,
         terminate_in_step(patch, 1)
         output = launch_until_stopped(folder, tmp_path / "run", *AUTO)
     before = sorted(output.rglob("*"))
-    with pytest.raises(SystemExit, match=r"RecipeError: schedule='auto': .*checkpoint-2: .*climbs another ladder, .*"):
+    with pytest.raises(SystemExit, match=r"SettingError: schedule='auto': .*checkpoint-2: .*climbs another ladder, .*"):
         launch(folder, output, *AUTO)
     assert sorted(output.rglob("*")) == before
 
 
 def test_a_budget_that_does_not_pay_for_probes_is_refused(folder, tmp_path):
-    with pytest.raises(SystemExit, match=r"RecipeError: schedule='auto': probes of 8 draws take .*raise auto_share"):
+    with pytest.raises(SystemExit, match=r"SettingError: schedule='auto': probes of 8 draws take .*raise auto_share"):
         launch(folder, tmp_path / "run", "schedule=auto")
     with pytest.raises(SystemExit, match=r"schedule='auto': there is no strategy to choose from"):
         launch(folder, tmp_path / "run", "schedule=auto", "patch_size=8")
@@ -273,7 +273,7 @@ def test_measured_costs_hold_the_whole_ladder(folder, tmp_path, monkeypatch):
         asked.extend(compressions)
         return CostTable({c: forward_cost(config, c) ** 0.9 for c in compressions}, "cpu")
 
-    monkeypatch.setattr("hf_accel.tasks.setup.measure_costs", measured)
+    monkeypatch.setattr("hf_accel.training.planning.measure_costs", measured)
     output = launch(folder, tmp_path / "run", *AUTO, "cost=measured")
     table = CostTable.load(output / "cost_table.json")
     batch = [16 * 4 * table(rung) for rung in LADDER]

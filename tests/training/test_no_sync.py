@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
-from hf_accel.compression import forward_cost
 from hf_accel.data import ImageSource, load_sources
 from hf_accel.recipe import PretrainRecipe, Recipe
-from hf_accel.tasks.setup import build_objective, plan_of, start
+from hf_accel.tasks.setup import build_objective, pretrain_config
 from hf_accel.training.trainer import PretrainTrainer
 from tests import pretended_device
 from tests.tiny_runs import RECIPE, image_folder
@@ -105,7 +103,7 @@ def train(name: str, device: torch.device | None, folder: str) -> dict[str, Any]
     pretended, on_gpu = device is not None and device.type == "pretend", device is not None and device.type == "cuda"
     # There is no launcher for the pretended device: the arguments are told.
     os.environ["ACCELERATE_USE_CPU"] = str(not on_gpu).lower()
-    arguments = start(recipe)
+    arguments = pretrain_config(recipe)
     assert (arguments.device.type == "cuda") == on_gpu
     if pretended:
         os.environ["ACCELERATE_USE_CPU"] = "false"
@@ -113,11 +111,9 @@ def train(name: str, device: torch.device | None, folder: str) -> dict[str, Any]
         arguments.__dict__["_setup_devices"] = device
     arguments.disable_tqdm = True
     model = build_objective(recipe)
-    plan = plan_of(recipe, lambda strategy: model.units_per_image(strategy, partial(forward_cost, model.config)))
-    arguments.max_steps = plan.num_steps
     unwatched = SyncDebug() if on_gpu else pretended_device.Watch()
     with pretended_device.watching() if pretended else nullcontext(unwatched) as watch:
-        trainer = WatchedTrainer(model, arguments, recipe, plan, source_of(recipe, "loader" in name, Path(folder)))
+        trainer = WatchedTrainer(model, arguments, source_of(recipe, "loader" in name, Path(folder)))
         trainer.watch = watch
         trainer.train()
         watch.on = False

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from hf_accel.compression import Compression, Plan, Schedule, Strategy
-from hf_accel.recipe import load_recipe
+from hf_accel.models import vit_tiny
+from hf_accel.objectives import SimCLRForPreTraining
 from hf_accel.training.callbacks import ProgressCallback
 from hf_accel.utils.progress import cosine, learning_rate_factor
 
@@ -28,20 +29,17 @@ def test_cosine_ends_where_it_should():
 
 
 def test_matched_views_have_base_patches():
-    full = load_recipe("recipes/moco.yaml")
-    matched = load_recipe("recipes/moco.yaml", ["view_resolution=matched"])
+    sizes: dict[str, Any] = {"num_hidden_layers": 1, "image_size": 28, "patch_size": 4}
+    model = SimCLRForPreTraining(vit_tiny(**sizes), projector_hidden_size=8, projection_size=8)
     symmetric, asymmetric = Strategy(Compression(7)), Strategy(Compression(7), Compression(4))
-    assert full.view_size(symmetric) == 28
-    assert matched.view_size(symmetric) == 16
-    assert matched.view_size(asymmetric) == 28
+    assert model.matched_view_size(symmetric) == 16
+    assert model.matched_view_size(asymmetric) == 28
 
 
 def test_a_point_that_rounding_puts_above_its_step_is_evaluated_once_and_not_again_after_a_resume():
     plan = Plan(8 * 4.0, Schedule.constant(Strategy(Compression(4))), 1, lambda strategy: 4.0)
-    recipe = SimpleNamespace(eval_points=[0.25 + 5e-13], keep_points=[])
-    trainer: Any = SimpleNamespace(
-        plan=plan, recipe=recipe, source=range(10), keep_now=False, is_deepspeed_enabled=False
-    )
+    args = SimpleNamespace(eval_points=[0.25 + 5e-13], keep_points=[])
+    trainer: Any = SimpleNamespace(plan=plan, args=args, source=range(10), keep_now=False, is_deepspeed_enabled=False)
 
     def evaluated(first_step: int) -> list[int]:
         callback: Any = ProgressCallback(trainer)

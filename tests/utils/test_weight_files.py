@@ -71,7 +71,7 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path, name):
     make(tmp_path / name)
     with pytest.raises(ValueError, match=message):
         read_tensors(tmp_path / name)
-    with pytest.raises(SystemExit, match=f"^RecipeError: checkpoint='.*{name}': .*{message}"):
+    with pytest.raises(SystemExit, match=f"^SettingError: checkpoint='.*{name}': .*{message}"):
         export(tmp_path / name, tmp_path / "out", "accel_vit", "model_config.num_attention_heads=2")
 
 
@@ -118,7 +118,7 @@ def test_a_damaged_folder_says_why(encoder, tmp_path, name):
     make(folder)
     with pytest.raises(ValueError, match=message):
         load_encoder(str(folder))
-    with pytest.raises(SystemExit, match=f"^RecipeError: checkpoint='.*encoder': .*{message}"):
+    with pytest.raises(SystemExit, match=f"^SettingError: checkpoint='.*encoder': .*{message}"):
         export(folder, tmp_path / "out", "accel_vit")
 
 

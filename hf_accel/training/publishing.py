@@ -1,0 +1,76 @@
+"""The part of `PretrainTrainer` that describes and publishes a run, in place of what transformers' Trainer pushes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+
+from ..data import ImageSource
+from ..hub import Publication
+from ..hub.callback import PushCallback
+from ..report import describe_data
+from ..run_folder import RunFolder
+from ..utils.errors import fail
+from .record import training_results
+
+
+class PublishingTrainer(Trainer):
+    """A Trainer whose pushes hold the encoder, its card and its results."""
+
+    folder: RunFolder
+    source: ImageSource
+    validation: ImageSource | None
+    given_record: Mapping[str, Any] | None
+
+    def results(self) -> dict[str, Any]:
+        """What results.json holds about the training so far."""
+        return {**training_results(self), "data": self.describe_data()}
+
+    def describe_data(self) -> dict[str, Any]:
+        """What results.json holds about the images."""
+        return describe_data((self.given_record or {}).get("data"), self.source, self.validation)
+
+    def publication(self, license: str | None = None) -> Publication:
+        """The run and its repository."""
+        args = self.args
+        return Publication(
+            str(args.output_dir),
+            args.hub_model_id,
+            private=bool(args.hub_private_repo),
+            license=license or (self.given_record or {}).get("license", Publication.license),
+            optimizer=args.hub_strategy == HubStrategy.CHECKPOINT,
+        )
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Find out before training why nothing could be pushed to the Hub."""
+        publication = self.publication()
+        publication.start()
+        if self.args.hub_strategy != HubStrategy.END and self.is_world_process_zero():
+            self.add_callback(PushCallback(publication, self.results))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """`PushCallback` does this, once the checkpoint is complete."""
+
+    def create_model_card(self, *args: Any, license: str | None = None, **kwargs: Any) -> None:
+        """Write the card of a finished run into `final/`. One that somebody has edited stays."""
+        self._check_finished()
+        if self.is_world_process_zero():
+            self.publication(license).complete_final(self.folder.read_results())
+
+    def push_to_hub(self, commit_message: str | None = None, blocking: bool = True, **kwargs: Any) -> None:
+        """Upload the finished run: encoder, processor, code, card, settings and results. Nothing that is there already.
+
+        Args:
+            license (`str`, *optional*): The model's, for its card. Default: apache-2.0.
+
+        Raises:
+            SettingError: the run is not finished.
+            PushFailed: the Hub cannot be reached or refuses. Nothing is lost, and the call can be repeated.
+        """
+        self._check_finished()
+        self.publication(kwargs.get("license")).publish()
+
+    def _check_finished(self) -> None:
+        if not self.folder.is_complete():
+            fail("output_dir", str(self.folder), "its run is not finished; call train() first")

@@ -1,0 +1,99 @@
+"""What a run records about itself: its settings, the state of a checkpoint, and its results."""
+
+import time
+from dataclasses import fields
+from typing import Any
+
+from ..compression import Compression, Strategy
+from ..distributed.launch import engine_of
+from ..utils.pretrain_settings import PretrainSettings, Rule
+
+RULES: dict[str, Rule] = {
+    **{key.name: key.metadata["resume"] for key in fields(PretrainSettings)},
+    **dict.fromkeys(("learning_rate", "max_grad_norm", "mixed_precision"), "correction"),
+    **dict.fromkeys(("task", "output_dir", "data", "num_workers", "logging_steps", "save_steps"), "free"),
+    **dict.fromkeys(("save_total_limit", "report_to", "push_to_hub", "hub_model_id", "hub_private", "license"), "free"),
+}
+"""What a resumed run may do with a setting. Those that are not named are fixed."""
+
+
+def describe_settings(trainer: Any) -> dict[str, Any]:
+    """The settings of a run that a program has started, by the names that recipes give them."""
+    args, model = trainer.args, trainer.objective
+    config = {
+        key: value
+        for key, value in model.config.to_diff_dict().items()
+        if key not in ("model_type", "transformers_version", "architectures", "auto_map", "dtype")
+    }
+    sizes = {key: getattr(model.config, key) for key in ("image_size", "patch_size")}
+    same = (
+        *("output_dir", "seed", "augmentation", "view_resolution", "budget", "schedule", "auto_share", "auto_draws"),
+        *("cost", "search_criterion", "batch_size", "gradient_accumulation_steps", "learning_rate", "lr_schedule"),
+        *("warmup", "weight_decay", "weight_decay_end", "max_grad_norm", "torch_compile", "eval_points"),
+        *("keep_points", "knn_k", "knn_temperature", "logging_steps", "save_steps", "save_total_limit", "report_to"),
+        *("push_to_hub", "hub_model_id"),
+    )
+    return {
+        "task": "pretrain",
+        "data": trainer.source.name,
+        "model_config": {key: value for key, value in config.items() if key not in sizes},
+        **sizes,
+        "objective": model.name,
+        "objective_config": model.settings,
+        **{key: getattr(args, key) for key in same},
+        "optim": args.optim.value,
+        "adam_beta1": args.adam_beta1,
+        "adam_beta2": args.adam_beta2,
+        "num_workers": args.dataloader_num_workers,
+        "gradient_checkpointing": bool(args.activation_checkpointing),
+        "mixed_precision": args.precision,
+        "hub_private": bool(args.hub_private_repo),
+        "license": trainer.publication().license,
+        **dict.fromkeys(("model", "data_config", "image_column", "label_column")),  # a recipe's ways of naming things
+    }
+
+
+def run_state(trainer: Any) -> dict[str, Any]:
+    """The counters that a resumed run continues from."""
+    trainer.seconds["total"] = trainer._seconds_before + time.perf_counter() - trainer._started
+    trainer.cpu_seconds = trainer._cpu_before + time.process_time()
+    steps = trainer.state.global_step
+    units = trainer.plan.spent_after(steps)
+    progress = trainer.plan.progress(units)
+    state: dict[str, Any] = {"step": steps, "units": units, "progress": progress, "seconds": trainer.seconds}
+    state["cpu_seconds"] = trainer.cpu_seconds
+    state |= {"plan": trainer.plan.state(), "engine": engine_of(trainer.accelerator)}
+    state["unreadable"] = {str(index): what for index, what in trainer.source.bad.items()}
+    state["images"] = len(trainer.source)
+    state |= {"evaluation_due": True} if trainer.evaluation_due else {}
+    if trainer.controller:
+        state["controller"] = trainer.controller.state()
+    return state
+
+
+def training_results(trainer: Any) -> dict[str, Any]:
+    """What results.json holds about the training so far."""
+    state, plan = run_state(trainer), trainer.plan
+    accuracies = [entry for entry in trainer.state.log_history if "eval_knn_top1" in entry]
+    seconds = state["seconds"]
+    in_parts = seconds["data"] + seconds["forward_backward"] + seconds["evaluation"]
+    schedule = plan.followed()
+    uncompressed = Strategy(Compression(trainer.objective.config.patch_size))
+    return {
+        "knn_top1": accuracies[-1]["eval_knn_top1"] if accuracies else None,
+        "knn_top5": accuracies[-1].get("eval_knn_top5") if accuracies else None,
+        "knn_top1_random_init": next((e["eval_knn_top1"] for e in accuracies if e["step"] == 0), None),
+        "units": state["units"],
+        "budget": plan.budget,
+        "steps": state["step"],
+        "images_seen": state["step"] * plan.batch_size,
+        "seconds": {**seconds, "rest": seconds["total"] - in_parts},
+        # Of the main process, without its evaluations. Other work on the machine hardly changes this time.
+        "cpu_seconds": state["cpu_seconds"],
+        "processes": trainer.args.world_size,
+        "seed": trainer.args.seed,
+        "objective": trainer.objective.name,
+        "schedule": schedule.to_list(),
+        "units_per_image": [plan.units_per_image(stage.strategy) for stage in schedule.stages],
+        "units_per_image_uncompressed": plan.units_per_image(uncompressed),
+    }

@@ -1,0 +1,269 @@
+"""Pretraining from Python, as README and docs show it."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoImageProcessor, AutoModel, HfArgumentParser, TrainerCallback, TrainingArguments
+
+from hf_accel import (
+    Compression,
+    DINOForPreTraining,
+    MoCoForPreTraining,
+    PretrainConfig,
+    PretrainTrainer,
+    Schedule,
+    SimCLRForPreTraining,
+    Strategy,
+    estimate_gradient_errors,
+    vit_small,
+    vit_tiny,
+)
+from hf_accel.compression.schedule import Stage
+from tests.tiny_runs import WEIGHTS, assert_same_weights, image_folder
+
+pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
+
+SIZES: dict[str, Any] = {
+    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+    **{"image_size": 16, "patch_size": 4},
+}
+HEADS: dict[str, Any] = {"projector_hidden_size": 32, "projection_size": 16}
+QUICK: dict[str, Any] = {"batch_size": 16, "logging_steps": 1, "report_to": "none", "save_steps": 3, "bf16": False}
+
+
+def moco() -> MoCoForPreTraining:
+    torch.manual_seed(0)
+    return MoCoForPreTraining(vit_tiny(**SIZES), **HEADS)
+
+
+def config(folder: Path, **settings: Any) -> PretrainConfig:
+    return PretrainConfig(str(folder), **{"budget": "1 epoch", **QUICK, **settings})
+
+
+class Tensors(Dataset):
+    """uint8 tensors with labels, in tuples."""
+
+    def __init__(self, count: int = 96):
+        colours = torch.eye(3, dtype=torch.uint8)[torch.arange(count) % 3] * 150
+        noise = torch.randint(0, 100, (count, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+        self.images = colours[:, :, None, None] + noise.to(torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int):
+        return self.images[index], index % 3
+
+
+def test_the_script_of_the_readme(tmp_path, monkeypatch):
+    """Every line of it, with sizes and data overridden."""
+    folder = image_folder(tmp_path / "photos")
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    script = next(block for block in text.split("```") if block.startswith("python") and "PretrainTrainer" in block)
+    pushed: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        PretrainTrainer, "push_to_hub", lambda self, *_, **__: pushed.append(self.folder.read_results())
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", loading(folder))
+    monkeypatch.setattr(
+        "hf_accel.training.config.PretrainConfig.__init__", with_defaults(QUICK | {"auto_share": 0.9, "auto_draws": 3})
+    )
+    script = (
+        script.removeprefix("python").replace('"100 epochs"', '"6 epochs"').replace("vit_small())", "small(), **HEADS)")
+    )
+    exec(compile(script, "README.md", "exec"), {"small": lambda: vit_small(**SIZES), "HEADS": HEADS})
+    assert len(pushed) == 1 and pushed[0]["knn_top1"] is None and pushed[0]["units"] > 0
+    encoder = AutoModel.from_pretrained(tmp_path / "runs/photos/final")
+    assert encoder.config.hidden_size == 32
+
+
+def loading(folder: Path):
+    load = datasets.load_dataset
+    return lambda kind, data_dir, split: load(kind, data_dir=str(folder), split=split)
+
+
+def with_defaults(settings: dict[str, Any]):
+    made = PretrainConfig.__init__
+    return lambda self, *args, **given: made(self, *args, **{**settings, **given})
+
+
+def test_a_torch_dataset_of_uint8_tensors(tmp_path):
+    schedule = Schedule((Stage(0.5, Strategy(Compression(8))), Stage(1.0, Strategy(Compression(4)))))
+    args = config(tmp_path / "run", schedule=schedule, eval_points=[0.0, 1.0])
+    trainer = PretrainTrainer(moco(), args, Tensors(), eval_dataset=Tensors(30))
+    trainer.train()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {"knn_top1", "knn_top1_random_init", "knn_top1_raw_pixels", "units", "budget", "weights"} <= set(results)
+    assert results["knn_top1"] > 0.5 and results["budget"] == 96 * 4 and results["seconds"]["total"] > 0
+    assert [stage["patch_size"] for stage in results["schedule"]] == [8, 4]
+    trainer.save_model(str(tmp_path / "encoder"))
+    encoder = AutoModel.from_pretrained(tmp_path / "encoder")
+    for name, value in trainer.objective.encoder.state_dict().items():
+        assert torch.equal(encoder.state_dict()[name], value), name
+    assert AutoImageProcessor.from_pretrained(tmp_path / "encoder").crop_size["height"] == 16
+    assert (tmp_path / "encoder" / "modeling_accel_vit.py").exists()
+
+
+def test_the_teacher_is_saved_for_dino(tmp_path):
+    heads: dict[str, Any] = {"num_prototypes": 16, "head_hidden_size": 16, "bottleneck_size": 8}
+    model = DINOForPreTraining(vit_tiny(**SIZES), **heads)
+    trainer = PretrainTrainer(model, config(tmp_path / "run", eval_points=[]), Tensors())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "encoder"))
+    saved = AutoModel.from_pretrained(tmp_path / "encoder").state_dict()
+    teacher, student = model.encoder.state_dict(), model.student_encoder.state_dict()
+    assert all(torch.equal(saved[name], teacher[name]) for name in saved)
+    assert not all(torch.equal(saved[name], student[name]) for name in saved)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_train_refuses_a_run_and_resumes_it_exactly(tmp_path):
+    PretrainTrainer(moco(), config(tmp_path / "whole"), Tensors(), Tensors(30)).train()
+    trainer = PretrainTrainer(moco(), config(tmp_path / "run"), Tensors(), Tensors(30), callbacks=[StopAt(5)])
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+
+    def again(**settings: Any) -> PretrainTrainer:
+        return PretrainTrainer(moco(), config(tmp_path / "run", **settings), Tensors(), Tensors(30))
+
+    with pytest.raises(ValueError, match="it holds a run; resume it with"):
+        again().train()
+    with pytest.raises(ValueError, match=r"seed=1: .* holds a run with seed=0"):
+        again(seed=1).train(resume_from_checkpoint=True)
+    again(knn_k=3, logging_steps=2, eval_points=[1.0]).train(resume_from_checkpoint=True)
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+    with pytest.raises(ValueError, match="its run is complete"):
+        again().train(resume_from_checkpoint=True)
+
+
+def test_a_path_is_resumed_and_a_damaged_one_refused(tmp_path):
+    trainer = PretrainTrainer(moco(), config(tmp_path / "run"), Tensors(), callbacks=[StopAt(5)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    path = tmp_path / "run" / "checkpoint-3"
+    other = PretrainTrainer(moco(), config(tmp_path / "other"), Tensors())
+    with pytest.raises(ValueError, match="cannot be resumed from"):
+        other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    other.train(resume_from_checkpoint=str(path))
+    assert other.state.global_step == 6 and other._first_step == 3
+
+
+def test_callbacks_of_transformers_see_every_step_and_log(tmp_path):
+    seen: list[str] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append("step")
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.extend(["log"] if logs and "loss" in logs else [])
+
+    PretrainTrainer(moco(), config(tmp_path / "run"), Tensors(), callbacks=[Watch()]).train()
+    assert seen.count("step") == seen.count("log") == 6
+
+
+def test_each_parameter_group_keeps_its_learning_rate_factor(tmp_path):
+    model, rates = moco(), []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            rates.append([group["lr"] for group in cast(Any, trainer.optimizer).param_groups])
+
+    heads = [*model.projector.parameters(), *model.predictor.parameters()]
+    body = [p for p in model.encoder.parameters() if p.requires_grad]
+    groups = [{"params": body, "lr": 1e-3}, {"params": heads, "lr": 4e-3}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.0)
+    args = config(tmp_path / "run", learning_rate=1e-3, warmup=0.5, weight_decay=0.0)
+    trainer = PretrainTrainer(model, args, Tensors(), callbacks=[Watch()], optimizers=(optimizer, None))
+    trainer.train()
+    assert len(rates) == 6 and len({rate[0] for rate in rates}) > 3
+    assert all(rate[1] == pytest.approx(4 * rate[0]) for rate in rates)
+
+
+def test_push_before_the_end_and_too_small_sets_are_refused(tmp_path):
+    trainer = PretrainTrainer(moco(), config(tmp_path / "run"), Tensors())
+    with pytest.raises(ValueError, match=r"its run is not finished; call train\(\) first"):
+        trainer.push_to_hub()
+    with pytest.raises(ValueError, match=r"batch_size=16: .*has only 12 images"):
+        PretrainTrainer(moco(), config(tmp_path / "run"), Tensors(12))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [
+        ("num_train_epochs", 5, "budget='N epochs'"),
+        ("max_steps", 100, "set budget"),
+        ("lr_scheduler_type", "cosine", "lr_schedule"),
+        ("warmup_steps", 10, "warmup"),
+        ("per_device_train_batch_size", 4, "batch_size"),
+        ("auto_find_batch_size", True, "gradient_accumulation_steps"),
+        ("eval_strategy", "steps", "eval_points"),
+    ],
+)
+def test_arguments_without_meaning_are_refused(tmp_path, name, value, instead):
+    with pytest.raises(ValueError, match=rf"{name}=.*has no meaning here; .*{instead}"):
+        config(tmp_path, **{name: value})
+
+
+def test_impossible_settings_name_themselves(tmp_path):
+    cases = {"budget": None, "warmup": 2.0, "augmentation": "mocco", "save_total_limit": 1, "knn_k": 0}
+    for name, value in cases.items():
+        with pytest.raises(ValueError, match=f"^{name}="):
+            config(tmp_path, **{name: value})
+    with pytest.raises(ValueError, match="budget='10 years': must be a number of units or, as '100 epochs'"):
+        config(tmp_path, budget="10 years")
+
+
+def test_the_command_line_of_transformers_parses_it(tmp_path):
+    parser: Any = HfArgumentParser(PretrainConfig)  # pyright: ignore[reportArgumentType]
+    words = ["--output_dir", str(tmp_path), "--budget", "2 epochs", "--eval_points", "0", "1", "--bf16", "False"]
+    (args,) = parser.parse_args_into_dataclasses([*words, "--schedule", "auto", "--weight_decay_end", "0.4"])
+    assert args.budget == "2 epochs" and args.eval_points == [0.0, 1.0] and args.schedule == "auto"
+    assert args.weight_decay_end == 0.4 and args.batch_size == 256 and isinstance(args, TrainingArguments)
+    (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--budget", "4e5"])
+    assert args.budget == 4e5
+
+
+def test_defaults_are_those_of_recipes():
+    from hf_accel.recipe import PretrainRecipe
+    from hf_accel.tasks.setup import pretrain_config
+
+    of_recipe, of_class = pretrain_config(PretrainRecipe(budget=1.0)).to_dict(), PretrainConfig(budget=1.0).to_dict()
+    differ = {key for key in of_class if of_recipe[key] != of_class[key]}
+    assert differ <= {"logging_dir", "run_name"}
+
+
+def test_gradient_errors_of_a_model(tmp_path):
+    model, data = moco(), Tensors()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    cheap, base = Strategy(Compression(8)), Strategy(Compression(4))
+    errors = estimate_gradient_errors(model, config(tmp_path), data, [base, cheap], draws=4)
+    assert errors[base].bias2 == 0 and errors[cheap].bias2 != 0 == errors[base].ca_variance - errors[base].variance
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert len(estimate_gradient_errors(model, config(tmp_path), data, draws=3)) == 2 * 4  # patches of 4 and 8
+
+
+def test_images_of_several_sizes_and_simclr(tmp_path):
+    images = [PIL.Image.fromarray(np.full((20 + i % 5, 24, 3), i, np.uint8)) for i in range(40)]
+    table = datasets.Dataset.from_dict({"image": images}, features=datasets.Features(image=datasets.Image()))
+    model = SimCLRForPreTraining(vit_tiny(**SIZES), **HEADS)
+    PretrainTrainer(model, config(tmp_path / "run"), table).train()
+    assert (tmp_path / "run" / "final" / WEIGHTS).exists()

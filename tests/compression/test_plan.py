@@ -52,11 +52,20 @@ def test_a_budget_too_small_for_the_last_stage_is_known():
     assert Plan(step, Schedule.constant(costly), 10, units).pays_for_last_stage()
 
 
-def test_a_budget_of_exactly_n_steps_buys_n():
-    schedule = Schedule.constant(Strategy(Compression(8)))
-    assert len(Plan(4 * 32 * 7, schedule, 32, units)) == 7
+@pytest.mark.parametrize("cost", [0.1, 0.7, 128.0])
+def test_a_budget_of_exactly_n_steps_buys_n(cost):
+    """Whatever rounding makes of it: 0.3 / 0.1 is below 3, and 2.1 / 0.7 is above it."""
+    first, second = Strategy(Compression(16)), Strategy(Compression(8))
+    for count in range(2, 31):
+        budget = float(f"{count * cost:.6g}")
+        for steps in range(1, count):
+            plan = Plan(budget, Schedule((Stage(steps / count, first), Stage(1.0, second))), 1, lambda _: cost)
+            assert [step.strategy for step in plan] == [first] * steps + [second] * (count - steps)
+            assert plan.pays_for_last_stage()
+            plan.revise(steps, Schedule.constant(second))
+            assert len(plan) == count
     with pytest.raises(ValueError, match="does not pay for one step"):
-        Plan(4 * 32 - 1, schedule, 32, units)
+        Plan(cost * 0.99, Schedule.constant(first), 1, lambda _: cost)
 
 
 @pytest.mark.parametrize("budget", [10, 200])

@@ -146,8 +146,10 @@ def test_train_refuses_a_run_and_resumes_it_exactly(tmp_path):
 
     with pytest.raises(ValueError, match="it holds a run; resume it with"):
         again().train()
-    with pytest.raises(ValueError, match=r"seed=1: .* holds a run with seed=0"):
-        again(seed=1).train(resume_from_checkpoint=True)
+    for changed, begun in (("seed=1", "seed=0"), ("augmentation='digits'", "augmentation='moco'")):
+        name, _, value = changed.replace("'", "").partition("=")
+        with pytest.raises(ValueError, match=rf"^{changed}: .* holds a run with {begun}"):
+            again(**{name: int(value) if value.isdigit() else value}).train(resume_from_checkpoint=True)
     again(knn_k=3, logging_steps=2, eval_points=[1.0]).train(resume_from_checkpoint=True)
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
     with pytest.raises(ValueError, match="its run is complete"):

@@ -31,8 +31,7 @@ import yaml
 from benchmarks.options import parser_of
 from benchmarks.speedup_report import write_report
 from hf_accel.recipe import overrides_for
-from hf_accel.report import read_results
-from hf_accel.run_folder import write_json
+from hf_accel.run_folder import RunFolder, write_json
 from hf_accel.utils.strict_yaml import load_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -170,7 +169,7 @@ class Bench:
         settings = {**run.settings(), "report_to": []}
         print(f"{time.strftime('%H:%M:%S')} {run.folder}", flush=True)
         command, code = self._launch(run, folder, settings)
-        if "units" not in read_results(folder):
+        if "units" not in RunFolder(folder).read_results():
             return None if self.stopping.is_set() else f"{run.folder}: exit code {code}, see {folder}.log"
         if run.kind != CHOICE and not self.stopping.is_set():
             keys = {"task": "evaluate", "checkpoint": str(folder / "final"), "evaluations": ["linear"]}
@@ -202,7 +201,7 @@ class Bench:
 
     def record_of(self, run: Run, folder: Path, command: list[str]) -> dict[str, Any]:
         """What the report needs of a finished run. Accuracies are in percent."""
-        results = read_results(folder)
+        results = RunFolder(folder).read_results()
         history = json.loads((folder / "log_history.json").read_text())["log_history"]
         seconds = results["seconds"]
         linear = [entry for entry in results.get("evaluations", []) if entry["evaluation"] == "linear"]

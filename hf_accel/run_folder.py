@@ -6,7 +6,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,10 +84,6 @@ class RunFolder:
         """Return the folder of the checkpoint at a step."""
         return self.path / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
-    def kept_checkpoint(self, step: int) -> Path:
-        """Return the folder of the copy that is kept of the checkpoint at a step."""
-        return self.kept / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-
     def checkpoints(self) -> list[Path]:
         """Return the folders of all checkpoints, complete or not, the newest first."""
         pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
@@ -123,7 +119,23 @@ class RunFolder:
 
     def read_results(self) -> dict[str, Any]:
         """Return what results.json holds, or nothing if there is none."""
-        return json.loads(self.results.read_text()) if self.results.exists() else {}
+        return _read(self.results, json.loads) if self.results.exists() else {}
+
+    @contextmanager
+    def update_results(self) -> Iterator[dict[str, Any]]:
+        """Read results.json, let the caller change what it holds, and write it, while other processes wait.
+
+        Only the main process of a launch may enter. A launch that trains in this folder does not have to end first.
+        """
+        lock = FileLock(self.path / ".results.lock", fallback_to_soft=False)
+        if not _acquire(lock, LOCK_PATIENCE):
+            fail("output_dir", str(self), "another process holds its results.json; wait for its end, or stop it")
+        try:
+            results = self.read_results()
+            yield results
+            write_json(self.results, results)
+        finally:
+            lock.release()
 
     def is_complete(self) -> bool:
         """Whether a training run has ended here. A folder that holds evaluations only is not complete."""
@@ -131,7 +143,7 @@ class RunFolder:
 
     def read_recipe(self) -> dict[str, Any]:
         """Return the settings that the run was started with, or nothing if no run was started."""
-        return yaml.safe_load(self.recipe.read_text()) if self.recipe.exists() else {}
+        return _read(self.recipe, yaml.safe_load) if self.recipe.exists() else {}
 
     def compare_settings(self, now: Mapping[str, Any], rules: Mapping[str, Rule]) -> list[str]:
         """Refuse to continue the run in this folder under other settings than those it was started with.
@@ -144,9 +156,13 @@ class RunFolder:
             What to tell the user about settings that change from the last checkpoint on.
 
         Raises:
-            SettingError: the run was started with another value of a key that its result depends on.
+            SettingError: the run is of another task, or was started with another value of a key that its result
+                depends on.
         """
         started, notes = self.read_recipe(), []
+        task = started.get("task")
+        if task and "task" in now and task != now["task"]:
+            fail("output_dir", str(self), f"it holds the recipe.yaml of task={task}; choose another output_dir")
         checkpoint, complete = self.last_complete_checkpoint(), self.is_complete()
         for key, value in now.items():  # in their order, so that every process names the same key
             if rules[key] == "free" or key not in started or started[key] == value:
@@ -175,17 +191,10 @@ class RunFolder:
         """
         lock, is_taken = FileLock(self.lock_file, fallback_to_soft=False), False
         if is_main():
-            try:
-                try:
-                    lock.acquire(timeout=0)
-                except Timeout:
-                    say(f"Another launch is at work in {self}: waiting for {LOCK_PATIENCE:g} s for its end")
-                    lock.acquire(timeout=LOCK_PATIENCE, poll_interval=0.2)
-            except Timeout:
-                is_taken = True
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
+            is_taken = not _acquire(lock, 0)
+            if is_taken:
+                say(f"Another launch is at work in {self}: waiting for {LOCK_PATIENCE:g} s for its end")
+                is_taken = not _acquire(lock, LOCK_PATIENCE)
         if broadcast_object(is_taken):
             fail("output_dir", str(self), "another launch is at work there; wait for its end, or stop it")
         try:
@@ -194,12 +203,37 @@ class RunFolder:
             lock.release()
 
 
+def _acquire(lock: FileLock, patience: float) -> bool:
+    """Take a lock within `patience` seconds. Return False if another process keeps it."""
+    try:
+        lock.acquire(timeout=patience, poll_interval=0.2)
+    except Timeout:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
+
+
+def _read(path: Path, load: Callable[[str], Any]) -> dict[str, Any]:
+    """Return the mapping in a file of a run. Raises SettingError for a file that was cut short or edited badly."""
+    try:
+        values = load(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds {values!r:.40} and no mapping")
+    except (ValueError, yaml.YAMLError) as error:
+        raise SettingError(
+            f"{path} cannot be read: {' '.join(str(error).split())}. Restore it from a copy, or choose another folder"
+        ) from None
+    return values
+
+
 # One checkpoint
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return the state that a checkpoint was sealed with."""
-    return json.loads((checkpoint / RUN_STATE_NAME).read_text())
+    return _read(checkpoint / RUN_STATE_NAME, json.loads)
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -210,7 +244,7 @@ def find_damage(checkpoint: Path) -> str | None:
     try:
         sizes = read_state(checkpoint).get("files", {})  # earlier versions did not write the sizes
     except ValueError as error:
-        return f"{path} is no JSON: {error}"
+        return str(error)
     for name, size in sizes.items():
         path = checkpoint / name
         if not path.is_file():
@@ -241,6 +275,8 @@ def writing(path: Path, remedy: str, *, reads_too: bool = False) -> Iterator[Non
     """
     try:
         yield
+    except WriteFailed:  # It names its path and its remedy.
+        raise
     except (OSError, SafetensorError, RuntimeError) as error:
         of_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in TORCH_WRITER)
         of_files = isinstance(error, OSError | SafetensorError) and (lacks_room(error) or not reads_too)
@@ -291,29 +327,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-# Names that other modules still use. Each goes once they use RunFolder.
-
-
-def sole_launch(output: Path):
-    return RunFolder(output).lock()
-
-
-def checkpoints(output_dir: str | Path) -> list[Path]:
-    return RunFolder(output_dir).checkpoints()
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    return RunFolder(output_dir).last_complete_checkpoint()
-
-
-def remove_interrupted(output_dir: str | Path, step: int) -> None:
-    RunFolder(output_dir).remove_interrupted(step)
-
-
-def remove_old(output_dir: str | Path, limit: int) -> None:
-    RunFolder(output_dir).remove_old(limit)
-
-
-seal, damage = RunFolder.seal, find_damage

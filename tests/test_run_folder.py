@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -142,7 +142,33 @@ def test_read_error_passes_for_who_also_reads(error, tmp_path):
     assert caught.value is error
 
 
+def test_a_write_error_is_wrapped_once(tmp_path):
+    error = RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+    with pytest.raises(WriteFailed) as caught, writing(tmp_path, "Outer"), writing(tmp_path / "run", "Inner"):
+        raise error
+    assert str(caught.value).endswith("Inner") and "Outer" not in str(caught.value)
+
+
 # Settings
+
+
+def test_a_run_of_another_task_is_not_replaced(tmp_path: Path):
+    run, rules = RunFolder(tmp_path), {"task": "free", "budget": "fixed"}
+    run.recipe.write_text("{task: pretrain, budget: 64}")
+    assert run.compare_settings({"task": "pretrain", "budget": 64}, cast(Any, rules)) == []
+    with pytest.raises(SettingError, match=r"^output_dir='.*': .*task=pretrain.*choose another output_dir"):
+        run.compare_settings({"task": "search", "budget": 64}, cast(Any, rules))
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{a: [", '{"units": 1', "\xff"])
+def test_a_broken_file_of_a_run_is_named_with_a_remedy(text: str, tmp_path: Path):
+    run = RunFolder(tmp_path)
+    for path, read in ((run.recipe, run.read_recipe), (run.results, run.read_results)):
+        path.write_bytes(text.encode("latin-1"))
+        with pytest.raises(SettingError, match=rf"^{path} cannot be read: [^\n]*Restore it from a copy[^\n]*\Z"):
+            read()
+    (checkpoint(tmp_path, 1) / "run_state.json").write_bytes(text.encode("latin-1"))
+    assert "run_state.json" in str(find_damage(tmp_path / "checkpoint-1"))
 
 
 @pytest.mark.parametrize("state", ["begun", "saved", "complete"])

@@ -57,6 +57,7 @@ AT_LEAST = {
     "save_total_limit": (2, "must be at least 2, so that a kill during a save loses none"),
     "search_draws": (3, "an estimate with an interval needs at least 3"),
 }
+NOT_EMPTY = ("evaluations", "eval_seeds", "search_token_dropout", "search_patch_size", "search_symmetry")
 NEEDED = {
     "checkpoint": "needs the folder of an encoder, e.g. checkpoint=RUN/final",
     "pilot": "needs the output_dir of a pilot run, e.g. pilot=runs/moco",
@@ -69,6 +70,7 @@ def check_recipe(recipe: Any) -> None:
     Raises:
         RecipeError: a name, setting, value or combination that is not possible.
     """
+    _check_presence(recipe)
     _check_choices(recipe)
     _check_numbers(recipe)
     if recipe.reads("objective"):
@@ -78,6 +80,15 @@ def check_recipe(recipe: Any) -> None:
     if recipe.reads("schedule"):
         _check_schedule(recipe)
     _check_classes(recipe)
+
+
+def _check_presence(recipe: Any) -> None:
+    for key, value in recipe.used().items():
+        if isinstance(value, str) and not value.strip():
+            fail(key, value, "is empty; give a value, or leave it out")
+    for key in NOT_EMPTY:
+        if recipe.reads(key) and getattr(recipe, key) == []:
+            fail(key, [], "must name at least one")
 
 
 def _check_choices(recipe: Any) -> None:
@@ -139,8 +150,6 @@ def _check_evaluation(recipe: Any) -> None:
     for key, least in (("eval_patch_sizes", 1), ("eval_seeds", 0)):
         if any(type(value) is not int or not least <= value < 2**32 for value in getattr(recipe, key)):
             fail(key, getattr(recipe, key), f"must be a list of whole numbers from {least} on")
-    if not recipe.evaluations or not recipe.eval_seeds:
-        fail("evaluations", recipe.evaluations, "name at least one, and at least one seed in eval_seeds")
 
 
 def _check_schedule(recipe: Any) -> None:

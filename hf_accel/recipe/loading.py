@@ -79,6 +79,8 @@ def _read_file(path: str | Path) -> dict[str, Any]:
         loaded = load_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}; save it as a text file in UTF-8") from None
     if not isinstance(loaded, Mapping | None):
         raise RecipeError(f"{path}: expected `key: value` lines, got {type(loaded).__name__}")
     return dict(loaded or {})

@@ -2,7 +2,7 @@
 
 from .cost_figure import format_cost_table, plot_cost
 from .curves import plot_accuracies, plot_curves
-from .evaluations import add_run, describe_differences, find_run, format_evaluations, read_results, run_is_complete
+from .evaluations import add_run, describe_differences, find_run, format_evaluations
 from .origin import describe_data, environment
 from .search_figures import plot_schedule
 from .search_report import write_search_report
@@ -21,7 +21,5 @@ __all__ = [
     "plot_cost",
     "plot_curves",
     "plot_schedule",
-    "read_results",
-    "run_is_complete",
     "write_search_report",
 ]

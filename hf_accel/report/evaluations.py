@@ -6,23 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..run_folder import RunFolder, write_json
+from ..run_folder import RunFolder
 from .tables import format_table
-
-
-def read_results(folder: str | Path) -> dict[str, Any]:
-    """Return what `results.json` in this folder holds, or nothing if there is none."""
-    return RunFolder(folder).read_results()
-
-
-def run_is_complete(folder: str | Path) -> bool:
-    """Whether a pretraining run in this folder has ended. A folder that holds evaluations only is not complete."""
-    return RunFolder(folder).is_complete()
 
 
 def find_run(folder: str | Path, question: Mapping[str, Any], seed: int | None) -> dict[str, Any] | None:
     """Return the run that has answered this question with this seed, if there is one."""
-    for entry in read_results(folder).get("evaluations", []):
+    for entry in RunFolder(folder).read_results().get("evaluations", []):
         if _same(entry, question):
             return next((run for run in entry["runs"] if run["seed"] == seed), None)
     return None
@@ -35,21 +25,20 @@ def add_run(folder: str | Path, question: Mapping[str, Any], run: Mapping[str, A
         question: what was evaluated on what, and how; "validation_images" is the number of test images.
         run: "seed" (None where nothing is drawn), "top1", "top5", and whatever else is worth keeping.
     """
-    results = read_results(folder)
-    entries = results.setdefault("evaluations", [])
-    entry = next((entry for entry in entries if _same(entry, question)), None)
-    if entry is None:
-        entry = {**question, "runs": []}
-        entries.append(entry)
-    entry["runs"].append(run)
-    entry["seeds"] = [run["seed"] for run in entry["runs"]]
-    for name in ("top1", "top5"):
-        values = [run[name] for run in entry["runs"]]
-        mean = statistics.fmean(values)
-        entry[name] = mean
-        entry[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
-        entry[f"{name}_ci95"] = list(wilson_interval(mean, entry["validation_images"]))
-    write_json(RunFolder(folder).results, results)
+    with RunFolder(folder).update_results() as results:
+        entries = results.setdefault("evaluations", [])
+        entry = next((entry for entry in entries if _same(entry, question)), None)
+        if entry is None:
+            entry = {**question, "runs": []}
+            entries.append(entry)
+        entry["runs"].append(run)
+        entry["seeds"] = [run["seed"] for run in entry["runs"]]
+        for name in ("top1", "top5"):
+            values = [run[name] for run in entry["runs"]]
+            mean = statistics.fmean(values)
+            entry[name] = mean
+            entry[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
+            entry[f"{name}_ci95"] = list(wilson_interval(mean, entry["validation_images"]))
 
 
 def _same(entry: Mapping[str, Any], question: Mapping[str, Any]) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 from ..distributed import say
 from ..hub import CARD_NAME, Publication
 from ..recipe import CardRecipe, Recipe
-from ..run_folder import RunFolder, write_json
+from ..run_folder import RunFolder
 from ..utils.errors import SettingError, fail
 
 OF_A_BASELINE = ("units", "steps", "images_seen", "seconds", "knn_top1")
@@ -28,8 +28,9 @@ def card(recipe: CardRecipe) -> None:
     if recipe.baseline:
         other = find_run_folder("baseline", recipe.baseline)
         measured = other.read_results()
-        results["baseline"] = {"name": other.path.resolve().name, **{key: measured.get(key) for key in OF_A_BASELINE}}
-        write_json(run.results, results)
+        baseline = {"name": other.path.resolve().name, **{key: measured.get(key) for key in OF_A_BASELINE}}
+        with run.update_results() as results:
+            results["baseline"] = baseline
     ran, chosen = run.read_recipe(), {key: getattr(recipe, key) for key in ("license", "hub_model_id")}
     for key, value in chosen.items():
         if value == getattr(CardRecipe, key):  # What the run was started with is better than a default.

@@ -36,7 +36,8 @@ from ..evaluation import (
     weights_digest,
 )
 from ..recipe import Recipe, RecipeError
-from ..report import add_run, environment, find_run, format_evaluations, read_results
+from ..report import add_run, environment, find_run, format_evaluations
+from ..run_folder import RunFolder
 from .setup import build_objective, images_of, output_of, start
 
 RANDOM = "random"
@@ -106,7 +107,7 @@ def evaluate(recipe: Recipe) -> None:
         except NotFineTunable as error:
             skipped.append((name, patch_size, str(error)))
     if is_main():
-        entries = read_results(recipe.output_dir).get("evaluations", [])
+        entries = RunFolder(recipe.output_dir).read_results().get("evaluations", [])
         same = [entry for entry in entries if (entry["data"], entry["validation"]) == (recipe.data, validation.name)]
         table = format_evaluations(same, [(str(recipe.checkpoint), *row) for row in skipped])
         say(f"\n{recipe.data}, {validation.name}, {len(validation)} images:\n{table}")

@@ -1,6 +1,5 @@
 """`task=search`: gradient errors at the kept checkpoints of a pilot run, and the schedule found from them."""
 
-import json
 import sys
 from collections.abc import Mapping
 from datetime import date
@@ -21,7 +20,7 @@ from ..evaluation import weights_digest
 from ..objectives import ObjectiveForPreTraining
 from ..recipe import Recipe, RecipeError
 from ..report import environment, write_search_report
-from ..run_folder import RUN_STATE_NAME, RunFolder, write_text
+from ..run_folder import RUN_STATE_NAME, RunFolder, read_state, write_text
 from ..schedule_search.choose import build_schedule, build_schedule_file, choose_strategies
 from ..schedule_search.error_table import ErrorTable
 from ..schedule_search.gradient_error import GradientError, chunks, estimate_errors
@@ -55,13 +54,22 @@ def search(recipe: Recipe) -> None:
     The table is written after each checkpoint, so that a killed search continues with the next one. Rows of weights
     that the pilot no longer has at that progress, because it was trained again, are measured again.
     """
-    continue_recipe(recipe)
     checkpoints = kept_checkpoints(Path(str(recipe.pilot)))
-    output = output_of(recipe)
+    folder = RunFolder(output_of(recipe))
     config = pretrain_config(recipe)
     start_processes(config, config.precision, config.torch_compile)
-    if is_main():
-        write_text(output / "recipe.yaml", recipe.to_yaml())
+    with folder.lock():
+        continue_recipe(recipe)
+        if is_main():
+            write_text(folder.recipe, recipe.to_yaml())
+        search_checkpoints(recipe, config, checkpoints)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def search_checkpoints(recipe: Recipe, config: PretrainConfig, checkpoints: list[tuple[float, Path]]) -> None:
+    """Measure each checkpoint, choose the schedule, and write it with the table and the report."""
+    output = Path(recipe.output_dir)
     objective = build_objective(recipe)
     if config.torch_compile:
         objective.compile_encoders()
@@ -92,8 +100,6 @@ def search(recipe: Recipe) -> None:
         doubt = describe_doubt(errors[strategies[0]], recipe.search_draws)
         say(f"progress {progress:.0%}: {strategy} (cost {cost[strategy]:.2f} of uncompressed){doubt}")
     say(f"schedule: {output / SCHEDULE_NAME} (use it as schedule={output / SCHEDULE_NAME}), report in {output}")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def write_result(recipe: Recipe, table: ErrorTable, schedule: Schedule, data_name: str) -> None:
@@ -133,7 +139,7 @@ def kept_checkpoints(pilot: Path) -> list[tuple[float, Path]]:
     """
     found = []
     for path in RunFolder(pilot).kept.glob(f"*/{RUN_STATE_NAME}"):
-        found.append((round(json.loads(path.read_text())["progress"], 6), path.parent))
+        found.append((round(read_state(path.parent)["progress"], 6), path.parent))
     if not found:
         raise RecipeError(
             f"pilot={str(pilot)!r}: no checkpoints in {RunFolder(pilot).kept}; train the pilot with "
@@ -144,8 +150,7 @@ def kept_checkpoints(pilot: Path) -> list[tuple[float, Path]]:
 
 def report_differences(recipe: Recipe) -> None:
     """Say which settings of the search differ from the pilot's. That may be intended, and weights do not show it."""
-    path = Path(str(recipe.pilot)) / "recipe.yaml"
-    trained = yaml.safe_load(path.read_text()) if path.exists() else {}
+    trained = RunFolder(str(recipe.pilot)).read_recipe()
     for key in OF_THE_PILOT:
         here = getattr(recipe, key)
         if key in trained and trained[key] != here:

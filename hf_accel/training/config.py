@@ -4,18 +4,16 @@ import os
 import sys
 from copy import copy
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
-import yaml
 from transformers import TrainingArguments
 
 from ..compression import Schedule
 from ..data import AUGMENTATIONS
 from ..distributed.launch import DTYPES, autocast_arguments, check_launch, choose_precision, on_cpu
-from ..utils.errors import SettingError, fail
+from ..run_folder import RunFolder
+from ..utils.errors import fail
 from ..utils.pretrain_settings import PretrainSettings
 
 INSTEAD = {
@@ -99,7 +97,7 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
         share = self._images_per_process()
         self._refuse_foreign(share)
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else "no" if self.bf16 is False else "auto"
-        self.precision = choose_precision(asked, self._begun().get("mixed_precision"))
+        self.precision = choose_precision(asked, RunFolder(str(self.output_dir)).read_recipe().get("mixed_precision"))
         for name, value in autocast_arguments(self.precision).items():
             setattr(self, name, value)
         self.per_device_train_batch_size = share
@@ -143,14 +141,6 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
             value = getattr(self, name)
             if value != defaults[name] and value != ours.get(name, defaults[name]):
                 fail(name, value, f"has no meaning here; {instead}")
-
-    def _begun(self) -> dict[str, Any]:
-        """The settings of the run in `output_dir`, if there is one."""
-        path = Path(str(self.output_dir)) / "recipe.yaml"
-        try:
-            return yaml.safe_load(path.read_text()) if path.exists() else {}
-        except yaml.YAMLError as error:
-            raise SettingError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
 
 for _name, _field in PretrainConfig.__dataclass_fields__.items():

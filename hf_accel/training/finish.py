@@ -48,7 +48,6 @@ def write_results(trainer: Any, results: dict[str, Any]) -> None:
     size = trainer.objective.config.image_size
     plot_curves(history, folder.curves, title=title, baselines=baselines, plan=plan, image_size=size)
     write_json(folder.log_history, {"log_history": history})
-    earlier = folder.read_results().get("evaluations")  # of a checkpoint, while the run went on
-    results |= {"evaluations": earlier} if earlier else {}
-    trainer.publication().complete_final(results)
-    write_json(folder.results, results)
+    with folder.update_results() as written:  # It may hold evaluations of a checkpoint.
+        written |= results
+        trainer.publication().complete_final(written)

@@ -13,7 +13,7 @@ from ..data import ImageSource
 from ..distributed import barrier, is_main, world_size
 from ..models import AccelViTConfig
 from ..objectives import ObjectiveForPreTraining
-from ..run_folder import last_complete_checkpoint
+from ..run_folder import RunFolder
 from ..schedule_search.choose import build_grid
 from ..schedule_search.ladder import LADDER_DROPOUTS, OnlineController, build_ladder
 from ..utils.errors import SettingError, fail
@@ -43,7 +43,7 @@ def make_forward_cost(
     if args.cost == "analytic":
         return partial(forward_cost, config)
     path = Path(str(args.output_dir)) / TABLE_NAME
-    checkpoint = last_complete_checkpoint(path.parent)
+    checkpoint = RunFolder(path.parent).last_complete_checkpoint()
     if is_main() and not path.exists() and checkpoint and (checkpoint / TABLE_NAME).exists():
         shutil.copy(checkpoint / TABLE_NAME, path)
     elif is_main() and not path.exists():

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import hf_accel.run as entry
-from hf_accel.run_folder import damage
+from hf_accel.run_folder import find_damage
 from tests.engine_runs import (
     OBJECTIVES,
     assert_opens,
@@ -85,7 +85,7 @@ def test_a_launcher_that_is_stopped_lets_the_run_save(launcher, recipes, alone, 
     assert not psutil.wait_procs(ranks, timeout=30)[1]
     step = int(last_checkpoint(run).name.rpartition("-")[2])
     assert f"Stopped at step {step} of" in said and said.count("SIGTERM has") + said.count("launcher has ended") == 1
-    assert damage(last_checkpoint(run)) is None and not (run / "results.json").exists()
+    assert find_damage(last_checkpoint(run)) is None and not (run / "results.json").exists()
     assert f"Resuming from {last_checkpoint(run)}" in launch_with(launcher, recipe, run)
     assert_trained_alike(run, alone["moco"])
 
@@ -118,7 +118,7 @@ def survive(engine: str, recipe: Path, run: Path) -> None:
     said = "".join(process.communicate())
     assert process.returncode != 0 and f"Not resumed from {torn}: {part} has" in said and f"from {good}" in said, said
     assert f"WriteFailed: {torn} cannot be written" in said and f"Last good checkpoint: {good}." in said, said
-    assert damage(good) is None
+    assert find_damage(good) is None
 
 
 def go_on(engine: str, recipe: Path, run: Path, again: Path) -> None:

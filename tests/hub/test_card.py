@@ -17,7 +17,8 @@ from hf_accel.hub.publish import name_repository
 from hf_accel.models import vit_tiny
 from hf_accel.objectives import OBJECTIVES, ObjectiveForPreTraining
 from hf_accel.recipe import PretrainRecipe
-from hf_accel.report.evaluations import add_run, read_results, wilson_interval
+from hf_accel.report.evaluations import add_run, wilson_interval
+from hf_accel.run_folder import RunFolder
 from hf_accel.utils.redact import without_local_paths
 from tests.tiny_runs import RECIPE
 
@@ -76,7 +77,7 @@ def evaluation(name: str, patch_size: int, *top1: float, weights: str = WEIGHTS,
     with tempfile.TemporaryDirectory() as folder:
         for seed, value in enumerate(top1):
             add_run(folder, question, {"seed": seed, "top1": value, "top5": 1.0})
-        (entry,) = read_results(folder)["evaluations"]
+        (entry,) = RunFolder(folder).read_results()["evaluations"]
     return entry
 
 

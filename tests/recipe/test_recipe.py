@@ -80,6 +80,14 @@ def test_every_recipe_reads_and_comes_back_from_its_resolved_form(path, tmp_path
         ("task=evaluate", ["checkpoint"]),
         ("evaluations=[knn, liner]", ["liner", "did you mean 'linear'"]),
         ("evaluations=[]", ["evaluations=[]", "at least one"]),
+        ("eval_seeds=[]", ["eval_seeds=[]", "at least one"]),
+        ("search_token_dropout=[]", ["search_token_dropout=[]", "at least one"]),
+        ("search_patch_size=[]", ["search_patch_size=[]", "at least one"]),
+        ("search_symmetry=[]", ["search_symmetry=[]", "at least one"]),
+        ('output_dir=""', ["output_dir=''", "leave it out"]),
+        ('data=" "', ["data=' '", "leave it out"]),
+        ('train_split=""', ["train_split=''", "leave it out"]),
+        ('checkpoint=""', ["checkpoint=''"]),
         ("eval_patch_sizes=[0]", ["eval_patch_sizes=[0]", "from 1"]),
         ("eval_seeds=[a]", ["eval_seeds='a'", "int"]),
         ("report_to=5", ["report_to=5", "str"]),
@@ -151,6 +159,9 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(RecipeError, match="not valid YAML"):
         load_recipe(tmp_path / "broken.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(RecipeError, match=r"binary\.yaml cannot be read: .*UTF-8"):
+        load_recipe(tmp_path / "binary.yaml")
 
 
 @pytest.mark.parametrize("text", ["a: 1\na: 2", "b: {c: 1, c: 2}", "b: [{c: 1}, {c: 1, d: 2, c: 3}]", '"a": 1\na: 2'])

@@ -1,14 +1,15 @@
 """Evaluations in results.json: entries by question, runs by seed, statistics, table; what else is there stays."""
 
 import json
+import multiprocessing
 import statistics
 from typing import Any
 
 import pytest
 
-from hf_accel.report import add_run, find_run, format_evaluations, read_results, run_is_complete
+from hf_accel.report import add_run, find_run, format_evaluations
 from hf_accel.report.evaluations import wilson_interval
-from hf_accel.run_folder import write_json
+from hf_accel.run_folder import RunFolder, write_json
 
 QUESTION: dict[str, Any] = {
     "evaluation": "linear",
@@ -33,7 +34,7 @@ def test_runs_of_one_question_share_an_entry(tmp_path):
     other = {**QUESTION, "settings": {"learning_rates": (0.1,)}}
     assert find_run(tmp_path, other, 0) is None
     add_run(tmp_path, other, run(0, 0.7))
-    first, second = read_results(tmp_path)["evaluations"]
+    first, second = RunFolder(tmp_path).read_results()["evaluations"]
     assert first["seeds"] == [0, 1, 2] and [entry["top1"] for entry in first["runs"]] == values
     assert first["top1"] == pytest.approx(statistics.mean(values))
     assert first["top1_std"] == pytest.approx(statistics.stdev(values))
@@ -42,20 +43,36 @@ def test_runs_of_one_question_share_an_entry(tmp_path):
 
 
 def test_evaluations_do_not_make_a_run_complete(tmp_path):
-    assert read_results(tmp_path) == {} and not run_is_complete(tmp_path)
+    assert RunFolder(tmp_path).read_results() == {} and not RunFolder(tmp_path).is_complete()
     add_run(tmp_path, QUESTION, run(0, 0.5))
-    assert not run_is_complete(tmp_path)
-    write_json(tmp_path / "results.json", {"units": 7.0, **read_results(tmp_path)})
+    assert not RunFolder(tmp_path).is_complete()
+    write_json(tmp_path / "results.json", {"units": 7.0, **RunFolder(tmp_path).read_results()})
     add_run(tmp_path, QUESTION, run(1, 0.5))
     results = json.loads((tmp_path / "results.json").read_text())
-    assert run_is_complete(tmp_path) and results["units"] == 7 and results["evaluations"][0]["seeds"] == [0, 1]
+    assert RunFolder(tmp_path).is_complete() and results["units"] == 7 and results["evaluations"][0]["seeds"] == [0, 1]
+
+
+def add_many(folder, first: int) -> None:
+    for seed in range(first, first + 20):
+        add_run(folder, QUESTION, run(seed, 0.5))
+
+
+def test_evaluations_of_two_processes_lose_no_result(tmp_path):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=add_many, args=(tmp_path, first)) for first in (0, 100)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    (entry,) = RunFolder(tmp_path).read_results()["evaluations"]
+    assert sorted(entry["seeds"]) == [*range(20), *range(100, 120)]
 
 
 def test_table(tmp_path):
     for checkpoint, patch_size, values in (("ours", 4, [0.9, 0.92]), ("random", 4, [0.5]), ("ours", None, [0.3])):
         for seed, value in enumerate(values):
             add_run(tmp_path, {**QUESTION, "checkpoint": checkpoint, "patch_size": patch_size}, run(seed, value))
-    lines = format_evaluations(read_results(tmp_path)["evaluations"]).splitlines()
+    lines = format_evaluations(RunFolder(tmp_path).read_results()["evaluations"]).splitlines()
     assert len(lines) == 5
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert rows[0] == ["ours", "linear", "", "500", "1", "30.0", "21.9 to 39.6"]
@@ -67,7 +84,7 @@ def test_settings_in_which_entries_differ_follow_the_evaluation(tmp_path):
     for k, name in ((20, "knn"), (5, "knn"), (20, "linear")):
         settings = {"k": k, "temperature": 0.07}
         add_run(tmp_path, {**QUESTION, "evaluation": name, "settings": settings}, run(None, 0.5))
-    table = format_evaluations(read_results(tmp_path)["evaluations"])
+    table = format_evaluations(RunFolder(tmp_path).read_results()["evaluations"])
     assert "knn (k=20) " in table and "knn (k=5) " in table and "linear  " in table and "temperature" not in table
 
 

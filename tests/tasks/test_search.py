@@ -262,4 +262,7 @@ def test_a_search_that_cannot_be_done_says_why_in_a_line(pilot, folder, tmp_path
     assert "encoder.layers.2." in deeper and "missing there" in deeper
     assert "missing here" in refused(folder, tmp_path / "other", at, "model_config.num_hidden_layers=1")
     assert "patch_size 5" in refused(folder, tmp_path / "grid", at, "search_patch_size=[5]")
+    used = (pilot / "recipe.yaml").read_text()
+    assert f"output_dir='{pilot}': it holds the recipe.yaml of task=pretrain" in refused(folder, pilot, at)
+    assert (pilot / "recipe.yaml").read_text() == used
     assert "the limit is" in refused(folder, tmp_path / "memory", at, "search_memory=1.0e-6")

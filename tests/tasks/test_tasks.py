@@ -27,7 +27,7 @@ import hf_accel.run_folder
 from hf_accel.compression import Compression, CostTable
 from hf_accel.models import AccelViTModel
 from hf_accel.recipe import PretrainRecipe, Recipe
-from hf_accel.run_folder import RunFolder, sole_launch
+from hf_accel.run_folder import RunFolder
 from hf_accel.tasks import cost as cost_task
 from hf_accel.training.callbacks import ProgressCallback
 from hf_accel.training.finish import write_results
@@ -495,7 +495,7 @@ def test_a_second_launch_in_the_same_folder_is_refused_while_the_first_is_at_wor
     output = tmp_path / "run"
     output.mkdir()
     holder = ExitStack()
-    holder.enter_context(sole_launch(output))
+    holder.enter_context(RunFolder(output).lock())
     with monkeypatch.context() as patch:
         patch.setattr("time.sleep", lambda seconds: holder.close())
         patch.setattr("hf_accel.training.trainer.choose_checkpoint", lambda *_: sys.exit("it has the folder"))
@@ -504,7 +504,7 @@ def test_a_second_launch_in_the_same_folder_is_refused_while_the_first_is_at_wor
         assert f"Another launch is at work in {output}: waiting for 60 s" in capsys.readouterr().out
     monkeypatch.setattr("hf_accel.run_folder.LOCK_PATIENCE", 0.1)
     with (
-        sole_launch(output),
+        RunFolder(output).lock(),
         pytest.raises(SystemExit, match=r"output_dir='.*run': another launch is at work there; wait for its end"),
     ):
         launch(folder, output)

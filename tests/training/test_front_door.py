@@ -1,6 +1,7 @@
 """Pretraining from Python, as README and docs show it."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import AutoImageProcessor, AutoModel, HfArgumentParser, TrainerCallback, TrainingArguments
 
@@ -26,6 +28,7 @@ from hf_accel import (
     vit_tiny,
 )
 from hf_accel.compression.schedule import Stage
+from hf_accel.run_folder import RunFolder
 from tests.tiny_runs import WEIGHTS, assert_same_weights, image_folder
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
@@ -269,3 +272,36 @@ def test_images_of_several_sizes_and_simclr(tmp_path):
     model = SimCLRForPreTraining(vit_tiny(**SIZES), **HEADS)
     PretrainTrainer(model, config(tmp_path / "run"), table).train()
     assert (tmp_path / "run" / "final" / WEIGHTS).exists()
+
+
+def test_settings_are_compared_once_the_lock_is_free(tmp_path, monkeypatch):
+    lock = RunFolder.lock
+
+    @contextmanager
+    def waited(folder):  # Another launch has begun with this folder, and then the lock is free.
+        with lock(folder):
+            folder.recipe.write_text("{task: pretrain, seed: 1}")
+            yield
+
+    trainer = PretrainTrainer(moco(), config(tmp_path / "run"), Tensors())
+    monkeypatch.setattr(RunFolder, "lock", waited)
+    with pytest.raises(ValueError, match=r"seed=0: .* holds a run with seed=1"):
+        trainer.train(resume_from_checkpoint="auto")
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_resume_with_other_images_is_refused(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        PretrainTrainer(moco(), config(tmp_path / "run", budget=600), Tensors(), callbacks=[StopAt(5)]).train()
+    with pytest.raises(ValueError, match=r"was trained on 96 images, and now there are 80: restore them"):
+        fewer = PretrainTrainer(moco(), config(tmp_path / "run", budget=600), Tensors(80))
+        fewer.train(resume_from_checkpoint=True)
+
+
+def test_weight_decay_that_begins_at_0_reaches_matrices(tmp_path):
+    for name, end in (("without", None), ("with", 0.4)):
+        args = config(tmp_path / name, learning_rate=0.01, weight_decay=0.0, weight_decay_end=end, eval_points=[])
+        PretrainTrainer(moco(), args, Tensors()).train()
+    without, decayed = (load_file(tmp_path / name / "final" / WEIGHTS) for name in ("without", "with"))
+    differs = {name for name in without if not torch.equal(without[name], decayed[name])}
+    assert "layers.0.mlp.fc1.weight" in differs

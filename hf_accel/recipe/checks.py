@@ -3,6 +3,7 @@
 What needs torch, which takes seconds to import, is checked last. Each check raises RecipeError.
 """
 
+import sys
 from dataclasses import fields
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 
 from ..compression.schedule import Schedule
 from ..utils.pretrain_settings import PretrainSettings
-from .declarations import Declaration, Setting, read_class, read_classes, read_table
+from .declarations import Declaration, Setting, inspect_class, read_class, read_classes, read_table
 from .values import RecipeError, check_settings, did_you_mean, fail
 
 AUGMENTATIONS = read_table("data/augment.py", "AUGMENTATIONS")
@@ -26,14 +27,21 @@ OWN_KEYS = ("image_size", "patch_size")
 """Fields of the encoder's configuration that are keys of a recipe themselves."""
 
 
+def objectives() -> dict[str, Declaration]:
+    """Every objective by name: those of the package, and those that a program has added to its `OBJECTIVES`."""
+    registered = getattr(sys.modules.get("hf_accel.objectives"), "OBJECTIVES", {})
+    added = {name: inspect_class(kind) for name, kind in registered.items() if name not in OBJECTIVES}
+    return {name: read_class(*declared) for name, declared in OBJECTIVES.items()} | added
+
+
 def objective_settings(name: str) -> dict[str, Setting]:
     """The keys of `objective_config`: the keyword arguments of the objective, with type and default."""
-    return read_class(*OBJECTIVES[name]).settings
+    return objectives()[name].settings
 
 
 def least_batch(objective: str) -> int:
     """Images that a micro-batch must have; 2 or more where its images are contrasted with each other."""
-    base, own = read_class("objectives/base.py", "ObjectiveForPreTraining"), read_class(*OBJECTIVES[objective])
+    base, own = read_class("objectives/base.py", "ObjectiveForPreTraining"), objectives()[objective]
     return (base.attributes | own.attributes)["least_batch"]
 
 
@@ -44,8 +52,8 @@ def contrastive_objectives() -> list[str]:
 
 def configured_classes() -> dict[str, Declaration]:
     """What the mappings of a recipe configure, by a name for --help."""
-    objectives = {f"objective_config of {name}": declared for name, declared in OBJECTIVES.items()}
-    return {name: read_class(*declared) for name, declared in (objectives | EVALUATION_CONFIGS).items()}
+    evaluations = {name: read_class(*declared) for name, declared in EVALUATION_CONFIGS.items()}
+    return {f"objective_config of {name}": declared for name, declared in objectives().items()} | evaluations
 
 
 ABOVE_0 = (
@@ -92,7 +100,7 @@ def _check_presence(recipe: Any) -> None:
 
 
 def _check_choices(recipe: Any) -> None:
-    tables = {"model": PRESETS, "objective": OBJECTIVES, "augmentation": AUGMENTATIONS}
+    tables = {"model": PRESETS, "objective": objectives(), "augmentation": AUGMENTATIONS}
     for key, table in tables.items():
         if recipe.reads(key) and getattr(recipe, key) not in table:
             value = getattr(recipe, key)

@@ -58,6 +58,20 @@ def read_class(file: str, name: str) -> Declaration:
     return Declaration(settings, attributes, inspect.cleandoc(ast.get_docstring(node) or ""))
 
 
+def inspect_class(kind: type) -> Declaration:
+    """The same of a class that is imported already. Its source may be anywhere."""
+    parameters = inspect.signature(kind.__init__, eval_str=True).parameters.values()
+    settings = {
+        parameter.name: Setting(
+            Any if parameter.annotation is parameter.empty else parameter.annotation, parameter.default
+        )
+        for parameter in parameters
+        if parameter.default is not parameter.empty
+    }
+    attributes = {name: value for part in reversed(kind.__mro__) for name, value in vars(part).items()}
+    return Declaration(settings, attributes, inspect.getdoc(kind) or "")
+
+
 @cache
 def read_table(file: str, name: str) -> tuple[str, ...]:
     """The names in the tuple, or the keys of the dictionary, that the module assigns to `name`."""

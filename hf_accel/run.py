@@ -57,13 +57,14 @@ def run_task(recipe: Recipe) -> None:
     from hf_accel.hub import PushFailed
     from hf_accel.run_folder import AGAIN, WriteFailed, writing
     from hf_accel.training import TrainingDiverged
+    from hf_accel.training.console import quiet
 
     end_with_launcher()
     module, function = TASKS[recipe.task]
     task = getattr(import_module(f"hf_accel.{module}"), function)
     folder = recipe.output_dir if recipe.reads("output_dir") else str(recipe.checkpoint)  # a card is its run's
     try:
-        with explained_failures(), writing(Path(folder), AGAIN, reads_too=True):
+        with quiet(), explained_failures(), writing(Path(folder), AGAIN, reads_too=True):
             task(recipe)
     except (TrainingDiverged, CorruptDataError, PushFailed, WorkersFailed, WriteFailed) as error:
         end_with(error)

@@ -124,7 +124,13 @@ def _check_gpus() -> None:
 
 
 def start_processes(arguments: TrainingArguments, precision: str, compiled: bool = False) -> None:
-    """Connect the processes, set threads and random state, and say on what the run computes.
+    """Connect the processes as `connect_processes` does, and say on what the run computes."""
+    connect_processes(arguments, precision, compiled)
+    say(describe_launch(arguments, precision))
+
+
+def connect_processes(arguments: TrainingArguments, precision: str, compiled: bool = False) -> None:
+    """Connect the processes, and set threads and random state.
 
     Args:
         arguments: the Trainer's.
@@ -145,7 +151,6 @@ def start_processes(arguments: TrainingArguments, precision: str, compiled: bool
     if arguments.device.type == "cpu":
         _set_threads(started)
     set_seed(arguments.seed)
-    say(describe_launch(arguments, precision))
 
 
 def _check_trackers(arguments: TrainingArguments) -> None:

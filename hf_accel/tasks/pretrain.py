@@ -11,7 +11,7 @@ from ..run_folder import RunFolder
 from ..training.trainer import PretrainTrainer
 from ..utils.pretrain_settings import Rule
 from .card import publication_of
-from .setup import build_objective, continue_recipe, images_of, output_of, pretrain_config
+from .setup import build_objective, continue_recipe, load_images, output_of, pretrain_config
 
 
 def pretrain(recipe: Recipe) -> None:
@@ -29,7 +29,7 @@ def pretrain(recipe: Recipe) -> None:
     model = build_objective(recipe)
     settings = recipe.used()
     rules: dict[str, Rule] = {key: recipe.resume_rule(key) for key in settings}
-    trainer = PretrainTrainer(model, config, *images_of(recipe), record=settings, rules=rules)
+    trainer = PretrainTrainer(model, config, *load_images(recipe), record=settings, rules=rules)
     trainer.train(resume_from_checkpoint="auto")
     if trainer.stopped:
         say(f"Stopped at step {trainer.state.global_step} of {trainer.plan.num_steps}; the same command resumes.")

@@ -118,7 +118,14 @@ def grid_of(recipe: Recipe) -> list[Strategy]:
 
 
 def images_of(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
-    """Training and validation images; says where their labels come from.
+    """Training and validation images; says where their labels come from. Raises what `load_images` raises."""
+    source, validation = load_images(recipe)
+    say(describe_labels(source, validation))
+    return source, validation
+
+
+def load_images(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
+    """Training and validation images.
 
     Raises:
         RecipeError: what cannot be read, or fewer images than a batch takes.
@@ -130,13 +137,11 @@ def images_of(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
             raise RecipeError(f"{key}={value!r}: the bundled digits have {kind}; leave it out")
     splits, columns = (recipe.train_split, recipe.validation_split), (recipe.image_column, recipe.label_column)
     try:
-        source, validation = load_sources(recipe.data, *splits, *columns, recipe.seed, recipe.data_config)
+        return load_sources(recipe.data, *splits, *columns, recipe.seed, recipe.data_config)
     except CorruptDataError:  # says enough
         raise
     except (ValueError, OSError, RuntimeError) as error:  # datasets' own errors become one of these
         raise RecipeError(f"data={recipe.data!r}: {reason(error)}") from error
-    say(describe_labels(source, validation))
-    return source, validation
 
 
 def continue_recipe(recipe: Recipe) -> list[str]:

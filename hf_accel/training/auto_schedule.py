@@ -3,7 +3,6 @@
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback as ProgressBar
 
 from ..distributed.stopping import stop_together
 from ..schedule_search.gradient_error import GradientErrorAccumulator, GradientNotFinite
@@ -32,9 +31,6 @@ class AutoScheduleCallback(TrainerCallback):
         charge = controller.cost_of(due)
         plan.revise(step, controller.schedule(), charge)
         args.max_steps = state.max_steps = plan.num_steps
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, ProgressBar) and callback.training_bar is not None:
-                callback.training_bar.total = state.max_steps
         errors = accumulator.result()
         logs = {"probe_units": charge, "probe_moved": float(strategy != before), "probe_tokens": 0.0}
         if step:  # the first probe, of all rungs, compares no pair

@@ -28,6 +28,9 @@ INSTEAD = {
 }
 """Arguments of the Trainer that have no meaning here, and what to set in place of them."""
 
+UNUSED = {*INSTEAD, "lr_scheduler_kwargs", "eval_steps", "eval_delay", "per_device_eval_batch_size"}
+"""Arguments that trackers do not get, as a run does not use them."""
+
 
 @dataclass
 class PretrainConfig(PretrainSettings, TrainingArguments):
@@ -121,6 +124,14 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
     def compression_schedule(self, base_patch_size: int) -> Schedule:
         """The schedule of a model with this patch size; no compression where it is found while training runs."""
         return Schedule.parse(None if self.schedule == "auto" else self.schedule, base_patch_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments that the run uses, as trackers record them."""
+        return {name: value for name, value in super().to_dict().items() if name not in UNUSED}
+
+    def to_sanitized_dict(self) -> dict[str, Any]:
+        used = self.to_dict()
+        return {name: value for name, value in super().to_sanitized_dict().items() if name in used}
 
     def _images_per_process(self) -> int:
         processes = int(os.environ.get("WORLD_SIZE", 1))

@@ -9,7 +9,6 @@ import torch
 
 from ..compression import Compression, CostTable, Plan, Schedule, Strategy, forward_cost, measure_costs
 from ..compression.cost import TABLE_NAME, ForwardCost
-from ..data import ImageSource
 from ..distributed import barrier, is_main, world_size
 from ..models import AccelViTConfig
 from ..objectives import ObjectiveForPreTraining
@@ -111,11 +110,11 @@ def make_plan(
         fail("budget", args.budget, str(error))
 
 
-def describe_plan(args: PretrainConfig, model: ObjectiveForPreTraining, plan: Plan, source: ImageSource) -> list[str]:
+def describe_plan(args: PretrainConfig, model: ObjectiveForPreTraining, plan: Plan) -> list[str]:
     """Lines that say what the run will do, and what of it may not be meant."""
     micro_batches = args.gradient_accumulation_steps
     lines = [
-        f"{model.name} on {source.name}: {len(source)} images, {plan.num_steps} steps of {args.batch_size}, "
+        f"Budget: {plan.num_steps:,} steps of {args.batch_size} images, "
         f"{plan.total_cost:,.0f} of {plan.budget:,.0f} units"
     ]
     if micro_batches > 1 and model.least_batch > 1:

@@ -10,12 +10,14 @@ from typing import Any, NoReturn, cast
 
 import torch
 import yaml
+from transformers import PrinterCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import distributed
 from ..data import AUGMENTATIONS, TrainSampler, image_processor, image_source, make_views, train_loader
 from ..data.loader import StepBatches, WholeRun
-from ..distributed.launch import start_processes
+from ..distributed.launch import connect_processes
 from ..distributed.sharding import is_sharded, separate_group, shards, whole_state
 from ..distributed.signals import stopping_on_sigterm
 from ..distributed.stopping import Stopped, stop_agreed, stop_requested
@@ -28,9 +30,10 @@ from .accuracy import measure_knn
 from .auto_schedule import AutoScheduleCallback
 from .callbacks import ProgressCallback
 from .config import PretrainConfig
+from .console import ConsoleCallback, describe_run, quiet
 from .finish import finish_run
 from .monitoring import CollapseMonitor
-from .planning import describe_plan, make_forward_cost, make_plan, read_schedule, strategies_of_run
+from .planning import make_forward_cost, make_plan, read_schedule, strategies_of_run
 from .publishing import PublishingTrainer
 from .record import RULES, describe_settings, run_state
 from .resuming import choose_checkpoint, take_over
@@ -70,6 +73,7 @@ class PretrainTrainer(PublishingTrainer):
     args: PretrainConfig
     loss_is_scaled_for_ga = False
 
+    @quiet()
     def __init__(
         self,
         model: ObjectiveForPreTraining,
@@ -81,7 +85,7 @@ class PretrainTrainer(PublishingTrainer):
         rules: Mapping[str, Rule] | None = None,
         **kwargs: Any,
     ):
-        start_processes(args, args.precision, args.torch_compile)
+        connect_processes(args, args.precision, args.torch_compile)
         self.folder, config = RunFolder(str(args.output_dir)), model.config
         self.source = image_source(train_dataset, "train_dataset")
         self.validation = None if eval_dataset is None else image_source(eval_dataset, "eval_dataset", self.source)
@@ -114,6 +118,10 @@ class PretrainTrainer(PublishingTrainer):
         if self.controller:
             self.add_callback(AutoScheduleCallback(self, self.controller))
         self.add_callback(ProgressCallback(self))
+        for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
+            self.remove_callback(callback)
+        self.console = ConsoleCallback(self)
+        self.add_callback(self.console)
         self.add_callback(CollapseMonitor(model.collapse_symptoms))
 
     @property
@@ -155,6 +163,7 @@ class PretrainTrainer(PublishingTrainer):
 
     # The run
 
+    @quiet()
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any):
         """Train until the budget is spent, and write results and encoder.
 
@@ -179,7 +188,7 @@ class PretrainTrainer(PublishingTrainer):
                 with writing(self.folder.recipe, AGAIN):
                     write_text(self.folder.recipe, yaml.safe_dump(record, sort_keys=False))
             self.args.eval_on_start = 0.0 in self.args.eval_points and checkpoint is None
-            for line in describe_plan(self.args, self.objective, self.plan, self.source):
+            for line in describe_run(self):
                 distributed.say(line)
             if checkpoint:
                 distributed.say(f"Resuming from {checkpoint}")
@@ -204,6 +213,8 @@ class PretrainTrainer(PublishingTrainer):
                 return output
             except Stopped:
                 self._save_between_steps()
+            finally:
+                self.console.close()
 
     def _save_between_steps(self) -> None:
         """Save after a stop in a probe. After one before the first step of this launch there is nothing new to save."""
@@ -371,6 +382,7 @@ class PretrainTrainer(PublishingTrainer):
         self._window = (since + taken, steps, data)
         return metrics
 
+    @quiet()
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the encoder that evaluation uses, with its processor and code: `AutoModel` opens the folder.
 

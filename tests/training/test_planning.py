@@ -7,7 +7,7 @@ import torch
 
 from hf_accel.compression import Compression, CostTable, Plan, Strategy
 from hf_accel.recipe import describe_keys, load_recipe
-from hf_accel.tasks.setup import build_objective, images_of, pretrain_config
+from hf_accel.tasks.setup import build_objective, pretrain_config
 from hf_accel.training.planning import describe_plan, make_forward_cost, make_plan, read_schedule
 
 TINY = ["model_config.hidden_size=32", "model_config.num_hidden_layers=1", "model_config.intermediate_size=32"]
@@ -38,7 +38,7 @@ def lines(objective: str, *overrides: str) -> list[str]:
     args, model = pretrain_config(recipe), build_objective(recipe)
     schedule = args.compression_schedule(model.config.patch_size)
     plan = Plan(float(recipe.budget or 0), schedule, recipe.batch_size, price)
-    return describe_plan(args, model, plan, images_of(recipe)[0])[1:]
+    return describe_plan(args, model, plan)[1:]
 
 
 def price(strategy: Strategy) -> float:

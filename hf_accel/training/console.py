@@ -1,0 +1,128 @@
+"""What a person sees of a run: its opening summary, a bar, a line for each log entry, and no chatter of libraries."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+from ..compression import Compression, Schedule, Stage
+from ..data import describe_labels
+from ..distributed.launch import describe_launch
+from .planning import describe_plan
+
+CHATTY = ("DeepSpeed", "accelerate")
+"""Loggers of libraries that say on each run what it has not asked for. Their errors are shown."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it, libraries show neither their progress bars nor what is of no use to someone who watches a run."""
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    def no_bar(factory: Any, args: Any, kwargs: Any) -> Any:
+        return transformers_logging.EmptyTqdm(*args, **kwargs)
+
+    loggers = [logging.getLogger(name) for name in CHATTY]
+    levels = [logger.level for logger in loggers]
+    hook = transformers_logging.set_tqdm_hook(no_bar)
+    try:
+        with warnings.catch_warnings():
+            for logger in loggers:
+                logger.addFilter(is_error)  # DeepSpeed sets its level when it is imported.
+                logger.setLevel(logging.ERROR)
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed|accelerate)\b")
+            yield
+    finally:
+        transformers_logging.set_tqdm_hook(hook)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeFilter(is_error)
+            logger.setLevel(level)
+
+
+def describe_run(trainer: Any) -> list[str]:
+    """The lines that a run opens with: what it trains on what, where and for how long, and what may not be meant."""
+    args, model, source = trainer.args, trainer.objective, trainer.source
+    sizes = [sum(weights.numel() for weights in part.parameters()) for part in (model.encoder, model)]
+    found = args.schedule == "auto"
+    return [
+        f"Images: {len(source):,} of {source.name}",
+        describe_labels(source, trainer.validation),
+        f"Model:  {model.name}; encoder of {sizes[0]:,} parameters; {sizes[1]:,} with all branches and heads",
+        describe_launch(args, args.precision),
+        f"Stages: {'found while training runs (schedule=auto)' if found else in_words(trainer.plan.schedule)}",
+        *describe_plan(args, model, trainer.plan),
+    ]
+
+
+def in_words(schedule: Schedule) -> str:
+    """A schedule in a line, of which the middle is left out where it has many stages."""
+
+    def stage_in_words(stage: Stage) -> str:
+        strategy = stage.strategy
+        usual = strategy.target_branch == Compression(strategy.online.patch_size) and not strategy.local
+        return f"{strategy.online if usual else strategy} until {stage.until:.0%}"
+
+    stages = [stage_in_words(stage) for stage in schedule.stages]
+    return "; ".join(stages if len(stages) <= 4 else [*stages[:2], f"({len(stages) - 3} more)", stages[-1]])
+
+
+def describe_logs(logs: Mapping[str, Any], step: int, steps: int) -> str | None:
+    """The line of a log entry; None for one that is of no use to someone who watches."""
+    start = f"step {step:>{len(str(steps))}}/{steps}  {logs.get('progress', 0.0):>4.0%}  "
+    if "loss" in logs:
+        return (
+            f"{start}loss {logs['loss']:>7.4f}  lr {logs['learning_rate']:.2e}  tokens {logs['tokens']:>4}  "
+            f"{logs['images_per_second']:>7,.0f} images/s"
+        )
+    if "probe_moved" in logs:
+        return f"{start}probe: the compression {'changes' if logs['probe_moved'] else 'stays'}"
+    accuracy = next((value for name, value in logs.items() if name.endswith("knn_top1")), None)
+    return None if accuracy is None else f"{start}kNN  {accuracy:>7.2%}"
+
+
+class ConsoleCallback(TrainerCallback):
+    """Shows one line for each log entry and, on a terminal, a bar.
+
+    The bar counts units: steps of a later stage take longer, so steps would predict too early an end.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.bar: Any = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        if sys.stderr.isatty() and not args.disable_tqdm:
+            plan = self.trainer.plan
+            counts: dict[str, Any] = {"total": plan.total_cost, "initial": plan.spent_after(state.global_step)}
+            self.bar = tqdm(**counts, unit=" units", unit_scale=True, dynamic_ncols=True, smoothing=0.1)
+        recipe = f"```yaml\n{self.trainer.folder.recipe.read_text()}```"
+        for callback in self.trainer.callback_handler.callbacks:
+            if getattr(callback, "tb_writer", None) is not None:
+                callback.tb_writer.add_text("recipe", recipe)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.total = self.trainer.plan.total_cost  # A probe may have changed the plan.
+            self.bar.update(self.trainer.plan.spent_after(state.global_step) - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        line = describe_logs(logs or {}, state.global_step, self.trainer.plan.num_steps)
+        if line and state.is_world_process_zero:
+            tqdm.write(line)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Leave the bar as it is, also where an error has ended training."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -5,6 +5,7 @@ import sys
 from copy import copy
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from transformers import TrainingArguments

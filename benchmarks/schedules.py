@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from benchmarks.options import parser_of
-from hf_accel.recipe import overrides_for, task_reads
+from hf_accel.recipe import RECIPES, overrides_for
 from hf_accel.report import environment
 from hf_accel.report.curves import COLORS, MARKERS, STYLE
 from hf_accel.run_folder import write_json
@@ -69,7 +69,7 @@ def search(name: str, plan: Mapping[str, Any], output: Path, overrides: list[str
     if not (folder / SCHEDULE_NAME).exists():
         pilot = {"task": "search", "pilot": str(folder_of(output, PILOT, seed)), "schedule": None, "seed": seed}
         own = plan["schedules"][name]["search"]
-        common = {key: value for key, value in plan["common"].items() if task_reads("search", key)}
+        common = {key: value for key, value in plan["common"].items() if RECIPES["search"].reads(key)}
         launch(plan["recipe"], folder, {**common, **plan["search"], **own, **pilot}, overrides_for("search", overrides))
     return folder / SCHEDULE_NAME
 

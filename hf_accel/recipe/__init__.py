@@ -9,7 +9,6 @@ from .keys import (
     PretrainRecipe,
     Recipe,
     SearchRecipe,
-    task_reads,
     tasks_that_read,
 )
 from .loading import describe_keys, load_recipe, overrides_for, split_words
@@ -29,6 +28,5 @@ __all__ = [
     "load_recipe",
     "overrides_for",
     "split_words",
-    "task_reads",
     "tasks_that_read",
 ]

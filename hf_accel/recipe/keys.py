@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import yaml
 
-from ..compression import Schedule, Strategy
+from ..compression import Schedule
 from ..utils.pretrain_settings import PretrainSettings, Rule, fixed, free
 from .checks import EVALUATIONS, SYMMETRIES, check_recipe, objective_settings
 from .groups import (
@@ -26,8 +26,6 @@ from .groups import (
 )
 
 if TYPE_CHECKING:
-    import torch
-
     from ..models import AccelViTConfig
 
 
@@ -47,12 +45,9 @@ class Recipe:
                 setattr(self, key, os.path.expanduser(getattr(self, key)))
         check_recipe(self)
 
-    def __getattr__(self, name: str) -> Any:
-        """The default of a key that only other tasks read: what they share asks for some of them."""
-        for kind in RECIPES.values():
-            if name in kind.types():
-                return default_of(kind, name)
-        raise AttributeError(f"{type(self).__name__} has no key {name!r}")
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # the keys of a subclass
 
     @classmethod
     def summary(cls) -> str:
@@ -88,29 +83,12 @@ class Recipe:
         from ..models import PRESETS
         from ..objectives import OBJECTIVES
 
-        defaults = OBJECTIVES[self.objective].encoder_defaults
+        defaults = OBJECTIVES[self.objective].encoder_defaults if self.reads("objective") else {}
         sizes = {"image_size": self.image_size, "patch_size": self.patch_size}
         return PRESETS[self.model](**{**defaults, **sizes, **self.model_config})
 
     def compression_schedule(self) -> Schedule:
         return Schedule.parse(None if self.schedule == "auto" else self.schedule, self.patch_size)
-
-    def precision(self) -> "torch.dtype | None":
-        """What autocast computes in; None without it. A launch chooses for `auto` first: `launch.choose_precision`."""
-        import torch
-
-        return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.mixed_precision]
-
-    def view_size(self, strategy: Strategy) -> int:
-        """Pixels of a step's views.
-
-        Matched: the resized kernel sees p0 x p0 numbers of each patch only, so the view may be made with p0 pixels a
-        patch; where the branches' patches differ, both need the full view.
-        """
-        online, target = strategy.online.patch_size, strategy.target_branch.patch_size
-        if self.view_resolution == "full" or online != target:
-            return self.image_size
-        return self.image_size // online * self.patch_size
 
     def local_crop_size(self) -> int | None:
         """Pixels of the local crops, None where the objective makes none."""
@@ -240,9 +218,5 @@ def default_of(kind: type[Recipe], key: str) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def task_reads(task: str, key: str) -> bool:
-    return RECIPES[task].reads(key)
-
-
 def tasks_that_read(key: str) -> list[str]:
-    return [task for task in RECIPES if task_reads(task, key)]
+    return [task for task, kind in RECIPES.items() if kind.reads(key)]

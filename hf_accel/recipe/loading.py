@@ -10,7 +10,7 @@ import yaml
 from ..utils.shipped import find_file, list_recipes
 from ..utils.strict_yaml import load_yaml
 from .checks import configured_classes
-from .keys import RECIPES, Recipe, default_of, task_reads, tasks_that_read
+from .keys import RECIPES, Recipe, default_of, tasks_that_read
 from .values import RecipeError, as_type, did_you_mean, fail, type_name
 
 DEFAULT_TASK = "pretrain"
@@ -94,7 +94,7 @@ def split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def overrides_for(task: str, overrides: Iterable[str]) -> list[str]:
     """The `key=value` overrides that the task reads, for a program that gives several tasks the same ones."""
-    return [override for override in overrides if task_reads(task, override.partition("=")[0].partition(".")[0])]
+    return [override for override in overrides if RECIPES[task].reads(override.partition("=")[0].partition(".")[0])]
 
 
 def group_keys(task: str) -> dict[str, list[Field]]:

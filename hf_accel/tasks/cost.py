@@ -3,7 +3,7 @@
 import torch
 
 from ..compression import build_cost_grid, build_cost_rows, measure_costs
-from ..distributed.launch import choose_precision
+from ..distributed.launch import DTYPES, choose_precision
 from ..recipe import Recipe
 from ..report import environment, format_cost_table, plot_cost
 from ..run_folder import write_json
@@ -16,7 +16,7 @@ def cost_report(recipe: Recipe) -> None:
     output = output_of(recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = recipe.encoder_config()
-    table = measure_costs(config, build_cost_grid(config), device, dtype=recipe.precision())
+    table = measure_costs(config, build_cost_grid(config), device, dtype=DTYPES[recipe.mixed_precision])
     rows = build_cost_rows(config, table)
     write_json(output / "cost.json", {"rows": rows, "environment": environment()})
     plot_cost(rows, output / "cost.png", title=f"{recipe.model}, {recipe.image_size} px, {table.device}")

@@ -16,7 +16,6 @@ from hf_accel.recipe import (
     RecipeError,
     describe_keys,
     load_recipe,
-    task_reads,
     tasks_that_read,
 )
 from hf_accel.recipe.checks import objective_settings
@@ -221,7 +220,7 @@ def test_a_key_that_the_task_does_not_read_is_refused():
     for task, needed in NEEDED.items():
         for key, value in defaults.items():
             value = yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n")
-            if not task_reads(task, key):
+            if not RECIPES[task].reads(key):
                 with pytest.raises(RecipeError, match=rf"^{key}=.*task={task} does not read"):
                     load_recipe("recipes/moco.yaml", [*needed, f"{key}={value}"])
 
@@ -271,7 +270,7 @@ def test_a_removed_key_is_refused_with_the_changelogs_line(key, tmp_path):
     for needed in NEEDED.values():  # in a file, too, whatever the task
         with pytest.raises(RecipeError, match=rf"^{key}=1: {re.escape(line)}$"):
             load_recipe(tmp_path / "recipe.yaml", needed)
-    assert not any(task_reads(task, key) for task in RECIPES)
+    assert not tasks_that_read(key)
 
 
 # What a resumed run may do with each key
@@ -309,7 +308,7 @@ def test_keys_of_other_tasks_and_free_keys_never_stop_a_resume(tmp_path):
     (file := tmp_path / "file.yaml").write_text(text)
     (tmp_path / "recipe.yaml").write_text(load_recipe(file, ["mixed_precision=no"]).to_yaml())
     others = [kind for task, kind in RECIPES.items() if task != "pretrain"]
-    gained = {key: default_of(kind, key) for kind in others for key in kind.types() if not task_reads("pretrain", key)}
+    gained = {key: default_of(kind, key) for kind in others for key in kind.types() if not PretrainRecipe.reads(key)}
     gained |= {"knn_k": 7, "eval_points": [1.0], "num_workers": 3}
     file.write_text(text + yaml.safe_dump(gained))
     assert len(gained) > 12 and continue_recipe(load_recipe(file)) == []
@@ -328,7 +327,7 @@ def test_help_lists_the_keys_of_its_task_and_no_others(task):
         "finetune_config": FineTuneConfig.__dataclass_fields__,
     }
     for name, settings in mappings.items():
-        assert (f"\n{name}:" in text) == task_reads(task, name.partition(" ")[0]), name
+        assert (f"\n{name}:" in text) == RECIPES[task].reads(name.partition(" ")[0]), name
         listed = text.partition(f"\n{name}:")[2]
         assert not listed or all(f"  {key} (" in listed for key in settings), name
 

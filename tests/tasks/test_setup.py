@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from hf_accel.recipe import RecipeError, load_recipe
-from hf_accel.run_folder import seal, write_json
+from hf_accel.run_folder import RunFolder, write_json
 from hf_accel.tasks.setup import (
     build_objective,
     continue_recipe,
@@ -79,7 +79,7 @@ def begin(output, state: str, text: str) -> None:
     (output / "recipe.yaml").write_text(text)
     if state != "begun":
         (output / "checkpoint-1").mkdir()
-        seal(output / "checkpoint-1", {"step": 1})
+        RunFolder.seal(output / "checkpoint-1", {"step": 1})
     if state == "complete":
         write_json(output / "results.json", {"units": 1.0})
 

@@ -15,7 +15,7 @@ import torch
 import hf_accel.run as entry
 from hf_accel.compression import Compression, CostTable, Schedule, forward_cost
 from hf_accel.recipe import PretrainRecipe, RecipeError, load_recipe
-from hf_accel.run_folder import checkpoints
+from hf_accel.run_folder import RunFolder
 from hf_accel.schedule_search.gradient_error import GradientErrorAccumulator
 from hf_accel.schedule_search.gradient_probe import GradientProbe
 from hf_accel.training.trainer import PretrainTrainer
@@ -230,7 +230,7 @@ def test_a_probe_stopped_between_draws_equals_left_alone(probe, whole, folder, t
     step = probes_of(whole)[0 if probe == "the first" else 1]["step"]
     assert calls[0] == before + 3, "the rest of the draw and no more"
     assert f"Stopped at step {step} of" in capsys.readouterr().out
-    assert checkpoints(output)[:1] == ([output / f"checkpoint-{step}"] if step else [])
+    assert RunFolder(output).checkpoints()[:1] == ([output / f"checkpoint-{step}"] if step else [])
     launch(folder, output, *AUTO)
     assert_same_run(whole, output)
 

@@ -1,0 +1,144 @@
+"""Every key of a recipe lands where it acts: a key that is ignored fails here."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from hf_accel.compression import Compression, Strategy
+from hf_accel.data import load_sources
+from hf_accel.objectives import SimCLRForPreTraining
+from hf_accel.recipe import PretrainRecipe, SearchRecipe
+from hf_accel.tasks import setup
+from hf_accel.tasks.card import publication_of
+from hf_accel.tasks.setup import build_objective, grid_of, images_of, pretrain_config
+from hf_accel.training.planning import make_plan
+from hf_accel.training.publishing import PublishingTrainer
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 4, "model": "vit_tiny", "model_config": TINY}
+HEADS: dict[str, Any] = {"projector_hidden_size": 32, "projection_size": 16}
+BASE = PretrainRecipe(data="photos", budget=640.0, batch_size=16, mixed_precision="no", objective_config=HEADS, **SIZES)
+
+Observer = Callable[[Any, str], Any]
+"""From a recipe, and the name of the key, what the key has come to."""
+
+
+def setting(name: str = "") -> Observer:
+    """The field of `PretrainConfig` that the key lands in; default: of its own name."""
+    return lambda recipe, key: getattr(pretrain_config(recipe), name or key)
+
+
+def images(recipe: Any, key: str) -> Any:
+    """The argument that `load_sources` gets."""
+    calls: list[dict[str, Any]] = []
+
+    def load(*args: Any, **kwargs: Any):
+        calls.append(inspect.signature(load_sources).bind(*args, **kwargs).arguments)
+        return None, None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "load_sources", load)
+        patch.setattr(setup, "describe_labels", lambda *_: "")
+        images_of(recipe)
+    return calls[0][{"data_config": "config"}.get(key, key)]
+
+
+def encoder(recipe: Any, key: str) -> Any:
+    return getattr(build_objective(recipe).encoder.config, key)
+
+
+def publication(field: str) -> Observer:
+    def observe(recipe: Any, key: str) -> Any:
+        by_task = publication_of(recipe)
+        trainer = SimpleNamespace(args=pretrain_config(recipe), given_record=recipe.used())
+        by_trainer = PublishingTrainer.publication(cast(Any, trainer))
+        assert getattr(by_task, field) == getattr(by_trainer, field)
+        return getattr(by_task, field)
+
+    return observe
+
+
+def plan(recipe: Any, key: str) -> tuple[int, Compression]:
+    """Steps of the run, and the compression of the first one."""
+    args = pretrain_config(recipe)
+    schedule = args.compression_schedule(recipe.patch_size)
+    made, _ = make_plan(args, recipe.encoder_config(), schedule, lambda s: 64 / s.online.patch_size**2, 1000)
+    return len(made), made[0].strategy.online
+
+
+STAGES = [{"until": 1.0, "patch_size": 8}]
+PRETRAIN: dict[str, tuple[Any, ...]] = {
+    # key: its value, where it acts, and what it is there if not the value
+    "output_dir": ("runs/elsewhere", setting()),
+    "seed": (3, lambda recipe, key: (images(recipe, key), pretrain_config(recipe).seed), (3, 3)),
+    **{key: ("other", images) for key in ("data", "data_config", "train_split", "validation_split", "image_column")},
+    "label_column": ("other", images),
+    "num_workers": (2, setting("dataloader_num_workers")),
+    "model": ("vit_small", lambda recipe, key: replace_config(recipe).encoder_config().hidden_size, 384),
+    "model_config": (TINY | {"hidden_size": 16}, lambda recipe, key: encoder(recipe, "hidden_size"), 16),
+    "image_size": (32, encoder),
+    "patch_size": (8, encoder),
+    "attn_implementation": ("eager", lambda recipe, key: encoder(recipe, "_attn_implementation")),
+    "torch_compile": (True, setting()),
+    "objective": ("simclr", lambda recipe, key: type(build_objective(recipe)), SimCLRForPreTraining),
+    "objective_config": (HEADS | {"temperature": 0.5}, lambda recipe, key: build_objective(recipe).temperature, 0.5),
+    "budget": (64.0 * 7, plan, (7, Compression(4))),
+    "batch_size": (32, plan, (5, Compression(4))),
+    "schedule": (STAGES, plan, (40, Compression(8))),
+    **{key: (value, setting()) for key, value in {"cost": "measured", "auto_share": 0.5, "auto_draws": 5}.items()},
+    **{key: (value, setting()) for key, value in {"search_criterion": "gain", "lr_schedule": "poly"}.items()},
+    **{key: (value, setting()) for key, value in {"warmup": 0.3, "weight_decay_end": 0.6, "knn_k": 3}.items()},
+    **{key: (value, setting()) for key, value in {"augmentation": "digits", "view_resolution": "matched"}.items()},
+    **{key: (value, setting()) for key, value in {"eval_points": [0.5], "keep_points": [0.5]}.items()},
+    **{key: (value, setting()) for key, value in {"knn_temperature": 0.5, "max_grad_norm": 1.0}.items()},
+    **{key: (value, setting()) for key, value in {"learning_rate": 1e-3, "weight_decay": 0.5}.items()},
+    "gradient_accumulation_steps": (2, setting("per_device_train_batch_size"), 8),
+    "mixed_precision": ("bf16", setting("precision")),
+    "gradient_checkpointing": (True, setting("activation_checkpointing")),
+    "logging_steps": (7, setting()),
+    "report_to": (["trackio"], setting()),
+    "save_steps": (0.25, setting()),
+    "save_total_limit": (5, setting()),
+    "push_to_hub": (True, setting()),
+    "hub_model_id": ("me/model", publication("name")),
+    "hub_private": (True, publication("private")),
+    "hub_optimizer": (True, publication("optimizer")),
+    "license": ("mit", publication("license")),
+}
+
+
+def replace_config(recipe: Any) -> Any:
+    """The recipe without `model_config`, which says more than its preset."""
+    return replace(recipe, model_config={})
+
+
+@pytest.mark.parametrize("key", PRETRAIN)
+def test_a_key_of_pretraining_acts(key):
+    value, observe, *other = PRETRAIN[key]
+    (expected,) = other or [value]
+    assert observe(replace(BASE, **{key: value}), key) == expected != observe(BASE, key)
+
+
+def test_every_key_of_pretraining_is_in_the_table():
+    assert PRETRAIN.keys() == PretrainRecipe.types().keys()
+
+
+# The keys of a search choose its grid
+
+
+GRID: dict[str, tuple[Any, list[Strategy]]] = {
+    "search_token_dropout": ([0.0, 0.5], [Strategy(Compression(p, r)) for p in (4, 8) for r in (0.0, 0.5)]),
+    "search_patch_size": ([4], [Strategy(Compression(4, tenth / 10)) for tenth in range(10)]),
+}
+
+
+def test_keys_of_the_grid_act():
+    base = SearchRecipe(pilot="pilot", **SIZES)
+    for key, (value, expected) in GRID.items():
+        assert sorted(grid_of(replace(base, **{key: value})), key=str) == sorted(expected, key=str) != grid_of(base)
+    symmetric = grid_of(replace(base, search_symmetry=["symmetric"]))
+    assert all(strategy.online == strategy.target_branch for strategy in symmetric) and symmetric != grid_of(base)

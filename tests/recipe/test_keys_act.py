@@ -7,12 +7,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from hf_accel.compression import Compression, Strategy
 from hf_accel.data import load_sources
 from hf_accel.objectives import SimCLRForPreTraining
-from hf_accel.recipe import PretrainRecipe, SearchRecipe
-from hf_accel.tasks import setup
+from hf_accel.recipe import EvaluateRecipe, PretrainRecipe, SearchRecipe
+from hf_accel.tasks import evaluate, setup
 from hf_accel.tasks.card import publication_of
 from hf_accel.tasks.setup import build_objective, grid_of, images_of, pretrain_config
 from hf_accel.training.planning import make_plan
@@ -142,3 +143,44 @@ def test_keys_of_the_grid_act():
         assert sorted(grid_of(replace(base, **{key: value})), key=str) == sorted(expected, key=str) != grid_of(base)
     symmetric = grid_of(replace(base, search_symmetry=["symmetric"]))
     assert all(strategy.online == strategy.target_branch for strategy in symmetric) and symmetric != grid_of(base)
+
+
+# The keys of an evaluation reach what measures
+
+
+EVALUATE: dict[str, tuple[str, Any, Callable[[Any], Any]]] = {
+    # key: the evaluation, its value, and where the value stands among the arguments of what measures
+    "knn_k": ("knn", 3, lambda given: given["k"]),
+    "knn_temperature": ("knn", 0.5, lambda given: given["temperature"]),
+    "linear_config": ("linear", {"epochs": 7}, lambda given: {"epochs": given["config"].epochs}),
+    "finetune_config": ("finetune", {"epochs": 7}, lambda given: {"epochs": given["config"].epochs}),
+    "logging_steps": ("finetune", 7, lambda given: given["arguments"]["logging_steps"]),
+    "report_to": ("finetune", ["trackio"], lambda given: given["arguments"]["report_to"]),
+    "num_workers": ("finetune", 2, lambda given: given["arguments"]["dataloader_num_workers"]),
+    "mixed_precision": ("finetune", "bf16", lambda given: "bf16" if given["arguments"]["bf16"] else "no"),
+}
+MEASURES = {"knn": "knn_accuracy", "linear": "linear_probe", "finetune": "finetune"}
+
+
+@pytest.mark.parametrize("key", EVALUATE)
+def test_a_key_of_an_evaluation_acts(key, monkeypatch):
+    name, value, find = EVALUATE[key]
+    seen: list[dict[str, Any]] = []
+    signature = inspect.signature(getattr(evaluate, MEASURES[name]))
+
+    def measure(*args: Any, **kwargs: Any):
+        seen.append(signature.bind(*args, **kwargs).arguments)
+        return (torch.zeros(1, 2), 0.1) if name == "linear" else {"top1": 0.0, "top5": 0.0}
+
+    monkeypatch.setattr(evaluate, MEASURES[name], measure)
+    settings, run = evaluate.EVALUATIONS[name]
+    base = EvaluateRecipe(checkpoint="encoder", mixed_precision="no", **SIZES)
+    recipes = base, replace(base, **{key: value})
+    for recipe in recipes:
+        bench: Any = SimpleNamespace(recipe=recipe, encoder=None, processor=None, source=None, validation=None)
+        bench.num_classes, bench.arguments = 2, SimpleNamespace(device="cpu", use_cpu=True)
+        bench.features = lambda patch_size: (torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 2), torch.zeros(1))
+        run(bench, None, 0, "folder")
+    assert find(seen[1]) == value != find(seen[0])
+    if key not in ("logging_steps", "report_to", "num_workers"):  # which the accuracy does not depend on
+        assert settings(recipes[0]) != settings(recipes[1])

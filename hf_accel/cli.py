@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from . import run
 from .recipe import RECIPES, RecipeError, describe_keys, load_recipe, split_words
-from .tasks import COMMANDS, TASKS
+from .tasks import COMMANDS, PREVIEWS, TASKS
 from .tasks.list import format_table, summarize_tasks
 from .utils.shipped import find_file
 
@@ -24,7 +24,10 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "task", choices=[*TASKS, *COMMANDS], metavar="TASK", help="what to do; hf-accel TASK --help lists its keys"
+        "task",
+        choices=[*TASKS, *PREVIEWS, *COMMANDS],
+        metavar="TASK",
+        help="what to do; hf-accel TASK --help lists its keys",
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -35,30 +38,46 @@ def main(argv: list[str] | None = None) -> None:
             getattr(import_module(f"hf_accel.{module}"), function)(parser, arguments.rest)
         except RecipeError as error:
             run.end_with(error)
+    elif arguments.task in PREVIEWS:
+        parser = parser_of(arguments.task, "pretrain", PREVIEWS[arguments.task][2])
+        run.start(read_words(parser, vars(parser.parse_intermixed_args(arguments.rest)), "pretrain"), arguments.task)
     else:
         start_task(arguments.task, arguments.rest)
 
 
-def start_task(task: str, argv: list[str]) -> None:
-    """Run a task in this process, or through accelerate's launcher if one of its options is given."""
+def parser_of(name: str, task: str, summary: str) -> argparse.ArgumentParser:
+    """The parser of a command that takes the recipe of a task."""
     parser = argparse.ArgumentParser(
-        prog=f"hf-accel {task}",
-        usage=f"hf-accel {task} [RECIPE] [key=value ...] [--config_file FILE] [--num_processes N]",
-        description=f"{RECIPES[task].summary()} Keys, for the recipe or as key=value:",
+        prog=f"hf-accel {name}",
+        usage=f"hf-accel {name} [RECIPE] [key=value ...]",
+        description=f"{summary} Keys, for the recipe or as key=value:",
         epilog=describe_keys(task),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("words", nargs="*", metavar="RECIPE", help="a YAML file, or a name that hf-accel list prints")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that replace those of the recipe")
+    return parser
+
+
+def read_words(parser: argparse.ArgumentParser, arguments: dict[str, Any], task: str) -> list[str]:
+    """Take the recipe and the overrides out of the arguments, and return them with the task."""
+    recipe, overrides = split_words(arguments.pop("words") + arguments.pop("overrides"))
+    if any(override.startswith("task=") for override in overrides):
+        parser.error(f"the task is given twice: leave task= out, or call hf-accel with another task than {task}")
+    return [*([recipe] if recipe else []), f"task={task}", *overrides]
+
+
+def start_task(task: str, argv: list[str]) -> None:
+    """Run a task in this process, or through accelerate's launcher if one of its options is given."""
+    parser = parser_of(task, task, RECIPES[task].summary())
+    assert parser.usage
+    parser.usage += " [--config_file FILE] [--num_processes N]"
     launching = parser.add_argument_group("options of accelerate launch")
     launching.add_argument("--config_file", help="configuration of accelerate: a file, or a shipped one as ddp.yaml")
     launching.add_argument("--num_processes", help="number of processes")
     launching.add_argument("--num_cpu_threads_per_process", help="threads of each process")
     arguments = vars(parser.parse_intermixed_args(argv))
-    recipe, overrides = split_words(arguments.pop("words") + arguments.pop("overrides"))
-    if any(override.startswith("task=") for override in overrides):
-        parser.error(f"the task is given twice: leave task= out, or call hf-accel with another task than {task}")
-    words = [*([recipe] if recipe else []), f"task={task}", *overrides]
+    words = read_words(parser, arguments, task)
     options = {name: value for name, value in arguments.items() if value is not None}
     if options:
         launch(words, options)

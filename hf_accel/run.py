@@ -20,7 +20,7 @@ from importlib import import_module  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
 from hf_accel.recipe import Recipe, RecipeError, describe_keys, load_recipe, split_words  # noqa: E402
-from hf_accel.tasks import TASKS  # noqa: E402
+from hf_accel.tasks import PREVIEWS, TASKS  # noqa: E402
 
 PATIENCE = 10.0
 """Seconds in which torch's launcher has ended the other processes once one of them has failed."""
@@ -40,10 +40,15 @@ def main(argv: list[str] | None = None) -> None:
     start(arguments.recipe + arguments.overrides)
 
 
-def start(words: list[str]) -> None:
-    """Run the task of a recipe, given as RECIPE and overrides, and end the process with a line if it cannot be done."""
+def start(words: list[str], preview: str | None = None) -> None:
+    """Run the task of a recipe, given as RECIPE and overrides, and end the process with a line if it cannot be done.
+
+    Args:
+        preview: what of PREVIEWS to do with the recipe in place of its task.
+    """
     try:
-        run_task(load_recipe(*split_words(words)))
+        recipe = load_recipe(*split_words(words))
+        run_task(recipe, PREVIEWS[preview][:2] if preview else TASKS[recipe.task])
     except RecipeError as error:
         end_with(error)
     except KeyboardInterrupt:
@@ -51,22 +56,23 @@ def start(words: list[str]) -> None:
         sys.exit("Interrupted. The same command goes on from what is saved in output_dir" if first else 1)
 
 
-def run_task(recipe: Recipe) -> None:
+def run_task(recipe: Recipe, entry: tuple[str, str]) -> None:
+    """Call what takes the recipe, given by its module of hf_accel and its name."""
     from hf_accel.data import CorruptDataError, WorkersFailed, explained_failures
     from hf_accel.distributed.launch import end_with_launcher
     from hf_accel.hub import PushFailed
     from hf_accel.run_folder import AGAIN, WriteFailed, writing
-    from hf_accel.training import TrainingDiverged
+    from hf_accel.training import OutOfMemory, TrainingDiverged
     from hf_accel.training.console import quiet
 
     end_with_launcher()
-    module, function = TASKS[recipe.task]
+    module, function = entry
     task = getattr(import_module(f"hf_accel.{module}"), function)
     folder = recipe.output_dir if recipe.reads("output_dir") else str(recipe.checkpoint)  # a card is its run's
     try:
         with quiet(), explained_failures(), writing(Path(folder), AGAIN, reads_too=True):
             task(recipe)
-    except (TrainingDiverged, CorruptDataError, PushFailed, WorkersFailed, WriteFailed) as error:
+    except (TrainingDiverged, OutOfMemory, CorruptDataError, PushFailed, WorkersFailed, WriteFailed) as error:
         end_with(error)
 
 

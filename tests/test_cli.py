@@ -20,7 +20,7 @@ from hf_accel.compression import Schedule
 from hf_accel.models import PRESETS
 from hf_accel.objectives import OBJECTIVES
 from hf_accel.recipe import RECIPES, load_recipe
-from hf_accel.tasks import COMMANDS, TASKS
+from hf_accel.tasks import COMMANDS, PREVIEWS, TASKS
 from hf_accel.utils import shipped
 from tests.tiny_runs import RECIPE, image_folder, read
 
@@ -49,7 +49,7 @@ def launched(monkeypatch) -> list:
 def started(monkeypatch) -> list:
     """The recipes of the tasks that are started, in place of running them."""
     found = []
-    monkeypatch.setattr("hf_accel.run.run_task", found.append)
+    monkeypatch.setattr("hf_accel.run.run_task", lambda recipe, _: found.append(recipe))
     return found
 
 
@@ -57,8 +57,8 @@ def started(monkeypatch) -> list:
 
 
 def test_tasks_commands_and_recipes_belong_together():
-    assert TASKS.keys() == RECIPES.keys() and not TASKS.keys() & COMMANDS.keys()
-    for module, function, *_ in (*TASKS.values(), *COMMANDS.values()):
+    assert TASKS.keys() == RECIPES.keys() and not TASKS.keys() & (COMMANDS | PREVIEWS).keys()
+    for module, function, *_ in (*TASKS.values(), *PREVIEWS.values(), *COMMANDS.values()):
         assert callable(getattr(importlib.import_module(f"hf_accel.{module}"), function))
 
 
@@ -125,7 +125,7 @@ def test_list_prints_what_a_recipe_can_name(capsys):
     words = set(re.findall(r"[\w/]+", text))
     recipes = {path.relative_to(ROOT / "recipes").with_suffix("") for path in (ROOT / "recipes").rglob("*.yaml")}
     recipes = {path.as_posix() for path in recipes if path.parts[0] != "schedules"}
-    assert {*TASKS, *COMMANDS, *recipes, *PRESETS, *OBJECTIVES} <= words and "schedules" not in words
+    assert {*TASKS, *PREVIEWS, *COMMANDS, *recipes, *PRESETS, *OBJECTIVES} <= words and "schedules" not in words
     assert "MoCo-v3 on the bundled digits" in text
     summaries = [kind.summary() for kind in RECIPES.values()]
     assert len(set(summaries)) == len(RECIPES) and all(f"  {line}\n" in text for line in summaries)

@@ -18,6 +18,7 @@ import hf_accel.run as entry
 from hf_accel import cli
 from hf_accel.recipe import RECIPES, Recipe, load_recipe, overrides_for
 from hf_accel.tasks import COMMANDS as COMMANDS_WITHOUT_RECIPE
+from hf_accel.tasks import PREVIEWS
 from tests.commands import ROOT, Command, all_commands, code_blocks, commands_of_comments, commands_of_markdown
 from tests.tiny_runs import image_folder, read
 
@@ -90,7 +91,7 @@ def recipe_of(words: list[str]) -> tuple[str, list[str]]:
         if parsed.help:
             return "--help", []
         named = bool(rest) and "=" not in rest[0]
-        task = "pretrain" if words[1] == "plan" else words[1]
+        task = "pretrain" if words[1] in PREVIEWS else words[1]
         return (shipped(rest[0]) if named else "recipes/moco.yaml"), [f"task={task}", *rest[named:]]
     if words[0] == "accelerate":
         assert words[1] == "launch", f"accelerate {words[1]}"
@@ -162,7 +163,7 @@ def check_pip(words: list[str]) -> None:
 
 
 def check_hf_accel(words: list[str]) -> None:
-    assert words[1] in (*RECIPES, "plan", *COMMANDS_WITHOUT_RECIPE), f"no task {words[1]}"
+    assert words[1] in (*RECIPES, *PREVIEWS, *COMMANDS_WITHOUT_RECIPE), f"no task {words[1]}"
     if len(words) > 2 and words[1] not in COMMANDS_WITHOUT_RECIPE:
         check_launch(words)
 

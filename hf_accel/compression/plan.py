@@ -116,11 +116,13 @@ class Plan:
 
     def stage_ends(self) -> list[tuple[float, Strategy]]:
         """Return (units spent, strategy) at the end of each segment, in order."""
-        ends = []
-        for segment, later in zip(self.segments, [*self.segments[1:], None], strict=True):
-            steps = (later.first if later else self.num_steps) - segment.first
-            ends.append((segment.spent + steps * segment.cost, segment.strategy))
-        return ends
+        counted = zip(self.segments, self.stage_steps(), strict=True)
+        return [(segment.spent + steps * segment.cost, strategy) for segment, (strategy, steps) in counted]
+
+    def stage_steps(self) -> list[tuple[Strategy, int]]:
+        """Return (strategy, steps) of each segment, in order."""
+        ends = [*(segment.first for segment in self.segments[1:]), self.num_steps]
+        return [(segment.strategy, end - segment.first) for segment, end in zip(self.segments, ends, strict=True)]
 
     def followed(self) -> Schedule:
         """Return the schedule that the segments follow, which revisions may have changed."""

@@ -10,6 +10,9 @@ TASKS = {
 }
 """For each recipe's task the module of hf_accel and the function in it, which takes the recipe."""
 
+PREVIEWS = {"plan": ("tasks.plan", "plan", "Predict steps, time and memory of a pretraining run, and train nothing.")}
+"""For each command that takes the recipe of a pretraining run the module of hf_accel, the function, and its summary."""
+
 COMMANDS = {
     "compare": ("tasks.compare", "compare_runs", "Make one table and one figure of finished runs."),
     "list": ("tasks.list", "print_list", "Print tasks, shipped recipes, presets and objectives."),

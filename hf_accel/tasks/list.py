@@ -5,7 +5,7 @@ import argparse
 from ..recipe import RECIPES
 from ..recipe.checks import PRESETS, objectives
 from ..utils.shipped import list_recipes
-from . import COMMANDS
+from . import COMMANDS, PREVIEWS
 
 
 def print_list(parser: argparse.ArgumentParser, argv: list[str]) -> None:
@@ -19,7 +19,7 @@ def print_list(parser: argparse.ArgumentParser, argv: list[str]) -> None:
 def summarize_tasks() -> dict[str, str]:
     """Return the tasks and commands, each with a line on what it does."""
     tasks = {task: kind.summary() for task, kind in RECIPES.items()}
-    return tasks | {name: text for name, (_, _, text) in COMMANDS.items()}
+    return tasks | {name: text for name, (_, _, text) in (PREVIEWS | COMMANDS).items()}
 
 
 def format_table(title: str, rows: dict[str, str]) -> str:

@@ -15,6 +15,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import distributed
+from ..compression import Strategy
 from ..data import AUGMENTATIONS, TrainSampler, image_processor, image_source, make_views, train_loader
 from ..data.loader import StepBatches, WholeRun
 from ..distributed.launch import connect_processes
@@ -32,11 +33,13 @@ from .callbacks import ProgressCallback
 from .config import PretrainConfig
 from .console import ConsoleCallback, describe_run, quiet
 from .finish import finish_run
+from .memory import explained_memory
 from .monitoring import CollapseMonitor
 from .planning import make_forward_cost, make_plan, read_schedule, strategies_of_run
 from .publishing import PublishingTrainer
 from .record import RULES, describe_settings, run_state
 from .resuming import choose_checkpoint, take_over
+from .timing import PredictedTime
 
 
 class TrainingDiverged(RuntimeError):
@@ -123,6 +126,7 @@ class PretrainTrainer(PublishingTrainer):
         self.console = ConsoleCallback(self)
         self.add_callback(self.console)
         self.add_callback(CollapseMonitor(model.collapse_symptoms))
+        self.add_callback(PredictedTime(self))
 
     @property
     def objective(self) -> ObjectiveForPreTraining:
@@ -146,9 +150,13 @@ class PretrainTrainer(PublishingTrainer):
 
     def view_size(self, step: int) -> int:
         """Pixels of the views of a step."""
+        return self.size_under(self.plan[step].strategy)
+
+    def size_under(self, strategy: Strategy) -> int:
+        """Pixels of the views of a step under `strategy`."""
         if self.args.view_resolution == "full":
             return self.objective.config.image_size
-        return self.objective.matched_view_size(self.plan[step].strategy)
+        return self.objective.matched_view_size(strategy)
 
     def get_train_dataloader(self):
         """One pass is the whole run, from the step that is next: a resumed run reads no batch only to skip it."""
@@ -245,30 +253,25 @@ class PretrainTrainer(PublishingTrainer):
         # Stochastic depth draws from the global generators: make those, too, a function of the step alone.
         key = (inputs["step"], inputs["micro_step"], distributed.rank())
         torch.manual_seed(generator(self.args.seed, "model", *key).initial_seed())
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with explained_memory(self.args, self.objective):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self.seconds["forward_backward"] += time.perf_counter() - start
         return loss
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
         step, micro_step = inputs["step"], inputs["micro_step"]
-        views = make_views(
-            inputs,
-            self.view_configs,
-            self.view_size(step),
-            self.args.seed,
-            step,
-            micro_step,
-            inputs["rows"],
-            inputs["global_batch"],
-            self.source.mean,
-            self.source.std,
-        )
-        now = self.plan[step]
+        now, views = self.plan[step], self.views_of(inputs, self.view_size(step))
         output = model(views, now.strategy, Draw(self.args.seed, step, micro_step), now.progress)
         for name, value in output.metrics.items():
             self._metric_sums[name] = self._metric_sums.get(name, 0) + value
         self._metric_count += 1
         return (output.loss, output) if return_outputs else output.loss
+
+    def views_of(self, inputs: dict[str, Any], size: int) -> list[torch.Tensor]:
+        """The views of a micro-batch of the loader, `size` pixels wide where they have no size of their own."""
+        where = (inputs["step"], inputs["micro_step"], inputs["rows"], inputs["global_batch"])
+        source = self.source
+        return make_views(inputs, self.view_configs, size, self.args.seed, *where, source.mean, source.std)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Weight decay is for matrices; by names and layer types, BatchNorms' weights would slip through."""

@@ -1,0 +1,74 @@
+"""`hf-accel plan RECIPE`: what a pretraining run will do, and what that takes, without training anything."""
+
+import shutil
+import tempfile
+from dataclasses import replace
+
+from transformers import set_seed
+
+from ..distributed import say
+from ..distributed.launch import choose_precision
+from ..recipe import Recipe
+from ..report import format_table
+from ..run_folder import RunFolder
+from ..training.memory import explained_memory
+from ..training.timing import StepTime, format_duration, predict_seconds, time_steps
+from ..training.trainer import PretrainTrainer
+from .setup import build_objective, images_of, pretrain_config
+
+NOTE = (
+    "`until` is the progress at which a stage ends, p the patch size in pixels, tokens those that the trained branch "
+    "keeps of a view with its prefix tokens. Seconds are predicted from a few steps that were timed now, without "
+    "evaluations and checkpoints. "
+)
+ON_CPU, ON_GPU = "Memory is that of the whole process.", "Memory is the peak of what torch allocates."
+AUTO = (
+    "schedule=auto: the stages are those of a run that climbs at the deadlines only. The probes of a run let it climb "
+    "earlier, and take up to {share:.0%} of the budget, which is not counted here."
+)
+
+
+def plan(recipe: Recipe) -> None:
+    """Time a few steps of every strategy of a run, and print a table of its stages. `output_dir` stays as it is."""
+    run = RunFolder(recipe.output_dir)
+    precision = choose_precision(recipe.mixed_precision, run.read_recipe().get("mixed_precision"))
+    with tempfile.TemporaryDirectory() as folder:
+        if run.cost_table.exists():
+            shutil.copy(run.cost_table, folder)
+        apart = {"output_dir": folder, "report_to": [], "push_to_hub": False}
+        recipe = replace(recipe, mixed_precision=precision, **apart)
+        config = pretrain_config(recipe)
+        set_seed(recipe.seed)
+        trainer = PretrainTrainer(build_objective(recipe), config, *images_of(recipe))
+        try:
+            with explained_memory(config, trainer.objective):
+                times = time_steps(trainer, [strategy for strategy, _ in trainer.plan.stage_steps()])
+            say("\n" + describe_stages(trainer, times))
+        finally:
+            trainer.end()
+
+
+def describe_stages(trainer: PretrainTrainer, times: dict) -> str:
+    """Format the table of a plan's stages, with notes on what it shows."""
+    plan, config = trainer.plan, trainer.objective.config
+    seconds, ends = predict_seconds(plan, times), plan.stage_ends()
+    rows, before = [], plan.start
+    for number, ((strategy, steps), taken, (end, _)) in enumerate(zip(plan.stage_steps(), seconds, ends, strict=True)):
+        online, step = strategy.online, times[strategy]
+        until = 1.0 if number == len(ends) - 1 else plan.progress(end)
+        tokens = online.kept_tokens(config.image_size) + config.num_prefix_tokens
+        cells = [f"{number + 1} (until {until:.0%})", f"p{online.patch_size}", f"{online.token_dropout:g}", f"{tokens}"]
+        rows.append([*cells, f"{steps:,}", f"{end - before:,.0f}", format_duration(taken), format_memory(step)])
+        before = end
+    most = max(times.values(), key=lambda step: step.memory)
+    totals = [f"{plan.num_steps:,}", f"{plan.total_cost:,.0f}", format_duration(sum(seconds)), format_memory(most)]
+    header = ["stage", "patch size", "token dropout", "tokens", "steps", "units", "time", "peak memory"]
+    table = format_table(header, [*rows, ["whole run", "", "", "", *totals]])
+    notes = [NOTE + (ON_GPU if trainer.args.device.type == "cuda" else ON_CPU)]
+    if trainer.controller:
+        notes.append(AUTO.format(share=trainer.args.auto_share))
+    return "\n\n".join([table, *notes])
+
+
+def format_memory(step: StepTime) -> str:
+    return f"{step.memory / 1e9:.2f} GB"

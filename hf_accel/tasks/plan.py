@@ -11,10 +11,11 @@ from ..distributed.launch import choose_precision
 from ..recipe import Recipe
 from ..report import format_table
 from ..run_folder import RunFolder
+from ..training.console import describe_run
 from ..training.memory import explained_memory
 from ..training.timing import StepTime, format_duration, predict_seconds, time_steps
 from ..training.trainer import PretrainTrainer
-from .setup import build_objective, images_of, pretrain_config
+from .setup import build_objective, load_images, pretrain_config
 
 NOTE = (
     "`until` is the progress at which a stage ends, p the patch size in pixels, tokens those that the trained branch "
@@ -39,11 +40,12 @@ def plan(recipe: Recipe) -> None:
         recipe = replace(recipe, mixed_precision=precision, **apart)
         config = pretrain_config(recipe)
         set_seed(recipe.seed)
-        trainer = PretrainTrainer(build_objective(recipe), config, *images_of(recipe))
+        trainer = PretrainTrainer(build_objective(recipe), config, *load_images(recipe))
         try:
             with explained_memory(config, trainer.objective):
                 times = time_steps(trainer, [strategy for strategy, _ in trainer.plan.stage_steps()])
-            say("\n" + describe_stages(trainer, times))
+            say("\n".join([*describe_run(trainer), ""]))
+            say(describe_stages(trainer, times))
         finally:
             trainer.end()
 

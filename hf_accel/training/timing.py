@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from .. import distributed
@@ -169,7 +170,8 @@ class PredictedTime(TrainerCallback):
         self.timed += 1
         if self.timed == TIMED_STEPS:
             left = format_duration(self.predict_rest(state.global_step))
-            distributed.say(f"About {left} for the remaining {plan.num_steps - state.global_step:,} steps")
+            if distributed.is_main():
+                tqdm.write(f"About {left} for the remaining {plan.num_steps - state.global_step:,} steps")
 
     def predict_rest(self, done: int) -> float:
         """Predict the seconds of the steps after the first `done` ones."""

@@ -25,7 +25,7 @@ RANDOM = "random"
 
 @dataclass(frozen=True)
 class Accuracy:
-    """One row. Accuracies are fractions; `cost` is that of a forward in units, None where there is no patch size."""
+    """One row of the table. Accuracies are fractions, and `cost` is that of a forward pass in units, if known."""
 
     method: str
     data: str
@@ -39,9 +39,9 @@ class Accuracy:
     patch_size: int | None = None
     cost: float | None = None
     is_reference: bool = False
-    """To compare with, and not of the model."""
+    """Whether the row is a baseline, and no accuracy of the model."""
     settings: str = ""
-    """In which it differs from other rows of its method."""
+    """The settings in which it differs from other rows of its method."""
 
     @property
     def name(self) -> str:
@@ -52,9 +52,9 @@ class Accuracy:
 def accuracies(
     results: Mapping[str, Any], config: AccelViTConfig, data: Mapping[str, str], knn: Mapping[str, Any]
 ) -> list[Accuracy]:
-    """What the run measured of itself, and what to compare with, in the order of a table.
+    """Return the accuracies of a run and its baselines in the order of a table.
 
-    Of `results["evaluations"]` those of the run's own weights, and those of the encoder at random initialisation.
+    Of `results["evaluations"]` it takes those of the run's own weights and of the encoder at random initialisation.
 
     Args:
         data: what the run was trained on, as an evaluation may call it -> its name.
@@ -78,7 +78,7 @@ def accuracies(
     if pixels is not None:
         entries.append({**base, "evaluation": "pixels", "patch_size": None, "top1": pixels})
     rows = [_accuracy(entry, config, describe_differences(entry, entries)) for entry in entries]
-    # An evaluation at the end of training and one after it are the same one
+    # The evaluation at the end of training and a later one with the same settings make one row.
     found = {(row.name, row.data, row.split, row.patch_size, row.labels): row for row in rows}
     order = {method: number for number, method in enumerate(METHODS)}
     return sorted(
@@ -91,7 +91,7 @@ def accuracies(
 
 
 def _accuracy(entry: Mapping[str, Any], config: AccelViTConfig, settings: str) -> Accuracy:
-    """A row of an entry of `evaluations`, as `report.add_run` writes them."""
+    """Build the row of an entry of `evaluations`, as `report.add_run` writes them."""
     patch_size, seeds = entry["patch_size"], entry.get("seeds", [None])
     return Accuracy(
         method=entry["evaluation"],

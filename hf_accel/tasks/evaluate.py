@@ -63,7 +63,7 @@ class Bench:
         return len(self.source.class_names or [])
 
     def features(self, patch_size: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Features and labels of the training, then of the validation images, taken once for each patch size."""
+        """Return features and labels of the training images, then of the validation images. They are cached."""
         if patch_size not in self._features:
             self._features.clear()  # evaluations of one patch size follow each other
             option = patch_size if takes_patch_size(self.encoder) else None
@@ -77,13 +77,13 @@ class Bench:
 
 
 def evaluate(recipe: Recipe) -> None:
-    """Take each evaluation of the recipe, at each patch size, with each seed, and add it to `results.json` at once.
+    """Run each evaluation of the recipe at each patch size with each seed, and add each result to `results.json`.
 
-    Patch sizes that an encoder or an evaluation does not have are skipped, as is the fine-tuning of an encoder that
-    transformers has no classifier for, and the table says so. What is there
-    already, of the same weights, images, settings and seed, is not taken again: the same command goes on where it was
-    interrupted. The standard deviation over seeds is that of the probe's or the fine-tuning's own draws: the encoder
-    stays. Every process computes the same; the main one writes.
+    Patch sizes that an encoder or an evaluation does not have are skipped. So is the fine-tuning of an encoder for
+    which transformers has no classifier. The table names both. A result that is there already, for the same weights,
+    images, settings and seed, is not computed again, so the same command continues an interrupted evaluation. The
+    encoder is the same for all seeds, so their standard deviation is that of the probe or the fine-tuning alone. Every
+    process computes the same results; the main one writes them.
     """
     output_of(recipe)
     if "finetune" in recipe.evaluations and shards_weights():
@@ -117,7 +117,7 @@ def evaluate(recipe: Recipe) -> None:
 
 
 def take(bench: Bench, name: str, patch_size: int | None, seed: int | None) -> None:
-    """One evaluation with one seed (None: nothing is drawn), unless `results.json` holds it."""
+    """Run one evaluation with one seed, or with None where nothing is drawn, unless `results.json` holds it."""
     recipe = bench.recipe
     settings, run = EVALUATIONS[name]
     question = {
@@ -159,7 +159,7 @@ def take(bench: Bench, name: str, patch_size: int | None, seed: int | None) -> N
     say(f"{label}: top-1 {results['top1']:.2%}, top-5 {results['top5']:.2%}")
 
 
-# The evaluations: each gives "top1" and "top5" as fractions, and what it chose
+# The evaluations. Each returns "top1" and "top5" as fractions, and the settings that it chose.
 
 
 def _knn(bench: Bench, patch_size: int | None, seed: int, folder: str) -> dict[str, Any]:
@@ -217,14 +217,14 @@ EVALUATIONS: dict[str, tuple[Callable[[Recipe], dict[str, Any]], Run]] = {
         _finetune,
     ),
 }
-"""By name: the settings that a result depends on, and what takes it."""
+"""For each evaluation the settings that its result depends on, and the function that runs it."""
 
 
-# What is evaluated on what, checked
+# The images and the encoder, with checks
 
 
 def labelled_images(recipe: Recipe) -> tuple[ImageSource, ImageSource]:
-    """The training and validation images that have a label, with labels that can be learnt.
+    """Return the training and the validation images that have a label.
 
     Raises:
         RecipeError: no labels, fewer than two classes, or a class in validation that training lacks.
@@ -241,8 +241,8 @@ def labelled_images(recipe: Recipe) -> tuple[ImageSource, ImageSource]:
     present, asked = (set(cast(Tensor, images.labels).unique().tolist()) for images in (source, validation))
     if len(present) < 2:
         raise RecipeError(
-            f"{about}: {source.name} has the one class {names[present.pop()]!r}, and telling apart takes two: choose a "
-            "label_column with more, or a train_split of shuffled images"
+            f"{about}: {source.name} has only the class {names[present.pop()]!r}: choose a label_column with more "
+            "classes, or a train_split of shuffled images"
         )
     unseen = sorted(asked - present)
     if unseen:
@@ -255,9 +255,10 @@ def labelled_images(recipe: Recipe) -> tuple[ImageSource, ImageSource]:
 
 
 def encoder_of(recipe: Recipe, source: ImageSource) -> tuple[PreTrainedModel, Any]:
-    """The recipe's `checkpoint` and its image processor; one that has none is shown images as `source` describes them.
+    """Return the encoder that `checkpoint` names and its image processor, or one for `source` if it has none.
 
-    Raises ValueError for what is no vision encoder.
+    Raises:
+        ValueError: the checkpoint is no vision encoder.
     """
     if recipe.checkpoint == RANDOM:
         set_seed(recipe.seed)
@@ -273,10 +274,10 @@ def encoder_of(recipe: Recipe, source: ImageSource) -> tuple[PreTrainedModel, An
 def combinations(
     recipe: Recipe, encoder: PreTrainedModel
 ) -> tuple[list[tuple[str, int | None]], list[tuple[str, int | None, str]]]:
-    """The (evaluation, patch size) pairs to take, and those to skip with the reason.
+    """Return the (evaluation, patch size) pairs to run, and those to skip with the reason.
 
-    An evaluation that has none of the recipe's patch sizes is taken at the encoder's own, None where it has no such
-    thing, so that one command serves encoders of every kind.
+    An evaluation that supports none of the recipe's patch sizes runs at the encoder's own patch size, which is None if
+    it has none. One command thus serves encoders of every kind.
     """
     own = getattr(encoder.config, "patch_size", None)
     base = own if isinstance(own, int) and not is_hierarchical(encoder.config) else None
@@ -296,7 +297,7 @@ def combinations(
 
 
 def folder_name(question: dict[str, Any], seed: int | None) -> str:
-    """Of a fine-tuned model: another one for each encoder, data set and settings."""
+    """Return the name of a fine-tuned model's folder, which differs for each encoder, data set and settings."""
     name = re.sub(r"[^0-9A-Za-z.]+", "-", str(question["checkpoint"])).strip("-.")[-40:]
     digest = blake2b(repr(sorted(question.items())).encode(), digest_size=3).hexdigest()
     return f"finetuned-{name}-{digest}-seed{seed}"
@@ -304,7 +305,7 @@ def folder_name(question: dict[str, Any], seed: int | None) -> str:
 
 @contextmanager
 def naming(key: str, value: Any):
-    """Turn a ValueError of what is below into a RecipeError that names the key."""
+    """Turn a ValueError into a RecipeError that names the key."""
     try:
         yield
     except ValueError as error:

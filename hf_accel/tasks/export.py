@@ -41,7 +41,7 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 TIMM_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16}
 TIMM_ARCHITECTURE = r"vit_(tiny|small|base|large)_patch\d+(_reg\d+_dinov2|_dinov2|_\d+)(\..*)?"
-"""timm's plain ViTs: of others, neither weights nor config.json tell of activations and epsilons."""
+"""timm's plain ViTs. For others, neither the weights nor config.json state activations and epsilons."""
 
 PIL_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
@@ -51,7 +51,7 @@ Features = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 @dataclass
 class Source:
-    """What is exported: the tensors as AccelViT has them, and a model that says what the features are."""
+    """The checkpoint to export: its tensors as AccelViT has them, and a model that computes the true features."""
 
     kind: str
     config: AccelViTConfig
@@ -65,7 +65,10 @@ class Source:
         return features_of(self.model, **({"patch_size": patch_size} if ours else {}))
 
     def shares_pooler(self, export_format: str) -> bool:
-        """Whether both sides mean the same by `pooler_output`: ViT's is of a layer we lack, and theirs never a mean."""
+        """Return whether both sides mean the same by `pooler_output`.
+
+        ViT's comes from a layer that AccelViT lacks, and that of the other formats is never a mean.
+        """
         return self.kind != "vit" and (self.config.pooling == "cls" or export_format not in ("vit", "dinov2"))
 
 
@@ -124,7 +127,7 @@ def export(recipe: Recipe) -> None:
 
 
 def exported_patch_size(recipe: Recipe, config: AccelViTConfig) -> int:
-    """All formats but ours have one patch size."""
+    """Return the patch size of the export. All formats except for accel_vit have a single one."""
     sizes = recipe.eval_patch_sizes
     default = config.default_patch_size or config.patch_size
     if recipe.export_format == "accel_vit":
@@ -148,7 +151,7 @@ def features_of(model: nn.Module, **options: Any) -> Features:
 
 
 def largest_difference(one: Features, other: Features, config: AccelViTConfig, names: list[str]) -> float:
-    """Of those of `names` that there are, relative to the largest feature; over random images in two sizes of batch."""
+    """Return the largest difference of the features in `names`, relative to the largest feature, on random images."""
     differences = []
     for batch_size in (3, 1):
         size = (batch_size, config.num_channels, config.image_size, config.image_size)
@@ -163,7 +166,7 @@ def largest_difference(one: Features, other: Features, config: AccelViTConfig, n
 
 
 def read_source(recipe: Recipe) -> Source:
-    """Our encoders, classifiers and training checkpoints; transformers' ViT and DINOv2; timm's ViT."""
+    """Read an encoder, classifier or training checkpoint of ours, or a ViT or DINOv2 of transformers or timm."""
     checkpoint = str(recipe.checkpoint)
     try:
         if Path(checkpoint).is_file():
@@ -208,7 +211,7 @@ def transformers_source(checkpoint: str, config: dict[str, Any]) -> Source:
 
 
 def timm_source(recipe: Recipe, weights: Path, config: dict[str, Any]) -> Source:
-    """There is no class of ours for timm's tensors: the features to compare with are those of the converted model."""
+    """Convert timm's tensors. timm is not needed, so the features to compare with are those of the converted model."""
     state = read_tensors(weights)
     arguments = config.get("model_args", {})
     heads = recipe.model_config.get("num_attention_heads") or arguments.get("num_heads")
@@ -219,7 +222,7 @@ def timm_source(recipe: Recipe, weights: Path, config: dict[str, Any]) -> Source
             "vit_{tiny,small,base,large}_patchP_SIZE, ..._dinov2 and ..._regN_dinov2"
         )
     if not heads and not matched:
-        raise ValueError("no tensor tells the number of heads: give model_config.num_attention_heads=")
+        raise ValueError("the weights do not state the number of heads: give model_config.num_attention_heads=")
     ours, state = from_timm(
         {name: tensor.float() for name, tensor in state.items()},
         heads or TIMM_HEADS[cast(re.Match, matched)[1]],
@@ -230,7 +233,7 @@ def timm_source(recipe: Recipe, weights: Path, config: dict[str, Any]) -> Source
 
 
 def timm_processor(config: dict[str, Any]) -> BitImageProcessorPil | None:
-    """The evaluation transform of a timm configuration; none without one."""
+    """Build the image processor of a timm configuration, if the configuration describes its images."""
     values = config.get("pretrained_cfg", config)
     if not {"input_size", "mean", "std"} <= values.keys():
         return None
@@ -244,7 +247,7 @@ def timm_processor(config: dict[str, Any]) -> BitImageProcessorPil | None:
     )
 
 
-# Where it goes: each writes into a folder and says how to read it back
+# Where it goes. Each function writes into a folder and returns the features of what it reads back.
 
 
 def accel_model(config: AccelViTConfig, state: State) -> AccelViTModel | AccelViTForImageClassification:

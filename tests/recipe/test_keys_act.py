@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -57,8 +58,9 @@ def publication(field: str) -> Observer:
         by_task = publication_of(recipe)
         trainer = SimpleNamespace(args=pretrain_config(recipe), given_record=recipe.used())
         by_trainer = PublishingTrainer.publication(cast(Any, trainer))
-        assert getattr(by_task, field) == getattr(by_trainer, field)
-        return getattr(by_task, field)
+        found = [attrgetter(field)(made) for made in (by_task, by_trainer)]
+        assert found[0] == found[1]
+        return found[0]
 
     return observe
 
@@ -105,8 +107,8 @@ PRETRAIN: dict[str, tuple[Any, ...]] = {
     "save_steps": (0.25, setting()),
     "save_total_limit": (5, setting()),
     "push_to_hub": (True, setting()),
-    "hub_model_id": ("me/model", publication("name")),
-    "hub_private": (True, publication("private")),
+    "hub_model_id": ("me/model", publication("repository.name")),
+    "hub_private": (True, publication("repository.private")),
     "hub_optimizer": (True, publication("optimizer")),
     "license": ("mit", publication("license")),
 }

@@ -22,6 +22,7 @@ class PublishingTrainer(Trainer):
     source: ImageSource
     validation: ImageSource | None
     given_record: Mapping[str, Any] | None
+    _pushed_to: Publication | None = None
 
     def results(self) -> dict[str, Any]:
         """What results.json holds about the training so far."""
@@ -32,7 +33,9 @@ class PublishingTrainer(Trainer):
         return describe_data((self.given_record or {}).get("data"), self.source, self.validation)
 
     def publication(self, license: str | None = None) -> Publication:
-        """The run and its repository."""
+        """The run and its repository. Pushes while training runs and the one at the end share one queue."""
+        if self._pushed_to and license in (None, self._pushed_to.license):
+            return self._pushed_to
         args = self.args
         return Publication(
             str(args.output_dir),
@@ -46,6 +49,7 @@ class PublishingTrainer(Trainer):
         """Find out before training why nothing could be pushed to the Hub."""
         publication = self.publication()
         publication.start()
+        self._pushed_to = publication
         if self.args.hub_strategy != HubStrategy.END and self.is_world_process_zero():
             self.add_callback(PushCallback(publication, self.results))
 

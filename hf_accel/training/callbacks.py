@@ -2,10 +2,12 @@
 
 from typing import Any, cast
 
+import torch
 from transformers import TrainerCallback
 
 from ..distributed.stopping import stop_agreed
 from ..utils.progress import cosine, learning_rate_factor
+from .config import PretrainConfig
 
 
 class ProgressCallback(TrainerCallback):
@@ -69,3 +71,13 @@ class ProgressCallback(TrainerCallback):
         control.should_log |= state.global_step == state.max_steps  # what came after the last full window, too
         if stop_agreed():
             trainer.stopped = control.should_save = control.should_training_stop = True
+
+
+def note_factors(optimizer: torch.optim.Optimizer, args: PretrainConfig) -> None:
+    """Note for each parameter group its learning rate and weight decay relative to the run's, which schedules keep."""
+    for group in cast(Any, optimizer).param_groups:
+        group["lr_factor"] = group["lr"] / args.learning_rate
+        if args.weight_decay:
+            group["weight_decay_factor"] = group["weight_decay"] / args.weight_decay
+        else:  # Weight decay may begin later: it is then for matrices.
+            group["weight_decay_factor"] = float(all(parameter.ndim > 1 for parameter in group["params"]))

@@ -29,7 +29,7 @@ from ..utils.pretrain_settings import Rule
 from ..utils.seeding import generator
 from .accuracy import measure_knn
 from .auto_schedule import AutoScheduleCallback
-from .callbacks import ProgressCallback
+from .callbacks import ProgressCallback, note_factors
 from .config import PretrainConfig
 from .console import ConsoleCallback, describe_run, quiet
 from .finish import finish_run
@@ -341,7 +341,7 @@ class PretrainTrainer(PublishingTrainer):
     def _is_finite(self) -> bool:
         """Whether the losses since the last log line, and the weights, are finite on every process.
 
-        A loss tells of the weights before its step: what a step has just ruined shows in the weights alone.
+        A loss is computed before its step. What the step itself has ruined shows only in the weights.
         """
         weights = shards(self.objective.parameters())
         tensors = [cast(torch.Tensor, self._tr_loss), *weights, *self.objective.buffers()]
@@ -438,13 +438,3 @@ class PretrainTrainer(PublishingTrainer):
             self.save_model(str(folder), _internal_call=True)
             if self.args.should_save:
                 self.folder.seal(folder, run_state(self))
-
-
-def note_factors(optimizer: torch.optim.Optimizer, args: PretrainConfig) -> None:
-    """Note for each parameter group its learning rate and weight decay relative to the run's, which schedules keep."""
-    for group in cast(Any, optimizer).param_groups:
-        group["lr_factor"] = group["lr"] / args.learning_rate
-        if args.weight_decay:
-            group["weight_decay_factor"] = group["weight_decay"] / args.weight_decay
-        else:  # Weight decay may begin later: it is then for matrices.
-            group["weight_decay_factor"] = float(all(parameter.ndim > 1 for parameter in group["params"]))

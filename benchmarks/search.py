@@ -28,7 +28,7 @@ from hf_accel.run_folder import write_json
 from hf_accel.schedule_search.choose import build_grid
 from hf_accel.schedule_search.gradient_error import chunks, estimate_errors
 from hf_accel.schedule_search.gradient_probe import GradientProbe
-from hf_accel.tasks.setup import build_objective
+from hf_accel.tasks.setup import build_objective, pretrain_config
 
 
 def seconds_per_unit(args: argparse.Namespace) -> float:
@@ -92,7 +92,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     base = grid[0]
     relative_cost = {strategy: units[strategy] / units[base] for strategy in grid}
-    probe = GradientProbe(model, recipe, ImageSource("noise", pixels=pixels))
+    probe = GradientProbe(model, pretrain_config(recipe), ImageSource("noise", pixels=pixels))
     for strategy in {strategy.online.patch_size: strategy for strategy in grid}.values():
         probe(strategy, args.draws)  # caches, allocations, choice of kernels
     timed = TimedProbe(probe, args)
@@ -100,7 +100,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     passes = len(chunks(grid, max(1, int(args.memory * 1e9 // (8 * size)))))
     whole = cost.Stopwatch(args)
     whole.mark()
-    estimate_errors(timed, relative_cost, range(args.draws), 1.0, args.memory * 1e9, uncompressed=base)
+    estimate_errors(timed, relative_cost, range(args.draws), args.memory * 1e9, uncompressed=base)
     whole.mark()
     (seconds,) = whole.seconds()
     rows = rows_of(timed, units, base, per_unit)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -56,8 +56,9 @@ def encoder(recipe: Any, key: str) -> Any:
 def publication(field: str) -> Observer:
     def observe(recipe: Any, key: str) -> Any:
         by_task = publication_of(recipe)
-        trainer = SimpleNamespace(args=pretrain_config(recipe), given_record=recipe.used())
-        by_trainer = PublishingTrainer.publication(cast(Any, trainer))
+        trainer = PublishingTrainer.__new__(PublishingTrainer)
+        trainer.args, trainer.given_record = pretrain_config(recipe), recipe.used()
+        by_trainer = trainer.publication()
         found = [attrgetter(field)(made) for made in (by_task, by_trainer)]
         assert found[0] == found[1]
         return found[0]

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ class WatchedTrainer(PretrainTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """A pretended tensor has no storage to be saved."""
+        """A pretended tensor has no storage to be saved (nor has the encoder: see `train`)."""
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         watched, self.watch.on = self.watch.on, False
@@ -110,9 +111,13 @@ def train(name: str, device: torch.device | None, folder: str) -> dict[str, Any]
         PartialState._shared_state |= {"device": device, "_cpu": False}
         arguments.__dict__["_setup_devices"] = device
     arguments.disable_tqdm = True
+    torch.manual_seed(0)
     model = build_objective(recipe)
     unwatched = SyncDebug() if on_gpu else pretended_device.Watch()
-    with pretended_device.watching() if pretended else nullcontext(unwatched) as watch:
+    with (
+        pretended_device.watching() if pretended else nullcontext(unwatched) as watch,
+        patch("hf_accel.training.trainer.finish_run"),
+    ):
         trainer = WatchedTrainer(model, arguments, source_of(recipe, "loader" in name, Path(folder)))
         trainer.watch = watch
         trainer.train()

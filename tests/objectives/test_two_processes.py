@@ -28,7 +28,7 @@ from hf_accel.objectives.moco import contrastive_loss
 from hf_accel.objectives.simclr import nt_xent_loss
 from hf_accel.recipe import PretrainRecipe
 from hf_accel.schedule_search.gradient_probe import GradientProbe
-from hf_accel.tasks.setup import build_objective
+from hf_accel.tasks.setup import build_objective, pretrain_config
 from tests.tiny_runs import RECIPE
 from tests.two_processes import results_of
 
@@ -133,7 +133,7 @@ def probe(name: str, **settings: Any) -> Results:
     recipe = PretrainRecipe(**{**RECIPE, **own})
     pixels = torch.randint(0, 256, (40, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     torch.manual_seed(0)
-    gradient_of = GradientProbe(build_objective(recipe), recipe, ImageSource("set", pixels=pixels))
+    gradient_of = GradientProbe(build_objective(recipe), pretrain_config(recipe), ImageSource("set", pixels=pixels))
     results: Results = {}
     for draw, strategy in enumerate((None, Strategy(Compression(4, 0.5), Compression(4, 0.25)))):
         gradient = gradient_of(strategy, draw)

@@ -15,6 +15,7 @@ from .tasks.list import format_table, summarize_tasks
 from .utils.shipped import find_file
 
 
+@run.ending_with_reader()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="hf-accel",

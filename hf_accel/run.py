@@ -16,6 +16,8 @@ import os  # noqa: E402
 import signal  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
 from importlib import import_module  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
@@ -26,6 +28,27 @@ PATIENCE = 10.0
 """Seconds in which torch's launcher has ended the other processes once one of them has failed."""
 
 
+@contextmanager
+def ending_with_reader() -> Iterator[None]:
+    """End as other commands do, and without a traceback, if nobody reads the output any longer (`| head -1`)."""
+    end: BaseException | None = None
+    try:
+        yield
+    except (BrokenPipeError, SystemExit) as error:
+        end = error
+    try:
+        if isinstance(end, BrokenPipeError):
+            print()  # This fails, too, if it was the output that was closed, and no connection.
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends.
+        if not (isinstance(end, SystemExit) and end.code):
+            end = SystemExit(128 + signal.SIGPIPE)
+    if end:
+        raise end
+
+
+@ending_with_reader()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="hf_accel/run.py",

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -64,6 +66,35 @@ def test_one_process_prints_its_error_itself(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     with pytest.raises(SystemExit, match=r"^SettingError: bacth_size=3: there is no such key"):
         entry.main(["recipes/moco.yaml", "bacth_size=3"])
+
+
+RUN_TASK = """
+import sys
+sys.modules["__main__"].__file__ = "hf_accel/run.py"
+import hf_accel.run as run
+run.run_task = lambda *_: print("done", flush=True)
+run.main(["task=card", "checkpoint=x"])
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", [["-m", "hf_accel", "list"], ["-c", RUN_TASK]], ids=["command", "task"])
+def test_closed_output_ends_a_command_without_traceback(command, unbuffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, **pipes) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (said, process.returncode) == (b"", 128 + signal.SIGPIPE)
+
+
+def test_errors_pass_while_the_output_is_open(monkeypatch):
+    for error in (BrokenPipeError("of a worker"), SystemExit(3)):
+        monkeypatch.setattr(entry, "run_task", MagicMock(side_effect=error))
+        with pytest.raises(type(error)) as raised:
+            entry.main(["task=card", "checkpoint=x"])
+        assert raised.value is error
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

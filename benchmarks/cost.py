@@ -24,7 +24,7 @@ from hf_accel.data import AUGMENTATIONS, make_views
 from hf_accel.models.configuration_accel_vit import PRESETS
 from hf_accel.objectives import Draw, MoCoForPreTraining
 from hf_accel.report import environment
-from hf_accel.run_folder import write_json
+from hf_accel.utils.writing import write_json
 
 STRATEGIES = ("16:0.25", "16:0.5", "16:0.75", "20", "24", "30", "48", "20:0.5", "24:0.5", "30:0.5")
 """Token dropout, patch scaling, both; 26 to 170 tokens at 240 px."""

@@ -26,7 +26,7 @@ from hf_accel.compression import Compression, Strategy
 from hf_accel.models import PRESETS
 from hf_accel.objectives import OBJECTIVES, Draw, ObjectiveForPreTraining
 from hf_accel.report import environment
-from hf_accel.run_folder import write_json
+from hf_accel.utils.writing import write_json
 
 SEED = 0
 

@@ -19,8 +19,8 @@ from benchmarks.options import parser_of
 from hf_accel.compression import Plan, forward_cost
 from hf_accel.recipe import load_recipe
 from hf_accel.report import environment
-from hf_accel.run_folder import write_json
 from hf_accel.tasks.setup import build_objective
+from hf_accel.utils.writing import write_json
 
 BYTES = 4  # weights and gradients are fp32 under every engine
 ENGINES = {"ddp": (2, 0), "zero1": (2, 0), "zero2": (2, 0), "zero3": (3, 1), "fsdp2": (3, 1)}

@@ -26,9 +26,9 @@ from benchmarks.options import parser_of
 from hf_accel.recipe import RECIPES, overrides_for
 from hf_accel.report import environment
 from hf_accel.report.curves import COLORS, MARKERS, STYLE
-from hf_accel.run_folder import write_json
 from hf_accel.tasks.search import SCHEDULE_NAME
 from hf_accel.utils.strict_yaml import load_yaml
+from hf_accel.utils.writing import write_json
 
 ROOT = Path(__file__).parents[1]
 PILOT = "uncompressed"

@@ -24,11 +24,11 @@ from hf_accel.compression import Compression, Strategy, forward_cost
 from hf_accel.data import ImageSource
 from hf_accel.recipe import PretrainRecipe, Recipe
 from hf_accel.report import environment
-from hf_accel.run_folder import write_json
 from hf_accel.schedule_search.choose import build_grid
 from hf_accel.schedule_search.gradient_error import chunks, estimate_errors
 from hf_accel.schedule_search.gradient_probe import GradientProbe
 from hf_accel.tasks.setup import build_objective, pretrain_config
+from hf_accel.utils.writing import write_json
 
 
 def seconds_per_unit(args: argparse.Namespace) -> float:

@@ -31,8 +31,9 @@ import yaml
 from benchmarks.options import parser_of
 from benchmarks.speedup_report import write_report
 from hf_accel.recipe import overrides_for
-from hf_accel.run_folder import RunFolder, write_json
+from hf_accel.run_folder import RunFolder
 from hf_accel.utils.strict_yaml import load_yaml
+from hf_accel.utils.writing import write_json
 
 ROOT = Path(__file__).parents[1]
 PLANS, RESULTS = ROOT / "benchmarks" / "plans", ROOT / "docs" / "results"

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from hf_accel.report.curves import BLUE, ORANGE, STYLE
-from hf_accel.run_folder import write_json, write_text
+from hf_accel.utils.writing import write_json, write_text
 
 Record = Mapping[str, Any]
 

@@ -28,7 +28,7 @@ from hf_accel.compression import Compression, Strategy, forward_cost
 from hf_accel.compression.cost import forward_flops
 from hf_accel.models import AccelViTModel
 from hf_accel.report import environment
-from hf_accel.run_folder import write_json
+from hf_accel.utils.writing import write_json
 
 SCHEDULE = ("56", "32", "16:0.5")
 """Along a schedule at 224 px, before the uncompressed step."""

@@ -84,9 +84,9 @@ def run_task(recipe: Recipe, entry: tuple[str, str]) -> None:
     from hf_accel.data import CorruptDataError, WorkersFailed, explained_failures
     from hf_accel.distributed.launch import end_with_launcher
     from hf_accel.hub import PushFailed
-    from hf_accel.run_folder import AGAIN, WriteFailed, writing
     from hf_accel.training import OutOfMemory, TrainingDiverged
     from hf_accel.training.console import quiet
+    from hf_accel.utils.writing import AGAIN, WriteFailed, writing
 
     end_with_launcher()
     module, function = entry

@@ -1,9 +1,7 @@
-"""The folder of a run: its paths, its lock, its checkpoints, and writing that a kill or a full disk cannot tear."""
+"""The folder of a run: its paths, its lock, its checkpoints and its settings."""
 
 import errno
 import json
-import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -13,13 +11,12 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .distributed import broadcast_object, is_main, say
-from .utils.causes import lacks_room
 from .utils.errors import SettingError, fail
 from .utils.pretrain_settings import Rule
+from .utils.writing import write_json
 
 LOCK_PATIENCE = 60.0
 """Seconds to wait for a lock: a run whose launcher has ended saves a checkpoint, or ends itself, within this time."""
@@ -29,16 +26,6 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 RUN_STATE_NAME = "run_state.json"
 """The seal of a checkpoint. It is written last: a checkpoint without it was interrupted while it was saved."""
-
-TORCH_WRITER = ("PytorchStreamWriter", "unexpected pos", "iostream error")
-"""Words in the RuntimeErrors that torch.save raises when it cannot write a file."""
-
-AGAIN = "Make room, and launch the same command again"
-"""The remedy for a full disk where nothing else needs to be said."""
-
-
-class WriteFailed(RuntimeError):
-    """A file cannot be written, because the disk is full or for another reason."""
 
 
 class RunFolder:
@@ -258,72 +245,3 @@ def _remove(checkpoint: Path) -> None:
     # The seal goes first, so that a kill in between leaves no seal on the rest.
     (checkpoint / RUN_STATE_NAME).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
-
-
-# Writing
-
-
-@contextmanager
-def writing(path: Path, remedy: str, *, reads_too: bool = False) -> Iterator[None]:
-    """Turn the errors of writing a file or folder into one that names it, and says what to do.
-
-    Args:
-        reads_too: also reads, so that only the errors of a full disk are certain to come from writing.
-
-    Raises:
-        WriteFailed: instead of the error of what could not be written.
-    """
-    try:
-        yield
-    except WriteFailed:  # It names its path and its remedy.
-        raise
-    except (OSError, SafetensorError, RuntimeError) as error:
-        of_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in TORCH_WRITER)
-        of_files = isinstance(error, OSError | SafetensorError) and (lacks_room(error) or not reads_too)
-        if not (of_torch or of_files):
-            raise
-        free = shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
-        why = str(error).splitlines()[0].rstrip(".")
-        raise WriteFailed(f"{path} cannot be written ({free / 1e6:,.0f} MB are free there): {why}. {remedy}") from error
-
-
-def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
-    """Write `values` as JSON, all or nothing. NaN and infinities, which JSON lacks, become null.
-
-    Raises:
-        TypeError: a value is no JSON, path, NumPy or torch scalar; the file is as it was before.
-        OSError: the disk is full or the like; the file is as it was before.
-    """
-    write_text(path, json.dumps(_plain(values), indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write `text`, all or nothing.
-
-    Raises:
-        OSError: as `write_json`.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -1,10 +1,8 @@
-"""A run folder: which checkpoints are resumed from and removed, its lock, its settings, and errors of writing."""
+"""A run folder: which checkpoints are resumed from and removed, its lock, and its settings."""
 
 import errno
 import json
 import os
-import re
-import resource
 import signal
 import time
 from collections.abc import Callable
@@ -13,12 +11,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from hf_accel.run_folder import RunFolder, WriteFailed, find_damage, write_json, writing
+from hf_accel.run_folder import RunFolder, find_damage
 from hf_accel.utils.errors import SettingError
+from hf_accel.utils.writing import write_json
 
 SHARD = "global_step2/zero_pp_rank_1_mp_rank_00_optim_states.pt"
 
@@ -88,65 +84,6 @@ def test_damaged_checkpoints_do_not_count_towards_the_limit(tmp_path):
     checkpoint(tmp_path, 6)
     RunFolder(tmp_path).remove_old(2)
     assert names(tmp_path) == {"checkpoint-4", "checkpoint-6"}
-
-
-def of_torch(path: Path) -> None:
-    torch.save({"a": torch.zeros(1000)}, path)
-
-
-def of_safetensors(path: Path) -> None:
-    save_file({"a": torch.zeros(1000)}, path)
-
-
-@pytest.mark.parametrize("save", [of_torch, of_safetensors])
-def test_error_of_a_library_that_saves_names_the_path(save, tmp_path):
-    path, limits = tmp_path / "weights", resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(WriteFailed) as caught, writing(path, "Do this"):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        try:
-            save(path)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert re.match(rf"{path} cannot be written \([\d,]+ MB are free there\): .*\. Do this$", str(caught.value))
-
-
-def test_write_error_gets_a_path_and_others_pass(tmp_path):
-    path = tmp_path / "not" / "yet"
-    message = r"not/yet cannot be written .*No space left on device\. Do this"
-    with pytest.raises(WriteFailed, match=message), writing(path, "Do this"):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(RuntimeError, match=r"^Connection closed"), writing(path, "Do this"):
-        raise RuntimeError("Connection closed by peer")
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.EDQUOT, "Disk quota exceeded"),
-        OSError("Error writing bytes to file. Detail: [errno 28] No space left on device"),
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
-    ],
-)
-def test_full_disk_is_told_to_who_also_reads(error, tmp_path):
-    with pytest.raises(WriteFailed, match=r"run .*\. Do this"), writing(tmp_path / "run", "Do this", reads_too=True):
-        raise error
-
-
-@pytest.mark.parametrize(
-    "error", [FileNotFoundError(errno.ENOENT, "No such file", "x"), SafetensorError("Error while deserializing header")]
-)
-def test_read_error_passes_for_who_also_reads(error, tmp_path):
-    with pytest.raises(type(error)) as caught, writing(tmp_path, "Do this", reads_too=True):
-        raise error
-    assert caught.value is error
-
-
-def test_a_write_error_is_wrapped_once(tmp_path):
-    error = RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
-    with pytest.raises(WriteFailed) as caught, writing(tmp_path, "Outer"), writing(tmp_path / "run", "Inner"):
-        raise error
-    assert str(caught.value).endswith("Inner") and "Outer" not in str(caught.value)
 
 
 # Settings

@@ -5,7 +5,6 @@ this device and kept in a table.
 """
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from ..models import AccelViTConfig, AccelViTModel
+from ..utils.writing import write_json
 from .strategy import Compression, possible_patch_sizes
 
 TABLE_NAME = "cost_table.json"
@@ -68,10 +68,7 @@ class CostTable:
 
     def save(self, path: Path) -> None:
         entries = [{**compression.to_dict(), "units": units} for compression, units in self.costs.items()]
-        # A kill must not leave half a table, because the resumed run could not read it.
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps({"device": self.device, "costs": entries}, indent=1))
-        os.replace(temporary, path)
+        write_json(path, {"device": self.device, "costs": entries})
 
     @classmethod
     def load(cls, path: Path) -> "CostTable":

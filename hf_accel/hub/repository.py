@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from ..run_folder import write_json
 from ..utils.causes import causes
+from ..utils.writing import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from ..compression import Schedule, Strategy
 from ..report import format_table, plot_accuracies
-from ..run_folder import RunFolder, write_text
+from ..run_folder import RunFolder
 from ..utils.errors import SettingError
+from ..utils.writing import write_text
 
 NOTE = (
     "kNN top-1 is in %, of the exported encoder at the end, of the encoder before training (random init), and of the "

@@ -6,7 +6,7 @@ from ..compression import build_cost_grid, build_cost_rows, measure_costs
 from ..distributed.launch import DTYPES, choose_precision
 from ..recipe import Recipe
 from ..report import environment, format_cost_table, plot_cost
-from ..run_folder import write_json
+from ..utils.writing import write_json
 from .setup import output_of
 
 

@@ -20,13 +20,14 @@ from ..evaluation import weights_digest
 from ..objectives import ObjectiveForPreTraining
 from ..recipe import Recipe, RecipeError
 from ..report import environment, write_search_report
-from ..run_folder import RUN_STATE_NAME, RunFolder, read_state, write_text
+from ..run_folder import RUN_STATE_NAME, RunFolder, read_state
 from ..schedule_search.choose import build_schedule, build_schedule_file, choose_strategies
 from ..schedule_search.error_table import ErrorTable
 from ..schedule_search.gradient_error import GradientError, chunks, estimate_errors
 from ..schedule_search.gradient_probe import GradientProbe
 from ..training.config import PretrainConfig
 from ..training.planning import make_forward_cost
+from ..utils.writing import write_text
 from .setup import build_objective, continue_recipe, grid_of, images_of, output_of, pretrain_config
 
 ERRORS_NAME = "gradient_error.parquet"

@@ -5,7 +5,7 @@ from typing import Any
 from ..distributed import is_main, say
 from ..evaluation import raw_pixel_features, weights_digest
 from ..report import environment, plot_curves
-from ..run_folder import AGAIN, write_json, writing
+from ..utils.writing import AGAIN, write_json, writing
 from .accuracy import measure_knn
 
 

@@ -23,10 +23,11 @@ from ..distributed.sharding import is_sharded, separate_group, shards, whole_sta
 from ..distributed.signals import stopping_on_sigterm
 from ..distributed.stopping import Stopped, stop_agreed, stop_requested
 from ..objectives import Draw, ObjectiveForPreTraining
-from ..run_folder import AGAIN, RunFolder, write_text, writing
+from ..run_folder import RunFolder
 from ..utils.errors import fail
 from ..utils.pretrain_settings import Rule
 from ..utils.seeding import generator
+from ..utils.writing import AGAIN, write_text, writing
 from .accuracy import measure_knn
 from .auto_schedule import AutoScheduleCallback
 from .callbacks import ProgressCallback, note_factors

@@ -23,15 +23,6 @@ def test_a_table_reads_back_as_it_was_saved(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
 
 
-def test_an_interrupted_save_keeps_the_table_that_was_there(tmp_path, monkeypatch):
-    path = tmp_path / "table.json"
-    CostTable({BASE: 1.0}, "cpu").save(path)
-    monkeypatch.setattr(cost_module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
-    with pytest.raises(OSError, match="killed"):
-        CostTable({BASE: 2.0}, "cpu").save(path)
-    assert CostTable.load(path)(BASE) == 1.0
-
-
 def test_a_compression_without_a_measured_cost_is_named():
     table = CostTable({BASE: 1.0, Compression(8): 0.3}, "cpu")
     assert table(Compression(8)) == 0.3

@@ -9,7 +9,8 @@ import pytest
 
 from hf_accel.report import add_run, find_run, format_evaluations
 from hf_accel.report.evaluations import wilson_interval
-from hf_accel.run_folder import RunFolder, write_json
+from hf_accel.run_folder import RunFolder
+from hf_accel.utils.writing import write_json
 
 QUESTION: dict[str, Any] = {
     "evaluation": "linear",

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hf_accel.report import environment, origin
-from hf_accel.run_folder import write_json
+from hf_accel.utils.writing import write_json
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from hf_accel.recipe import RecipeError, load_recipe
-from hf_accel.run_folder import RunFolder, write_json
+from hf_accel.run_folder import RunFolder
 from hf_accel.tasks.setup import (
     build_objective,
     continue_recipe,
@@ -13,6 +13,7 @@ from hf_accel.tasks.setup import (
     pretrain_config,
 )
 from hf_accel.training.trainer import PretrainTrainer
+from hf_accel.utils.writing import write_json
 
 
 def test_a_batch_that_does_not_divide_is_named(monkeypatch):

@@ -5,24 +5,3 @@ from .items import image_source
 from .loader import TrainSampler, eval_loader, image_processor, resize_edge, train_loader
 from .sources import CorruptDataError, CorruptImage, ImageSource, describe_labels, load_sources
 from .workers import WorkersFailed, explained_failures
-
-__all__ = [
-    "AUGMENTATIONS",
-    "CorruptDataError",
-    "CorruptImage",
-    "ImageSource",
-    "TrainSampler",
-    "ViewConfig",
-    "WorkersFailed",
-    "crop_and_resize",
-    "crop_boxes",
-    "describe_labels",
-    "eval_loader",
-    "explained_failures",
-    "image_processor",
-    "image_source",
-    "load_sources",
-    "make_views",
-    "resize_edge",
-    "train_loader",
-]

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..distributed.transfer import send
 from ..utils.seeding import generator
@@ -56,14 +57,7 @@ class ViewConfig:
 
 
 _DIGIT = ViewConfig(
-    crop_scale=(0.4, 1.0),
-    rotation=15,
-    shear=15,
-    saturation=0,
-    hue=0,
-    grayscale=0,
-    blur_sigma=(0.8, 8.0),
-    flip=0,
+    crop_scale=(0.4, 1.0), rotation=15, shear=15, saturation=0, hue=0, grayscale=0, blur_sigma=(0.8, 8.0), flip=0
 )
 
 AUGMENTATIONS: dict[str, tuple[ViewConfig, ...]] = {
@@ -360,20 +354,14 @@ def _split_into_runs(source: Tensor, config: ViewConfig, size: int, draws: dict[
 def _render_runs(runs: list[_Run], mean: Sequence[float], std: Sequence[float]) -> list[Tensor]:
     """Make the views of these runs, on the device of their source."""
     device = runs[0].source.device
-    told: list[Tensor] = [torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)]
-    for run in runs:
-        told += [tensor for tensor in (run.boxes, *_collect_tensors(run.changes)) if tensor is not None]
-    arrived = iter(send(told, device))
-    mean_there, std_there = next(arrived), next(arrived)
-    for run in runs:
-        size = run.output.shape[-1]
-        images = run.source / 255 if run.boxes is None else crop_and_resize(run.source, next(arrived), size)
-        for operation, rows, parameters in run.changes:
-            there = None if rows is None else next(arrived)
-            images = _Change(operation, there, tuple(next(arrived) for _ in parameters))(images)
+    scale = (torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1))
+    leaves, structure = tree_flatten((*scale, [(run.boxes, run.changes) for run in runs]))
+    sent = iter(send([leaf for leaf in leaves if isinstance(leaf, Tensor)], device))
+    there = [next(sent) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    mean_there, std_there, parts = tree_unflatten(there, structure)
+    for run, (boxes, changes) in zip(runs, parts, strict=True):
+        images = run.source / 255 if boxes is None else crop_and_resize(run.source, boxes, run.output.shape[-1])
+        for change in changes:
+            images = change(images)
         torch.sub(images, mean_there, out=run.output).div_(std_there)
     return list({id(run.view): run.view for run in runs}.values())
-
-
-def _collect_tensors(changes: list[_Change]) -> list[Tensor | None]:
-    return [tensor for change in changes for tensor in (change.rows, *change.parameters)]

@@ -83,20 +83,11 @@ class TrainSampler(Sampler[list[Item]]):
                 yield [Item(index, step, micro_step, row) for row, index in enumerate(mine, self.rows.start)]
 
 
-class SizedItem(NamedTuple):
-    """An `Item` with the size in pixels of those of its views that have none of their own."""
+class SizedBatches(Sampler[tuple[int, list[Item]]]):
+    """The batches of a `TrainSampler`, each after the size in pixels of those of its views that have none of their own.
 
-    index: int
-    step: int
-    micro_step: int
-    row: int
-    view_size: int
-
-
-class SizedBatches(Sampler[list[SizedItem]]):
-    """The batches of a `TrainSampler`, with the size that `view_size` gives for their step.
-
-    It is called in the process of the run, so that what it depends on, such as a Trainer, need not reach the workers.
+    `view_size(step)` is called in the process of the run, so that what it depends on, such as a Trainer, need not reach
+    the workers.
     """
 
     def __init__(self, sampler: TrainSampler, view_size: Callable[[int], int]):
@@ -105,14 +96,13 @@ class SizedBatches(Sampler[list[SizedItem]]):
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def __iter__(self) -> Iterator[list[SizedItem]]:
+    def __iter__(self) -> Iterator[tuple[int, list[Item]]]:
         for items in self.sampler:
-            size = self.view_size(items[0].step)
-            yield [SizedItem(*item, size) for item in items]
+            yield self.view_size(items[0].step), items
 
 
 class TrainImages(Dataset):
-    """Micro-batches by their `SizedItem`s, as dictionaries for `make_views`."""
+    """Micro-batches, as dictionaries for `make_views`."""
 
     def __init__(self, source: ImageSource, configs: Sequence[ViewConfig], seed: int, global_batch: int):
         self.source, self.configs, self.seed, self.global_batch = source, configs, seed, global_batch
@@ -120,32 +110,29 @@ class TrainImages(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, items: list[SizedItem]) -> dict[str, Any]:
+    def __getitems__(self, batch: tuple[int, list[Item]]) -> dict[str, Any]:
+        view_size, items = batch
         first = items[0]
         bad: list[Bad] = []
-        batch: dict[str, Any] = {
-            "step": first.step,
-            "micro_step": first.micro_step,
-            "rows": slice(first.row, first.row + len(items)),
-            "global_batch": self.global_batch,
-            "bad": bad,
-        }
+        rows = slice(first.row, first.row + len(items))
+        made: dict[str, Any] = {"step": first.step, "micro_step": first.micro_step, "rows": rows, "bad": bad}
+        made["global_batch"] = self.global_batch
         pixels = self.source.pixels
         if pixels is None:
-            batch["crops"], batch["index"] = self._crops(items, bad)
+            made["crops"], made["index"] = self._crops(items, view_size, bad)
         else:
             if pixels.stride(1) == 0:  # a gray set, repeated three times without taking memory
                 pixels = pixels[:, :1]
-            batch["index"] = torch.tensor([item.index for item in items])
-            batch["images"] = pixels[batch["index"]]
-        return batch
+            made["index"] = torch.tensor([item.index for item in items])
+            made["images"] = pixels[made["index"]]
+        return made
 
-    def _crops(self, items: list[SizedItem], bad: list[Bad]) -> tuple[list[Tensor], Tensor]:
+    def _crops(self, items: list[Item], view_size: int, bad: list[Bad]) -> tuple[list[Tensor], Tensor]:
         """Return one uint8 (B, 3, S, S) per view, and the indices (B,) of the images that they were cut from.
 
         Each image is read and decoded once, at a size that suffices for its crops.
         """
-        sizes = [config.size or items[0].view_size for config in self.configs]
+        sizes = [config.size or view_size for config in self.configs]
         opened = [self._open(item, bad) for item in items]
         boxes = self._boxes(items, [image for _, image in opened])
         crops = [torch.empty(len(items), 3, size, size, dtype=torch.uint8) for size in sizes]
@@ -162,25 +149,24 @@ class TrainImages(Dataset):
                 crops[view][position] = _crop(image, full, box, sizes[view])
         return crops, torch.tensor(cut)
 
-    def _open(self, item: SizedItem, bad: list[Bad]) -> tuple[int, Image]:
+    def _open(self, item: Item, bad: list[Bad]) -> tuple[int, Image]:
         try:
             return item.index, self.source.open(item.index)
         except CorruptImage as error:
             bad.append(error.bad)
             return self.source.next_readable((item.index + 1) % len(self), bad)
 
-    def _boxes(self, items: list[SizedItem], images: list[Image]) -> Tensor:
+    def _boxes(self, items: list[Item], images: list[Image]) -> Tensor:
         """Draw the (views, B, 4) boxes of these rows, which are consecutive."""
         widths, heights = torch.tensor([upright_size(image) for image in images]).unbind(1)
         first = items[0]
         rows = slice(first.row, first.row + len(items))
         where = (self.seed, first.step, first.micro_step)
-        return torch.stack(
-            [
-                view_boxes(config, heights, widths, *where, view, rows, self.global_batch)
-                for view, config in enumerate(self.configs)
-            ]
-        )
+        boxes = [
+            view_boxes(config, heights, widths, *where, view, rows, self.global_batch)
+            for view, config in enumerate(self.configs)
+        ]
+        return torch.stack(boxes)
 
 
 def _shrink(boxes: Tensor, sizes: Sequence[int]) -> float:
@@ -203,8 +189,8 @@ def _crop(image: Image, full: tuple[int, int], box: list[float], size: int) -> T
 class EvalImages(Dataset):
     """Batches of normalised centre crops by index. The next image and its label replace one that cannot be read."""
 
-    def __init__(self, source: ImageSource, size: int, resize: int):
-        self.source, self.size, self.resize = source, size, resize
+    def __init__(self, source: ImageSource, size: int):
+        self.source, self.size, self.resize = source, size, resize_edge(source, size)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -327,24 +313,13 @@ class StepBatches:
             del batch  # otherwise its memory would be held while the next one is made
 
 
-def eval_loader(
-    source: ImageSource,
-    size: int,
-    batch_size: int,
-    num_workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    resize: int | None = None,
-) -> DataLoader:
-    """Load the images in order, or every `world_size`-th image from `rank` on.
+def eval_loader(source: ImageSource, size: int, batch_size: int, num_workers: int = 0) -> DataLoader:
+    """Load the images in order, as `image_processor` makes them.
 
     Each batch is a dictionary with "pixel_values", float (B, 3, size, size); "labels", int64 (B,), if there are any;
-    "index", int64 (B,); and "bad". The shortest edge is first resized to `resize` (default
-    `resize_edge(source, size)`), as `image_processor` does.
+    "index", int64 (B,); and "bad".
     """
-    dataset = EvalImages(source, size, resize or resize_edge(source, size))
-    indices = range(len(source))[rank::world_size]
-    return ReportingLoader(source, dataset, 0, num_workers, sampler=indices, batch_size=batch_size)
+    return ReportingLoader(source, EvalImages(source, size), 0, num_workers, batch_size=batch_size)
 
 
 def resize_edge(source: ImageSource, size: int) -> int:
@@ -353,12 +328,12 @@ def resize_edge(source: ImageSource, size: int) -> int:
     return round(size / CROP_FRACTION) if edges and edges[len(edges) // 2] > size else size
 
 
-def image_processor(source: ImageSource, size: int, resize: int | None = None) -> "BitImageProcessorPil":
+def image_processor(source: ImageSource, size: int) -> "BitImageProcessorPil":
     """Make the transformers image processor that does what `eval_loader` does, to save it beside the model."""
     from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
     return BitImageProcessorPil(
-        size={"shortest_edge": resize or resize_edge(source, size)},
+        size={"shortest_edge": resize_edge(source, size)},
         crop_size={"height": size, "width": size},
         resample=2,  # PIL.Image.Resampling.BILINEAR
         image_mean=list(source.mean),

@@ -265,9 +265,7 @@ class ImageSource:
         if self.bad:
             pixels = pixels[kept]
             self.labels = self.labels[kept] if self.labels is not None else None
-            if (
-                self.labels is not None and (self.labels == UNLABELLED).all()
-            ):  # none of the remaining images has a label
+            if self.labels is not None and (self.labels == UNLABELLED).all():  # of the remaining images
                 self.labels = None
         self.pixels, self._table = pixels, None
 

@@ -7,10 +7,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import get_worker_info
 
 from .sources import CorruptDataError
@@ -39,7 +41,8 @@ class WorkersFailed(RuntimeError):
 # Batches
 
 
-class _Place(NamedTuple):
+@dataclass(frozen=True)
+class _Place:
     """The place of a tensor in the memory of a batch, in bytes."""
 
     start: int
@@ -60,34 +63,26 @@ class _SharedBatch:
     """A batch on its way to the run, where it is unpickled as the dictionary that it was made of."""
 
     def __init__(self, batch: dict[str, Any]):
-        tensors: list[Tensor] = []
-        self.end, self.template = 0, {}
-        for key, value in batch.items():
-            several = isinstance(value, list) and any(isinstance(one, Tensor) for one in value)
-            if several:
-                self.template[key] = [self._place(one, tensors) for one in value]
-            else:
-                self.template[key] = self._place(value, tensors) if isinstance(value, Tensor) else value
-        self.memory = self._shared(tensors)
+        tensors: list[tuple[int, Tensor]] = []
+        end = 0
 
-    def _place(self, tensor: Tensor, tensors: list[Tensor]) -> _Place:
-        place = _Place(self.end, tensor.dtype, tuple(tensor.shape))
-        self.end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        tensors.append(tensor)
-        return place
+        def place(value: Any) -> Any:
+            nonlocal end
+            if not isinstance(value, Tensor):
+                return value
+            start, end = end, end + -(-value.nbytes // ALIGNMENT) * ALIGNMENT
+            tensors.append((start, value))
+            return _Place(start, value.dtype, tuple(value.shape))
 
-    def _shared(self, tensors: list[Tensor]) -> Tensor:
+        self.template = tree_map(place, batch)
         try:
             # This happens before the batch is sent, as a thread sends it and the run does not see that thread's errors.
-            memory = torch.empty(self.end, dtype=torch.uint8).share_memory_()
+            self.memory = torch.empty(end, dtype=torch.uint8).share_memory_()
         except RuntimeError as error:
-            size = f"{self.end / 1e6:.1f} MB"
+            size = f"{end / 1e6:.1f} MB"
             raise WorkersFailed(f"A batch of {size} does not fit into shared memory: {error}. {REMEDY}") from error
-        start = 0
-        for tensor in tensors:
-            memory[start : start + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
-            start += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        return memory
+        for start, tensor in tensors:
+            self.memory[start : start + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpack, (self.memory, self.template)
@@ -98,11 +93,11 @@ def _unpack(memory: Tensor, template: dict[str, Any]) -> dict[str, Any]:
 
     def take(value: Any) -> Any:
         if not isinstance(value, _Place):
-            return [take(one) for one in value] if isinstance(value, list) else value
+            return value
         end = value.start + value.dtype.itemsize * torch.Size(value.shape).numel()
         return memory[value.start : end].view(value.dtype).view(value.shape)
 
-    return {key: take(value) for key, value in template.items()}
+    return tree_map(take, template)
 
 
 # Signals

@@ -14,18 +14,3 @@ from .collectives import (
     say,
     world_size,
 )
-
-__all__ = [
-    "all_gather",
-    "all_gather_objects",
-    "all_gather_with_grad",
-    "all_reduce",
-    "barrier",
-    "broadcast_object",
-    "host_group",
-    "is_main",
-    "on_any",
-    "rank",
-    "say",
-    "world_size",
-]

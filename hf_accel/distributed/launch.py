@@ -1,4 +1,4 @@
-"""What `accelerate launch` chose, checked before training, and set as training needs it.
+"""Check the choices of `accelerate launch` before training, and set up processes, threads and DeepSpeed.
 
 Weights, optimizer states, momentum branches and centres stay in fp32 under every engine; `mixed_precision` is autocast.
 """
@@ -20,23 +20,15 @@ from ..utils.errors import SettingError, fail
 from .collectives import say
 from .signals import launcher_ended
 
-PRECISIONS = ("no", "bf16", "fp16")
-
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What autocast computes in, by the name of a precision."""
-
-DEEPSPEED_SETTINGS = {
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "gradient_clipping": "max_grad_norm",
-}
-"""The settings that DeepSpeed's configuration can hold as well: its name for each, and ours."""
+"""The dtype in which autocast computes, by the name of the precision."""
 
 
 def check_launch() -> None:
     """Check the launcher's choices before any process connects.
 
     Raises:
-        SettingError: an engine that would not do what it was asked for, with what to take instead.
+        SettingError: the engine would not do what it is asked for; the message says what to take instead.
     """
     environment = os.environ
     if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
@@ -66,24 +58,24 @@ def check_launch() -> None:
 
 
 def choose_precision(asked: str, begun: str | None = None) -> str:
-    """The precision of a launch: "no" (fp32), "bf16" or "fp16".
+    """Choose the precision of a launch: "no" (fp32), "bf16" or "fp16".
 
-    "auto" is what the launcher names, else what the run was begun with, else bf16 on a GPU that has it, else fp32. A
-    launcher's "no" names nothing: accelerate passes it on wherever no precision was asked for.
+    "auto" takes the launcher's precision, else that of the resumed run, else bf16 on a GPU that has it, else fp32. A
+    launcher's "no" counts as none, because accelerate passes it on if no precision was asked for.
 
     Args:
-        asked: the setting, "auto" or one of PRECISIONS.
-        begun: the precision of the run that is resumed, if one is.
+        asked: the setting, "auto" or a key of DTYPES.
+        begun: the precision of the run that is resumed, if there is one.
 
     Raises:
-        SettingError: the setting and the launcher name different ones, or this device does not have the precision.
+        SettingError: the setting and the launcher name different precisions, or the device does not have this one.
     """
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     named = None if launched == "no" else launched
     if named not in (None, "bf16", "fp16"):
         raise SettingError(f"accelerate was asked for mixed precision {named!r}, which is not supported: take bf16")
     if asked == "auto":
-        precision = named or (begun if begun in PRECISIONS else None) or ("bf16" if _has_bf16() else "no")
+        precision = named or (begun if begun in DTYPES else None) or ("bf16" if _has_bf16() else "no")
     elif named and named != asked:
         fail(
             "mixed_precision",
@@ -100,12 +92,12 @@ def choose_precision(asked: str, begun: str | None = None) -> str:
 
 
 def _has_bf16() -> bool:
-    """Whether the run is on a GPU that computes in bf16 and does not only imitate it."""
+    """Return whether the run is on a GPU that computes in bf16 without emulation."""
     return not on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _check_gpus() -> None:
-    """Raises SettingError if the launcher was asked for GPUs and there are none: the run would be on the CPU."""
+    """Raise SettingError if the launcher was asked for GPUs and there are none, as the run would be on the CPU."""
     if torch.accelerator.is_available() or _is_on("ACCELERATE_USE_CPU"):
         return
     processes, visible = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -124,26 +116,25 @@ def _check_gpus() -> None:
 
 
 def start_processes(arguments: TrainingArguments, precision: str, compiled: bool = False) -> None:
-    """Connect the processes as `connect_processes` does, and say on what the run computes."""
+    """Call `connect_processes`, and print the device, the processes and the precision of the run."""
     connect_processes(arguments, precision, compiled)
     say(describe_launch(arguments, precision))
 
 
 def connect_processes(arguments: TrainingArguments, precision: str, compiled: bool = False) -> None:
-    """Connect the processes, and set threads and random state.
+    """Connect the processes, and set their threads and random state.
 
     Args:
-        arguments: the Trainer's.
-        precision: see `choose_precision`.
+        precision: what `choose_precision` has returned.
         compiled: whether the model is compiled.
 
     Raises:
-        SettingError: not all processes take part, DeepSpeed's configuration asks for something else, or a tracker is
-            missing.
+        SettingError: not all processes take part, DeepSpeed's configuration contradicts the run's settings, or a
+            tracker is missing.
     """
     _check_trackers(arguments)
     _ = arguments.device  # This starts the process group.
-    arguments._n_gpu = min(arguments._n_gpu, 1)  # Several GPUs want several processes: accelerate launch.
+    arguments._n_gpu = min(arguments._n_gpu, 1)  # Several GPUs need several processes, by accelerate launch.
     started = int(os.environ.get("WORLD_SIZE", 1))
     if arguments.world_size != started:
         raise SettingError(f"{started} processes were started but {arguments.world_size} take part")
@@ -154,7 +145,7 @@ def connect_processes(arguments: TrainingArguments, precision: str, compiled: bo
 
 
 def _check_trackers(arguments: TrainingArguments) -> None:
-    """Raises SettingError if the Trainer does not know a tracker or does not find its package."""
+    """Raise SettingError if the Trainer does not know a tracker or does not find its package."""
     try:
         for tracker in get_reporting_integration_callbacks(arguments.report_to):
             tracker()
@@ -165,8 +156,8 @@ def _check_trackers(arguments: TrainingArguments) -> None:
 def _set_threads(processes: int) -> None:
     """Share the cores among the processes, unless OMP_NUM_THREADS says otherwise.
 
-    `accelerate launch` without a number of threads sets OMP_NUM_THREADS to 1. Whether the user had set it, too, only
-    the environment of the launcher itself shows, which Linux alone lets others read.
+    `accelerate launch` sets OMP_NUM_THREADS to 1 if it is not told a number of threads. Only the environment of the
+    launcher itself, which only Linux lets other processes read, shows whether the user had set 1.
     """
     chosen = os.environ.get("OMP_NUM_THREADS")
     if chosen == "1" and _is_launched():
@@ -176,7 +167,7 @@ def _set_threads(processes: int) -> None:
 
 
 def _launcher_variable(name: str) -> str | None:
-    """A variable of the environment in which the launcher was started; None where it is unset or cannot be read."""
+    """Return a variable of the launcher's environment, or None if it is unset or cannot be read."""
     try:
         entries = Path(f"/proc/{os.getppid()}/environ").read_bytes().decode(errors="replace").split("\0")
     except OSError:
@@ -185,7 +176,7 @@ def _launcher_variable(name: str) -> str | None:
 
 
 def describe_launch(arguments: TrainingArguments, precision: str) -> str:
-    """One line with device, processes, threads and precision."""
+    """Describe device, processes, threads and precision in one line."""
     device = arguments.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     computed = "fp32" if precision == "no" else f"{precision} autocast"
@@ -194,11 +185,11 @@ def describe_launch(arguments: TrainingArguments, precision: str) -> str:
 
 
 def end_with_launcher() -> None:
-    """Where a launcher started this process, see to it that it does not go on alone once the launcher is gone.
+    """End this process soon after the launcher that started it, if there is one.
 
-    torch's, which several processes have, hands SIGTERM and SIGINT on and waits: it is gone only if it was killed, and
-    so are its processes then, before the run is launched again. That of one process just dies of SIGTERM; its process
-    then stops at a checkpoint or, where it trains nothing, ends.
+    torch's launcher, which starts several processes, passes SIGTERM and SIGINT on and waits for them. If it is gone, it
+    was killed, so its processes are killed before the run is launched again. The launcher of a single process ends at a
+    SIGTERM without passing it on. Its process then stops at a checkpoint, or ends if no training is running.
     """
     if not _is_launched():
         return
@@ -209,28 +200,31 @@ def end_with_launcher() -> None:
             time.sleep(0.5)
         if several or not launcher_ended():
             number = signal.SIGKILL if several else signal.SIGTERM
-            signal.pthread_kill(threading.main_thread().ident or 0, number)  # wakes it, whatever it waits for
+            signal.pthread_kill(threading.main_thread().ident or 0, number)  # a signal ends any wait
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def _is_launched() -> bool:
-    """Whether accelerate or torchrun started this process."""
+    """Return whether accelerate or torchrun started this process."""
     return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def on_cpu() -> bool:
-    """Whether the launcher asks for the CPU, or there is nothing else."""
+    """Return whether the launcher asks for the CPU, or there is no other device."""
     return _is_on("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def shards_weights() -> bool:
-    """Whether the launcher asks for an engine that may keep weights in shards."""
+    """Return whether the launcher asks for an engine that may shard the weights."""
     return _is_on("ACCELERATE_USE_DEEPSPEED") or _is_on("ACCELERATE_USE_FSDP")
 
 
 def autocast_arguments(precision: str) -> dict[str, Any]:
-    """For `TrainingArguments`. DeepSpeed would hold weights in `bf16`; it gets autocast from `start_processes`."""
+    """Return `TrainingArguments`' bf16 and fp16. With bf16 DeepSpeed would store weights in it, so it gets neither.
+
+    `connect_processes` turns DeepSpeed's own autocast on.
+    """
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
         return {"bf16": False, "fp16": False}
     return {"bf16": precision == "bf16", "fp16": precision == "fp16"}
@@ -240,7 +234,7 @@ def _set_deepspeed(arguments: TrainingArguments, precision: str, compiled: bool)
     """Complete DeepSpeed's configuration, if there is one.
 
     Raises:
-        SettingError: the configuration asks for what would not train as the settings say.
+        SettingError: with this configuration, training would not follow the run's settings.
     """
     plugin: Any = arguments.deepspeed_plugin
     if plugin is None:
@@ -261,7 +255,8 @@ def _set_deepspeed(arguments: TrainingArguments, precision: str, compiled: bool)
                 f"DeepSpeed's configuration has a section {name!r}: remove it; learning_rate, lr_schedule, warmup and "
                 "weight_decay are followed"
             )
-    for name, ours in DEEPSPEED_SETTINGS.items():
+    shared = {"gradient_accumulation_steps": "gradient_accumulation_steps", "gradient_clipping": "max_grad_norm"}
+    for name, ours in shared.items():
         if config.get(name, "auto") not in ("auto", getattr(arguments, ours)):
             raise SettingError(
                 f"DeepSpeed's configuration has {name}={config[name]}, and the run {ours}={getattr(arguments, ours)}: "
@@ -274,12 +269,12 @@ def _set_deepspeed(arguments: TrainingArguments, precision: str, compiled: bool)
         raise SettingError("torch_compile=true under ZeRO-3: the engine's own hooks break every graph; take ZeRO-2")
     if precision == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    zero["stage3_gather_16bit_weights_on_model_save"] = True  # else checkpoints hold no weights that others can open
-    config["zero_force_ds_cpu_optimizer"] = False  # offloaded states, too, are torch's AdamW
+    zero["stage3_gather_16bit_weights_on_model_save"] = True  # otherwise checkpoints have no weights to open
+    config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW steps offloaded states, too
 
 
 def engine_of(accelerator: Any) -> str:
-    """In words, what the optimizer's state in a checkpoint depends on: another engine finds none in it."""
+    """Describe the engine in words. A checkpoint's optimizer state can only be loaded under the same engine."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         stage = accelerator.state.deepspeed_plugin.zero_stage
         return f"{accelerator.num_processes} processes of DeepSpeed ZeRO-{stage}"

@@ -1,7 +1,7 @@
-"""Weights that an engine keeps in shards: DeepSpeed's ZeRO-3 and FSDP2 in theirs, everyone else none.
+"""Read and change weights and gradients that DeepSpeed's ZeRO-3 or FSDP2 keeps in shards.
 
-The only module that knows how DeepSpeed stores weights, gradients and optimizer states. It is imported lazily: whoever
-does without the engine does without the package.
+This is the only module that knows how DeepSpeed stores weights, gradients and optimizer states. It imports DeepSpeed in
+the functions that need it, because other engines run without that package.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,7 +18,7 @@ Parameters = Iterable[nn.Parameter]
 
 
 def of_zero3(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 holds the parameter: its `data` is empty wherever it is not in use."""
+    """Return whether ZeRO-3 shards the parameter, whose `data` is then empty while it is not in use."""
     return hasattr(parameter, "ds_id")
 
 
@@ -27,7 +27,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def shards(parameters: Parameters) -> list[Tensor]:
-    """What this process keeps of each parameter: all of it, without an engine that shards."""
+    """Return this process's shard of each parameter, which is all of it if no engine shards it."""
     kept: list[Tensor] = []
     for parameter in parameters:
         if of_zero3(parameter):
@@ -38,9 +38,9 @@ def shards(parameters: Parameters) -> list[Tensor]:
 
 
 def writable_shards(parameters: Parameters) -> list[Tensor]:
-    """As `shards`; what is written into them is what the next forward finds."""
+    """Return `shards` whose new values the next forward uses."""
     parameters = list(parameters)
-    # ZeRO-3 keeps small parameters whole between steps, beside their shards, and would go on with those.
+    # Between steps ZeRO-3 keeps small parameters whole beside their shards, and the next forward would use the former.
     whole: list[Any] = [p for p in parameters if of_zero3(p) and p.numel() > 0]
     if whole:
         whole[0].partition(param_list=whole, has_been_updated=False)
@@ -49,7 +49,7 @@ def writable_shards(parameters: Parameters) -> list[Tensor]:
 
 @torch.no_grad()
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict with every parameter whole, copied, on every process. All processes must call it."""
+    """Return a copy of the state dict with whole parameters, on every process. All processes must call this."""
     parameters = [p for p in module.parameters() if of_zero3(p)]
     if not parameters:
         tensors = module.state_dict().items()
@@ -60,7 +60,7 @@ def whole_state(module: nn.Module) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
-# Gradients and optimizer, between the backward and the optimizer's step
+# Gradients and optimizer, between the backward pass and the optimizer's step
 
 
 def clip_each(parameters: Parameters, largest: float) -> None:
@@ -81,7 +81,10 @@ def clip_each(parameters: Parameters, largest: float) -> None:
 
 
 def drop_gradients(parameters: Parameters) -> None:
-    """Keep these parameters out of the step. DeepSpeed, which always has gradients, needs `separate_group`, too."""
+    """Exclude these parameters from the next step.
+
+    DeepSpeed always has gradients and therefore needs `separate_group` as well.
+    """
     parameters = list(parameters)
     if _held_by_deepspeed(parameters):
         _update_gradients(parameters, torch.zeros_like)
@@ -90,10 +93,10 @@ def drop_gradients(parameters: Parameters) -> None:
 
 
 def separate_group(optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
-    """Give these parameters a group of their own, marked "freezable", with the settings that they had.
+    """Move these parameters to a group of their own, with their settings and the mark "freezable".
 
-    DeepSpeed steps whatever it holds. A step of this group with a learning rate of 0 and no gradient leaves weights and
-    moments as they are, and is not counted: else the bias corrections would take the moments for old ones later.
+    DeepSpeed steps every parameter that it has. A step of this group with a learning rate of 0 and zero gradients does
+    not change weights and moments. It is not counted, because Adam's bias correction would otherwise be too weak later.
     """
     chosen = set(parameters)
     for group in list(optimizer.param_groups):
@@ -107,7 +110,7 @@ def separate_group(optimizer: torch.optim.Optimizer, parameters: Parameters) -> 
 def _forget_frozen_steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:
         if group.get("freezable") and group["lr"] == 0:
-            for parameter in group["params"]:  # the shards that DeepSpeed puts there for the step
+            for parameter in group["params"]:  # DeepSpeed replaces them by their shards for the step
                 optimizer.state[parameter]["step"].zero_()
 
 
@@ -120,7 +123,7 @@ def _update_gradients(parameters: list[nn.Parameter], update: Callable[[Tensor],
 
     def whole(gradient: Tensor, parameter: nn.Parameter) -> Tensor:
         updated = update(gradient)
-        if of_zero3(parameter):  # its last shard is padded, and is cut out of what is returned
+        if of_zero3(parameter):  # DeepSpeed cuts its shard, of which the last is padded, out of the result
             updated = F.pad(updated.flatten(), (0, -updated.numel() % world_size()))
         return updated
 

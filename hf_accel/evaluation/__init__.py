@@ -15,27 +15,3 @@ from .knn import knn_accuracy, knn_predict
 from .linear import LinearConfig, linear_probe, logistic_regression
 from .metrics import TopKAccuracy, topk_accuracy, topk_hits
 from .pooling import is_hierarchical
-
-__all__ = [
-    "FineTuneConfig",
-    "LinearConfig",
-    "NotFineTunable",
-    "TopKAccuracy",
-    "extract_features",
-    "finetune",
-    "input_of",
-    "is_hierarchical",
-    "knn_accuracy",
-    "knn_predict",
-    "linear_probe",
-    "load_encoder",
-    "load_processor",
-    "logistic_regression",
-    "processed_loader",
-    "raw_pixel_features",
-    "refuse_run_folder",
-    "takes_patch_size",
-    "topk_accuracy",
-    "topk_hits",
-    "weights_digest",
-]

@@ -13,13 +13,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForImageClassification,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoModelForImageClassification, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from .. import distributed
 from ..data import ImageSource, TrainSampler, ViewConfig, make_views, train_loader

@@ -257,14 +257,9 @@ def from_dinov2(config: Dinov2Config, state: Mapping[str, torch.Tensor]) -> tupl
     if config.use_swiglu_ffn:
         raise ValueError("use_swiglu_ffn=True: AccelViT has a plain MLP; DINOv2's giant model cannot be converted")
     accel = _from_transformers(
-        config,
-        intermediate_size=int(config.hidden_size * config.mlp_ratio),
-        layerscale_value=config.layerscale_value,
+        config, intermediate_size=int(config.hidden_size * config.mlp_ratio), layerscale_value=config.layerscale_value
     )
     state = {name: tensor for name, tensor in state.items() if name != "embeddings.mask_token"}
     ours = expected_tensors(accel)
     check_tensors("DINOv2", state, {rename(name, DINOV2_NAMES): tensor for name, tensor in ours.items()})
     return accel, {name: state[rename(name, DINOV2_NAMES)] for name in ours}
-
-
-__all__ = ["from_dinov2", "from_vit", "to_dinov2", "to_vit", "with_learned_positions"]

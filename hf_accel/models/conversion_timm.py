@@ -193,6 +193,3 @@ def _rename_timm_tensors(config: AccelViTConfig, state: Mapping[str, torch.Tenso
         tensor, number = tensors[_timm_name(name)], [f".attention.{part}_proj." in name for part in "qkv"]
         converted[name] = tensor.chunk(3)[number.index(True)].clone() if any(number) else tensor
     return join_state(converted, head)
-
-
-__all__ = ["from_timm", "to_timm"]

@@ -22,13 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_accel_vit import AccelViTConfig
 from .embeddings_accel_vit import AccelViTEmbeddings, AccelViTPatchProjection
-from .shortening_accel_vit import (
-    check_patch_size,
-    num_kept_tokens,
-    resize_patch_kernel,
-    resize_to_multiple,
-    sample_kept_tokens,
-)
+from .shortening_accel_vit import check_patch_size, num_kept_tokens, resize_to_multiple, sample_kept_tokens
 
 
 def eager_attention_forward(
@@ -366,12 +360,4 @@ class AccelViTBackbone(BackboneMixin, AccelViTModel):
         )
 
 
-__all__ = [
-    "AccelViTBackbone",
-    "AccelViTForImageClassification",
-    "AccelViTModel",
-    "AccelViTPreTrainedModel",
-    "num_kept_tokens",
-    "resize_patch_kernel",
-    "sample_kept_tokens",
-]
+__all__ = ["AccelViTBackbone", "AccelViTForImageClassification", "AccelViTModel", "AccelViTPreTrainedModel"]

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_accel.compression import Compression, Plan, Schedule, Stage, Strategy, forward_cost, forward_flops
 from hf_accel.models import AccelViTConfig, AccelViTModel
-from hf_accel.models.modeling_accel_vit import resize_patch_kernel
+from hf_accel.models.shortening_accel_vit import resize_patch_kernel
 
 CONFIG = AccelViTConfig(
     hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, image_size=48, patch_size=8

@@ -251,7 +251,6 @@ def test_draws_depend_on_their_key_alone():
     assert torch.equal(images, before)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     keys = ((2, 2, 0), (1, 3, 0), (1, 2, 1))
-    keys = ((2, 2, 0), (1, 3, 0), (1, 2, 1))
     others = [make_views({"images": images}, configs, 16, seed, step, micro)[0] for seed, step, micro in keys]
     assert all(not torch.allclose(first[0], other) for other in others)
     same_config = make_views({"images": images}, (configs[0], configs[0]), 16, 1, 2, 0)

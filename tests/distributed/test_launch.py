@@ -40,10 +40,7 @@ def launched(monkeypatch):
     ("variables", "reason"),
     [
         ({**CPU, "MASTER_ADDR": "127.0.0.1"}, r"several processes and started one.*cpu_2proc"),
-        (
-            {**CPU, **FSDP, "FSDP_VERSION": "2"},
-            r"FSDP on a CPU.*deepspeed_zero3_cpu_2proc",
-        ),
+        ({**CPU, **FSDP, "FSDP_VERSION": "2"}, r"FSDP on a CPU.*deepspeed_zero3_cpu_2proc"),
         ({**GPU, **FSDP, "FSDP_VERSION": "1"}, r"fsdp_version: 2"),
         ({**GPU, "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, r"dynamo backend.*torch_compile=true"),
         ({**GPU, **FSDP}, r"fsdp_version: 2"),
@@ -63,12 +60,7 @@ def test_deepspeed_that_is_not_installed_is_named(launched, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "variables",
-    [
-        {**CPU},
-        {**CPU, "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"},
-        {**GPU, **FSDP, "FSDP_VERSION": "2"},
-    ],
+    "variables", [{**CPU}, {**CPU, "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}, {**GPU, **FSDP, "FSDP_VERSION": "2"}]
 )
 def test_what_is_sound_passes(launched, variables):
     launched(variables)
@@ -199,16 +191,8 @@ def configured(config: dict[str, Any], precision: str = "no", compiled: bool = F
         ({"fp16": {"enabled": "true"}}, {}, r"fp16 section.*mixed_precision: bf16"),
         ({}, {"precision": "fp16"}, r"take bf16"),
         ({"optimizer": {"type": "AdamW"}}, {}, r"section 'optimizer': remove it"),
-        (
-            {"gradient_accumulation_steps": 4},
-            {},
-            r"gradient_accumulation_steps=4, and the run .*=1: remove",
-        ),
-        (
-            {"gradient_clipping": 1.0},
-            {"max_grad_norm": 3.0},
-            r"gradient_clipping=1.0, and .* max_grad_norm=3.0",
-        ),
+        ({"gradient_accumulation_steps": 4}, {}, r"gradient_accumulation_steps=4, and the run .*=1: remove"),
+        ({"gradient_clipping": 1.0}, {"max_grad_norm": 3.0}, r"gradient_clipping=1.0, and .* max_grad_norm=3.0"),
         ({"scheduler": {"type": "WarmupLR"}}, {}, r"section 'scheduler': remove it.*lr_schedule"),
         ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, {}, r"offload_param to nvme.*cpu"),
         ({"zero_optimization": {"stage": 3}}, {"compiled": True}, r"ZeRO-3.*ZeRO-2"),

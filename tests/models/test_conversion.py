@@ -105,10 +105,7 @@ def test_converted_to_transformers_features_are_equal(
 def test_converted_to_timm_features_are_equal(fields: dict[str, Any], patch_size: int | None) -> None:
     model = accel(**{**fields, "image_size": 48})
     assert_same_as_timm(
-        model,
-        timm_model(*to_timm(model.config, model.state_dict(), patch_size)),
-        model.config,
-        patch_size=patch_size,
+        model, timm_model(*to_timm(model.config, model.state_dict(), patch_size)), model.config, patch_size=patch_size
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_accel import AccelViTConfig, AccelViTModel
-from hf_accel.models.modeling_accel_vit import resize_patch_kernel
+from hf_accel.models.shortening_accel_vit import resize_patch_kernel
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,6 @@ from .accuracy import Accuracy, accuracies, eval_results
 CARD_NAME = "README.md"
 MARK = "<!-- Written by hf_accel. Remove this line, and it leaves the file alone. -->"
 FIGURES = ("schedule.png", "curves.png")
-TEMPLATE = Path(__file__).with_name("card.md.jinja")
 BUNDLED = "bundled digits"
 
 HERE = "its Hub id, once it is uploaded"
@@ -93,12 +92,11 @@ def card_text(run: Run, repo_id: str | None) -> str:
     Args:
         repo_id: the repository that the code of the card loads; None for the folder of the card.
     """
-    environment = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"percent": _percent, "duration": _duration, "millions": _millions, "number": _number}
     rows, objective = run.accuracies(), OBJECTIVES.get(run.results["objective"])
-    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    base, size = run.config.patch_size, run.config.image_size
+    larger = next((patch for patch in possible_patch_sizes(size, base) if patch > base), None)
+    return render(
+        "card.md.jinja",
         metadata=_metadata(run, rows).to_yaml(),
         mark=MARK,
         run=run,
@@ -111,13 +109,34 @@ def card_text(run: Run, repo_id: str | None) -> str:
         objective=objective.display_name if objective else run.results["objective"],
         citation=objective.citation.strip() if objective else "",
         architecture=_architecture(run),
-        code=usage(repo_id, run),
+        model_id=json.dumps(repo_id or f"{run.name}/final"),
+        hub_id="" if repo_id else HERE,
+        larger=larger,
+        larger_cost=larger and forward_cost(run.config, Compression(larger)),
         rows=rows,
         several_data=len({(row.data, row.split) for row in rows}) > 1,
         stages=_stages(run),
         uncompressed=_uncompressed(run),
     )
-    return str(ModelCard(text))  # This parses the metadata, and so finds out what is wrong with them.
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a card from a template of this folder.
+
+    Raises:
+        ValueError: the metadata are not valid.
+    """
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
+    environment.filters |= {"percent": _percent, "duration": _duration, "millions": _millions, "number": _number}
+    return str(ModelCard(environment.get_template(template).render(**values)))  # This parses the metadata.
+
+
+def folder_name(path: Path) -> str:
+    """Return the last two parts of a path, such as "RUN/final", as "final" alone is the name of every run's encoder."""
+    path = path.resolve()
+    return path.name if path.parent in (Path.home(), Path(path.anchor)) else f"{path.parent.name}/{path.name}"
 
 
 def write_card(run: Run, path: Path, repo_id: str | None) -> bool:
@@ -130,34 +149,6 @@ def write_card(run: Run, path: Path, repo_id: str | None) -> bool:
         return False
     path.write_text(card_text(run, repo_id), encoding="utf-8")
     return True
-
-
-def usage(repo_id: str | None, run: Run) -> str:
-    """Return Python that turns an image into features in a fresh process."""
-    base, size = run.config.patch_size, run.config.image_size
-    larger = next((patch for patch in possible_patch_sizes(size, base) if patch > base), None)
-    folder = f"{json.dumps(f'{run.name}/final')}  # the path to this folder, or {HERE}"
-    lines = [
-        "import torch",
-        "from PIL import Image",
-        "from transformers import AutoImageProcessor, AutoModel",
-        "",
-        f"model_id = {json.dumps(repo_id) if repo_id else folder}",
-        "processor = AutoImageProcessor.from_pretrained(model_id, trust_remote_code=True)",
-        "model = AutoModel.from_pretrained(model_id, trust_remote_code=True).eval()",
-        "",
-        f'image = Image.new("RGB", ({size}, {size}))  # or Image.open(...).convert("RGB")',
-        'inputs = processor(image, return_tensors="pt")',
-        "with torch.no_grad():",
-        f"    features = model(**inputs).pooler_output  # shape (1, {run.config.hidden_size})",
-    ]
-    if larger:
-        cost = forward_cost(run.config, Compression(larger))
-        lines += [
-            f"    # patches of {larger} pixels instead of {base}: the same weights at {cost:.0%} of the cost",
-            f"    cheaper = model(**inputs, patch_size={larger}).pooler_output",
-        ]
-    return "\n".join(lines)
 
 
 def _architecture(run: Run) -> str:

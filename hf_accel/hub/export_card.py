@@ -1,4 +1,4 @@
-"""The README of an exported encoder: where it comes from, its licence, what its feature is, and code that runs."""
+"""The README of an exported encoder: its origin, its licence, what its feature is, and code that runs."""
 
 import json
 import logging
@@ -6,14 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from transformers.utils.hub import cached_file
 
 from ..models import AccelViTConfig
-from .card import CARD_NAME
+from .card import CARD_NAME, HERE, folder_name, render
 
 logger = logging.getLogger(__name__)
 
@@ -29,17 +29,17 @@ class Export:
 
     Args:
         export_format: the key of the recipe.
-        checkpoint: what was exported, as the recipe names it.
-        weights: a digest that tells its weights from others.
+        checkpoint: the folder, file or Hub id that was exported.
+        weights: a digest of the exported weights.
         date: of the export.
-        kind: the format that it had.
-        licence: LICENCE_KEYS of the source's own card, as far as it states them.
-        config: the encoder's.
-        patch_size: in pixels, of the export.
-        classifies: whether there is a classifier on top.
+        kind: the format of the checkpoint.
+        licence: those of LICENCE_KEYS that the card of the checkpoint states.
+        config: the configuration of the encoder.
+        patch_size: of the export, in pixels.
+        classifies: whether the model has a classifier.
         has_processor: whether an image processor lies beside the weights.
-        difference: the largest one of any feature, relative.
-        folder: where the export will lie.
+        difference: the largest difference of any feature, relative to the largest feature.
+        folder: the folder that the export is moved to.
     """
 
     export_format: str
@@ -57,16 +57,16 @@ class Export:
 
 
 def stated_licence(checkpoint: str, config: Mapping[str, Any]) -> dict[str, str | list[str]]:
-    """The licence that the card of a folder or Hub id states, or timm's configuration; empty if none is stated.
+    """Return the licence that the card of a folder or Hub id states, or else the configuration of a timm model.
 
-    A link to a file of a Hub repository becomes an address.
+    A link to a file of a Hub repository becomes a URL. The result is empty if no licence is stated.
     """
-    found = Path(checkpoint) / CARD_NAME
+    card = Path(checkpoint) / CARD_NAME
     is_on_hub = not Path(checkpoint).exists()
     if is_on_hub:
         options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        found = Path(cached_file(checkpoint, CARD_NAME, **options) or found)
-    metadata = _metadata(found) if found.is_file() else {}
+        card = Path(cached_file(checkpoint, CARD_NAME, **options) or card)
+    metadata = _read_metadata(card) if card.is_file() else {}
     for source in (metadata, config.get("pretrained_cfg"), config):
         stated = {key: source[key] for key in LICENCE_KEYS if source.get(key)} if isinstance(source, Mapping) else {}
         if not stated:
@@ -78,187 +78,69 @@ def stated_licence(checkpoint: str, config: Mapping[str, Any]) -> dict[str, str 
     return {}
 
 
-def _metadata(card: Path) -> dict[str, Any]:
-    """The metadata of a card. Of damaged metadata, the lines on the licence."""
-    data = card.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
+def _read_metadata(card: Path) -> dict[str, Any]:
+    """Return the metadata of a card. If they are not valid YAML, return their lines on the licence."""
+    text = card.read_text(encoding="utf-8-sig", errors="replace")
+    if "\N{REPLACEMENT CHARACTER}" in text:
         logger.warning("%s is not in UTF-8: check the licence that the export states", card)
-        text = data.decode("utf-8-sig", errors="replace")
-    header = re.match(r"\s*---[ \t]*\n(.*?)\n---", "\n".join(text.splitlines()), re.DOTALL)
+    header = re.match(r"\s*---[ \t]*\n(.*?)\n---", text, re.DOTALL)
     if header is None:
         return {}
     try:
         metadata = yaml.safe_load(header[1])
     except yaml.YAMLError as error:
         logger.warning(
-            "The metadata of %s is not valid YAML: check the licence that the export states (%s)", card, error
+            "The metadata of %s are not valid YAML: check the licence that the export states (%s)", card, error
         )
         return dict(re.findall(r"^(license\w*):[ \t]*['\"]?([\w.:/-]+)['\"]?[ \t]*$", header[1], re.MULTILINE))
     return metadata if isinstance(metadata, dict) else {}
 
 
 def agreement(difference: float) -> str:
-    """What the export's features do, compared with the original's."""
+    """Say how the features of the export compare with those of the original."""
     if difference == 0:
         return "equal the original's"
     return f"differ from the original's by {difference:.0e} at most, relative to the largest"
 
 
 def export_card(export: Export) -> str:
-    """The text of the README, with its metadata."""
+    """Return the text of the README, with its metadata."""
+    config, export_format = export.config, export.export_format
     is_on_hub = not Path(export.checkpoint).exists()
-    origin = export.checkpoint if is_on_hub else _local_name(Path(export.checkpoint))
-    licences: dict[str, Any] = dict(export.licence)
-    if _file_of_original(export):
-        del licences["license_link"]  # which would point to a file beside this card
+    origin = export.checkpoint if is_on_hub else folder_name(Path(export.checkpoint))
+    licence, link = dict(export.licence), str(export.licence.get("license_link", ""))
+    if link and "://" not in link:  # A file of the original, which does not lie beside this card.
+        del licence["license_link"]
+        link = f"its text is in the file {link} of the original"
+    stated = licence.get("license_name") or licence.get("license") or ()
+    parts = [*([stated] if isinstance(stated, str) else stated), *[link] * bool(link)]
     metadata = ModelCardData(
-        library_name=LIBRARIES.get(export.export_format),
+        library_name=LIBRARIES.get(export_format),
         pipeline_tag="image-classification" if export.classifies else "image-feature-extraction",
         tags=["hf_accel", "vision-transformer"],
         base_model=origin if is_on_hub else None,
-        **licences,
+        **cast(Any, licence),
     )
-    source = f"[{origin}](https://huggingface.co/{origin})" if is_on_hub else f"`{origin}`"
-    size = export.config.image_size
-    text = f"""---
-{metadata.to_yaml()}
----
-
-# {origin} as {CLASSES.get(export.export_format, "ONNX")}
-
-## Origin
-
-Converted by hf_accel (`task=export`) on {export.date} from {source}, which is in the format of
-{CLASSES[export.kind]} and whose weights have the digest `{export.weights}`.
-For images of {size} x {size} pixels in patches of {export.patch_size} its features {agreement(export.difference)}.
-
-## Licence
-
-{_licence_line(export)}
-
-## Feature
-
-{_pooling(export)}
-
-## How to use
-
-```python
-{_code(export)}
-```
-"""
-    return str(ModelCard(text))
-
-
-def _local_name(path: Path) -> str:
-    """The last two parts of a path, such as "RUN/final": "final" alone is the name of every run's encoder."""
-    path = path.resolve()
-    return path.name if path.parent in (Path.home(), Path(path.anchor)) else f"{path.parent.name}/{path.name}"
-
-
-def _file_of_original(export: Export) -> str | None:
-    """The file of the original that holds its licence, if its card links to one."""
-    link = export.licence.get("license_link")
-    return str(link) if link and "://" not in str(link) else None
-
-
-def _licence_line(export: Export) -> str:
-    licence, file = export.licence, _file_of_original(export)
-    if not licence:
-        return "The original states none, so ask its authors before you use or share these weights."
-    stated = licence.get("license_name") or licence.get("license")
-    link = f"its text is in the file {file} of the original" if file else licence.get("license_link")
-    parts = [", ".join(part) if isinstance(part, list) else part for part in (stated, link) if part]
-    return f"That of the original: {', '.join(parts)}."
-
-
-def _pooling(export: Export) -> str:
-    """What stands for an image."""
-    config, fmt = export.config, export.export_format
-    prefix, mean = config.num_prefix_tokens, config.pooling == "mean"
-    what = "the mean of the patch tokens" if mean else "the CLS token"
-    if export.classifies:
-        return f"A classifier of {config.num_labels} classes stands on {what}: take its logits."
-    if fmt == "timm":
-        pool = "avg" if mean else "token"
-        return f'The output of the model is {what} (`global_pool="{pool}"`).'
-    if fmt in ("vit", "dinov2") and mean:
-        return (
-            "The encoder was trained with the mean of the patch tokens as its feature: take "
-            f"`last_hidden_state[:, {prefix}:].mean(1)`. `pooler_output` is the CLS token here, which was not trained "
-            "for this."
-        )
-    return f"`pooler_output` is {what}, as in training."
-
-
-def _code(export: Export) -> str:
-    """Python that turns an image into its feature in a fresh process, wherever it is pasted."""
-    config, fmt, here = export.config, export.export_format, json.dumps(export.folder.as_posix())
-    if fmt == "onnx":
-        name = "logits" if export.classifies else "pooler_output"
-        return "\n".join(
-            [
-                "import onnxruntime" if export.has_processor else "import numpy as np\nimport onnxruntime",
-                *_imports(export),
-                "",
-                f"folder = {here}",
-                'session = onnxruntime.InferenceSession(folder + "/model.onnx")',
-                *_pixels(export, "folder", "np"),
-                f'(features,) = session.run(["{name}"], {{"pixel_values": pixel_values}})',
-            ]
-        )
-    if fmt == "timm":
-        return "\n".join(
-            [
-                "import timm",
-                "import torch",
-                *_imports(export),
-                "",
-                f"folder = {here}",
-                'model = timm.create_model("local-dir:" + folder, pretrained=True).eval()',
-                # of a folder with timm's config.json transformers would make timm's own transform, by torchvision
-                *_pixels(export, 'folder, image_processor_filename="preprocessor_config.json"', "pt"),
-                "with torch.no_grad():",
-                "    features = model(pixel_values)",
-            ]
-        )
-    auto = "AutoModelForImageClassification" if export.classifies else "AutoModel"
-    trust = ", trust_remote_code=True" if fmt == "accel_vit" else ""
-    feature = "outputs.logits" if export.classifies else "outputs.pooler_output"
-    if config.pooling == "mean" and fmt in ("vit", "dinov2") and not export.classifies:
-        feature = f"outputs.last_hidden_state[:, {config.num_prefix_tokens}:].mean(1)"
-    return "\n".join(
-        [
-            "import torch",
-            *_imports(export, auto),
-            "",
-            f"model_id = {here}  # its Hub id, once it is uploaded",
-            f"model = {auto}.from_pretrained(model_id{trust}).eval()",
-            *_pixels(export, f"model_id{trust}", "pt"),
-            "with torch.no_grad():",
-            "    outputs = model(pixel_values)",
-            f"features = {feature}",
-        ]
+    auto_classes = ["AutoImageProcessor"] * export.has_processor
+    if LIBRARIES.get(export_format) == "transformers":
+        auto_classes.append("AutoModelForImageClassification" if export.classifies else "AutoModel")
+    return render(
+        "export_card.md.jinja",
+        export=export,
+        config=config,
+        format=export_format,
+        metadata=metadata.to_yaml(),
+        origin=origin,
+        is_on_hub=is_on_hub,
+        class_name=CLASSES.get(export_format, "ONNX"),
+        original_class_name=CLASSES[export.kind],
+        agreement=agreement(export.difference),
+        licence=", ".join(parts),
+        side=config.image_size,
+        pooled="the mean of the patch tokens" if config.pooling == "mean" else "the CLS token",
+        averages=config.pooling == "mean" and export_format in ("vit", "dinov2"),
+        auto_classes=auto_classes,
+        trust=", trust_remote_code=True" if export_format == "accel_vit" else "",
+        here=json.dumps(folder_name(export.folder)) + "  # the path to this folder",
+        hub_id=HERE,
     )
-
-
-def _imports(export: Export, *classes: str) -> list[str]:
-    """Lines that import these classes of transformers, and what prepares an image."""
-    classes = ("AutoImageProcessor", *classes) if export.has_processor else classes
-    lines = ["from PIL import Image"] if export.has_processor else []
-    return [*lines, f"from transformers import {', '.join(classes)}"] if classes else lines
-
-
-def _pixels(export: Export, opened: str, tensors: str) -> list[str]:
-    """Lines that make `pixel_values`, "np" or "pt": by the image processor, if the arguments `opened` open one."""
-    channels, side = export.config.num_channels, export.config.image_size
-    if export.has_processor:
-        return [
-            f"processor = AutoImageProcessor.from_pretrained({opened})",
-            f'image = Image.new("RGB", ({side}, {side}))  # or Image.open(...)',
-            f'pixel_values = processor(image, return_tensors="{tensors}")["pixel_values"]',
-        ]
-    shape = f"{channels}, {side}, {side}"
-    zeros = f"torch.zeros(1, {shape})" if tensors == "pt" else f"np.zeros((1, {shape}), np.float32)"
-    return [f"pixel_values = {zeros}  # a batch of normalised images"]

@@ -37,43 +37,37 @@ Logs = Sequence[Mapping[str, Any]]
 def plot_curves(
     log_history: Logs,
     path: str | Path,
+    *,
+    plan: Plan,
+    image_size: int,
     title: str = "",
     baselines: Mapping[str, float] | None = None,
-    plan: Plan | None = None,
-    image_size: int = 224,
 ) -> None:
-    """Draw kNN accuracy, loss, tokens per image, patch size and token dropout against the units spent.
+    """Draw kNN accuracy, loss, patch tokens per image, patch size and token dropout against the units spent.
 
-    Panels without data and NaN values are left out. A log without "units" is placed by its "step". Without a plan the
-    compression is drawn from the logs. Each log holds for the steps since the one before it, so that a change between
-    two logs is drawn at the first of them, and tokens include the prefix tokens.
+    Accuracy and loss are left out if there is none, as are NaN values.
 
     Args:
-        log_history: the Trainer's, in its order: "units" or "step", and any of "eval_knn_top1", "loss", "tokens",
-            "target_tokens", "patch_size", "target_patch_size", "token_dropout", "target_token_dropout".
+        log_history: that of the Trainer, with "units" and, in some logs, "eval_knn_top1" or "loss".
         path: image to write; its suffix says the format (png, pdf, svg).
+        plan: that of the run. Compression is drawn exactly where it changes.
+        image_size: pixels of a view.
         baselines: kNN accuracies in [0, 1] to draw as dashed lines, such as {"random initialisation": 0.4}.
-        plan: of the run. Compression is then drawn exactly where it changes, with patch tokens only.
-        image_size: pixels of the plan's views, of which its tokens are.
     """
-    placed = _with_units(log_history)
     panels: list[tuple[float, Callable[[Axes], None]]] = []
-    accuracy, loss = _series(placed, "eval_knn_top1"), _series(placed, "loss")
+    accuracy, loss = (_series(log_history, key) for key in ("eval_knn_top1", "loss"))
     if len(accuracy[0]):
         panels.append((3, lambda axes: _accuracy(axes, accuracy, baselines or {})))
     if len(loss[0]):
         panels.append((3, lambda axes: _loss(axes, loss)))
-    compression = _planned(plan, image_size) if plan else placed
+    stages = _planned(plan, image_size)
     for key, label, height in (
-        ("tokens", "patch tokens\nper image" if plan else "tokens\nper image", 1.6),
+        ("tokens", "patch tokens\nper image", 1.6),
         ("patch_size", "patch size\n(px)", 1.2),
         ("token_dropout", "token\ndropout", 1.2),
     ):
-        branches = _series(compression, key), _series(compression, f"target_{key}")
-        if len(branches[0][0]):
-            panels.append((height, lambda axes, of=branches, label=label: _compression(axes, *of, label)))
-    if not panels:
-        panels.append((3, lambda axes: _note(axes, "nothing was logged")))
+        branches = _series(stages, key), _series(stages, f"target_{key}")
+        panels.append((height, lambda axes, of=branches, label=label: _compression(axes, *of, label)))
 
     heights = [height for height, _ in panels]
     with matplotlib.rc_context(STYLE):
@@ -106,9 +100,9 @@ def plot_accuracies(names: Sequence[str], logs: Sequence[Logs], batch_sizes: Seq
             names, logs, batch_sizes, cycle(COLORS), cycle(MARKERS), strict=False
         ):
             style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 4, "label": name}
-            units, accuracy = _series(_with_units(log_history), "eval_knn_top1")
+            units, accuracy = _series(log_history, "eval_knn_top1")
             by_units.plot(units, 100 * accuracy, **style)
-            seconds, accuracy = _series(_with_seconds(log_history, batch_size), "eval_knn_top1")
+            seconds, accuracy = _series(_with_seconds(log_history, batch_size), "eval_knn_top1", "seconds")
             by_seconds.plot(seconds, 100 * accuracy, **style)
         by_units.set_ylabel("kNN top-1 (%)")
         for axes, label in (by_units, UNITS_SPENT), (by_seconds, "seconds of training, without evaluations"):
@@ -120,46 +114,31 @@ def plot_accuracies(names: Sequence[str], logs: Sequence[Logs], batch_sizes: Seq
         figure.savefig(path, dpi=160)
 
 
-def _with_seconds(log_history: Logs, batch_size: int) -> list[tuple[float, Mapping[str, Any]]]:
-    """Place each log at the seconds of training before it, from the images per second between logs."""
+def _with_seconds(log_history: Logs, batch_size: int) -> Logs:
+    """Add "seconds" of training to each log, from the images per second between logs."""
     steps, seconds = [0], [0.0]
     for log in log_history:
         if _finite(log.get("images_per_second")):
             steps.append(log["step"])
             seconds.append(seconds[-1] + (steps[-1] - steps[-2]) * batch_size / log["images_per_second"])
-    return [(float(np.interp(log["step"], steps, seconds)), log) for log in log_history if "step" in log]
+    return [{**log, "seconds": np.interp(log["step"], steps, seconds)} for log in log_history]
 
 
-def _with_units(log_history: Logs) -> list[tuple[float, Mapping[str, Any]]]:
-    """Return (units, log) in the order of units. A log without units gets those of its step, by interpolation."""
-    both = {log["step"]: log["units"] for log in log_history if _finite(log.get("units")) and "step" in log}
-    steps = sorted(both)
-    placed = []
-    for log in log_history:
-        if _finite(log.get("units")):
-            placed.append((float(log["units"]), log))
-        elif steps and "step" in log:
-            units = np.interp(log["step"], [0, *steps], [0.0, *(both[step] for step in steps)])
-            placed.append((float(units), log))
-    return sorted(placed, key=lambda item: item[0])
-
-
-def _planned(plan: Plan, image_size: int) -> list[tuple[float, Mapping[str, Any]]]:
+def _planned(plan: Plan, image_size: int) -> Logs:
     """Build what logs would hold at the end of each stage of the plan, with patch tokens only."""
     stages = []
     for units, strategy in plan.stage_ends():
-        values = {}
+        values: dict[str, float] = {"units": units}
         for prefix, branch in (("", strategy.online), ("target_", strategy.target_branch)):
-            values |= {f"{prefix}{key}": getattr(branch, key) for key in ("patch_size", "token_dropout")}
-            values[f"{prefix}tokens"] = branch.kept_tokens(image_size)
-        stages.append((units, values))
+            values |= branch.to_dict(prefix) | {f"{prefix}tokens": branch.kept_tokens(image_size)}
+        stages.append(values)
     return stages
 
 
-def _series(placed: list[tuple[float, Mapping[str, Any]]], key: str) -> Series:
-    points = [(units, float(log[key])) for units, log in placed if _finite(log.get(key))]
-    units, values = np.array(points).reshape(-1, 2).T
-    return units, values
+def _series(logs: Logs, key: str, against: str = "units") -> Series:
+    points = [(log[against], log[key]) for log in logs if _finite(log.get(against)) and _finite(log.get(key))]
+    places, values = np.array(points, dtype=float).reshape(-1, 2).T
+    return places, values
 
 
 def _finite(value: Any) -> bool:
@@ -204,7 +183,7 @@ def _loss(axes: Axes, loss: Series) -> None:
 
 def _compression(axes: Axes, online: Series, target: Series, label: str) -> None:
     """Draw steps: a value holds from the units of the value before it to its own."""
-    differ = len(target[0]) > 0 and not np.array_equal(target[1], online[1])
+    differ = not np.array_equal(target[1], online[1])
     branches = [(online, "online" if differ else "", BLUE, "-", 1.8)]
     if differ:
         branches.insert(0, (target, "target", ORANGE, "--", 1.5))
@@ -217,8 +196,3 @@ def _compression(axes: Axes, online: Series, target: Series, label: str) -> None
     axes.set_ylim(-0.08 * top, 1.12 * top)  # room for a line at 0 to be seen
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     axes.set_ylabel(label)
-
-
-def _note(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
-    axes.set_axis_off()

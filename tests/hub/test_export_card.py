@@ -1,6 +1,5 @@
 """The README of an export: origin, licence and pooling, and code that runs in a fresh process from anywhere."""
 
-import importlib.util
 import json
 import logging
 import os
@@ -8,6 +7,7 @@ import re
 import subprocess
 import sys
 from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,14 @@ def code_of(readme: Path) -> str:
     return code
 
 
+def about(export_format: str = "vit", licence: Any = None, processor: bool = True) -> Export:
+    """An export of the model a/b of the Hub into the folder /home/ann/out/FORMAT."""
+    origin = (export_format, "a/b", "0", "2026-01-01", "vit", licence or {})
+    return Export(*origin, AccelViTConfig(), 16, False, processor, 0.0, Path("/home/ann/out") / export_format)
+
+
 def shapes(codes: list[str], folder: Path) -> list[list[int]]:
-    """Of the features that each code gives, in one process that has no hf_accel, started in `folder`."""
+    """Run each code in one process that has no hf_accel, in `folder`, and return the shapes of the features."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(folder / "modules")}
     runs = "import json, sys\nfor code in json.loads(sys.argv[1]):\n    found = {}\n    exec(code, found)\n"
@@ -57,75 +63,57 @@ def shapes(codes: list[str], folder: Path) -> list[list[int]]:
 
 
 @pytest.mark.slow
-def test_the_code_runs_where_it_is_pasted(tmp_path, monkeypatch):
-    """Output folders are relative, and the code is run in another one."""
-    monkeypatch.chdir(tmp_path)
+def test_the_code_runs_without_hf_accel_after_a_move(tmp_path):
     codes, expected = [], []
-    poolings: list[dict[str, Any]] = [{}, {"pooling": "mean"}]
-    for processor in (True, False):
-        for fields in poolings:
-            source = encoder(Path(f"encoder-{processor}-{len(fields)}"), processor=processor, **fields)
-            for export_format in ("vit", "dinov2", "accel_vit"):
-                folder = export(source, Path(f"out-{source.name}"), export_format)
-                codes.append(code_of(folder / "README.md"))
-                expected.append([1, SIZES["hidden_size"]])
-    source = encoder(Path("classifier"), classifies=True, id2label={0: "a", 1: "b", 2: "c"})
-    codes.append(code_of(export(source, Path("out-classifier"), "vit") / "README.md"))
+    for processor, pooling in product((True, False), ("cls", "mean")):
+        source = encoder(tmp_path / f"encoder-{processor}-{pooling}", processor=processor, pooling=pooling)
+        for export_format in ("vit", "dinov2", "accel_vit"):
+            folder = export(source, tmp_path / f"out-{source.name}", export_format)
+            codes.append(code_of(folder / "README.md"))
+            expected.append([1, SIZES["hidden_size"]])
+    source = encoder(tmp_path / "classifier", classifies=True, id2label={0: "a", 1: "b", 2: "c"})
+    codes.append(code_of(export(source, tmp_path / "out-classifier", "vit") / "README.md"))
     expected.append([1, 3])
-    if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
-        codes.append(code_of(export(Path("encoder-True-0"), Path("out-onnx"), "onnx") / "README.md"))
-        expected.append([1, SIZES["hidden_size"]])
     (tmp_path / "elsewhere").mkdir()
+    for output in tmp_path.glob("out-*"):
+        output.rename(tmp_path / "elsewhere" / output.name)
     assert shapes(codes, tmp_path / "elsewhere") == expected
 
 
-@pytest.mark.parametrize("fields", [{}, {"pooling": "mean"}], ids=["cls", "mean"])
-def test_the_code_for_timm_runs_and_gives_the_feature(tmp_path, fields):
-    real_timm()
-    source = encoder(tmp_path / "encoder", **fields)
-    folder, found = export(source, tmp_path / "out", "timm"), {}
-    exec(code_of(folder / "README.md"), found)
-    ours = AccelViTModel.from_pretrained(source).eval()(processed_blank(source)).pooler_output
-    torch.testing.assert_close(found["features"], ours.detach(), rtol=1e-4, atol=1e-4)
-
-
-def processed_blank(source: Path) -> torch.Tensor:
-    processor = AutoImageProcessor.from_pretrained(source, backend="pil")
-    return processor(Image.new("RGB", (32, 32)), return_tensors="pt")["pixel_values"]
-
-
-@pytest.mark.slow
-def test_the_code_for_onnx_runs_and_gives_the_feature(tmp_path):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    source = encoder(tmp_path / "encoder")
-    folder, found = export(source, tmp_path / "out", "onnx"), {}
-    exec(code_of(folder / "README.md"), found)
-    ours = AccelViTModel.from_pretrained(source).eval()(processed_blank(source)).pooler_output
-    torch.testing.assert_close(torch.from_numpy(found["features"]), ours.detach(), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize(
+    ("export_format", "processor"),
+    [("vit", False), ("dinov2", False), ("timm", True), pytest.param("onnx", True, marks=pytest.mark.slow)],
+)
+def test_the_code_gives_the_trained_feature(tmp_path, monkeypatch, export_format, processor, pooling):
+    if export_format == "timm":
+        real_timm()
+    if export_format == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    source = encoder(tmp_path / "encoder", processor=processor, pooling=pooling)
+    folder, found = export(source, tmp_path / "out", export_format), {}
+    monkeypatch.chdir(tmp_path)
+    exec(code_of(folder / "README.md").replace("torch.zeros(", "torch.ones("), found)
+    pixels = torch.ones(1, 3, 32, 32)
+    if processor:
+        prepare = AutoImageProcessor.from_pretrained(source, backend="pil")
+        pixels = prepare(Image.new("RGB", (32, 32)), return_tensors="pt")["pixel_values"]
+    ours = AccelViTModel.from_pretrained(source).eval()(pixels).pooler_output
+    torch.testing.assert_close(torch.as_tensor(found["features"]), ours.detach(), rtol=1e-4, atol=1e-4)
+    if export_format in ("vit", "dinov2"):
+        says = "last_hidden_state[:, 1:].mean(1)" if pooling == "mean" else "`pooler_output` is the CLS token"
+        assert says in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("export_format", ["accel_vit", "vit", "dinov2", "timm", "onnx"])
 @pytest.mark.parametrize("processor", [True, False])
-def test_the_code_uses_the_image_processor_where_there_is_one(tmp_path, export_format, processor):
-    about = Export(
-        export_format, "a/b", "0", "2026-01-01", "vit", {}, AccelViTConfig(), 16, False, processor, 0.0, tmp_path
-    )
-    text = export_card(about)
+def test_the_code_uses_the_image_processor_where_there_is_one(export_format, processor):
+    text = export_card(about(export_format, processor=processor))
     assert ("AutoImageProcessor.from_pretrained(" in text) == processor and ("zeros(" in text) != processor
     assert "its features equal the original's.\n" in text
-
-
-@pytest.mark.parametrize("export_format", ["vit", "dinov2"])
-@pytest.mark.parametrize("fields", [{}, {"pooling": "mean"}], ids=["cls", "mean"])
-def test_the_feature_of_the_code_is_the_trained_one(tmp_path, export_format, fields):
-    source = encoder(tmp_path / "encoder", processor=False, **fields)
-    folder, found = export(source, tmp_path / "out", export_format), {}
-    exec(code_of(folder / "README.md").replace("torch.zeros(", "torch.ones("), found)
-    ours = AccelViTModel.from_pretrained(source).eval()(torch.ones(1, 3, 32, 32)).pooler_output
-    torch.testing.assert_close(found["features"], ours.detach(), rtol=1e-4, atol=1e-4)
-    says = "last_hidden_state[:, 1:].mean(1)" if fields else "`pooler_output` is the CLS token"
-    assert says in (folder / "README.md").read_text()
+    assert f' = "out/{export_format}"  # the path to this folder' in text and "/home" not in text
+    compile(text.split("```python")[1].strip("`\n"), "README.md", "exec")
 
 
 def test_origin_and_licence_are_those_of_the_source(tmp_path):
@@ -143,31 +131,29 @@ def test_origin_and_licence_are_those_of_the_source(tmp_path):
     assert f"digest `{digest}`" in text and f" on {date} from" in text
     again = export(folder, tmp_path / "again", "accel_vit")  # the licence goes along
     assert ModelCard((again / "README.md").read_text()).data.to_dict()["license_name"] == "own"
-    outside_code = text.split("```python")[0]
-    assert str(tmp_path) not in outside_code
+    assert str(tmp_path) not in text
 
 
-def test_a_licence_that_is_not_stated_is_not_made_up(tmp_path):
-    folder = export(encoder(tmp_path / "encoder"), tmp_path / "out", "vit")
-    text = (folder / "README.md").read_text()
-    assert "license" not in ModelCard(text).data.to_dict() and "The original states none" in text
-
-
-def test_a_licence_file_of_the_source_is_named_as_such(tmp_path):
-    source = encoder(tmp_path / "encoder")
-    (source / "README.md").write_text("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n")
-    text = (export(source, tmp_path / "out", "vit") / "README.md").read_text()
-    assert "That of the original: own, its text is in the file LICENSE of the original." in text
-    data = ModelCard(text).data.to_dict()
-    assert data["license_name"] == "own" and "license_link" not in data  # there is no such file beside this card
-
-
-def test_several_licences_go_along(tmp_path):
-    source = encoder(tmp_path / "encoder")
-    (source / "README.md").write_text("---\nlicense:\n- mit\n- cc-by-nc-4.0\n---\n")
-    text = (export(source, tmp_path / "out", "vit") / "README.md").read_text()
-    assert "That of the original: mit, cc-by-nc-4.0." in text
-    assert ModelCard(text).data.to_dict()["license"] == ["mit", "cc-by-nc-4.0"]
+@pytest.mark.parametrize(
+    ("licence", "says"),
+    [
+        ({}, "The original states none"),
+        ({"license": ["mit", "cc-by-nc-4.0"]}, "That of the original: mit, cc-by-nc-4.0."),
+        (
+            {"license": "other", "license_name": "own", "license_link": "LICENSE"},
+            "That of the original: own, its text is in the file LICENSE of the original.",
+        ),
+    ],
+    ids=["none", "several", "a file of the original"],
+)
+def test_the_licence_of_the_original_is_stated(licence, says):
+    text = export_card(about(licence=licence))
+    values = ModelCard(text).data.to_dict()
+    assert says in text and {key: values[key] for key in values if key.startswith("license")} == {
+        key: value
+        for key, value in licence.items()
+        if value != "LICENSE"  # There is no such file beside this card.
+    }
 
 
 @pytest.mark.parametrize(
@@ -202,10 +188,11 @@ def test_the_licence_of_a_weight_file_is_that_of_its_folder(tmp_path):
         (None, {}, {}),
         ("no metadata", {}, {}),
         ("---\nlicense: mit\n---\n", {}, {"license": "mit"}),
+        ("---\nlicense: [mit, 0bsd]\nlicense_link: A\n---", {}, {"license": ["mit", "0bsd"], "license_link": "A"}),
         ("---\nlicense: [mit\n---\n", {}, {}),
         ("---\ntags: [a]\n---\n", {"pretrained_cfg": {"license": "apache-2.0"}}, {"license": "apache-2.0"}),
     ],
-    ids=["no card", "no metadata", "card", "broken metadata", "timm"],
+    ids=["no card", "no metadata", "card", "several", "broken metadata", "timm"],
 )
 def test_stated_licence(tmp_path, card, config, expected):
     if card is not None:

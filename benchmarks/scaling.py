@@ -78,7 +78,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("scaling", __doc__)
     parser.add_argument("recipe")
     option = partial(parser.add_argument, metavar="")
-    option("--ms-per-unit", type=float, required=True, help="measured on one GPU")
+    parser.add_argument("--ms-per-unit", type=float, metavar="MS", required=True, help="measured on one GPU")
     option("--gpus", type=int, nargs="+", default=[1, 8, 32, 256], help="default 1 8 32 256")
     option("--gpus-per-node", type=int, default=8, help="default 8")
     option("--node-bandwidth", type=float, default=300.0, help="GB/s a GPU within a machine (default 300)")

@@ -1,5 +1,6 @@
 """benchmarks/cost.py at a toy size: its table, its JSON, its arithmetic, and that what it times is training."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -142,9 +143,11 @@ def test_impossible_options(arguments: list[str], complaint: str, capsys: pytest
     assert stopped.value.code == 2 and complaint in capsys.readouterr().err
 
 
-def test_help(capsys: pytest.CaptureFixture) -> None:
+FILES = sorted(Path(cost.__file__).parent.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", [path.stem for path in FILES if "def main(" in path.read_text()])
+def test_help(name: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cost.main(["--help"])
-    assert stopped.value.code == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert all(text in printed for text in ("--model", "--precision", "--output", " ".join(cost.STRATEGIES)))
+        importlib.import_module(f"benchmarks.{name}").main(["--help"])
+    assert stopped.value.code == 0 and f"python -m benchmarks.{name}" in capsys.readouterr().out

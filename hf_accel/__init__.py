@@ -25,18 +25,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "compression": ("Compression", "Schedule", "Strategy"),
-    "models": (
-        *("PRESETS", "AccelViTBackbone", "AccelViTConfig", "AccelViTForImageClassification", "AccelViTModel"),
-        *("AccelViTPreTrainedModel", "vit_base", "vit_large", "vit_small", "vit_tiny"),
-    ),
-    "objectives": ("DINOForPreTraining", "MoCoForPreTraining", "SimCLRForPreTraining"),
-    "schedule_search": ("estimate_gradient_errors",),
-    "training": ("PretrainConfig", "PretrainTrainer"),
-}
-"""The public names, by the package that defines them. They are imported when they are first used."""
-
 __all__ = [
     "PRESETS",
     "AccelViTBackbone",
@@ -61,9 +49,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f".{home}", __name__), name)
+    """Import a public name from the package that defines it when it is first used."""
+    for home in ("compression", "models", "objectives", "schedule_search", "training") if name in __all__ else ():
+        package = import_module(f".{home}", __name__)
+        if name in package.__all__:
+            return getattr(package, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -135,12 +135,12 @@ class Plan:
 
     def state(self) -> list[list[Any]]:
         """Return the segments in values that JSON can hold."""
-        return [[s.first, s.spent, *(Schedule.constant(s.strategy).to_list())] for s in self.segments]
+        return [[s.first, s.spent, *Schedule.constant(s.strategy).to_list()] for s in self.segments]
 
     def restore(self, state: list[list[Any]], base_patch_size: int) -> None:
         """Continue with the segments of a revised plan. The last one runs to the end of the budget."""
         for number, (first, spent, stage) in enumerate(state):
-            strategy = Schedule.parse([stage], base_patch_size).stages[0].strategy
+            strategy = Strategy.from_dict(stage, base_patch_size)
             cost = self.batch_size * self.units_per_image(strategy)
             self.segments = [*self.segments[:number], _Segment(first, strategy, spent, cost)]
         self._run_to_the_end()

@@ -83,9 +83,9 @@ class Schedule:
 
         A stage is a mapping with the keys of `list_stage_keys`. All but `until` are optional and have the defaults of
         `Strategy.from_dict`. A file may hold `{patch_size, stages}`: stages meant for another base patch size are
-        transferred to this one.
+        transferred to this one. There is no compression for None, nor for "auto", which is searched during training.
         """
-        if value is None:
+        if value is None or value == "auto":
             return cls.constant(Strategy(Compression(base_patch_size)))
         if isinstance(value, str):
             path = find_file(value if folder is None or Path(value).exists() else folder / value, "recipes")

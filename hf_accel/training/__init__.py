@@ -2,6 +2,7 @@
 
 from .config import PretrainConfig
 from .memory import OutOfMemory
-from .trainer import PretrainTrainer, TrainingDiverged
+from .saving import TrainingDiverged
+from .trainer import PretrainTrainer
 
 __all__ = ["OutOfMemory", "PretrainConfig", "PretrainTrainer", "TrainingDiverged"]

@@ -94,9 +94,8 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
         if self.augmentation not in AUGMENTATIONS:
             fail("augmentation", self.augmentation, f"must be one of {list(AUGMENTATIONS)}")
         if self.save_total_limit is not None and self.save_total_limit < 2:
-            fail(
-                "save_total_limit", self.save_total_limit, "must be at least 2, so that a kill during a save loses none"
-            )
+            problem = "must be at least 2, so that a kill during a save loses none"
+            fail("save_total_limit", self.save_total_limit, problem)
         check_launch()
         share = self._images_per_process()
         self._refuse_foreign(share)
@@ -122,10 +121,6 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
         """What autocast computes in; None in fp32."""
         return DTYPES[self.precision]
 
-    def compression_schedule(self, base_patch_size: int) -> Schedule:
-        """The schedule of a model with this patch size; no compression where it is found while training runs."""
-        return Schedule.parse(None if self.schedule == "auto" else self.schedule, base_patch_size)
-
     def to_dict(self) -> dict[str, Any]:
         """The arguments that the run uses, as trackers record them."""
         return {name: value for name, value in super().to_dict().items() if name not in UNUSED}
@@ -138,11 +133,8 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
         processes = int(os.environ.get("WORLD_SIZE", 1))
         parts = self.gradient_accumulation_steps * processes
         if self.batch_size % parts:
-            fail(
-                "batch_size",
-                self.batch_size,
-                f"must be a multiple of gradient_accumulation_steps x processes = {parts}",
-            )
+            problem = f"must be a multiple of gradient_accumulation_steps x processes = {parts}"
+            fail("batch_size", self.batch_size, problem)
         return self.batch_size // parts
 
     def _refuse_foreign(self, images_per_process: int) -> None:

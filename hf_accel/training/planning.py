@@ -25,7 +25,7 @@ UnitsPerImage = Callable[[Strategy], float]
 def read_schedule(args: PretrainConfig, config: AccelViTConfig, local_crop_size: int | None) -> Schedule:
     """The schedule of `args` for this encoder. Raises SettingError for one that the encoder cannot follow."""
     try:
-        schedule = args.compression_schedule(config.patch_size)
+        schedule = Schedule.parse(args.schedule, config.patch_size)
         schedule.validate(config.image_size, config.patch_size, local_crop_size)
     except ValueError as error:
         raise SettingError(f"schedule={args.schedule!r}: {error}") from None
@@ -48,9 +48,8 @@ def make_forward_cost(
     elif is_main() and not path.exists():
         wanted = [c for strategy in strategies for c in (strategy.online, strategy.target_branch)]
         share = args.batch_size // (args.gradient_accumulation_steps * world_size())
-        batch_size = (
-            64 if device.type == "cpu" else share
-        )  # A small batch on a GPU would time the host, not the device.
+        # A small batch on a GPU would time the host, not the device.
+        batch_size = 64 if device.type == "cpu" else share
         path.parent.mkdir(parents=True, exist_ok=True)
         measure_costs(config, wanted, device, batch_size, dtype=args.autocast_dtype).save(path)
     barrier()

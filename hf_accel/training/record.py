@@ -27,11 +27,9 @@ def describe_settings(trainer: Any) -> dict[str, Any]:
     }
     sizes = {key: getattr(model.config, key) for key in ("image_size", "patch_size")}
     same = (
-        *("output_dir", "seed", "augmentation", "view_resolution", "budget", "schedule", "auto_share", "auto_draws"),
-        *("cost", "search_criterion", "batch_size", "gradient_accumulation_steps", "learning_rate", "lr_schedule"),
-        *("warmup", "weight_decay", "weight_decay_end", "max_grad_norm", "torch_compile", "eval_points"),
-        *("keep_points", "knn_k", "knn_temperature", "logging_steps", "save_steps", "save_total_limit", "report_to"),
-        *("push_to_hub", "hub_model_id"),
+        *("output_dir", "seed", *(key.name for key in fields(PretrainSettings)), "gradient_accumulation_steps"),
+        *("learning_rate", "weight_decay", "max_grad_norm", "torch_compile", "logging_steps", "save_steps"),
+        *("save_total_limit", "report_to", "push_to_hub", "hub_model_id"),
     )
     return {
         "task": "pretrain",
@@ -60,15 +58,14 @@ def run_state(trainer: Any) -> dict[str, Any]:
     steps = trainer.state.global_step
     units = trainer.plan.spent_after(steps)
     progress = trainer.plan.progress(units)
-    state: dict[str, Any] = {"step": steps, "units": units, "progress": progress, "seconds": trainer.seconds}
-    state["cpu_seconds"] = trainer.cpu_seconds
-    state |= {"plan": trainer.plan.state(), "engine": engine_of(trainer.accelerator)}
-    state["unreadable"] = {str(index): what for index, what in trainer.source.bad.items()}
-    state["images"] = len(trainer.source)
-    state |= {"evaluation_due": True} if trainer.evaluation_due else {}
-    if trainer.controller:
-        state["controller"] = trainer.controller.state()
-    return state
+    return {
+        **{"step": steps, "units": units, "progress": progress},
+        **{"seconds": trainer.seconds, "cpu_seconds": trainer.cpu_seconds},
+        **{"plan": trainer.plan.state(), "engine": engine_of(trainer.accelerator), "images": len(trainer.source)},
+        "unreadable": {str(index): what for index, what in trainer.source.bad.items()},
+        **({"evaluation_due": True} if trainer.evaluation_due else {}),
+        **({"controller": trainer.controller.state()} if trainer.controller else {}),
+    }
 
 
 def training_results(trainer: Any) -> dict[str, Any]:

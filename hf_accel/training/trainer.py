@@ -1,25 +1,23 @@
 """`PretrainTrainer`: transformers' Trainer, driven by a plan that spends a budget along a schedule."""
 
 import math
-import shutil
 import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 import yaml
 from transformers import PrinterCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import distributed
 from ..compression import Strategy
 from ..data import AUGMENTATIONS, TrainSampler, image_processor, image_source, make_views, train_loader
 from ..data.loader import StepBatches, WholeRun
 from ..distributed.launch import connect_processes
-from ..distributed.sharding import is_sharded, separate_group, shards, whole_state
+from ..distributed.sharding import separate_group
 from ..distributed.signals import stopping_on_sigterm
 from ..distributed.stopping import Stopped, stop_agreed, stop_requested
 from ..objectives import Draw, ObjectiveForPreTraining
@@ -37,17 +35,13 @@ from .finish import finish_run
 from .memory import explained_memory
 from .monitoring import CollapseMonitor
 from .planning import make_forward_cost, make_plan, read_schedule, strategies_of_run
-from .publishing import PublishingTrainer
-from .record import RULES, describe_settings, run_state
+from .record import RULES, describe_settings
 from .resuming import choose_checkpoint, take_over
+from .saving import SavingTrainer
 from .timing import PredictedTime
 
 
-class TrainingDiverged(RuntimeError):
-    """The loss is NaN or infinite."""
-
-
-class PretrainTrainer(PublishingTrainer):
+class PretrainTrainer(SavingTrainer):
     """
     Trains an objective until its budget is spent.
 
@@ -129,24 +123,6 @@ class PretrainTrainer(PublishingTrainer):
         self.add_callback(CollapseMonitor(model.collapse_symptoms))
         self.add_callback(PredictedTime(self))
 
-    @property
-    def objective(self) -> ObjectiveForPreTraining:
-        """The model itself, out of what an engine wraps around it."""
-        return cast(ObjectiveForPreTraining, self.accelerator.unwrap_model(cast(Any, self.model)))
-
-    def whole_objective(self) -> ObjectiveForPreTraining:
-        """The objective as a single process would hold it: itself, or a copy of what an engine keeps in shards.
-
-        All processes must ask for it.
-        """
-        objective = self.objective
-        if not is_sharded(objective):
-            return objective
-        with torch.random.fork_rng(devices=[]):  # its initialisation is thrown away
-            copy = cast(Any, type(objective))(objective.config, **objective.settings)
-        copy.load_state_dict(whole_state(objective))
-        return copy.to(self.args.device).train(objective.training)
-
     # Data
 
     def view_size(self, step: int) -> int:
@@ -225,14 +201,6 @@ class PretrainTrainer(PublishingTrainer):
             finally:
                 self.console.close()
 
-    def _save_between_steps(self) -> None:
-        """Save after a stop in a probe. After one before the first step of this launch there is nothing new to save."""
-        self.stopped, step = True, self.state.global_step
-        last = self.folder.last_complete_checkpoint()
-        is_saved = distributed.broadcast_object(last == self.folder.checkpoint(step))
-        if step > self._first_step and not is_saved:
-            self._save_checkpoint(cast(Any, self.model_wrapped), None)
-
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Gives the micro-batches of a step one by one: a list of hundreds would hold their memory and open files."""
         return cast(Any, StepBatches(epoch_iterator, num_batches, self._count_wait)), None
@@ -291,7 +259,7 @@ class PretrainTrainer(PublishingTrainer):
     def floating_point_ops(self, inputs) -> int:
         return 0  # the ledger is in units
 
-    # Logging, evaluation, saving
+    # Logging and evaluation
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         steps = self.state.global_step
@@ -304,22 +272,16 @@ class PretrainTrainer(PublishingTrainer):
         super().log(logs, start_time)
 
     def _step_logs(self, steps: int) -> dict[str, float]:
-        strategy, size = self.plan[steps - 1].strategy, self.objective.config.image_size
-        online, target = strategy.online, strategy.target_branch
-        prefix = self.objective.config.num_prefix_tokens
-        now, data = time.perf_counter(), self.seconds["data"]
+        strategy, config = self.plan[steps - 1].strategy, self.objective.config
         since, first, data_before = self._window
-        self._window = (now, steps, data)
-        logs = {
-            "patch_size": online.patch_size,
-            "token_dropout": online.token_dropout,
-            "tokens": online.kept_tokens(size) + prefix,
-            "target_patch_size": target.patch_size,
-            "target_token_dropout": target.token_dropout,
-            "target_tokens": target.kept_tokens(size) + prefix,
-            "images_per_second": (steps - first) * self.plan.batch_size / max(now - since, 1e-9),
-            "data_wait_fraction": (data - data_before) / max(now - since, 1e-9),
-        }
+        now, _, data = self._window = (time.perf_counter(), steps, self.seconds["data"])
+        logs: dict[str, float] = {}
+        for prefix, branch in (("", strategy.online), ("target_", strategy.target_branch)):
+            tokens = branch.kept_tokens(config.image_size) + config.num_prefix_tokens
+            logs |= branch.to_dict(prefix) | {f"{prefix}tokens": tokens}
+        taken = max(now - since, 1e-9)
+        logs["images_per_second"] = (steps - first) * self.plan.batch_size / taken
+        logs["data_wait_fraction"] = (data - data_before) / taken
         if self.args.torch_compile:
             from torch._dynamo.utils import counters  # an import of seconds
 
@@ -329,30 +291,9 @@ class PretrainTrainer(PublishingTrainer):
         self._metric_sums, self._metric_count = {}, 0
         return logs
 
-    def diverged(self) -> NoReturn:
-        """End the run with what is known and what to try."""
-        kept = self.folder.last_complete_checkpoint()
-        raise TrainingDiverged(
-            f"the loss, a gradient or the weights are not finite at step {self.state.global_step} "
-            f"(seed {self.args.seed}). Last good checkpoint: {kept or 'none yet'}. Try a lower learning_rate, a "
-            "longer warmup, max_grad_norm=1.0 or mixed_precision=bf16 instead of fp16 with the same command, or, in a "
-            "new output_dir, model_config.freeze_patch_projection=true"
-        )
-
-    def _is_finite(self) -> bool:
-        """Whether the losses since the last log line, and the weights, are finite on every process.
-
-        A loss is computed before its step. What the step itself has ruined shows only in the weights.
-        """
-        weights = shards(self.objective.parameters())
-        tensors = [cast(torch.Tensor, self._tr_loss), *weights, *self.objective.buffers()]
-        finite = torch.stack([torch.isfinite(tensor.detach()).all() for tensor in tensors]).all()
-        return bool(cast(torch.Tensor, self.accelerator.gather(finite.int())).all())
-
     def has_labels(self) -> bool:
         """Whether kNN accuracy can be measured."""
-        labelled = [images is not None and images.labels is not None for images in (self.source, self.validation)]
-        return all(labelled)
+        return all(images is not None and images.labels is not None for images in (self.source, self.validation))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """kNN accuracy of the exported encoder, as a fraction; nothing without labels.
@@ -385,57 +326,3 @@ class PretrainTrainer(PublishingTrainer):
         since, steps, data = self._window
         self._window = (since + taken, steps, data)
         return metrics
-
-    @quiet()
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the encoder that evaluation uses, with its processor and code: `AutoModel` opens the folder.
-
-        The checkpoints of a run hold the whole model. All processes must call it.
-        """
-        if _internal_call:
-            return super().save_model(output_dir, _internal_call)
-        encoder, folder = self.whole_objective().encoder, output_dir or str(self.args.output_dir)
-        if self.args.should_save:
-            with writing(Path(folder), "Make room, and save again"):
-                encoder.save_pretrained(folder)
-                cast(Any, self.processing_class).save_pretrained(folder)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        if self.args.should_save:  # First, as the others wait for it in what follows.
-            self.folder.remove_interrupted(self.state.global_step)
-        if not self._is_finite():
-            self.diverged()
-        checkpoint = self.folder.checkpoint(self.state.global_step)
-        # A process that fails ends, and its launcher ends the others: they may wait for it within an engine's saving.
-        good = self.folder.last_complete_checkpoint()
-        with writing(
-            checkpoint, f"Last good checkpoint: {good or 'none yet'}. Make room, and the same command resumes"
-        ):
-            limit, self.args.save_total_limit = self.args.save_total_limit, None  # Only sealed checkpoints count.
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self.args.save_total_limit = limit
-            distributed.barrier()
-            if self.args.should_save:
-                self._complete_checkpoint(checkpoint)
-                self.folder.remove_old(limit or 10**9)
-        distributed.barrier()  # A process that ended first could have its launcher end the others while they save.
-
-    def _complete_checkpoint(self, checkpoint: Path) -> None:
-        if self.args.cost == "measured":
-            shutil.copy(self.folder.cost_table, checkpoint)
-        state = run_state(self)
-        if self.keep_now:  # First: after a kill in between, the checkpoint is not resumed from and both are redone.
-            kept = self.folder.kept / checkpoint.name
-            shutil.copytree(checkpoint, kept, dirs_exist_ok=True)
-            self.folder.seal(kept, state)
-        self.folder.seal(checkpoint, state)
-
-    def keep_start(self) -> None:
-        """Keep the model as it was initialised; there is no optimizer state yet."""
-        folder = self.folder.kept / f"{PREFIX_CHECKPOINT_DIR}-0"
-        with writing(folder, AGAIN):
-            self.save_model(str(folder), _internal_call=True)
-            if self.args.should_save:
-                self.folder.seal(folder, run_state(self))

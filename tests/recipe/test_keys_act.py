@@ -69,8 +69,9 @@ def publication(field: str) -> Observer:
 def plan(recipe: Any, key: str) -> tuple[int, Compression]:
     """Steps of the run, and the compression of the first one."""
     args = pretrain_config(recipe)
-    schedule = args.compression_schedule(recipe.patch_size)
-    made, _ = make_plan(args, recipe.encoder_config(), schedule, lambda s: 64 / s.online.patch_size**2, 1000)
+    made, _ = make_plan(
+        args, recipe.encoder_config(), recipe.compression_schedule(), lambda s: 64 / s.online.patch_size**2, 1000
+    )
     return len(made), made[0].strategy.online
 
 

@@ -12,11 +12,6 @@ from hf_accel.data import describe_labels, load_sources
 from hf_accel.data.folders import find_layout, image_suffixes, name_split, scan_folder
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
 def write(root, *paths):
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -81,13 +76,6 @@ def test_every_image_of_a_clear_layout_is_loaded(tmp_path, caplog, paths, valida
     if validation:
         split = find_layout("x", sorted(paths)).split
         assert loaded[1] == [path for path, part in zip(sorted(paths), split, strict=True) if part == validation]
-
-
-def test_album_folders_need_not_be_classes(tmp_path):
-    fill(tmp_path, "2019", "2020")
-    assert load(tmp_path)[1] == ["2019", "2020"]
-    (loaded,), classes = load(tmp_path, label_column="none")
-    assert len(loaded) == 6 and classes is None
 
 
 def test_origin_of_folder_labels_is_logged(tmp_path):

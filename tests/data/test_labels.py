@@ -80,10 +80,6 @@ def test_images_of_classes_that_training_lacks_have_no_label(caplog):
     assert "a label: owl; the training split has dog, cat" in caplog.text
 
 
-def test_split_without_any_class_of_training_has_no_labels():
-    assert read_labels(column([0, 1], class_label("fox", "owl")), "label", ["dog", "cat"])[0] is None
-
-
 def test_held_out_images_all_have_a_label():
     labels = torch.tensor([0, -1, 1, -1] * 25)
     kept, held = hold_out(labels, seed=0)

@@ -5,7 +5,6 @@ import pickle
 import signal
 import subprocess
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import datasets
@@ -91,19 +90,6 @@ def test_sampler_against_a_loop(world, accumulation):
             number += 1
 
 
-def test_an_epoch_repeats_nothing_and_the_next_has_another_order():
-    indices = [[item.index for item in batch] for batch in TrainSampler(23, 5, last_step=8)]
-    first, second = [*chain(*indices[:4])], [*chain(*indices[4:])]
-    assert len(set(first)) == len(set(second)) == 20 and first != second
-    assert indices != [[item.index for item in batch] for batch in TrainSampler(23, 5, seed=1, last_step=8)]
-
-
-def test_sampler_starts_at_any_step():
-    whole = list(TrainSampler(50, 4, 2, 1, 2, seed=3, last_step=20))
-    assert list(TrainSampler(50, 4, 2, 1, 2, seed=3, first_step=13, last_step=20)) == whole[26:]
-    assert len(TrainSampler(50, 4, first_step=5, last_step=5)) == 0
-
-
 def test_dataset_smaller_than_a_step_is_refused():
     with pytest.raises(ValueError, match=r"has 47 images and one step takes 48 .*at most 7 per process"):
         TrainSampler(47, 8, world_size=3, accumulation=2)
@@ -151,19 +137,6 @@ def test_crops_are_the_boxes_of_the_views(tmp_path, extension):
                 crop = image.resize((size, size), PIL.Image.Resampling.BILINEAR, box=(left, box[1], right, box[3]))
                 expected = np.asarray(crop).transpose(2, 0, 1)[:, :, :: -1 if box[0] > box[2] else 1]
                 np.testing.assert_array_equal(batch["crops"][view][position].numpy(), expected)
-
-
-def test_files_and_memory_give_the_same_views(tmp_path):
-    files, memory = folder(tmp_path / "set", 12), folder(tmp_path / "copy", 12)
-    memory.hold_in_memory()
-    assert files.pixels is None and memory.pixels is not None
-    made = []
-    for source in (files, memory):
-        (batch,) = train_loader(source, TrainSampler(12, 10), (CROP_ONLY, CROP_ONLY), view_size, seed=3)
-        made.append(make_views(batch, (CROP_ONLY, CROP_ONLY), view_size(0), 3, 0))
-    for one, other in zip(*made, strict=True):
-        assert (one - other).abs().max() < 1.1 / 255
-    assert (made[0][0] - made[0][1]).abs().mean() > 0.05
 
 
 def test_own_sizes_of_views_hold_for_files_and_memory(tmp_path):
@@ -347,12 +320,6 @@ def test_too_many_corrupt_images(tmp_path, workers):
     source.bad.clear()
     with pytest.raises(CorruptDataError, match="2 of 100"):
         list(eval_loader(source, 16, 10, num_workers=workers))
-
-
-def test_dataset_without_any_readable_image_is_an_error(tmp_path):
-    source = folder(tmp_path / "set", 300, broken=range(300))
-    with pytest.raises(CorruptDataError, match="of 300 images"):
-        list(train_loader(source, TrainSampler(300, 50), MOCO, view_size))
 
 
 def test_corrupt_images_in_evaluation(tmp_path):

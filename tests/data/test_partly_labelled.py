@@ -2,10 +2,7 @@
 
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +20,6 @@ from hf_accel.report import describe_data
 from hf_accel.tasks.evaluate import labelled_images
 from hf_accel.training.accuracy import measure_knn
 from tests.tiny_runs import SIZE, launch, read
-from tests.two_processes import results_of
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
 COLUMN = "label_column=label"
@@ -118,25 +114,3 @@ def test_resumed_run_knows_what_could_not_be_read_before(folder, tmp_path):
     launch(folder, output, COLUMN, "save_steps=7")
     names = [entry["image"] for entry in read(output / "results.json")["data"]["unreadable"]]
     assert "nine.png" in names
-
-
-SCRIPT = """
-import sys, torch, torch.distributed as dist
-from hf_accel.distributed import all_gather_objects
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-torch.save(all_gather_objects({rank: "x" * rank}), f"{folder}/{rank}.pt")
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
-def test_objects_of_two_processes_reach_both(tmp_path):
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([*command, str(rank)], env=environment, cwd=root, stderr=subprocess.PIPE) for rank in (0, 1)
-    ]
-    assert results_of(processes, tmp_path) == [[{0: ""}, {1: "x"}]] * 2

@@ -15,12 +15,6 @@ from hf_accel.recipe import RecipeError, load_recipe
 from hf_accel.tasks.setup import images_of
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-
-
 def png():
     buffer = io.BytesIO()
     PIL.Image.new("RGB", (8, 8)).save(buffer, "PNG")

@@ -1,7 +1,6 @@
 """Test that workers return batches unchanged, and that their failures say what to do."""
 
 import os
-import pickle
 import signal
 import time
 from typing import Any
@@ -110,8 +109,3 @@ def test_other_errors_stay_as_they_are(error):
     with pytest.raises(type(error)) as raised, explained_failures():
         raise error
     assert raised.value is error
-
-
-def test_what_a_worker_gets_can_be_pickled():
-    for thing in (pass_on, workers.outlive_sigterm):
-        assert pickle.loads(pickle.dumps(thing)) is thing

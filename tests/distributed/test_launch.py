@@ -233,10 +233,6 @@ def test_what_deepspeed_has_taken_from_the_recipe_passes():
     configured({"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"})
 
 
-def test_without_deepspeed_there_is_nothing_to_set():
-    engine._set_deepspeed(SimpleNamespace(deepspeed_plugin=None), "fp16", False)  # pyright: ignore
-
-
 @pytest.mark.parametrize(
     ("threads", "launched", "processes", "expected"),
     [

@@ -1,14 +1,9 @@
 """A requested stop ends a loop between two items, on all processes at once."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from hf_accel.distributed.stopping import Stopped, clear_stop, request_stop, stop_requested, until_stopped
-from tests.two_processes import results_of
+from tests.two_processes import run_two
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +34,8 @@ def test_a_request_during_the_last_item_counts():
 
 
 SCRIPT = """
-import sys, torch, torch.distributed as dist
-from hf_accel.distributed import all_reduce
+from hf_accel.distributed import all_gather_objects, all_reduce
 from hf_accel.distributed.stopping import Stopped, clear_stop, request_stop, until_stopped
-folder, rank = sys.argv[1], int(sys.argv[2])
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 seen, stopped = [], []
 for asked in (None, 0, 1):  # nobody, then one process each time; the numbers of items differ
     clear_stop()
@@ -59,20 +50,13 @@ for asked in (None, 0, 1):  # nobody, then one process each time; the numbers of
     except Stopped:
         stopped.append(True)
     seen.append(items)
-torch.save((seen, stopped, dist.get_world_size()), f"{folder}/{rank}.pt")
-dist.barrier()
-dist.destroy_process_group()
+results = (seen, stopped, all_gather_objects({rank: "x" * rank}))
 """
 
 
 @pytest.mark.slow
-def test_a_request_to_one_process_stops_both(tmp_path):
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([*command, str(rank)], env=environment, cwd=root, stderr=subprocess.PIPE) for rank in (0, 1)
-    ]
-    one, other = results_of(processes, tmp_path)
-    assert one == ([3, 2, 3], [False, True, True], 2)
-    assert other == ([4, 4, 2], [False, True, True], 2)
+def test_two_processes_stop_together_and_gather_objects(tmp_path):
+    objects = [{0: ""}, {1: "x"}]
+    one, other = run_two(SCRIPT, tmp_path)
+    assert one == ([3, 2, 3], [False, True, True], objects)
+    assert other == ([4, 4, 2], [False, True, True], objects)

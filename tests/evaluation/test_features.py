@@ -1,9 +1,5 @@
 """Test feature extraction: pooling, order, unchanged modes and random state, raw pixels, and two processes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +9,10 @@ from torch.utils.data import DataLoader
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from hf_accel.data import eval_loader, load_sources
-from hf_accel.distributed.stopping import Stopped, clear_stop, request_stop
+from hf_accel.distributed.stopping import Stopped, request_stop
 from hf_accel.evaluation import extract_features, features, raw_pixel_features
 from tests.tiny_runs import image_folder
+from tests.two_processes import run_two
 
 SIZE = 8
 
@@ -129,15 +126,12 @@ def test_a_stop_is_answered_between_batches() -> None:
             yield batch
 
     model = Encoder().train()
-    try:
-        with pytest.raises(Stopped):
-            extract_features(model, loader(), "cpu")
-    finally:
-        clear_stop()
+    with pytest.raises(Stopped):
+        extract_features(model, loader(), "cpu")
     assert len(seen) <= 3 and model.training
 
 
-@pytest.mark.parametrize("rows", [1, 3, 32])
+@pytest.mark.parametrize("rows", [1, 3])
 def test_parts_of_a_batch_change_nothing(monkeypatch, rows) -> None:
     loader, model = list(DataLoader(samples(), batch_size=8)), small_vit()
     expected, expected_labels = extract_features(model, loader, "cpu")
@@ -155,11 +149,8 @@ def test_a_large_batch_is_answered_within_it_on_a_cpu() -> None:
             return super().forward(pixel_values, patch_size)
 
     model = Stopping()
-    try:
-        with pytest.raises(Stopped):
-            extract_features(model, DataLoader(samples(100), batch_size=100), "cpu")
-    finally:
-        clear_stop()
+    with pytest.raises(Stopped):
+        extract_features(model, DataLoader(samples(100), batch_size=100), "cpu")
     assert len(model.asked) <= 3  # two of the check, and the first part
 
 
@@ -183,14 +174,9 @@ def test_large_raw_pixels_are_averaged() -> None:
 
 
 SCRIPT = """
-import sys, torch, torch.distributed as dist
 from torch.utils.data import DataLoader
 from hf_accel.evaluation import features as module
 from tests.evaluation.test_features import Encoder, samples
-folder, rank = sys.argv[1], int(sys.argv[2])
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-assert module.world_size() == 2
 module.GATHER_ROWS = 3
 loaded = []
 def collate(items):
@@ -206,24 +192,15 @@ try:
     module.extract_features(Encoder(), DataLoaderShard(samples(4)), "cpu")
 except TypeError as error:
     found["sharded"] = str(error)
-torch.save((found, loaded, dist.get_world_size()), f"{folder}/{rank}.pt")
-dist.barrier()
-dist.destroy_process_group()
+results = (found, loaded)
 """
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path) -> None:
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-    processes = [subprocess.Popen([*command, str(rank)], env=environment, cwd=root) for rank in range(2)]
-    for process in processes:
-        process.wait(120)
-    # judged by the files: gloo may abort at interpreter exit
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for (found, loaded, world), own in zip(results, ([4, 4, 4, 4, 4], [4, 4, 1, 4]), strict=True):
-        assert world == 2 and loaded == own, "each process loads its own batches only"
+    results = run_two(SCRIPT, tmp_path)
+    for (found, loaded), own in zip(results, ([4, 4, 4, 4, 4], [4, 4, 1, 4]), strict=True):
+        assert loaded == own, "each process loads its own batches only"
         assert "sharded already" in found["sharded"]
         for n in (21, 8, 4, "list"):
             count = 21 if n == "list" else n

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_accel.distributed.stopping import Stopped, clear_stop, request_stop
+from hf_accel.distributed.stopping import Stopped, request_stop
 from hf_accel.evaluation import knn
 from hf_accel.evaluation.knn import knn_accuracy, knn_predict
 
@@ -37,22 +37,6 @@ def test_equals_a_loop_in_any_blocks(monkeypatch, k, temperature, blocks) -> Non
     tensors = torch.from_numpy(bank), torch.from_numpy(labels), torch.from_numpy(queries)
     votes = knn_predict(*tensors, k, temperature, 7)
     np.testing.assert_allclose(votes.numpy(), votes_by_loop(bank, labels, queries, k, temperature, 7), rtol=1e-9)
-
-
-def test_float32_agrees_too() -> None:
-    bank, labels, queries = draw(300, 40)
-    votes = knn_predict(
-        torch.from_numpy(bank).float(), torch.from_numpy(labels), torch.from_numpy(queries).float(), 20, 0.07, 7
-    )
-    assert votes.dtype == torch.float32
-    np.testing.assert_allclose(votes.numpy(), votes_by_loop(bank, labels, queries, 20, 0.07, 7), rtol=1e-3)
-
-
-def test_scale_of_features_does_not_matter() -> None:
-    bank, labels, queries = map(torch.from_numpy, draw(50, 9))
-    torch.testing.assert_close(
-        knn_predict(bank, labels, queries, 5, 0.1, 7), knn_predict(bank * 1e-3, labels, queries * 1e3, 5, 0.1, 7)
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -123,11 +107,8 @@ def test_a_stop_is_answered_between_blocks(monkeypatch) -> None:
 
     monkeypatch.setattr(knn, "_find_nearest", stopping)
     bank, labels, queries = map(torch.from_numpy, draw(60, 50))
-    try:
-        with pytest.raises(Stopped):
-            knn_accuracy(bank, labels, queries, labels[:50])
-    finally:
-        clear_stop()
+    with pytest.raises(Stopped):
+        knn_accuracy(bank, labels, queries, labels[:50])
     assert len(done) <= 2
 
 
@@ -165,16 +146,6 @@ def test_accuracies_are_shares_of_the_votes_first_and_first_five() -> None:
     assert len({n for n in range(9) if places.count(n)}) > 6  # some are fifth, and sixth
     expected = {f"top{n}": sum(place < n for place in places) / 100 for n in (1, 5)}
     assert knn_accuracy(features[:200], labels[:200], features[200:], labels[200:]) == pytest.approx(expected)
-
-
-def test_accuracy_of_clusters() -> None:
-    rng = torch.Generator().manual_seed(0)
-    centres = torch.randn(8, 16, generator=rng)
-    labels = torch.arange(8).repeat(20)
-    features = centres[labels] + 0.1 * torch.randn(160, 16, generator=rng)
-    assert knn_accuracy(features[:80], labels[:80], features[80:], labels[80:]) == {"top1": 1.0, "top5": 1.0}
-    wrong = (labels[80:] + 1) % 8
-    assert knn_accuracy(features[:80], labels[:80], features[80:], wrong, k=5)["top1"] == 0.0
 
 
 def test_classes_that_the_bank_lacks_are_missed() -> None:

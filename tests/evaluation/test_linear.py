@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hf_accel.evaluation.linear as linear
-from hf_accel.distributed.stopping import Stopped, clear_stop, request_stop
+from hf_accel.distributed.stopping import Stopped, request_stop
 from hf_accel.evaluation import LinearConfig, linear_probe, logistic_regression, topk_accuracy
 from hf_accel.evaluation.linear import standardise, train_heads
 from hf_accel.utils.seeding import generator
@@ -170,14 +170,11 @@ def test_a_stop_is_answered_between_batches_or_fits(monkeypatch, method):
     monkeypatch.setattr(linear, "_split", stopping)
     monkeypatch.setattr(linear, "_compute_logits", None)
     monkeypatch.setattr(linear, "topk_accuracy", None)
-    try:
-        with pytest.raises(Stopped):
-            if method == "linear":
-                linear_probe(train, labels, train, CLASSES, LinearConfig(), seed=0)
-            else:
-                logistic_regression(train, labels, train, CLASSES, seed=0)
-    finally:
-        clear_stop()
+    with pytest.raises(Stopped):
+        if method == "linear":
+            linear_probe(train, labels, train, CLASSES, LinearConfig(), seed=0)
+        else:
+            logistic_regression(train, labels, train, CLASSES, seed=0)
     assert len(drawn) == 1
 
 

@@ -14,3 +14,16 @@ AutoModelForImageClassification.register(AccelViTConfig, AccelViTForImageClassif
 # It resizes the shortest edge and crops the centre, as evaluation does. The PIL form comes from its own module, because
 # `from transformers import BitImageProcessor` asks for torchvision.
 AutoImageProcessor.register(AccelViTConfig, image_processor_classes={"pil": BitImageProcessorPil}, exist_ok=True)
+
+__all__ = [
+    "PRESETS",
+    "AccelViTBackbone",
+    "AccelViTConfig",
+    "AccelViTForImageClassification",
+    "AccelViTModel",
+    "AccelViTPreTrainedModel",
+    "vit_base",
+    "vit_large",
+    "vit_small",
+    "vit_tiny",
+]

@@ -48,20 +48,12 @@ def write_search_report(
         schedule: of strategies that the table holds.
         title: of the page and the figures.
         criterion: "ca_mse" or "gain", by which the schedule was chosen.
-
-    Raises:
-        ValueError: the table has no row without token dropout, or a strategy of the schedule has no row.
     """
-    unknown = [str(strategy) for strategy in schedule.strategies if strategy not in table.cost]
-    if unknown:
-        raise ValueError(f"the schedule's strategies have no row in the error table: {'; '.join(unknown)}")
-    text = build_report(table, schedule, title, criterion)
-    output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     plot_gradient_error(table, output / "gradient_error", title)
     plot_ca_mse_heatmap(table, output / "ca_mse_heatmap", title)
     plot_schedule(schedule, table.cost, table.image_size, output / "schedule", title)
-    write_page(text, output / "report.md", title)
+    write_page(build_report(table, schedule, title, criterion), output / "report.md", title)
 
 
 def build_report(table: ErrorTable, schedule: Schedule, title: str, criterion: str) -> str:
@@ -109,7 +101,7 @@ def _schedule_table(table: ErrorTable, schedule: Schedule) -> str:
     rows = []
     for (start, end), stage in zip(pairwise(starts), schedule.stages, strict=True):
         online, target = stage.strategy.online, stage.strategy.target_branch
-        tokens = f"{table.tokens(online)} / {table.tokens(target)}"
+        tokens = " / ".join(str(branch.kept_tokens(table.image_size)) for branch in (online, target))
         cells = [f"{percent(start)} to {percent(end)}", online.abbreviate(), target.abbreviate(), tokens]
         rows.append([*cells, f"{table.cost[stage.strategy]:.3f}"])
     return format_table(["progress", "online", "target", "tokens, online / target", "relative cost"], rows)

@@ -9,9 +9,6 @@ from ..compression.schedule import Schedule, Stage
 from ..compression.strategy import Compression, Strategy, possible_patch_sizes
 from .gradient_error import GradientError
 
-CRITERIA = ("ca_mse", "gain")
-"""What a strategy is chosen by: the paper's cost-adjusted error, or the decrease of the loss per unit."""
-
 SYMMETRIES = ("paper", "symmetric", "asymmetric")
 """Which of a strategy's compressions the target branch shares: the larger patch (the paper's), both, or none."""
 
@@ -62,13 +59,10 @@ def choose_strategies(
     with near certainty. If no strategy of a stage has such a gain, as at the end of training, where noise hides the
     differences, the most expensive strategy is chosen.
 
-    Raises:
-        ValueError: no stage, stages of different strategies, or an unknown criterion.
+    Args:
+        stages: the errors of the same strategies at each stage.
+        criterion: "ca_mse", the cost-adjusted error of the paper, or "gain", the decrease of the loss per unit.
     """
-    if not stages or any(stage.keys() != stages[0].keys() for stage in stages):
-        raise ValueError("expected the errors of the same strategies at one stage or more")
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion {criterion!r}: must be one of {', '.join(CRITERIA)}")
     strategies = sorted(stages[0], key=lambda strategy: relative_cost[strategy])
     # best[k] is the least (sum of logs, sum of costs) of stages that end with strategy k, and their strategies.
     best: list[tuple[tuple[float, float], list[Strategy]]] = [((0.0, 0.0), []) for _ in strategies]
@@ -109,11 +103,8 @@ def _minus_log_gain(
 def build_schedule(points: Sequence[float], strategies: Sequence[Strategy]) -> Schedule:
     """Build the schedule in which each strategy holds around its point of progress, halfway to the neighbouring points.
 
-    Raises:
-        ValueError: the points do not increase within [0, 1].
+    The points increase within [0, 1].
     """
-    if list(points) != sorted(set(points)) or not points or points[0] < 0 or points[-1] > 1:
-        raise ValueError(f"points of progress must increase within [0, 1], got {list(points)}")
     ends = [*((a + b) / 2 for a, b in pairwise(points)), 1.0]
     stages: list[Stage] = []
     for end, strategy in zip(ends, strategies, strict=True):

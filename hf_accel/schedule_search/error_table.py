@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ..compression import Compression, Strategy
+from ..utils.errors import SettingError
 from .choose import SYMMETRIES, build_grid
 from .gradient_error import GradientError
 
@@ -96,13 +97,13 @@ class ErrorTable:
         """Read a table; one without rows if there is no file.
 
         Raises:
-            ValueError: the file cannot be read.
+            SettingError: the file cannot be read.
         """
         try:
             rows = pyarrow.parquet.read_table(path).to_pylist() if path.exists() else []
         except (pyarrow.ArrowException, OSError) as error:
             cause = str(error).splitlines()[0]
-            raise ValueError(f"{path} cannot be read. Remove it to measure again. Cause: {cause}") from None
+            raise SettingError(f"{path} cannot be read. Remove it to measure again. Cause: {cause}") from None
         return cls([{name: value for name, value in row.items() if value is not None} for row in rows])
 
     def save(self, path: Path) -> None:
@@ -119,39 +120,25 @@ class ErrorTable:
 
     @cached_property
     def image_size(self) -> int:
-        """Pixels of a view.
-
-        Raises:
-            ValueError: no row is without token dropout, from which the size follows.
-        """
-        for row in self.rows.values():
-            if row["token_dropout"] == 0:
-                return int(row["patch_size"]) * math.isqrt(int(row["tokens"]))
-        raise ValueError("the error table has no strategy without token dropout, not even the uncompressed one")
-
-    def row(self, progress: float, strategy: Strategy) -> Row | None:
-        return self.rows.get((progress, strategy))
+        """Pixels of a view, which follow from a row without token dropout."""
+        row = self.rows[self.points[0], self.uncompressed]
+        return row["patch_size"] * math.isqrt(row["tokens"])
 
     def values(self, name: str, progress: float) -> np.ndarray:
-        """Column `name` of a stage (strategies,), as `relative` says; NaN where there is no row."""
-        rows = [self.row(progress, strategy) for strategy in self.strategies]
-        return np.array([math.nan if row is None else row[name] / self.unit(row, name) for row in rows])
+        """Return column `name` of a stage, (strategies,), in the units that `relative` says."""
+        rows = [self.rows[progress, strategy] for strategy in self.strategies]
+        return np.array([row[name] / self.unit(row, name) for row in rows])
 
     def unit(self, row: Row, name: str) -> float:
-        """What `values` are divided by."""
+        """Return what `values` are divided by."""
         if not self.relative:
             return 1.0
         if not name.startswith("gain"):
             return row["reference_norm2"]
-        uncompressed = self.row(row["progress"], self.uncompressed)
-        return uncompressed["gain"] if uncompressed else math.nan
+        return self.rows[row["progress"], self.uncompressed]["gain"]
 
     def chosen(self, progress: float) -> list[Strategy]:
-        return [strategy for strategy in self.strategies if (row := self.row(progress, strategy)) and row["chosen"]]
-
-    def tokens(self, compression: Compression) -> int:
-        """Patch tokens of a view."""
-        return compression.kept_tokens(self.image_size)
+        return [strategy for strategy in self.strategies if self.rows[progress, strategy]["chosen"]]
 
     def label(self, strategy: Strategy) -> str:
         """As "p8 d0.5"; where the table has several symmetries, with the target's compression if that differs."""

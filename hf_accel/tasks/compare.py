@@ -70,11 +70,9 @@ def compare(runs: Sequence[str], output: Path = Path()) -> None:
     Raises:
         SettingError: a run is missing or not finished.
     """
-    if not runs:
-        raise SettingError("compare needs the folders of finished runs: hf-accel compare RUN RUN ...")
     finished = [FinishedRun.load(run) for run in runs]
     names = [run.name for run in finished]
-    names = names if len(set(names)) == len(names) else list(runs)
+    names = names if len(set(names)) == len(names) else runs
     text = build_comparison(dict(zip(names, finished, strict=True)))
     output.mkdir(parents=True, exist_ok=True)
     batches = [run.results["images_seen"] // run.results["steps"] for run in finished]

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 
 import torch
 import yaml
@@ -25,18 +26,12 @@ def print_environment(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "distributed": torch.distributed.is_available(),
     }
-    found["accelerate"] = read_default_config()
+    # What `accelerate launch` takes for granted without options: the file that `accelerate config` has written.
+    config = Path(default_config_file)
+    found["accelerate"] = yaml.safe_load(config.read_text()) if config.is_file() else "no default configuration"
     found["variables"] = {
         name: "(set)" if any(word in name for word in SECRETS) else value
         for name, value in sorted(os.environ.items())
         if name.startswith(VARIABLES)
     }
     print(yaml.safe_dump(found, sort_keys=False, width=120), end="")
-
-
-def read_default_config() -> object:
-    """What `accelerate launch` takes for granted without options: the file that `accelerate config` has written."""
-    if not os.path.isfile(default_config_file):
-        return "no default configuration"
-    with open(default_config_file) as file:
-        return yaml.safe_load(file)

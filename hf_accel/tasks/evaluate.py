@@ -3,7 +3,6 @@
 import re
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from hashlib import blake2b
@@ -38,7 +37,7 @@ from ..evaluation import (
 from ..recipe import Recipe, RecipeError
 from ..report import add_run, environment, find_run, format_evaluations
 from ..run_folder import RunFolder
-from .setup import build_objective, images_of, output_of, start
+from .setup import build_objective, images_of, naming, output_of, start
 
 RANDOM = "random"
 """As `checkpoint`: the recipe's own encoder, as a run with its `seed` starts from."""
@@ -93,7 +92,7 @@ def evaluate(recipe: Recipe) -> None:
         )
     arguments = start(recipe)
     source, validation = labelled_images(recipe)
-    with naming("checkpoint", recipe.checkpoint):
+    with naming(f"checkpoint={recipe.checkpoint!r}"):
         encoder, processor = encoder_of(recipe, source)
         size, mean, std = input_of(processor)
     shown = {"image_size": size, "mean": [round(x, 4) for x in mean], "std": [round(x, 4) for x in std]}
@@ -142,7 +141,7 @@ def take(bench: Bench, name: str, patch_size: int | None, seed: int | None) -> N
         say(f"{label}: found in {recipe.output_dir}/results.json")
         return
     started = time.perf_counter()
-    with naming(f"{name} of checkpoint", recipe.checkpoint):
+    with naming(f"{name} of checkpoint={recipe.checkpoint!r}"):
         results = run(bench, patch_size, seed or 0, folder_name(question, seed))
     for images in (bench.source, bench.validation):
         images.gather_bad()
@@ -301,14 +300,3 @@ def folder_name(question: dict[str, Any], seed: int | None) -> str:
     name = re.sub(r"[^0-9A-Za-z.]+", "-", str(question["checkpoint"])).strip("-.")[-40:]
     digest = blake2b(repr(sorted(question.items())).encode(), digest_size=3).hexdigest()
     return f"finetuned-{name}-{digest}-seed{seed}"
-
-
-@contextmanager
-def naming(key: str, value: Any):
-    """Turn a ValueError into a RecipeError that names the key."""
-    try:
-        yield
-    except ValueError as error:
-        if isinstance(error, RecipeError | NotFineTunable):
-            raise
-        raise RecipeError(f"{key}={value!r}: {error}") from error

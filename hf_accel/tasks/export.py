@@ -21,6 +21,7 @@ from transformers import (
     ViTForImageClassification,
     ViTModel,
 )
+from transformers.image_utils import PILImageResampling
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.utils.hub import cached_file
 
@@ -32,7 +33,7 @@ from ..models.conversion import State, from_dinov2, from_vit, to_dinov2, to_vit,
 from ..models.conversion_timm import from_timm, to_timm
 from ..recipe import Recipe, RecipeError
 from ..utils.weight_files import opening, read_tensors
-from .setup import output_of
+from .setup import naming, output_of
 
 TOLERANCE = 1e-5
 """Largest difference of any feature, relative to the largest feature."""
@@ -42,8 +43,6 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TIMM_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16}
 TIMM_ARCHITECTURE = r"vit_(tiny|small|base|large)_patch\d+(_reg\d+_dinov2|_dinov2|_\d+)(\..*)?"
 """timm's plain ViTs. For others, neither the weights nor config.json state activations and epsilons."""
-
-PIL_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 Features = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 """Pixels (B, C, S, S) -> what is compared, by name."""
@@ -90,10 +89,8 @@ def export(recipe: Recipe) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as scratch:
         folder = Path(scratch) / recipe.export_format
         folder.mkdir()
-        try:
+        with naming(f"export_format={recipe.export_format!r}"):
             read_back = WRITERS[recipe.export_format](source, patch_size, folder)
-        except ValueError as error:
-            raise RecipeError(f"export_format={recipe.export_format!r}: {error}") from None
         if source.processor is not None:
             source.processor.save_pretrained(folder)
         names = ["last_hidden_state", "logits", *["pooler_output"] * source.shares_pooler(recipe.export_format)]
@@ -167,26 +164,19 @@ def largest_difference(one: Features, other: Features, config: AccelViTConfig, n
 
 def read_source(recipe: Recipe) -> Source:
     """Read an encoder, classifier or training checkpoint of ours, or a ViT or DINOv2 of transformers or timm."""
-    checkpoint = str(recipe.checkpoint)
-    try:
+    checkpoint, config = str(recipe.checkpoint), {}
+    folder = weights = checkpoint
+    with naming(f"checkpoint={checkpoint!r}"):
         if Path(checkpoint).is_file():
-            source = timm_source(recipe, Path(checkpoint), {})
-            source.licence = stated_licence(str(Path(checkpoint).parent), {})
-            return source
-        refuse_run_folder(checkpoint)
-        with opening(checkpoint):
-            config = json.loads(Path(cast(str, cached_file(checkpoint, "config.json"))).read_text())
-            weights = cached_file(checkpoint, "model.safetensors") if "architecture" in config else None
-        if weights is not None:
-            source = timm_source(recipe, Path(weights), config)
+            folder = str(Path(checkpoint).parent)
         else:
-            source = transformers_source(checkpoint, config)
-        source.licence = stated_licence(checkpoint, config)
+            refuse_run_folder(checkpoint)
+            with opening(checkpoint):
+                config = json.loads(Path(cast(str, cached_file(checkpoint, "config.json"))).read_text())
+                weights = cached_file(checkpoint, "model.safetensors") if "architecture" in config else None
+        source = timm_source(recipe, Path(weights), config) if weights else transformers_source(checkpoint, config)
+        source.licence = stated_licence(folder, config)
         return source
-    except ValueError as error:
-        if isinstance(error, RecipeError):
-            raise
-        raise RecipeError(f"checkpoint={checkpoint!r}: {error}") from error
 
 
 def transformers_source(checkpoint: str, config: dict[str, Any]) -> Source:
@@ -241,7 +231,7 @@ def timm_processor(config: dict[str, Any]) -> BitImageProcessorPil | None:
     return BitImageProcessorPil(
         size={"shortest_edge": int(side / values.get("crop_pct", 1.0) + 1e-6)},  # timm rounds down
         crop_size={"height": side, "width": side},
-        resample=PIL_FILTERS[values.get("interpolation", "bicubic")],
+        resample=PILImageResampling[values.get("interpolation", "bicubic").upper()].value,
         image_mean=list(values["mean"]),
         image_std=list(values["std"]),
     )
@@ -302,7 +292,7 @@ def write_timm(source: Source, patch_size: int, folder: Path) -> Features:
             "mean": list(processor.image_mean),
             "std": list(processor.image_std),
             "crop_pct": side / edge if edge else 1.0,
-            "interpolation": {number: name for name, number in PIL_FILTERS.items()}[int(processor.resample)],
+            "interpolation": PILImageResampling(processor.resample).name.lower(),
         }
     config = {
         "architecture": "vit_base_patch16_224",  # the model_args make it ours
@@ -319,27 +309,15 @@ def write_timm(source: Source, patch_size: int, folder: Path) -> Features:
     return features_of(accel_model(*from_timm(written, arguments["num_heads"], arguments["global_pool"])))
 
 
-class OnnxOutputs(nn.Module):
-    """Features as a tuple, in the order of `names`."""
-
-    def __init__(self, model: nn.Module, names: list[str]):
-        super().__init__()
-        self.model, self.names = model, names
-
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs = self.model(pixel_values)
-        return tuple(outputs[name] for name in self.names)
-
-
 def write_onnx(source: Source, patch_size: int, folder: Path) -> Features:
-    """`model.onnx`: images of the base size in batches of any."""
+    """Write `model.onnx`, which takes any number of images of the base size."""
     model = accel_model(*with_learned_positions(source.config, source.state, patch_size))
     size = (2, source.config.num_channels, source.config.image_size, source.config.image_size)
     names = ["logits"] if isinstance(model, AccelViTForImageClassification) else ["last_hidden_state", "pooler_output"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporter warns of its own calls of torch
         torch.onnx.export(
-            OnnxOutputs(model, names).eval(),
+            model,
             (torch.zeros(size),),
             folder / "model.onnx",
             input_names=["pixel_values"],

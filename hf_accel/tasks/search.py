@@ -21,14 +21,14 @@ from ..objectives import ObjectiveForPreTraining
 from ..recipe import Recipe, RecipeError
 from ..report import environment, write_search_report
 from ..run_folder import RUN_STATE_NAME, RunFolder, read_state
-from ..schedule_search.choose import build_schedule, build_schedule_file, choose_strategies
+from ..schedule_search.choose import build_grid, build_schedule, build_schedule_file, choose_strategies
 from ..schedule_search.error_table import ErrorTable
 from ..schedule_search.gradient_error import GradientError, chunks, estimate_errors
 from ..schedule_search.gradient_probe import GradientProbe
 from ..training.config import PretrainConfig
 from ..training.planning import make_forward_cost
 from ..utils.writing import write_text
-from .setup import build_objective, continue_recipe, grid_of, images_of, output_of, pretrain_config
+from .setup import build_objective, continue_recipe, images_of, naming, output_of, pretrain_config
 
 ERRORS_NAME = "gradient_error.parquet"
 SCHEDULE_NAME = "schedule.yaml"
@@ -74,7 +74,9 @@ def search_checkpoints(recipe: Recipe, config: PretrainConfig, checkpoints: list
     objective = build_objective(recipe)
     if config.torch_compile:
         objective.compile_encoders()
-    strategies = grid_of(recipe)
+    with naming("the grid of the search"):
+        of_grid = recipe.search_token_dropout, recipe.search_patch_size, recipe.search_symmetry
+        strategies = build_grid(recipe.image_size, recipe.patch_size, *of_grid)
     wanted = [*recipe.compression_schedule().strategies, *strategies]
     forward_cost = make_forward_cost(config, objective.config, config.device, wanted)
     base = objective.units_per_image(strategies[0], forward_cost)
@@ -85,7 +87,7 @@ def search_checkpoints(recipe: Recipe, config: PretrainConfig, checkpoints: list
     objective.to(config.device)  # pyright: ignore[reportArgumentType]
     parts = Parts(recipe, config, objective, source)
     report_differences(recipe)
-    finished, rows = load_finished(output / ERRORS_NAME), []
+    finished, rows = ErrorTable.load(output / ERRORS_NAME), []
     for progress, folder in checkpoints:
         rows += measure_checkpoint(parts, folder, progress, cost, finished)
         if is_main():
@@ -120,33 +122,19 @@ def write_result(recipe: Recipe, table: ErrorTable, schedule: Schedule, data_nam
     write_search_report(table, schedule, output, title, recipe.search_criterion)
 
 
-def load_finished(path: Path) -> ErrorTable:
-    """Read the table of an earlier launch, if there is one.
-
-    Raises:
-        RecipeError: it cannot be read.
-    """
-    try:
-        return ErrorTable.load(path)
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
-
-
 def kept_checkpoints(pilot: Path) -> list[tuple[float, Path]]:
     """Find the checkpoints that a run has kept for good: (progress, folder), in order.
 
     Raises:
         RecipeError: there is none.
     """
-    found = []
-    for path in RunFolder(pilot).kept.glob(f"*/{RUN_STATE_NAME}"):
-        found.append((round(read_state(path.parent)["progress"], 6), path.parent))
-    if not found:
+    folders = [path.parent for path in RunFolder(pilot).kept.glob(f"*/{RUN_STATE_NAME}")]
+    if not folders:
         raise RecipeError(
             f"pilot={str(pilot)!r}: no checkpoints in {RunFolder(pilot).kept}; train the pilot with "
             "keep_points=[0.0,0.25,0.5,0.75,1.0]"
         )
-    return sorted(found)
+    return sorted((round(read_state(folder)["progress"], 6), folder) for folder in folders)
 
 
 def report_differences(recipe: Recipe) -> None:
@@ -204,12 +192,9 @@ def measure_errors(
     size = sum(parameter.numel() for parameter in probe.parameters)
     passes = len(chunks(list(cost), max(1, int(memory // (8 * size)))))
     total = recipe.search_draws * (len(cost) + passes)
-    try:
-        with tqdm(total=total, desc=f"progress {progress:.0%}", disable=not is_main(), file=sys.stderr) as bar:
-            draws = range(recipe.search_draws)
-            return estimate_errors(probe, cost, draws, memory, bar.update, probe.base)
-    except ValueError as error:
-        raise RecipeError(f"the search at {folder}: {error}") from error
+    bar = tqdm(total=total, desc=f"progress {progress:.0%}", disable=not is_main(), file=sys.stderr)
+    with naming(f"the search at {folder}"), bar:
+        return estimate_errors(probe, cost, range(recipe.search_draws), memory, bar.update, probe.base)
 
 
 def describe_doubt(uncompressed: GradientError, draws: int) -> str:

@@ -1,6 +1,7 @@
 """What the tasks have in common: images, objective and arguments that a recipe describes, built and checked."""
 
 import tempfile
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -8,19 +9,29 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..compression import Strategy
 from ..data import CorruptDataError, ImageSource, describe_labels, load_sources
 from ..data.tables import NO_LABELS
 from ..distributed import say
 from ..distributed.launch import autocast_arguments, check_launch, choose_precision, on_cpu, start_processes
+from ..evaluation import NotFineTunable
 from ..models import AccelViTModel
 from ..objectives import OBJECTIVES, ObjectiveForPreTraining
 from ..recipe import Recipe, RecipeError
 from ..run_folder import RunFolder
-from ..schedule_search.choose import build_grid
 from ..training.config import PretrainConfig
 from ..utils.causes import reason
 from ..utils.pretrain_settings import PretrainSettings
+
+
+@contextmanager
+def naming(subject: str):
+    """Turn a ValueError into a RecipeError that begins with what it is about."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, RecipeError | NotFineTunable):
+            raise
+        raise RecipeError(f"{subject}: {error}") from error
 
 
 def output_of(recipe: Recipe) -> Path:
@@ -97,24 +108,8 @@ def build_objective(recipe: Recipe) -> ObjectiveForPreTraining:
         except (ValueError, ImportError) as error:
             raise RecipeError(f"attn_implementation={recipe.attn_implementation!r}: {error}") from None
     objective: Any = OBJECTIVES[recipe.objective]
-    try:
-        model = objective(config, **recipe.objective_config)
-    except ValueError as error:
-        raise RecipeError(f"objective_config={recipe.objective_config!r}: {error}") from None
-    return model
-
-
-def grid_of(recipe: Recipe) -> list[Strategy]:
-    try:
-        return build_grid(
-            recipe.image_size,
-            recipe.patch_size,
-            recipe.search_token_dropout,
-            recipe.search_patch_size,
-            recipe.search_symmetry,
-        )
-    except ValueError as error:
-        raise RecipeError(f"the grid of the search: {error}") from None
+    with naming(f"objective_config={recipe.objective_config!r}"):
+        return objective(config, **recipe.objective_config)
 
 
 def images_of(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:

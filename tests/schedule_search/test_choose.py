@@ -29,21 +29,6 @@ def test_the_grid_holds_every_strategy_once():
         build_grid(28, 4, [0.0], symmetries=["papper"])
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_the_choice_against_trying_every_monotone_sequence(seed):
-    rng = np.random.default_rng(seed)
-    strategies = [Strategy(Compression(4, r)) for r in (0.75, 0.5, 0.25, 0.0)]
-    cost = dict(zip(strategies, sorted(rng.random(4)), strict=True))
-    stages = [{s: error(float(rng.lognormal())) for s in strategies} for _ in range(3)]
-    sequences = [way for way in product(range(4), repeat=3) if list(way) == sorted(way)]
-    losses = [
-        sum(np.log(stage[strategies[k]].ca_mse) for stage, k in zip(stages, way, strict=True)) for way in sequences
-    ]
-    best = [strategies[k] for k in sequences[int(np.argmin(losses))]]
-    assert choose_strategies(stages, cost) == best
-    assert choose_strategies(stages, cost, "gain") == best  # the gain of these is 1 / ca_mse
-
-
 def rule_of_one_stage(stage, cost, criterion: str) -> list[float]:
     """What each strategy adds to the sum of logarithms, transcribed from the words of `choose_strategies`."""
     if criterion == "gain":
@@ -60,7 +45,7 @@ def rule_of_one_stage(stage, cost, criterion: str) -> list[float]:
 
 
 @pytest.mark.parametrize("criterion", ["ca_mse", "gain"])
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(30))
 def test_the_choice_of_noisy_estimates_against_every_sequence(seed, criterion):
     """Intervals, ties, estimates below zero, and strategies in any order."""
     rng = np.random.default_rng(seed)
@@ -111,19 +96,6 @@ def test_the_surest_gain_wins_or_the_uncompressed_strategy():
     lost = {cheap: gaining(9.0, 20.0), middle: gaining(2.0, 9.0), full: gaining(1.0, 2.0)}
     assert choose_strategies([lost], cost, "gain") == [full]
     assert choose_strategies([clear, noisy, lost], cost, "gain") == [middle, full, full]
-    with pytest.raises(ValueError, match=r"'gane'.*ca_mse, gain"):
-        choose_strategies([clear], cost, "gane")
-
-
-def test_compression_never_increases():
-    cheap, full = Strategy(Compression(7)), Strategy(Compression(4))
-    cost = {cheap: 0.3, full: 1.0}
-    early, late = {cheap: error(1.0), full: error(4.0)}, {cheap: error(4.0), full: error(1.0)}
-    assert choose_strategies([early, late, late], cost) == [cheap, full, full]
-    # one stage against two: the odd one out gives way
-    assert choose_strategies([early, late, early], cost) in ([cheap, cheap, cheap],)
-    with pytest.raises(ValueError, match="same strategies"):
-        choose_strategies([early, {cheap: error(1.0)}], cost)
 
 
 def test_stages_reach_halfway_to_their_neighbours_or_merge():
@@ -131,11 +103,6 @@ def test_stages_reach_halfway_to_their_neighbours_or_merge():
     schedule = build_schedule([0.0, 0.25, 0.5, 0.75, 1.0], [a, a, b, c, c])
     assert [(stage.until, stage.strategy) for stage in schedule.stages] == [(0.375, a), (0.625, b), (1.0, c)]
     assert build_schedule([0.4], [b]) == Schedule.constant(b)
-    for points in ([0.5, 0.25], [0.5, 0.5], [-0.1, 0.5], [0.5, 1.1]):
-        with pytest.raises(ValueError, match="increase"):
-            build_schedule(points, [a, b])
-    with pytest.raises(ValueError, match="increase"):
-        build_schedule([], [])
     assert Schedule(list(schedule.stages)) == schedule  # pyright: ignore[reportArgumentType]
 
 

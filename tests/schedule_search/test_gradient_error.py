@@ -58,13 +58,6 @@ def test_against_loops(draws):
         assert error.gain_interval == pytest.approx((gain - margins[2], gain + margins[2]))
 
 
-def test_bias2_is_the_mean_over_different_draws():
-    reference, compressed = paired(np.random.default_rng(1), 11, 6, 0.5)
-    d = compressed - reference
-    written = (d.mean(0) ** 2).sum() - ((d - d.mean(0)) ** 2).sum() / (6 * 5)
-    assert accumulate(reference, compressed).bias2 == pytest.approx(written)
-
-
 def test_estimates_are_unbiased_where_the_plain_one_is_not():
     rng, size, draws, bias, repetitions = np.random.default_rng(0), 40, 16, 1.0, 400
     truth = {"bias2": bias**2, "ca_mse": bias**2 + COST * size * 0.25}
@@ -191,13 +184,7 @@ def test_chunks_change_nothing_and_ask_for_each_gradient_once():
 
 
 def test_what_cannot_be_estimated_is_refused():
-    with pytest.raises(ValueError, match="above 0"):
-        GradientErrorAccumulator({"a": 0.0})
     accumulator = GradientErrorAccumulator({"a": 1.0})
-    with pytest.raises(ValueError, match="expected gradients of"):
-        accumulator.add(torch.zeros(3), {"b": torch.zeros(3)})
-    with pytest.raises(ValueError, match="one size"):
-        accumulator.add(torch.zeros(3), {"a": torch.zeros(4)})
     with pytest.raises(ValueError, match="a is not finite"):
         accumulator.add(torch.zeros(3), {"a": torch.full((3,), torch.nan)})
     for _ in range(2):

@@ -89,7 +89,6 @@ def test_a_run_that_is_missing_or_unfinished_is_named(tmp_path):
     done = write_run(tmp_path / "done")
     (tmp_path / "begun").mkdir()
     for runs, message in (
-        ([], "compare needs the folders of finished runs"),
         ([done, str(tmp_path / "none")], "none: there is no such folder. Give the output_dir of each run"),
         ([done, str(tmp_path / "begun")], "begun holds no finished run. Launch its command again"),
     ):

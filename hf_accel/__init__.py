@@ -52,7 +52,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name from the package that defines it when it is first used."""
     for home in ("compression", "models", "objectives", "schedule_search", "training") if name in __all__ else ():
         package = import_module(f".{home}", __name__)
-        if name in package.__all__:
+        if hasattr(package, name):
             return getattr(package, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -25,16 +25,7 @@ import hf_accel
 from hf_accel import AccelViTConfig, AccelViTForImageClassification, AccelViTModel
 from hf_accel.models import configuration_accel_vit
 from hf_accel.objectives import OBJECTIVES
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
-def config(**overrides: Any) -> AccelViTConfig:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    return AccelViTConfig(**{**sizes, "image_size": 32, "patch_size": 8, **overrides})
+from tests.models.tiny import tiny_config
 
 
 def features(model: AccelViTModel) -> torch.Tensor:
@@ -60,7 +51,7 @@ def remote_class(reference: str, folder: Path) -> Any:
     ids=["default", "everything"],
 )
 def test_model_roundtrip(tmp_path: Path, fields: dict[str, Any]) -> None:
-    model = AccelViTModel(config(**fields))
+    model = AccelViTModel(tiny_config(**fields))
     features(model)
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
@@ -75,7 +66,7 @@ def test_model_roundtrip(tmp_path: Path, fields: dict[str, Any]) -> None:
 
 
 def test_classifier_roundtrip(tmp_path: Path) -> None:
-    model = AccelViTForImageClassification(config(num_labels=3)).eval()
+    model = AccelViTForImageClassification(tiny_config(num_labels=3)).eval()
     model.save_pretrained(tmp_path / "classifier")
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "classifier")
     images = torch.randn(2, 3, 32, 32)
@@ -93,25 +84,11 @@ def test_classifier_roundtrip(tmp_path: Path) -> None:
     assert again.classifier.out_features == 7 and torch.equal(features(again.encoder), features(model.encoder))
 
 
-def test_a_training_checkpoint_opens_as_its_encoder(tmp_path: Path) -> None:
-    model = AccelViTModel(config())
-    state = {f"encoder.{name}": value.clone() for name, value in model.state_dict().items()}
-    state |= {f"momentum_encoder.{name}": torch.randn_like(value) for name, value in model.state_dict().items()}
-    state["projector.0.weight"] = torch.randn(4, 16)
-    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    model.config.save_pretrained(tmp_path)
-    loaders: list[Any] = [AccelViTModel.from_pretrained, AutoModel.from_pretrained]
-    for load in loaders:
-        loaded, report = load(tmp_path, output_loading_info=True)
-        assert not report["missing_keys"] and not report["mismatched_keys"]
-        assert torch.equal(features(loaded), features(model))
-
-
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_checkpoint_of_every_objective_opens_silently(tmp_path: Path, name: str) -> None:
     objective: Any = OBJECTIVES[name]
     small = {"dino": {"num_prototypes": 8, "head_hidden_size": 8, "bottleneck_size": 8}}
-    model = objective(config(), **small.get(name, {"projector_hidden_size": 8, "projection_size": 8}))
+    model = objective(tiny_config(), **small.get(name, {"projector_hidden_size": 8, "projection_size": 8}))
     model.save_pretrained(tmp_path)
     load: Any = AccelViTModel.from_pretrained
     loaded, report = load(tmp_path, output_loading_info=True)
@@ -124,7 +101,7 @@ def test_checkpoint_of_every_objective_opens_silently(tmp_path: Path, name: str)
 
 
 def test_a_frozen_projection_stays_frozen(tmp_path: Path) -> None:
-    model = AccelViTForImageClassification(config(freeze_patch_projection=True))
+    model = AccelViTForImageClassification(tiny_config(freeze_patch_projection=True))
     model.save_pretrained(tmp_path)
     for loaded in (
         model,
@@ -144,7 +121,7 @@ def test_image_processor_is_saved_and_loaded(tmp_path: Path, save_processor: boo
     """It resizes the shortest edge to 32 and crops the centre with PIL, even if the file does not name its class."""
     values = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     values |= {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
-    config().save_pretrained(tmp_path)
+    tiny_config().save_pretrained(tmp_path)
     if save_processor:
         BitImageProcessorPil(**values).save_pretrained(tmp_path)
     else:
@@ -161,7 +138,7 @@ def test_image_processor_is_saved_and_loaded(tmp_path: Path, save_processor: boo
 @pytest.mark.parametrize("kind", [AccelViTModel, AccelViTForImageClassification])
 def test_patch_size_at_load_time(tmp_path: Path, kind: Any) -> None:
     """It applies to calls that name none. The kernel, and the base that is saved again, do not change."""
-    model = kind(config(num_labels=3)).eval()
+    model = kind(tiny_config(num_labels=3)).eval()
     model.save_pretrained(tmp_path / "base")
     images = torch.randn(2, 3, 32, 32)
     auto: Any = AutoModel if kind is AccelViTModel else AutoModelForImageClassification
@@ -185,7 +162,7 @@ def test_image_size_at_load_time_keeps_the_features(
 ) -> None:
     """The positions span an image of any size, so they must not be laid out again."""
     monkeypatch.setattr(configuration_accel_vit.logger, "propagate", True, raising=False)
-    model = AccelViTModel(config(position_embedding_type=kind)).eval()
+    model = AccelViTModel(tiny_config(position_embedding_type=kind)).eval()
     model.save_pretrained(tmp_path)
     images = torch.randn(2, 3, 64, 64)
     for image_size, said in ((64, True), (100, True), (32, False), (None, False)):
@@ -204,7 +181,7 @@ def test_every_checkpoint_carries_its_code(tmp_path: Path) -> None:
     names = {Path(path).name for path in needed} | {"modeling_accel_vit.py"}
     moco: Any = OBJECTIVES["moco"]
     sizes = {"projector_hidden_size": 16, "projection_size": 8}
-    for number, model in enumerate((AccelViTModel(config()), moco(config(), **sizes))):
+    for number, model in enumerate((AccelViTModel(tiny_config()), moco(tiny_config(), **sizes))):
         folder = tmp_path / str(number)
         model.save_pretrained(folder, state_dict=model.state_dict())  # as the Trainer does
         assert {path.name for path in folder.glob("*.py")} == names
@@ -220,7 +197,7 @@ def test_every_checkpoint_carries_its_code(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("modules_cache")
 def test_remote_code_beside_the_package(tmp_path: Path) -> None:
     """A checkpoint's own files work in a process that has the package, and what they save is complete."""
-    model = AccelViTModel(config())
+    model = AccelViTModel(tiny_config())
     model.save_pretrained(tmp_path / "repo")
 
     def remote(name: str, folder: Path) -> Any:
@@ -240,14 +217,14 @@ def test_remote_code_beside_the_package(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("modules_cache")
 def test_what_a_remote_configuration_saves_opens_as_a_model(tmp_path: Path) -> None:
     """The folder of its module in transformers' cache holds the model files, too."""
-    AccelViTModel(config()).save_pretrained(tmp_path / "repo")
+    AccelViTModel(tiny_config()).save_pretrained(tmp_path / "repo")
     remote = remote_class("configuration_accel_vit.AccelViTConfig", tmp_path / "repo")
     remote.from_pretrained(tmp_path / "repo").save_pretrained(tmp_path / "again")
     names = [{path.name for path in (tmp_path / name).glob("*.py")} for name in ("repo", "again")]
     assert names[0] == names[1]
     auto_map = json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"]
     assert auto_map.keys() == {"AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoBackbone"}
-    model = remote_class(auto_map["AutoModel"], tmp_path / "again")(config())
+    model = remote_class(auto_map["AutoModel"], tmp_path / "again")(tiny_config())
     assert model(torch.randn(1, 3, 32, 32)).pooler_output.shape == (1, 16)
 
 
@@ -255,7 +232,7 @@ def test_what_a_remote_configuration_saves_opens_as_a_model(tmp_path: Path) -> N
 def test_every_model_file_decides_the_configuration_class(tmp_path: Path) -> None:
     """`AutoModel` finds the model class by the configuration class, so other code must have another one."""
     reference = "configuration_accel_vit.AccelViTConfig"
-    config().save_pretrained(tmp_path / "original" / "final")
+    tiny_config().save_pretrained(tmp_path / "original" / "final")
     shutil.copytree(tmp_path / "original", tmp_path / "copy")
     original = remote_class(reference, tmp_path / "original" / "final")
     assert remote_class(reference, tmp_path / "copy" / "final") is original

@@ -10,23 +10,14 @@ from torch import nn
 from transformers import AutoBackbone, AutoConfig, Dinov2Backbone
 from transformers.models.auto import auto_factory
 
-from hf_accel import AccelViTBackbone, AccelViTConfig, AccelViTForImageClassification, AccelViTModel
+from hf_accel import AccelViTBackbone, AccelViTForImageClassification, AccelViTModel
 from hf_accel.models.conversion import to_dinov2
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
-def config(**overrides: Any) -> AccelViTConfig:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
-    return AccelViTConfig(**{**sizes, "image_size": 32, "patch_size": 8, **overrides})
+from tests.models.tiny import tiny_config
 
 
 def backbone(**overrides: Any) -> Any:
     """Return a backbone whose last LayerNorm is not the identity."""
-    model = AccelViTBackbone(config(**overrides)).eval()
+    model = AccelViTBackbone(tiny_config(num_hidden_layers=3, **overrides)).eval()
     nn.init.normal_(model.layernorm.weight)
     return model
 
@@ -88,7 +79,7 @@ def test_hidden_states_on_request_and_gradients() -> None:
 
 @torch.no_grad()
 def test_loads_from_any_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    classifier = AccelViTForImageClassification(config(num_labels=3))
+    classifier = AccelViTForImageClassification(tiny_config(num_hidden_layers=3, num_labels=3))
     classifier.save_pretrained(tmp_path / "classifier")
     classifier.encoder.save_pretrained(tmp_path / "encoder")
     pixels = torch.randn(1, 3, 32, 32)
@@ -112,4 +103,4 @@ def test_loads_from_any_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_stage_that_is_not_there_is_named() -> None:
     with pytest.raises(ValueError, match=r"out_features must be a subset of stage_names.*stage9"):
-        config(out_features=["stage9"])
+        tiny_config(out_features=["stage9"])

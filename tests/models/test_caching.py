@@ -9,15 +9,10 @@ import pytest
 import torch
 from torch.export import Dim, export
 
-from hf_accel import AccelViTConfig, AccelViTModel
 from hf_accel.models import caching_accel_vit
 from hf_accel.models.caching_accel_vit import TensorCache
 from hf_accel.models.shortening_accel_vit import resize_patch_kernel, sincos_waves
-
-
-def tiny(**overrides) -> AccelViTModel:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    return AccelViTModel(AccelViTConfig(**{**sizes, "image_size": 32, "patch_size": 8, **overrides})).eval()
+from tests.models.tiny import tiny
 
 
 def test_the_cache_drops_what_was_used_longest_ago() -> None:

@@ -2,13 +2,12 @@
 
 import shutil
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from hf_accel import AccelViTConfig, AccelViTModel
+from tests.models.tiny import tiny
 
 pytestmark = pytest.mark.slow
 
@@ -19,11 +18,6 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-
-
-def tiny(**overrides: Any) -> AccelViTModel:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    return AccelViTModel(AccelViTConfig(**{**sizes, "image_size": 32, "patch_size": 8, **overrides}))
 
 
 @pytest.mark.parametrize("kind", ["sincos", "learned"])

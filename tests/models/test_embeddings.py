@@ -9,21 +9,12 @@ from accelerate import cpu_offload
 from torch import nn
 from torch.nn.utils import parametrize
 
-from hf_accel import AccelViTConfig, AccelViTForImageClassification, AccelViTModel
+from hf_accel import AccelViTForImageClassification
 from hf_accel.models.embeddings_accel_vit import AccelViTPatchProjection
+from tests.models.tiny import tiny
 
 CALLS = [(None, 0.0), (16, 0.0), (4, 0.0), (8, 0.5), (12, 0.5)]
 """Patch sizes and token dropouts."""
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
-def tiny(**overrides: Any) -> AccelViTModel:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    return AccelViTModel(AccelViTConfig(**{**sizes, "image_size": 48, "patch_size": 8, **overrides})).eval()
 
 
 def features(model: nn.Module, patch_size: int | None, token_dropout: float) -> torch.Tensor:

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
-from hf_accel import AccelViTConfig, AccelViTForImageClassification
+from hf_accel import AccelViTForImageClassification
 from hf_accel.objectives import OBJECTIVES
+from tests.models.tiny import tiny_config
 from tests.tiny_runs import STEPS, image_folder, launch
 
 ROOT = Path(__file__).parents[2]
@@ -77,9 +78,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
     """Write an encoder, a classifier, a training checkpoint and an image, and return the expected outputs."""
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    labels: dict[str, Any] = {"id2label": {0: "cat", 1: "dog"}}
-    config = AccelViTConfig(**sizes, image_size=32, patch_size=8, **labels)
+    config = tiny_config(id2label={0: "cat", 1: "dog"})
     classifier: Any = AccelViTForImageClassification(config).eval()
     moco: Any = OBJECTIVES["moco"]
     training = moco(config, projector_hidden_size=16, projection_size=8)
@@ -126,16 +125,6 @@ def test_every_way_to_open_a_checkpoint(checkpoints: tuple[Path, dict[str, Any]]
     assert results.keys() == expected.keys()
     for name, values in expected.items():
         torch.testing.assert_close(torch.tensor(results[name]), values, atol=1e-5, rtol=1e-5, msg=name)
-
-
-@pytest.mark.slow
-def test_without_the_package_and_without_trust_it_is_refused(checkpoints: tuple[Path, dict], tmp_path: Path) -> None:
-    script = SCRIPT.replace('{"trust_remote_code": True} if remote else {}', "{}")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path), "PYTHONPATH": ""}
-    command = [sys.executable, "-c", script, str(checkpoints[0]), "remote"]
-    options: dict[str, Any] = {"cwd": tmp_path, "env": environment, "stdin": subprocess.DEVNULL}
-    result = subprocess.run(command, **options, capture_output=True, text=True, check=False)
-    assert result.returncode != 0 and "trust_remote_code=True" in result.stderr
 
 
 OTHER_CODE = """

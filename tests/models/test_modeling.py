@@ -23,11 +23,6 @@ SIZES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def config(**overrides: Any) -> AccelViTConfig:
     return AccelViTConfig(**{**SIZES, **overrides})
 

@@ -8,13 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_accel import AccelViTConfig, AccelViTModel
 from hf_accel.models.shortening_accel_vit import resize_patch_kernel
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
+from tests.models.tiny import tiny
 
 
 def bilinear_matrix(old_size: int, new_size: int) -> np.ndarray:
@@ -87,10 +82,7 @@ def test_a_matrix_made_in_inference_mode_serves_training() -> None:
 
 
 def test_the_cache_is_no_part_of_the_model() -> None:
-    config = AccelViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4
-    )
-    model = AccelViTModel(config).eval()
+    model = tiny(image_size=16, patch_size=4)
     names = set(model.state_dict())
     images = torch.randn(2, 3, 16, 16)
     expected = model(images, patch_size=8).pooler_output

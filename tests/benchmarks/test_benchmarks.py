@@ -47,19 +47,17 @@ def check_run(output: Path, printed: str) -> None:
     assert "whole step: " in printed and "encoder alone: no row has 49 tokens" in printed
 
 
-@pytest.mark.slow
-def test_toy_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param(["--device", "cpu"], marks=pytest.mark.slow),
+        pytest.param(["--device", "cuda", "--precision", "bf16"], marks=pytest.mark.gpu),
+    ],
+    ids=["cpu", "cuda"],
+)
+def test_toy_run(device: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = tmp_path / "cost.json"
-    arguments = [*ARGUMENTS, "--device", "cpu", "--output", str(output)]
-    assert cost.main(arguments) == 0
-    check_run(output, capsys.readouterr().out)
-
-
-@pytest.mark.gpu
-def test_toy_run_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    output = tmp_path / "cost.json"
-    arguments = [*ARGUMENTS, "--device", "cuda", "--precision", "bf16", "--output", str(output)]
-    assert cost.main(arguments) == 0
+    assert cost.main([*ARGUMENTS, *device, "--output", str(output)]) == 0
     check_run(output, capsys.readouterr().out)
 
 

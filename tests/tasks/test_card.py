@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -171,16 +172,21 @@ def test_a_hub_that_is_down_at_the_start_is_found_later(images, tmp_path):
         assert only_model_files(of(hub, "ann/late")) == WHOLE and of(hub, "ann/late").commits[-1] == LAST
 
 
+def wait_for_results(hub: Hub, process: subprocess.Popen, output: Path) -> None:
+    """Wait until training is over, while the upload of the first checkpoint hangs."""
+    assert hub.uploading.wait(200)
+    while not (output / "results.json").exists():
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        hub.hold.wait(0.05)
+    assert of(hub).commits == [] and hub.uploads == []
+
+
 @pytest.mark.slow
 def test_steps_do_not_wait_for_an_upload(images, tmp_path):
     with Hub() as hub:
         hub.hold.clear()
         process = start(hub.url, images, tmp_path / "run")
-        assert hub.uploading.wait(200)  # the first checkpoint's, which hangs from now on
-        while not (tmp_path / "run" / "results.json").exists():
-            assert process.poll() is None, process.stdout and process.stdout.read()
-            hub.hold.wait(0.05)
-        assert of(hub).commits == [] and hub.uploads == []
+        wait_for_results(hub, process, tmp_path / "run")
         hub.hold.set()
         ended(process)
         assert of(hub).commits == ["Step 2, 25% of the budget", LAST]
@@ -203,11 +209,7 @@ def test_of_two_processes_one_pushes_and_neither_waits(images, tmp_path):
     with Hub() as hub:
         hub.hold.clear()
         process = start(hub.url, images, tmp_path / "run", two=True)
-        assert hub.uploading.wait(200)  # the first checkpoint's, which hangs until training is over, and then breaks
-        while not (tmp_path / "run" / "results.json").exists():
-            assert process.poll() is None, process.stdout and process.stdout.read()
-            hub.hold.wait(0.05)
-        assert of(hub).commits == [] and hub.uploads == []
+        wait_for_results(hub, process, tmp_path / "run")
         hub.drop = 1
         hub.hold.set()
         text, _ = process.communicate(timeout=300)  # its status says little: gloo may abort at exit

@@ -149,12 +149,8 @@ def test_the_same_command_goes_on_where_it_stopped(whole, folder, tmp_path, monk
 def test_patch_sizes(whole, folder, tmp_path, capsys):
     overrides = [*TASK, "evaluations=[knn, logistic]", f"checkpoint={whole / 'final'}", "eval_patch_sizes=[4, 8]"]
     output = launch(folder, tmp_path / "run", *overrides)
-    assert [(e["evaluation"], e["patch_size"]) for e in entries(output)] == [
-        ("knn", 4),
-        ("logistic", 4),
-        ("knn", 8),
-        ("logistic", 8),
-    ]
+    found = [(entry["evaluation"], entry["patch_size"]) for entry in entries(output)]
+    assert found == [("knn", 4), ("logistic", 4), ("knn", 8), ("logistic", 8)]
     assert "at patch 8: top-1" in capsys.readouterr().out
 
 
@@ -263,13 +259,8 @@ def test_checkpoints_that_cannot_be_evaluated(dinov2, folder, tmp_path):
     refused(
         folder, tmp_path / "1", r"SettingError: checkpoint='.*/nowhere': there is no such folder", "checkpoint=/nowhere"
     )
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-    }
-    text = saved("text", BertModel(BertConfig(**sizes, vocab_size=20)))
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = saved("text", BertModel(BertConfig(**sizes, intermediate_size=32, vocab_size=20)))
     refused(folder, tmp_path / "2", "SettingError: checkpoint=.*BertModel takes input_ids, not images", text)
 
 

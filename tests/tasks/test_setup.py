@@ -13,7 +13,6 @@ from hf_accel.tasks.setup import (
     pretrain_config,
 )
 from hf_accel.training.trainer import PretrainTrainer
-from hf_accel.utils.writing import write_json
 
 
 def test_a_batch_that_does_not_divide_is_named(monkeypatch):
@@ -75,44 +74,38 @@ def no_launcher(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
 
-def begin(output, state: str, text: str) -> None:
-    """A run with this recipe.yaml that was begun, has a checkpoint, or is complete."""
-    (output / "recipe.yaml").write_text(text)
-    if state != "begun":
-        (output / "checkpoint-1").mkdir()
-        RunFolder.seal(output / "checkpoint-1", {"step": 1})
-    if state == "complete":
-        write_json(output / "results.json", {"units": 1.0})
+@pytest.fixture
+def launched(tmp_path, no_launcher):
+    """Makes a recipe for the folder of a run that has a checkpoint and was started in fp32."""
 
-
-@pytest.mark.parametrize("state", ["begun", "saved", "complete"])
-def test_what_may_change_of_a_run_and_when(state, tmp_path, no_launcher):
-    def launched(*overrides: str):
+    def load(*overrides: str):
         return load_recipe("recipes/moco.yaml", [f"output_dir={tmp_path}", *overrides])
 
-    assert continue_recipe(launched("seed=5")) == []  # there is nothing yet
-    begin(tmp_path, state, launched("mixed_precision=no").to_yaml())
+    assert continue_recipe(load("seed=5")) == []  # there is nothing yet
+    every_key = {**asdict(load()), "mixed_precision": "no", "checkpoint": "runs/other/final", "of_old": 3}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(every_key))
+    (tmp_path / "checkpoint-1").mkdir()
+    RunFolder.seal(tmp_path / "checkpoint-1", {"step": 1})
+    return load
+
+
+def test_what_may_change_of_a_run_is_what_its_keys_declare(launched):
     assert continue_recipe(launched("num_workers=3", "logging_steps=1")) == []
-    remedy = "remove this one" if state == "begun" else "restore the key"
-    for override in ("seed=1", "search_criterion=gain", "learning_rate=0.1", "mixed_precision=bf16"):
-        if state == "saved" and override.startswith(("learning_rate", "mixed_precision")):
-            (note,) = continue_recipe(launched(override))
-            assert note.startswith(f"Continuing with {override.partition('=')[0]}=")
-            continue
-        with pytest.raises(RecipeError, match=rf"^{override.partition('=')[0]}=.*holds a run with.*{remedy}"):
+    for override in ("learning_rate=0.1", "mixed_precision=bf16"):
+        (note,) = continue_recipe(launched(override))
+        assert note.startswith(f"Continuing with {override.partition('=')[0]}=")
+    for override in ("seed=1", "search_criterion=gain"):
+        with pytest.raises(RecipeError, match=rf"^{override.partition('=')[0]}=.*holds a run with"):
             continue_recipe(launched(override))
 
 
-def test_a_run_of_an_earlier_version_goes_on_in_its_precision(tmp_path, no_launcher, monkeypatch):
-    recipe = load_recipe("recipes/moco.yaml", [f"output_dir={tmp_path}"])
-    every_key = {**asdict(recipe), "mixed_precision": "no", "checkpoint": "runs/other/final", "of_old": 3}
-    begin(tmp_path, "saved", yaml.safe_dump(every_key))
+def test_a_run_goes_on_in_its_precision(launched, monkeypatch):
+    recipe = launched()
     monkeypatch.setattr("hf_accel.distributed.launch._has_bf16", lambda: True)
     assert recipe.mixed_precision == "auto" and continue_recipe(recipe) == []
     assert recipe.mixed_precision == "no" and yaml.safe_load(recipe.to_yaml())["mixed_precision"] == "no"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # which is a correction, as the recipe's own word would be
-    recipe = load_recipe("recipes/moco.yaml", [f"output_dir={tmp_path}"])
-    assert continue_recipe(recipe) == ["Continuing with mixed_precision='bf16' (until here 'no')"]
+    assert continue_recipe(launched()) == ["Continuing with mixed_precision='bf16' (until here 'no')"]
 
 
 def test_label_column_none_turns_labels_off(capsys):

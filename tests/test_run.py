@@ -140,11 +140,3 @@ def test_interrupted_and_resumed_equals_left_alone(whole_run, tmp_path, objectiv
     assert last_logs(whole) == last_logs(tmp_path)
     if signum == signal.SIGTERM:
         assert "complete" in run(tmp_path, objective=objective)
-
-
-@pytest.mark.slow
-def test_a_folder_with_another_recipe_is_refused_and_kept(whole):
-    process = start(whole, "seed=7")
-    text, _ = process.communicate(timeout=100)
-    assert process.returncode != 0 and "seed=7" in text and "output_dir" in text
-    assert (whole / "results.json").is_file()

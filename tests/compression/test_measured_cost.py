@@ -16,13 +16,6 @@ CONFIG = AccelViTConfig(
 BASE = Compression(4)
 
 
-def test_a_table_reads_back_as_it_was_saved(tmp_path):
-    table = CostTable({Compression(4): 1.0, Compression(8, 0.1 + 0.2): 0.12345678901234, Compression(16): 1e-3}, "cpu")
-    table.save(tmp_path / "table.json")
-    assert CostTable.load(tmp_path / "table.json") == table
-    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
-
-
 def test_a_compression_without_a_measured_cost_is_named():
     table = CostTable({BASE: 1.0, Compression(8): 0.3}, "cpu")
     assert table(Compression(8)) == 0.3

@@ -333,18 +333,6 @@ def test_each_view_meets_its_own_logits():
     torch.testing.assert_close(whole, dino_loss(student, teacher, dino.get_buffer("center"), 0.1, temperature))
 
 
-def test_units():
-    def cost(compression: Compression, image_size: int | None = None, /) -> float:
-        return (0.4 if compression.token_dropout else 1.0) * ((image_size or 24) / 24) ** 2
-
-    crops = model(num_local_crops=4, local_crop_size=12)
-    assert model().units_per_image(WHOLE, cost) == 8
-    assert model().units_per_image(Strategy(Compression(4, 0.5)), cost) == pytest.approx(2 * (3 * 0.4 + 1))
-    assert crops.units_per_image(WHOLE, cost) == pytest.approx(8 + 4 * 3 * 0.25)
-    local = Strategy(Compression(4), local=Compression(4, 0.5))
-    assert crops.units_per_image(local, cost) == pytest.approx(8 + 4 * 3 * 0.25 * 0.4)
-
-
 # Head and checkpoints
 
 

@@ -59,12 +59,6 @@ def test_sizes_and_temperatures_start_above_zero(objective):
             objective(CONFIG, **{name: value})
 
 
-def test_output_of_the_last_norm_is_standardised():
-    output = mlp(3, 24, 64, 16)(torch.randn(32, 24))
-    torch.testing.assert_close(output.mean(dim=0), torch.zeros(16), atol=1e-5, rtol=0)
-    torch.testing.assert_close(output.std(dim=0, correction=0), torch.ones(16), atol=1e-2, rtol=0)
-
-
 @pytest.mark.parametrize("affine", [True, False])
 def test_one_process_is_torch_bit_for_bit(affine):
     torch.manual_seed(0)

@@ -33,6 +33,9 @@ from tests.tiny_runs import RECIPE
 from tests.two_processes import results_of
 
 ROWS, SIZE, STEPS = 12, 6, 2
+CONFIG = AccelViTConfig(
+    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4
+)
 Results = dict[str, torch.Tensor]
 
 
@@ -83,11 +86,8 @@ def nt_xent() -> Results:
 
 def objective(name: str, **settings: Any) -> Results:
     """A training step as it is run: the gradients that data parallel training gives to every process."""
-    config = AccelViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4
-    )
     torch.manual_seed(0)
-    model = OBJECTIVES[name](config, **settings).train()
+    model = OBJECTIVES[name](CONFIG, **settings).train()
     parallel: nn.Module = model
     if world_size() > 1:
         parallel = DistributedDataParallel(cast(nn.Module, model), broadcast_buffers=False)
@@ -104,11 +104,8 @@ def objective(name: str, **settings: Any) -> Results:
 
 def dino_steps() -> Results:
     """DINO's centre over steps of two micro-batches, with plain gradient descent in between."""
-    config = AccelViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4
-    )
     torch.manual_seed(0)
-    model = DINOForPreTraining(config, **DINO_HEAD).train()
+    model = DINOForPreTraining(CONFIG, **DINO_HEAD).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     results: Results = {}
     for step in range(STEPS):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from hf_accel.compression import Compression, Strategy
 from hf_accel.data import load_sources
 from hf_accel.objectives import SimCLRForPreTraining
 from hf_accel.recipe import EvaluateRecipe, PretrainRecipe, SearchRecipe
-from hf_accel.tasks import evaluate, setup
+from hf_accel.tasks import evaluate, search, setup
 from hf_accel.tasks.card import publication_of
-from hf_accel.tasks.setup import build_objective, grid_of, images_of, pretrain_config
+from hf_accel.tasks.setup import build_objective, images_of, pretrain_config
 from hf_accel.training.planning import make_plan
 from hf_accel.training.publishing import PublishingTrainer
 
@@ -139,6 +140,15 @@ GRID: dict[str, tuple[Any, list[Strategy]]] = {
     "search_token_dropout": ([0.0, 0.5], [Strategy(Compression(p, r)) for p in (4, 8) for r in (0.0, 0.5)]),
     "search_patch_size": ([4], [Strategy(Compression(4, tenth / 10)) for tenth in range(10)]),
 }
+
+
+def grid_of(recipe: Any) -> list[Strategy]:
+    """The strategies that a search compares, without the one of its schedule."""
+    costs = MagicMock(side_effect=KeyboardInterrupt)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(search, "make_forward_cost", costs)
+        search.search_checkpoints(recipe, pretrain_config(recipe), [])
+    return costs.call_args.args[-1][1:]
 
 
 def test_keys_of_the_grid_act():

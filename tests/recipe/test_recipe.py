@@ -74,7 +74,6 @@ def test_every_recipe_reads_and_comes_back_from_its_resolved_form(path, tmp_path
         ("budget=0", ["budget=0.0", "units"]),
         ("budget=much", ["budget='much'", "100 epochs"]),
         ("budget=100 apochs", ["budget='100 apochs'", "number of epochs"]),
-        ("save_total_limit=1", ["save_total_limit", "2"]),
         ("task=pretain", ["pretain", "pretrain"]),
         ("task=evaluate", ["checkpoint"]),
         ("evaluations=[knn, liner]", ["liner", "did you mean 'linear'"]),
@@ -87,7 +86,6 @@ def test_every_recipe_reads_and_comes_back_from_its_resolved_form(path, tmp_path
         ('data=" "', ["data=' '", "leave it out"]),
         ('train_split=""', ["train_split=''", "leave it out"]),
         ('checkpoint=""', ["checkpoint=''"]),
-        ("eval_patch_sizes=[0]", ["eval_patch_sizes=[0]", "from 1"]),
         ("eval_seeds=[a]", ["eval_seeds='a'", "int"]),
         ("report_to=5", ["report_to=5", "str"]),
         ("linear_config.epoch=3", ["linear_config.epoch=3", "did you mean 'epochs'"]),
@@ -98,20 +96,18 @@ def test_every_recipe_reads_and_comes_back_from_its_resolved_form(path, tmp_path
         ("finetune_config.layer_decay=2", ["finetune_config", "layer_decay=2.0", "at most 1"]),
         ("seed", ["key=value"]),
         ("seed=[1", ["seed=[1", "not valid YAML", "quotes"]),
-        ("seed=-1", ["seed=-1", "from 0"]),
-        ("eval_seeds=[4294967296]", ["eval_seeds=[4294967296]", "whole numbers"]),
+        ("view_resolution=matched schedule=auto", ["view_resolution='matched'", "known beforehand"]),
         ("budget=.inf", ["budget=inf", "finite"]),
         ("learning_rate=.nan", ["learning_rate=nan", "finite"]),
         ("objective.temperature=3", ["objective.temperature=3", "'moco'", "no mapping"]),
         ("batch_size=1", ["batch_size=1", "moco", "at least 2"]),
         ("model_config.num_hidden_layers=0", ["num_hidden_layers", "at least 1"]),
         ("schedule=recipes/simclr.yaml", ["schedule='recipes/simclr.yaml'", "stages=None"]),
-        ("eval_points=[2]", ["eval_points"]),
     ],
 )
 def test_a_bad_value_is_an_error_that_names_it_and_the_fix(override, words):
     with pytest.raises(RecipeError) as error:
-        load(override)
+        load(*override.split(" ") if "schedule=auto" in override else [override])
     assert all(word in str(error.value) for word in words), error.value
 
 
@@ -144,12 +140,6 @@ def test_the_last_good_value_and_the_first_bad_one(keys, last, beyond):
         for value in beyond:
             with pytest.raises(RecipeError, match=rf"^{key}="):
                 load(f"{key}={value}")
-
-
-def test_what_auto_cannot_do_is_refused_where_it_is_followed():
-    auto = ["schedule=auto", "auto_share=0.5"]
-    with pytest.raises(RecipeError, match=r"view_resolution='matched'.* known beforehand"):
-        load_recipe("recipes/moco.yaml", [*auto, "view_resolution=matched"])
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 import hf_accel.run as entry
 from hf_accel.compression import Compression, CostTable, Schedule, forward_cost
-from hf_accel.recipe import PretrainRecipe, RecipeError, load_recipe
+from hf_accel.recipe import PretrainRecipe, load_recipe
 from hf_accel.run_folder import RunFolder
 from hf_accel.schedule_search.gradient_error import GradientErrorAccumulator
 from hf_accel.schedule_search.gradient_probe import GradientProbe
@@ -183,15 +184,6 @@ def in_gradient(monkeypatch, number: int, act: Callable[[], Any]) -> list[int]:
     return calls
 
 
-def kill_in_gradient(monkeypatch, number: int) -> None:
-    """The probe's gradient of this number is never finished."""
-
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    in_gradient(monkeypatch, number, interrupt)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["between probes", "before a probe", "with a probe"])
 def test_stopped_and_resumed_equals_left_alone(where, whole, folder, tmp_path, monkeypatch, capsys):
@@ -212,7 +204,8 @@ def test_stopped_and_resumed_equals_left_alone(where, whole, folder, tmp_path, m
 def test_killed_in_the_middle_of_a_probe_and_resumed_equals_left_alone(probe, whole, folder, tmp_path, monkeypatch):
     output, rungs = tmp_path / "run", len(LADDER)
     with monkeypatch.context() as patch:
-        kill_in_gradient(patch, 4 if probe == "the first" else DRAWS * rungs + 4)
+        number = 4 if probe == "the first" else DRAWS * rungs + 4
+        in_gradient(patch, number, MagicMock(side_effect=KeyboardInterrupt))
         with pytest.raises(SystemExit, match="Interrupted"):
             launch(folder, output, *AUTO)
     assert bool(list(output.glob("checkpoint-*"))) == (probe == "a later")
@@ -233,11 +226,6 @@ def test_a_probe_stopped_between_draws_equals_left_alone(probe, whole, folder, t
     assert RunFolder(output).checkpoints()[:1] == ([output / f"checkpoint-{step}"] if step else [])
     launch(folder, output, *AUTO)
     assert_same_run(whole, output)
-
-
-def test_full_views_only(tmp_path):
-    with pytest.raises(RecipeError, match=r"view_resolution='matched': needs a schedule known beforehand"):
-        load_recipe("recipes/moco.yaml", ["schedule=auto", "view_resolution=matched"])
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_with_advice(folder, tmp_path, monkeypatch):

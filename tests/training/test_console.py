@@ -122,14 +122,17 @@ def test_trackers_get_no_argument_that_a_run_does_not_use(tmp_path):
         assert record["budget"] == 64 and record["batch_size"] == 256
 
 
-def test_the_console_and_trackers_of_a_run(tmp_path, capfd):
+def test_the_console_and_trackers_of_a_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("hf_accel.training.timing.TIMED_STEPS", 3)  # after one step of warm-up
     folder = image_folder(tmp_path / "data")
     output = launch(folder, tmp_path / "run", "report_to=[tensorboard]", "model_config.num_hidden_layers=1")
     out, err = capfd.readouterr()
-    lines = out.splitlines()
+    *lines, _ = out.splitlines()
+    (predicted,) = [lines.pop(number) for number, line in enumerate(lines) if line.startswith("About ")]
+    assert predicted.endswith("for the remaining 4 steps")
     assert [line[:7] for line in lines[:6]] == ["Images:", "Labels:", "Model: ", "Device:", "Stages:", "Budget:"]
     assert lines[5] == "Budget: 8 steps of 16 images, 512 of 512 units" and "{" not in out and err == ""
-    assert [line[:8] for line in lines[6:-1]] == [f"step {min(step, 8)}/8" for step in range(1, 10)]
+    assert [line[:8] for line in lines[6:]] == [f"step {min(step, 8)}/8" for step in range(1, 10)]
     events = EventAccumulator(str(next(output.glob("runs/*"))), {"tensors": 0, "scalars": 0}).Reload()
     assert [event.value for event in events.Scalars("train/units")][:8] == [64.0 * step for step in range(1, 9)]
     (recipe,) = events.Tensors("recipe/text_summary")

@@ -26,7 +26,7 @@ STEP = 16 * 4.0
 UNLIKE_DEFAULTS: dict[str, Any] = {
     **{"budget": 10 * STEP, "schedule": STAGES, "learning_rate": 3e-3, "warmup": 0.3},
     **{"weight_decay": 0.2, "weight_decay_end": 0.6, "knn_k": 3, "knn_temperature": 2.0},
-    **{"eval_points": [0.5, 1.0], "keep_points": [0.3]},
+    **{"eval_points": [0.5, 1.0], "keep_points": [0.3], "save_steps": 1000},
 }
 
 

@@ -83,9 +83,9 @@ def test_any_encoders_in_one_table(whole, dinov2, folder, tmp_path, capsys):
     for checkpoint in (whole / "final", dinov2, "random"):
         launch(folder, output, *TASK, ALL, "eval_seeds=[0, 1]", f"checkpoint={checkpoint}")
     table = capsys.readouterr().out.split("30 images:\n")[-1].splitlines()
-    assert len(table) == 1 + 12 and len(entries(output)) == 12
+    assert len(table) == 2 + 12 and len(entries(output)) == 12
     for checkpoint in (whole / "final", dinov2, "random"):
-        assert sum(line.startswith(str(checkpoint)) for line in table) == 4
+        assert sum(line.startswith(f"| {checkpoint} ") for line in table) == 4
     for entry in entries(output):
         assert entry["seeds"] == ([None] if entry["evaluation"] == "knn" else [0, 1])
         assert entry["data"] == str(folder) and (entry["train_images"], entry["validation_images"]) == (120, 30)

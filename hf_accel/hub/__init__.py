@@ -5,19 +5,3 @@ from .card import CARD_NAME, Run, card_text, write_card
 from .export_card import Export, agreement, export_card, stated_licence
 from .publish import Publication
 from .repository import HubRepository, PushFailed, PushRefused
-
-__all__ = [
-    "CARD_NAME",
-    "Export",
-    "HubRepository",
-    "Publication",
-    "PushCallback",
-    "PushFailed",
-    "PushRefused",
-    "Run",
-    "agreement",
-    "card_text",
-    "export_card",
-    "stated_licence",
-    "write_card",
-]

@@ -1,5 +1,6 @@
 """The accuracies of a run as rows of one table, and as the `model-index` of a model card."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -45,7 +46,7 @@ class Accuracy:
 
     @property
     def name(self) -> str:
-        method = METHODS.get(self.method, self.method) + f" ({self.settings})" * bool(self.settings)
+        method = METHODS[self.method] + f" ({self.settings})" * bool(self.settings)
         return f"{method}, random initialisation" if self.is_reference and self.method != "pixels" else method
 
 
@@ -61,8 +62,11 @@ def accuracies(
         knn: the settings of the run's own kNN, as an evaluation has them.
     """
     about = results.get("data", {})
-    base = {"evaluation": "knn", "settings": knn, "patch_size": config.patch_size, "data": next(iter(data.values()))}
-    base |= {
+    base = {
+        "evaluation": "knn",
+        "settings": knn,
+        "patch_size": config.patch_size,
+        "data": next(iter(data.values())),
         "validation": about.get("validation_split") or "",
         "train_images": about.get("labelled_images", about.get("images")),
     }
@@ -80,14 +84,13 @@ def accuracies(
     rows = [_accuracy(entry, config, describe_differences(entry, entries)) for entry in entries]
     # The evaluation at the end of training and a later one with the same settings make one row.
     found = {(row.name, row.data, row.split, row.patch_size, row.labels): row for row in rows}
-    order = {method: number for number, method in enumerate(METHODS)}
-    return sorted(
-        found.values(),
-        key=lambda row: (
-            *(order.get(row.method, 0), row.data, row.labels or 0, row.is_reference, row.patch_size or 0),
-            row.settings,
-        ),
-    )
+    return sorted(found.values(), key=_rank)
+
+
+def _rank(row: Accuracy) -> tuple[Any, ...]:
+    """Return the place of a row in the table."""
+    method = list(METHODS).index(row.method)
+    return method, row.data, row.labels or 0, row.is_reference, row.patch_size or 0, row.settings
 
 
 def _accuracy(entry: Mapping[str, Any], config: AccelViTConfig, settings: str) -> Accuracy:
@@ -115,30 +118,22 @@ def _is_local(data: str) -> bool:
 
 
 def eval_results(rows: list[Accuracy]) -> list[EvalResult]:
-    """The `model-index`: the model's own rows, top-1 and top-5."""
+    """Return the accuracies of the model itself for the `model-index`, top-1 and top-5."""
     found = []
     for row in rows:
-        if row.is_reference:
-            continue
         at = f", patches of {row.patch_size} px" if row.patch_size else ""
+        seeds = f", mean of {row.seeds} seeds" if row.seeds > 1 else ""
         for rank, value in (("top-1", row.top1), ("top-5", row.top5)):
-            if value is None:
+            if value is None or row.is_reference:
                 continue
-            seeds = f", mean of {row.seeds} seeds" if row.seeds > 1 else ""
-            found.append(
-                EvalResult(
-                    task_type="image-classification",
-                    dataset_type=_identifier(row.data),
-                    dataset_name=row.data,
-                    dataset_split=row.split,
-                    metric_type="accuracy",
-                    metric_name=f"{row.name} {rank} accuracy{at}{seeds}",
-                    metric_value=round(value, 4),
-                )
+            result = EvalResult(
+                task_type="image-classification",
+                dataset_type=re.sub(r"[^\w./-]", "-", row.data).strip("-"),  # Also for data that are not on the Hub.
+                dataset_name=row.data,
+                dataset_split=row.split,
+                metric_type="accuracy",
+                metric_name=f"{row.name} {rank} accuracy{at}{seeds}",
+                metric_value=round(value, 4),
             )
+            found.append(result)
     return found
-
-
-def _identifier(name: str) -> str:
-    """What is no data set of the Hub still needs an identifier there."""
-    return "".join(letter if letter.isalnum() or letter in "-_./" else "-" for letter in name).strip("-")

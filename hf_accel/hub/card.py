@@ -129,7 +129,7 @@ def render(template: str, **values: Any) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
-    environment.filters |= {"percent": _percent, "duration": _duration, "millions": _millions, "number": _number}
+    environment.filters |= {"percent": _percent, "duration": _duration, "number": "{:,.0f}".format}
     return str(ModelCard(environment.get_template(template).render(**values)))  # This parses the metadata.
 
 
@@ -218,15 +218,7 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}"
-
-
 def _duration(seconds: float) -> str:
     if seconds >= 360:
         return f"{seconds / 3600:.2f} h"
     return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"

@@ -105,7 +105,7 @@ class HubRepository:
 
     def holds(self, files: Files) -> bool:
         """Whether the last successful push was of exactly these files."""
-        return self.marker().get("files") == {path: _sha256(add) for path, add in _additions(files).items()}
+        return self.marker().get("files") == _digests(_additions(files))
 
     def push(self, files: Files, message: str) -> str:
         """Make one commit after which the repository holds these files and no other file of an earlier push.
@@ -137,9 +137,8 @@ class HubRepository:
         self._write_marker({"repo_id": repo_id, "files": unsure})
         operations = [*(CommitOperationDelete(path) for path in sorted(stale)), *additions.values()]
         commit = self.api.create_commit(repo_id, operations, commit_message=message)
-        digests = {path: _sha256(add) for path, add in additions.items()}
         url = f"{self.api.endpoint}/{repo_id}"
-        self._write_marker({"repo_id": repo_id, "files": digests, "commit": commit.oid, "url": url})
+        self._write_marker({"repo_id": repo_id, "files": _digests(additions), "commit": commit.oid, "url": url})
         return url
 
     def push_later(self, make_files: Callable[[str], Files], message: str, folder: Path) -> Future[None]:
@@ -213,8 +212,8 @@ def _additions(files: Files) -> dict[str, CommitOperationAdd]:
     }
 
 
-def _sha256(addition: CommitOperationAdd) -> str:
-    return addition.upload_info.sha256.hex()
+def _digests(additions: Mapping[str, CommitOperationAdd]) -> dict[str, str]:
+    return {path: addition.upload_info.sha256.hex() for path, addition in additions.items()}
 
 
 def stage(checkpoint: Path, folder: Path, optimizer: bool) -> dict[str, Path]:

@@ -7,19 +7,3 @@ from .origin import describe_data, environment
 from .search_figures import plot_schedule
 from .search_report import write_search_report
 from .tables import format_table
-
-__all__ = [
-    "add_run",
-    "describe_data",
-    "describe_differences",
-    "environment",
-    "find_run",
-    "format_cost_table",
-    "format_evaluations",
-    "format_table",
-    "plot_accuracies",
-    "plot_cost",
-    "plot_curves",
-    "plot_schedule",
-    "write_search_report",
-]

@@ -58,27 +58,15 @@ def format_evaluations(
     """
     header = ["encoder", "evaluation", "patch", "labels", "seeds", "top-1, %", "95% interval"]
     rows = []
-    for entry in sorted(
-        entries, key=lambda entry: (entry["evaluation"], entry["train_images"], entry["patch_size"] or 0)
-    ):
+    for entry in sorted(entries, key=lambda e: (e["evaluation"], e["train_images"], e["patch_size"] or 0)):
         std = "" if entry["top1_std"] is None else f" ± {100 * entry['top1_std']:.1f}"
-        low, high = entry["top1_ci95"]
+        low, high = (f"{100 * end:.1f}" for end in entry["top1_ci95"])
         settings = describe_differences(entry, entries)
-        rows.append(
-            (
-                entry["checkpoint"],
-                entry["evaluation"] + f" ({settings})" * bool(settings),
-                str(entry["patch_size"] or ""),
-                str(entry["train_images"]),
-                str(len(entry["seeds"])),
-                f"{100 * entry['top1']:.1f}{std}",
-                f"{100 * low:.1f} to {100 * high:.1f}",
-            )
-        )
-    rows += [
-        (encoder, name, str(patch_size or ""), "", "", "skipped", reason)
-        for encoder, name, patch_size, reason in skipped
-    ]
+        name = entry["evaluation"] + f" ({settings})" * bool(settings)
+        numbers = [str(value) for value in (entry["patch_size"] or "", entry["train_images"], len(entry["seeds"]))]
+        rows.append([entry["checkpoint"], name, *numbers, f"{100 * entry['top1']:.1f}{std}", f"{low} to {high}"])
+    for encoder, name, patch_size, reason in skipped:
+        rows.append([encoder, name, str(patch_size or ""), "", "", "skipped", reason])
     return format_table(header, rows)
 
 

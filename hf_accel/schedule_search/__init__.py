@@ -2,5 +2,3 @@
 
 from .gradient_error import GradientError
 from .gradient_probe import GradientProbe, estimate_gradient_errors
-
-__all__ = ["GradientError", "GradientProbe", "estimate_gradient_errors"]

@@ -197,7 +197,7 @@ class _Blocks:
 
     @property
     def total(self):
-        return sum(self.values[1:], start=self.values[0])
+        return sum(self.values)
 
 
 class _Sums:

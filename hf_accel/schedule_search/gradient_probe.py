@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from .. import distributed
@@ -94,25 +95,12 @@ class GradientProbe:
         share = args.batch_size // (args.gradient_accumulation_steps * world)
         # Each draw has an epoch of its own: batches of one epoch share no image, and were not independent.
         step = draw * (len(source) // args.batch_size)
-        sampler = TrainSampler(
-            len(source),
-            share,
-            world,
-            distributed.rank(),
-            args.gradient_accumulation_steps,
-            self.seed,
-            first_step=step,
-            last_step=step + 1,
-        )
+        among = (share, world, distributed.rank(), args.gradient_accumulation_steps)
+        sampler = TrainSampler(len(source), *among, self.seed, first_step=step, last_step=step + 1)
         configs: Sequence[ViewConfig] = self.objective.view_configs(AUGMENTATIONS[args.augmentation])
-        made = []
-        pinned = self.device.type != "cpu"
+        made, pinned = [], self.device.type != "cpu"
         for batch in train_loader(source, sampler, configs, lambda step: size, 0, self.seed, pinned):
-            for name in ("images", "crops"):
-                if name in batch:
-                    parts = batch[name] if name == "crops" else [batch[name]]
-                    there = [part.to(self.device, non_blocking=True) for part in parts]
-                    batch[name] = there if name == "crops" else there[0]
+            batch = cast(Any, send_to_device(batch, self.device, non_blocking=True))
             where = (batch["step"], batch["micro_step"], batch["rows"], batch["global_batch"])
             made.append(make_views(batch, configs, size, self.seed, *where, source.mean, source.std))
         return made

@@ -90,7 +90,7 @@ def scan_folder(root: str | Path) -> Found:
             others.setdefault(suffix, []).append(path)
         elif entry.is_symlink() and not os.path.isfile(entry.path):
             found.unusable[path] = "the link leads nowhere: restore the file that it names"
-        elif not _is_text(path):
+        elif path.encode(errors="ignore").decode() != path:
             found.unusable[path] = "the name is not valid UTF-8: rename it"
         else:
             found.images.append(path)
@@ -140,14 +140,6 @@ def _walk(
         yield from _walk(found, inner, path, above | {here})
 
 
-def _is_text(path: str) -> bool:
-    try:
-        path.encode()
-        return True
-    except UnicodeEncodeError:
-        return False
-
-
 @lru_cache(maxsize=65536)
 def name_split(name: str) -> str | None:
     """Return the split in the name of a file or folder, as in `train`, `Val` or `test2017`, or None."""
@@ -175,24 +167,22 @@ def find_layout(name: str, images: list[str]) -> Layout:
         folder: tuple(folder.split("/"))[len(shared) :] if folder else () for folder in distinct
     }
     place: dict[str, tuple[str | None, tuple[str, ...]]] = {}
-    by_folder: dict[str, str] = {}
-    for folder, names in parts.items():  # Is every image in a folder that is named after a split, at any depth?
-        level = next((i for i, part in enumerate(names) if name_split(part)), None)
-        if level is None:
-            by_folder = _find_top_splits(name, parts.values())
-            break
-        place[folder] = (name_split(names[level]), names[:level] + names[level + 1 :])
+    file_splits = None
+    levels = {folder: [i for i, part in enumerate(names) if name_split(part)] for folder, names in parts.items()}
+    if all(levels.values()):  # every image is in a folder that is named after a split, at any depth
+        for folder, names in parts.items():
+            level = levels[folder][0]
+            place[folder] = (name_split(names[level]), names[:level] + names[level + 1 :])
     else:
-        return Layout([place[folder][0] for folder in folder_of], [place[folder][1] for folder in folder_of])
-    only = next(filter(None, map(name_split, shared)), "train")
-    rest = only if not by_folder else None if "train" in by_folder.values() else "train"
-    for folder, names in parts.items():
-        inside = bool(names) and names[0] in by_folder
-        place[folder] = (by_folder[names[0]], names[1:]) if inside else (rest, names)
-    layout = Layout([place[folder][0] for folder in folder_of], [place[folder][1] for folder in folder_of])
-    if not by_folder:
-        layout.split = _find_file_splits(images) or layout.split
-    return layout
+        by_folder = _find_top_splits(name, parts.values())
+        only = next(filter(None, map(name_split, shared)), "train")
+        rest = only if not by_folder else None if "train" in by_folder.values() else "train"
+        for folder, names in parts.items():
+            inside = bool(names) and names[0] in by_folder
+            place[folder] = (by_folder[names[0]], names[1:]) if inside else (rest, names)
+        file_splits = _find_file_splits(images) if not by_folder else None
+    splits = file_splits or [place[folder][0] for folder in folder_of]
+    return Layout(splits, [place[folder][1] for folder in folder_of])
 
 
 def _find_file_splits(images: list[str]) -> list[str | None] | None:

@@ -62,7 +62,9 @@ def until_stopped(items: Iterable[Item]) -> Iterator[Item]:
 
 def stop_agreed() -> bool:
     """Whether a process was asked to stop, and so all of them are. Every process must call this at the same point."""
-    if on_any(stop_requested(), _hosts()):
+    if world_size() > 1 and _state["world"] is not dist.group.WORLD:  # one group of hosts for each process group
+        _state["world"], _state["hosts"] = dist.group.WORLD, host_group()
+    if on_any(stop_requested(), _state["hosts"] if world_size() > 1 else None):
         _state["requested"] = _state["answered"] = True
     return _state["answered"]
 
@@ -71,12 +73,3 @@ def stop_together() -> None:
     """Raise Stopped on all processes if one was asked to stop. Every process must call this at the same point."""
     if stop_agreed():
         raise Stopped("a stop was requested")
-
-
-def _hosts() -> Any:
-    """The host group of the present process group, made once for each."""
-    if world_size() == 1:
-        return None
-    if _state["world"] is not dist.group.WORLD:
-        _state["world"], _state["hosts"] = dist.group.WORLD, host_group()
-    return _state["hosts"]

@@ -189,20 +189,14 @@ class FineTuneTrainer(Trainer):
         )
         self.add_callback(StopCallback())
 
-    def view_size(self, step: int) -> int:
-        return self.size
-
     def get_train_dataloader(self):
         """One pass is the whole run."""
-        batch_size, seed, workers = (
-            self.args.per_device_train_batch_size,
-            self.args.seed,
-            self.args.dataloader_num_workers,
-        )
-        shard = (batch_size, self.args.world_size, self.args.process_index)
-        sampler = TrainSampler(len(self.source), *shard, seed=seed, last_step=self.args.max_steps)
-        pinned = self.args.device.type == "cuda"
-        return train_loader(self.source, sampler, self.views, self.view_size, workers, seed, pin_memory=pinned)
+        args = self.args
+        shard = (args.per_device_train_batch_size, args.world_size, args.process_index)
+        sampler = TrainSampler(len(self.source), *shard, seed=args.seed, last_step=args.max_steps)
+        options: dict[str, Any] = {"seed": args.seed, "pin_memory": args.device.type == "cuda"}
+        workers = args.dataloader_num_workers
+        return train_loader(self.source, sampler, self.views, lambda step: self.size, workers, **options)
 
     def get_eval_dataloader(self, eval_dataset: Any = None):
         loader = processed_loader(

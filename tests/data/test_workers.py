@@ -58,10 +58,6 @@ def test_a_batch_leaves_a_worker_unchanged():
         assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
 
 
-def test_a_batch_without_a_worker_is_passed_on_as_it_is():
-    assert pass_on(BATCH) is BATCH
-
-
 def full_memory(*_):
     raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)")
 

@@ -71,7 +71,7 @@ class Watch(TorchDispatchMode):
 def test_the_largest_temporary_is_a_block(monkeypatch) -> None:
     monkeypatch.setattr(knn, "QUERY_BLOCK", 8)
     monkeypatch.setattr(knn, "BANK_BLOCK", 16)
-    bank, labels, queries = map(torch.from_numpy, draw(5000, 50))
+    bank, labels, queries = map(torch.from_numpy, draw(600, 50))
     with Watch() as watch:
         knn_predict(bank, labels, queries, 5, 0.07, 7)
     largest_result = 50 * 7
@@ -86,14 +86,6 @@ def test_memory_is_bounded_for_many_classes_and_wide_features(monkeypatch) -> No
         assert knn_accuracy(bank, classes, bank[:90], classes[:90]) == {"top1": 1.0, "top5": 1.0}
     without_bound = 90 * 700
     assert max(watch.sizes) <= 90 * 40 < without_bound  # the queries themselves
-
-
-def test_blocks_of_votes_change_no_accuracy(monkeypatch) -> None:
-    bank, labels, queries = map(torch.from_numpy, draw(60, 50, num_classes=30))
-    own = torch.from_numpy(np.random.default_rng(1).integers(0, 30, 50))
-    expected = knn_accuracy(bank, labels, queries, own)
-    monkeypatch.setattr(knn, "BLOCK_BYTES", 30 * 8 * 7)
-    assert knn_accuracy(bank, labels, queries, own) == expected
 
 
 def test_a_stop_is_answered_between_blocks(monkeypatch) -> None:

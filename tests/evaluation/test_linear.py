@@ -115,19 +115,6 @@ def test_few_noisy_images_get_a_strong_penalty():
     assert strength < 1
 
 
-def test_the_chosen_head_is_trained_on_all_training_images(monkeypatch):
-    train, train_labels = blobs(100, 1.0, 1)
-    asked = []
-
-    def recording(features, labels, num_classes, rates, *rest):
-        asked.append((len(features), tuple(rates)))
-        return train_heads(features, labels, num_classes, rates, *rest)
-
-    monkeypatch.setattr(linear, "train_heads", recording)
-    _, rate = linear_probe(train, train_labels, train[:3], CLASSES, LinearConfig(epochs=2), seed=0)
-    assert asked == [(80, LinearConfig().learning_rates), (100, (rate,))]
-
-
 def test_many_classes_are_scored_in_blocks_and_trained_in_groups(monkeypatch):
     train, train_labels = blobs(100, 1.5, 1)
     test, _ = blobs(60, 1.5, 2)
@@ -136,7 +123,7 @@ def test_many_classes_are_scored_in_blocks_and_trained_in_groups(monkeypatch):
     groups, largest = [], []
 
     def recording(features, labels, num_classes, rates, *rest):
-        groups.append(len(rates))
+        groups.append((len(features), len(rates)))
         return train_heads(features, labels, num_classes, rates, *rest)
 
     def watching(*arguments):
@@ -149,7 +136,7 @@ def test_many_classes_are_scored_in_blocks_and_trained_in_groups(monkeypatch):
     monkeypatch.setattr(linear, "HEADS_BYTES", 5 * 4 * CLASSES * (WIDTH + config.batch_size))
     monkeypatch.setattr(linear, "SCORES_BYTES", 4 * CLASSES * 13 * 2)
     scores, chosen = linear_probe(train, train_labels, test, CLASSES, config, seed=0)
-    assert groups == [5, 5, 3, 1] and chosen == rate
+    assert groups == [(80, 5), (80, 5), (80, 3), (100, 1)] and chosen == rate  # all images train the chosen head
     torch.testing.assert_close(scores, expected)
     monkeypatch.setattr(linear, "_compute_logits", watching)
     monkeypatch.setattr(linear, "train_heads", lambda *_: (torch.zeros(13, CLASSES, WIDTH), torch.zeros(13, CLASSES)))

@@ -139,25 +139,6 @@ def test_stochastic_depth_grows_with_depth_in_training_only() -> None:
     assert not torch.equal(model.train()(images).pooler_output, model(images).pooler_output)
 
 
-def test_layer_scale_is_a_factor_per_channel() -> None:
-    model = AccelViTModel(config(num_hidden_layers=1, layerscale_value=1.0)).eval()
-    assert model.get_parameter("layers.0.layer_scale1.lambda1").eq(1).all()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter)
-    plain = AccelViTModel(config(num_hidden_layers=1)).eval()
-    state = {name: value for name, value in model.state_dict().items() if "layer_scale" not in name}
-    plain.load_state_dict(state)
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(model(images).last_hidden_state, plain(images).last_hidden_state)
-    for scale, linear in (("layer_scale1", "attention.o_proj"), ("layer_scale2", "mlp.fc2")):
-        factors = torch.rand(24)
-        model.get_parameter(f"layers.0.{scale}.lambda1").data = factors
-        plain.get_parameter(f"layers.0.{linear}.weight").data *= factors[:, None]
-        plain.get_parameter(f"layers.0.{linear}.bias").data *= factors
-    torch.testing.assert_close(model(images).last_hidden_state, plain(images).last_hidden_state)
-
-
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")  # new name in 5.23
 def test_gradient_checkpointing_changes_nothing() -> None:
     model = AccelViTModel(config(drop_path_rate=0.3)).train()

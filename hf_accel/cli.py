@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import run
-from .recipe import RECIPES, RecipeError, describe_keys, load_recipe, split_words
+from .recipe import RECIPES, RecipeError, load_recipe, split_words
 from .tasks import COMMANDS, PREVIEWS, TASKS
 from .tasks.list import format_table, summarize_tasks
 from .utils.shipped import find_file
@@ -48,16 +48,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def parser_of(name: str, task: str, summary: str) -> argparse.ArgumentParser:
     """The parser of a command that takes the recipe of a task."""
-    parser = argparse.ArgumentParser(
-        prog=f"hf-accel {name}",
-        usage=f"hf-accel {name} [RECIPE] [key=value ...]",
-        description=f"{summary} Keys, for the recipe or as key=value:",
-        epilog=describe_keys(task),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("words", nargs="*", metavar="RECIPE", help="a YAML file, or a name that hf-accel list prints")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that replace those of the recipe")
-    return parser
+    return run.make_parser(f"hf-accel {name}", f"hf-accel {name} [RECIPE]", f"{summary} Keys", task)
 
 
 def read_words(parser: argparse.ArgumentParser, arguments: dict[str, Any], task: str) -> list[str]:

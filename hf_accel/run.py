@@ -50,17 +50,24 @@ def ending_with_reader() -> Iterator[None]:
 
 @ending_with_reader()
 def main(argv: list[str] | None = None) -> None:
+    command = "accelerate launch hf_accel/run.py RECIPE"
+    parser = make_parser("hf_accel/run.py", command, "Run the task of a recipe. Keys of task=pretrain", "pretrain")
+    arguments = parser.parse_args(argv)
+    start(arguments.words + arguments.overrides)
+
+
+def make_parser(name: str, command: str, summary: str, task: str) -> argparse.ArgumentParser:
+    """Make the parser of a command that takes the recipe of a task."""
     parser = argparse.ArgumentParser(
-        prog="hf_accel/run.py",
-        usage="accelerate launch hf_accel/run.py RECIPE [key=value ...]",
-        description="Runs the task of a recipe. Keys of task=pretrain, for the recipe or as key=value:",
-        epilog=describe_keys(),
+        prog=name,
+        usage=f"{command} [key=value ...]",
+        description=f"{summary}, for the recipe or as key=value:",
+        epilog=describe_keys(task),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", nargs="*", metavar="RECIPE", help="a YAML file, e.g. recipes/moco.yaml")
+    parser.add_argument("words", nargs="*", metavar="RECIPE", help="a YAML file, or a name that hf-accel list prints")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that replace those of the recipe")
-    arguments = parser.parse_args(argv)
-    start(arguments.recipe + arguments.overrides)
+    return parser
 
 
 def start(words: list[str], preview: str | None = None) -> None:

@@ -10,13 +10,3 @@ OBJECTIVES: dict[str, type[ObjectiveForPreTraining]] = {
     "simclr": SimCLRForPreTraining,
     "dino": DINOForPreTraining,
 }
-
-__all__ = [
-    "OBJECTIVES",
-    "DINOForPreTraining",
-    "Draw",
-    "MoCoForPreTraining",
-    "ObjectiveForPreTraining",
-    "ObjectiveOutput",
-    "SimCLRForPreTraining",
-]

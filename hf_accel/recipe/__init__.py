@@ -13,20 +13,3 @@ from .keys import (
 )
 from .loading import describe_keys, load_recipe, overrides_for, split_words
 from .values import RecipeError
-
-__all__ = [
-    "RECIPES",
-    "CardRecipe",
-    "CostRecipe",
-    "EvaluateRecipe",
-    "ExportRecipe",
-    "PretrainRecipe",
-    "Recipe",
-    "RecipeError",
-    "SearchRecipe",
-    "describe_keys",
-    "load_recipe",
-    "overrides_for",
-    "split_words",
-    "tasks_that_read",
-]

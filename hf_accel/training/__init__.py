@@ -4,5 +4,3 @@ from .config import PretrainConfig
 from .memory import OutOfMemory
 from .saving import TrainingDiverged
 from .trainer import PretrainTrainer
-
-__all__ = ["OutOfMemory", "PretrainConfig", "PretrainTrainer", "TrainingDiverged"]

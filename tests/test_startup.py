@@ -13,7 +13,7 @@ import torch
 
 import hf_accel.run as entry
 from hf_accel.recipe import RecipeError
-from hf_accel.training.trainer import TrainingDiverged
+from hf_accel.training import TrainingDiverged
 from tests.engine_runs import start_with
 
 ROOT = Path(__file__).parents[1]

@@ -1,5 +1,6 @@
 """Compressions of views: strategies, their costs, schedules of them, and the plan that spends a budget."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .plan import Plan, Step
@@ -9,28 +10,9 @@ from .strategy import Compression, Strategy, check_compression, possible_patch_s
 if TYPE_CHECKING:
     from .cost import CostTable, build_cost_grid, build_cost_rows, forward_cost, forward_flops, measure_costs
 
-__all__ = [
-    "Compression",
-    "CostTable",
-    "Plan",
-    "Schedule",
-    "Stage",
-    "Step",
-    "Strategy",
-    "build_cost_grid",
-    "build_cost_rows",
-    "check_compression",
-    "forward_cost",
-    "forward_flops",
-    "measure_costs",
-    "possible_patch_sizes",
-]
-
 
 def __getattr__(name: str) -> Any:
     """Import the names of `cost` on first use, because they need torch, whose import takes seconds."""
-    if name not in __all__:
+    if name == "cost" or name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import cost
-
-    return getattr(cost, name)
+    return getattr(import_module(".cost", __name__), name)

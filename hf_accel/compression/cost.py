@@ -96,37 +96,23 @@ def measure_costs(
     affects all of them. The median of each is taken. With `dtype` (bf16, fp16) they run under autocast. The random
     state does not change.
     """
-    device = torch.device(device)
+    device, base = torch.device(device), Compression(config.patch_size)
+    seconds: dict[Compression, list[float]] = {compression: [] for compression in (base, *compressions)}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        seconds = _time_forwards(config, compressions, device, batch_size, repeats, dtype)
-    unit = statistics.median(seconds[Compression(config.patch_size)])
+        model: Any = AccelViTModel(config).eval()
+        model.to(device)
+        images = torch.randn(batch_size, config.num_channels, config.image_size, config.image_size, device=device)
+        for repeat in range(repeats + 1):
+            for compression, taken in seconds.items():
+                _synchronize(device)
+                start = time.perf_counter()
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    model(images, **compression.to_dict())
+                _synchronize(device)
+                if repeat:
+                    taken.append(time.perf_counter() - start)
+    unit = statistics.median(seconds[base])
     return CostTable({c: statistics.median(times) / unit for c, times in seconds.items()}, device_name(device))
-
-
-def _time_forwards(
-    config: AccelViTConfig,
-    compressions: Iterable[Compression],
-    device: torch.device,
-    batch_size: int,
-    repeats: int,
-    dtype: torch.dtype | None,
-) -> dict[Compression, list[float]]:
-    base = Compression(config.patch_size)
-    wanted = list(dict.fromkeys([base, *compressions]))
-    model = AccelViTModel(config).eval()
-    model.to(device)  # pyright: ignore[reportArgumentType]
-    images = torch.randn(batch_size, config.num_channels, config.image_size, config.image_size, device=device)
-    seconds: dict[Compression, list[float]] = {c: [] for c in wanted}
-    for repeat in range(repeats + 1):
-        for compression in wanted:
-            _synchronize(device)
-            start = time.perf_counter()
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                model(images, **compression.to_dict())
-            _synchronize(device)
-            if repeat:
-                seconds[compression].append(time.perf_counter() - start)
-    return seconds
 
 
 def _synchronize(device: torch.device) -> None:

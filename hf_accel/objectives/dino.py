@@ -153,17 +153,11 @@ class DINOForPreTraining(ObjectiveForPreTraining):
         if not self.num_local_crops:
             return list(augmentation[:2])
         global_crops = [replace(config, crop_scale=tuple(self.global_crop_scale)) for config in augmentation[:2]]
-        scale = cast(tuple[float, float], tuple(self.local_crop_scale))
+        scale, size = cast(tuple[float, float], tuple(self.local_crop_scale)), self.local_crop_size
         # As many pixels of blur as in a global crop: the original's does not shrink with the crop.
-        low, high = (sigma * self.config.image_size / self.local_crop_size for sigma in augmentation[0].blur_sigma)
-        local = replace(
-            augmentation[0],
-            crop_scale=scale,
-            blur=0.5,
-            blur_sigma=(low, high),
-            solarize=0.0,
-            size=self.local_crop_size,
-        )
+        low, high = (sigma * self.config.image_size / size for sigma in augmentation[0].blur_sigma)
+        blur = {"blur": 0.5, "blur_sigma": (low, high)}
+        local = replace(augmentation[0], crop_scale=scale, solarize=0.0, size=size, **blur)
         return [*global_crops, *([local] * self.num_local_crops)]
 
     def forward(

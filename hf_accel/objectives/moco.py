@@ -102,11 +102,8 @@ class MoCoForPreTraining(ObjectiveForPreTraining):
         query, key = self.query(first, strategy, draw, "query1"), self.key(second, strategy, draw, "key2")
         loss = contrastive_loss(query, key, self.temperature)
         if self.symmetric:
-            other_query, other_key = (
-                self.query(second, strategy, draw, "query2"),
-                self.key(first, strategy, draw, "key1"),
-            )
-            loss = loss + contrastive_loss(other_query, other_key, self.temperature)
+            other = self.query(second, strategy, draw, "query2")
+            loss = loss + contrastive_loss(other, self.key(first, strategy, draw, "key1"), self.temperature)
         return ObjectiveOutput(loss=loss, metrics={"embedding_std": embedding_std(query)})
 
     def units_per_image(self, strategy: Strategy, forward_cost: ForwardCost) -> float:

@@ -63,24 +63,6 @@ def strategies_of_run(args: PretrainConfig, config: AccelViTConfig, schedule: Sc
     return [*schedule.strategies, *build_grid(config.image_size, config.patch_size, LADDER_DROPOUTS)]
 
 
-def make_controller(
-    args: PretrainConfig, config: AccelViTConfig, units_per_image: UnitsPerImage, budget: float
-) -> OnlineController:
-    """What `schedule="auto"` follows. Raises SettingError where the budget does not pay for its probes."""
-    ladder = build_ladder(config.image_size, config.patch_size, units_per_image)
-    try:
-        return OnlineController(
-            ladder,
-            lambda strategy: args.batch_size * units_per_image(strategy),
-            budget,
-            args.auto_share,
-            args.auto_draws,
-            args.search_criterion,
-        )
-    except ValueError as error:
-        raise SettingError(f"schedule='auto': {error}") from None
-
-
 def make_plan(
     args: PretrainConfig,
     config: AccelViTConfig,
@@ -101,7 +83,12 @@ def make_plan(
     uncompressed = Strategy(Compression(config.patch_size))
     budget, controller = budget_in_units(args.budget or 0.0, images, units_per_image(uncompressed)), None
     if args.schedule == "auto":
-        controller = make_controller(args, config, units_per_image, budget)
+        ladder = build_ladder(config.image_size, config.patch_size, units_per_image)
+        settings = (budget, args.auto_share, args.auto_draws, args.search_criterion)
+        try:
+            controller = OnlineController(ladder, lambda s: args.batch_size * units_per_image(s), *settings)
+        except ValueError as error:
+            raise SettingError(f"schedule='auto': {error}") from None
         schedule = controller.schedule()
     try:
         return Plan(budget, schedule, args.batch_size, units_per_image), controller

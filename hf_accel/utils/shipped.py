@@ -29,13 +29,10 @@ def find_file(name: str | Path, folder: str) -> Path:
 def list_recipes() -> dict[str, str]:
     """Return the names of the shipped recipes, each with the first sentence of the comment that opens its file."""
     folder = shipped_folder("recipes")
-    paths = sorted((path for path in folder.rglob("*.yaml") if path.parent.name != "schedules"), key=_by_depth)
+    paths = [path for path in folder.rglob("*.yaml") if path.parent.name != "schedules"]
+    paths.sort(key=lambda path: (len(path.parts), path))
     lines = {path: path.read_text(encoding="utf-8").partition("\n")[0] for path in paths}
     return {
         path.relative_to(folder).with_suffix("").as_posix(): line.lstrip("# ").partition(". ")[0].rstrip(".")
         for path, line in lines.items()
     }
-
-
-def _by_depth(path: Path) -> tuple[int, Path]:
-    return len(path.parts), path

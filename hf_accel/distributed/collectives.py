@@ -35,21 +35,21 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
-    """`all_gather`, differentiable: the gradient of every process's loss, summed, flows back to each row's owner."""
+    """Like `all_gather`, but the summed gradient of all processes' losses flows back to the owner of each row."""
     if world_size() == 1:
         return tensor
     return torch.cat(differentiable.all_gather(tensor.contiguous()))
 
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over processes, differentiable: the gradient of every process's loss flows back to every summand."""
+    """Return the sum over processes. The gradient of every process's loss flows back to every summand."""
     if world_size() == 1:
         return tensor
     return differentiable.all_reduce(tensor)
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """The picklable `value` of every process, in rank order."""
+    """Return the picklable `value` of every process, in rank order."""
     values: list[Any] = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -57,18 +57,18 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 
 def say(text: str) -> None:
-    """Print once, whatever the number of processes, also before and after they are connected."""
+    """Print in the first process only, even if the processes are not connected."""
     if (rank() if _initialised() else int(os.environ.get("RANK", 0))) == 0:
         print(text, flush=True)
 
 
 def host_group() -> Any:
-    """A new group that talks between hosts only; every process must ask for it. None in a single process."""
+    """Make a group for communication on the CPU, or return None for a single process. All processes must call this."""
     return dist.new_group(backend="gloo") if world_size() > 1 else None
 
 
 def on_any(flag: bool, group: Any) -> bool:
-    """Whether `flag` is set on any process of the `host_group`; no device waits for the answer."""
+    """Return whether `flag` is set on any process of a `host_group`. No device has to wait."""
     if group is None:
         return flag
     raised = torch.tensor([int(flag)])
@@ -82,7 +82,7 @@ def barrier() -> None:
 
 
 def broadcast_object(value):
-    """Rank zero's picklable `value`, on every process."""
+    """Return the first process's picklable `value` on every process."""
     if world_size() == 1:
         return value
     box = [value]

@@ -200,7 +200,7 @@ def end_with_launcher() -> None:
             time.sleep(0.5)
         if several or not launcher_ended():
             number = signal.SIGKILL if several else signal.SIGTERM
-            signal.pthread_kill(threading.main_thread().ident or 0, number)  # a signal ends any wait
+            signal.pthread_kill(threading.main_thread().ident or 0, number)  # it also interrupts a wait
 
     threading.Thread(target=watch, daemon=True).start()
 

@@ -1,6 +1,6 @@
-"""SIGTERM requests a stop, which the log says at once; a run that does not answer ends all the same.
+"""Request a stop at SIGTERM, say so at once, and end a run that does not answer the request.
 
-The loops of a run answer by looking at `stopping.stop_requested()` between their batches.
+The loops of a run answer by calling `stopping.stop_requested()` between their batches.
 """
 
 import multiprocessing
@@ -18,26 +18,25 @@ from . import is_main
 from .stopping import clear_stop, request_stop, seconds_since_look, stop_answered
 
 STOPPED = 128 + signal.SIGTERM
-"""The exit code of a run that was stopped, as a shell reports it of a process that SIGTERM has ended."""
+"""The exit code of a run that was stopped, as a shell reports it for a process that SIGTERM has ended."""
 
 PATIENCE = 30.0
 """Seconds after which a run that does not answer a SIGTERM ends."""
 
 SAME_SIGNAL, SAME_SIGNAL_OF_LAUNCHER = 0.5, 5.0
-"""Seconds within which a further SIGTERM is the same one: sent to the process and to its group, as `timeout` does, or
-sent to all processes and handed on by torch's launcher too."""
+"""Seconds within which another SIGTERM counts as the same one. `timeout` sends one to the process and one to its group,
+and torch's launcher passes on a signal that the processes have already got."""
 
-_LEAVE, _LAUNCHER_ENDED = 0, 255  # no signals have these numbers
+_LEAVE, _LAUNCHER_ENDED = 0, 255  # messages beside the numbers of signals
 
 _watches: list["_Watch"] = []
 
 
 @contextmanager
 def stopping_on_sigterm() -> Iterator[None]:
-    """Within it SIGTERM requests a stop, in place of what it did before.
+    """Let SIGTERM request a stop in this context.
 
-    Python handles signals in the main thread only. In another one, as in a notebook's server, SIGTERM remains what the
-    program has made of it.
+    Python handles signals in the main thread only. In another thread, as in a notebook's server, this changes nothing.
     """
     clear_stop()
     if threading.current_thread() is not threading.main_thread():
@@ -59,16 +58,16 @@ def stopping_on_sigterm() -> Iterator[None]:
 
 
 def launcher_ended() -> bool:
-    """Request a stop, once, because the launcher is gone; False where no run is there to be stopped."""
+    """Request a stop because the launcher is gone, and return whether there is a run to stop."""
     for watch in _watches:
         watch.letterbox.send(bytes([_LAUNCHER_ENDED]))
     return bool(_watches)
 
 
 class _Watch(threading.Thread):
-    """Hears of signals from the system itself, also while the main thread waits for a device or another process.
+    """Receives signals while the main thread waits for a device or another process.
 
-    Python's own handlers run only once the main thread is back from such a wait.
+    Python's own handlers run only after such a wait.
     """
 
     def __init__(self):
@@ -95,7 +94,7 @@ class _Watch(threading.Thread):
                 self._read(letter)
 
     def _read(self, letter: int) -> None:
-        if letter not in (signal.SIGTERM, _LAUNCHER_ENDED):  # another signal's, which has its own handler
+        if letter not in (signal.SIGTERM, _LAUNCHER_ENDED):  # another signal, which has its own handler
             return
         if self.asked is None:
             self.asked = time.monotonic()
@@ -107,7 +106,7 @@ class _Watch(threading.Thread):
             _end("SIGTERM has arrived again")
 
     def _seconds_left(self) -> float | None:
-        """Until the run has been silent for PATIENCE; None while nothing is asked of it, and once it has answered."""
+        """Return the seconds that are left to answer, or None if no answer is due."""
         if self.asked is None or stop_answered():
             return None
         return max(0.0, PATIENCE - min(time.monotonic() - self.asked, seconds_since_look()))
@@ -128,13 +127,13 @@ def _end(why: str) -> None:
 
 
 def _tell(text: str, file: TextIO | None = None) -> None:
-    """Print, but wait for no longer than a second: a pipe that is full may be what the run hangs at."""
+    """Print, and wait for at most a second, because the run may hang at a full pipe."""
     thread = threading.Thread(target=print, args=[text], kwargs={"file": file, "flush": True}, daemon=True)
     thread.start()
     thread.join(1)
 
 
-# A forked process shares the letterbox. SIGTERM is blocked until it no longer puts its own signals into it.
+# A forked process shares the letterbox. SIGTERM is blocked until the child no longer writes its own signals into it.
 
 _masks = threading.local()
 

@@ -1,4 +1,4 @@
-"""A stop that was requested from outside, as by SIGTERM, and that long loops answer between their batches."""
+"""Stop long loops between their batches when a stop is requested from outside, for example by SIGTERM."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -18,40 +18,40 @@ class Stopped(RuntimeError):
 
 
 def request_stop() -> None:
-    """Ask for a stop. A signal handler may call this: it only sets a flag."""
+    """Request a stop. This only sets a flag, so signal handlers may call it."""
     _state["requested"] = True
 
 
 def stop_requested() -> bool:
-    """Whether this process was asked to stop. What calls this often shows that the process is not stuck."""
+    """Return whether this process was asked to stop. Calling this also shows that the process is not stuck."""
     _state["looked"] = time.monotonic()
     return _state["requested"]
 
 
 def seconds_since_look() -> float:
-    """Since this process last looked at whether it was asked to stop."""
+    """Return the seconds since the last call of `stop_requested`."""
     return time.monotonic() - _state["looked"]
 
 
 def stop_answered() -> bool:
-    """Whether the processes have agreed to stop, and do what is left to do."""
+    """Return whether the processes have agreed to stop and are finishing their work."""
     return _state["answered"]
 
 
 def clear_stop() -> None:
-    """Forget a request, as at the start of a run."""
+    """Forget an earlier request."""
     _state["requested"] = _state["answered"] = False
 
 
 def until_stopped(items: Iterable[Item]) -> Iterator[Item]:
     """Yield `items` until a stop is requested.
 
-    A signal reaches the processes of a run at different batches, and a process that left alone would let the others
-    wait in their next collective. So each one leaves its loop by itself, and at the end of the loop all agree. Every
-    process must run the loop, with any number of items.
+    A signal reaches the processes of a run at different batches, and if one left alone, the others would wait for it in
+    their next collective. So each process leaves its loop by itself, and all agree at its end. Every process must run
+    the loop, with any number of items.
 
     Raises:
-        Stopped: a stop was requested in any process; on all of them.
+        Stopped: a stop was requested in any process. All processes raise it.
     """
     for item in items:
         if stop_requested():
@@ -61,7 +61,7 @@ def until_stopped(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def stop_agreed() -> bool:
-    """Whether a process was asked to stop, and so all of them are. Every process must call this at the same point."""
+    """Return whether any process was asked to stop. Every process must call this at the same point."""
     if world_size() > 1 and _state["world"] is not dist.group.WORLD:  # one group of hosts for each process group
         _state["world"], _state["hosts"] = dist.group.WORLD, host_group()
     if on_any(stop_requested(), _state["hosts"] if world_size() > 1 else None):

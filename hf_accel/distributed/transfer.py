@@ -1,4 +1,4 @@
-"""From the host to the device, without the host waiting for it."""
+"""Copy tensors to the device without making the host wait."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """CPU tensors, many and small, on `device`: packed into one copy for each dtype, and the host does not wait.
+    """Return many small CPU tensors on `device`, with one asynchronous copy for each dtype.
 
-    A plain `.to(device)` waits until the device has done all that it was given before: a step with a hundred of them
-    leaves the device idle a hundred times. On a CPU these are the tensors themselves.
+    A plain `.to(device)` waits until the device has done all its earlier work, so that a step with a hundred of them
+    leaves the device idle a hundred times. If `device` is the CPU, the tensors themselves are returned.
     """
     if device.type == "cpu":
         return list(tensors)

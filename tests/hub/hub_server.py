@@ -50,7 +50,6 @@ class Hub:
         hold: while it is not set, uploads hang.
         uploading: set by the first upload that comes.
         creations: how often somebody asked for a repository to be made.
-        refuse: every answer is this status, if not 0.
         port: to start again at the same place.
     """
 
@@ -58,7 +57,7 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[tuple[str, str], bytes] = {}
         self.uploads: list[str] = []
-        self.drop, self.refuse, self.creations = 0, 0, 0
+        self.drop, self.creations = 0, 0
         self.hold, self.uploading = threading.Event(), threading.Event()
         self.hold.set()
         handler = type("Bound", (_Handler,), {"hub": self})
@@ -120,8 +119,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        if self.hub.refuse:
-            return self.answer(self.hub.refuse, {"error": "refused"})
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self.resolve(found[1], found[3])
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/tree/[^/]+)?(/revision/[^/]+)?", path):
@@ -152,8 +149,6 @@ class _Handler(BaseHTTPRequestHandler):
             return self.validate(json.loads(body)["content"])
         if not self.is_known():
             return self.answer(401, {"error": "Invalid username or password."})
-        if self.hub.refuse:
-            return self.answer(self.hub.refuse, {"error": "refused"})
         if path == "/api/repos/create":
             return self.create(json.loads(body))
         for pattern, act in {

@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -108,51 +110,50 @@ def test_patience_tries_again_but_not_against_a_refusal(monkeypatch):
 
 
 @pytest.fixture
-def hub(tmp_path) -> HubRepository:
+def hub(tmp_path) -> Any:
     return HubRepository("ann/model", private=False, folder=tmp_path / ".hub")
 
 
-def test_newest_push_waits_and_older_ones_give_way(hub, monkeypatch):
-    going, go_on, pushed = threading.Event(), threading.Event(), []
+@pytest.fixture
+def pushed(hub, monkeypatch) -> Iterator[list[tuple[str, dict]]]:
+    """The pushes that have begun, the first of which hangs until `go_on` of the repository is set."""
+    begun, hub.going, hub.go_on = [], threading.Event(), threading.Event()
 
     def slow(files, message):
-        pushed.append((message, dict(files)))
-        going.set()
-        assert go_on.wait(20)
+        begun.append((message, dict(files)))
+        hub.going.set()
+        assert hub.go_on.wait(20)
 
     monkeypatch.setattr(hub, "push", slow)
+    yield begun
+    hub.go_on.set()
+
+
+def test_newest_push_waits_and_older_ones_give_way(hub, pushed):
     folders = {name: hub.folder / name for name in ("first", "second", "third")}
     jobs = []
     for name, folder in folders.items():
         folder.mkdir(parents=True)
         jobs.append(hub.push_later(lambda repo_id, name=name: {f"{repo_id}/{name}": b""}, name, folder))
-        assert going.wait(20)  # submitting does not wait: the first upload hangs until go_on
+        assert hub.going.wait(20)  # submitting does not wait: the first upload hangs until go_on
     assert not folders["second"].exists() and folders["third"].exists()
-    go_on.set()
+    hub.go_on.set()
     jobs[-1].result(20)
     with hub._pushing:  # The thread clears up before it lets go.
         assert not any(folder.exists() for folder in folders.values())
     assert pushed == [("first", {"ann/model/first": b""}), ("third", {"ann/model/third": b""})]
 
 
-def test_waiting_push_can_be_dropped(hub, monkeypatch):
-    going, go_on, pushed = threading.Event(), threading.Event(), []
-
-    def slow(files, message):
-        pushed.append(message)
-        going.set()
-        assert go_on.wait(20)
-
-    monkeypatch.setattr(hub, "push", slow)
+def test_waiting_push_can_be_dropped(hub, pushed):
     first = hub.push_later(lambda _: {}, "first", hub.folder / "first")
-    assert going.wait(20)
+    assert hub.going.wait(20)
     (hub.folder / "second").mkdir(parents=True)
     second = hub.push_later(lambda _: {}, "second", hub.folder / "second")
     hub.drop_waiting()
     assert second.cancelled() and not (hub.folder / "second").exists()
-    go_on.set()
+    hub.go_on.set()
     first.result(20)
-    assert pushed == ["first"]
+    assert pushed == [("first", {})]
 
 
 def test_failure_in_the_background_is_a_warning(hub, monkeypatch, caplog):

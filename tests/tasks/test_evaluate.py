@@ -52,11 +52,6 @@ ALL = "evaluations=[knn, linear, logistic, finetune]"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return image_folder(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory) -> Path:
     """A pretraining run."""
     return launch(folder, tmp_path_factory.mktemp("whole") / "run", "eval_points=[1.0]", "keep_points=[0.0]")

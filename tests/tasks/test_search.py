@@ -21,7 +21,7 @@ from hf_accel.schedule_search.gradient_error import GradientError, estimate_erro
 from hf_accel.schedule_search.gradient_probe import GradientProbe
 from hf_accel.tasks import search
 from hf_accel.tasks.setup import build_objective, images_of, pretrain_config
-from tests.tiny_runs import STEPS, WEIGHTS, image_folder, launch, read
+from tests.tiny_runs import STEPS, WEIGHTS, launch, read
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
 
@@ -29,11 +29,6 @@ DRAWS = 3
 SEARCH = ["task=search", f"search_draws={DRAWS}", "search_token_dropout=[0.0, 0.5]"]
 GRID = [Strategy(Compression(p, r)) for p, r in product([4, 8], [0.0, 0.5])]
 POINTS = [0.0, 0.5, 1.0]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return image_folder(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from hf_accel.tasks.setup import (
     output_of,
     pretrain_config,
 )
-from hf_accel.training.trainer import PretrainTrainer
 
 
 def test_a_batch_that_does_not_divide_is_named(monkeypatch):
@@ -27,14 +26,6 @@ def test_a_batch_that_does_not_divide_is_named(monkeypatch):
 def test_a_search_has_no_trackers():
     search = load_recipe("recipes/moco.yaml", ["task=search", "pilot=x", "mixed_precision=no"])
     assert pretrain_config(search).report_to == []
-
-
-def test_weight_decay_is_for_matrices():
-    model = build_objective(load_recipe("recipes/moco.yaml"))
-    decayed = set(PretrainTrainer.get_decay_parameter_names(None, model))  # pyright: ignore[reportArgumentType]
-    for name, parameter in model.named_parameters():
-        assert (name in decayed) == (parameter.ndim > 1), name
-    assert "projector.0.weight" in decayed and "projector.1.weight" not in decayed  # a BatchNorm's
 
 
 DINO = ["objective=dino", "objective_config={num_prototypes: 8, head_hidden_size: 8, bottleneck_size: 8}"]

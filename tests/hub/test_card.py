@@ -227,8 +227,8 @@ def test_without_labels_nothing_is_claimed(run):
     values = ModelCard(text).data.to_dict()
     assert "model-index" not in values and "metrics" not in values
     assert "No accuracy was measured: the images have no labels" in section(text, "Accuracy")
-    assert "accuracies above" not in text and "at hand.\n- The features" in section(text, "Limitations and risks")
-    assert "at hand. The accuracies above" in card_text(run, "ann/run")
+    assert "accuracies above" not in text and "good for.\n- The features" in section(text, "Limitations and risks")
+    assert "good for. The accuracies above" in card_text(run, "ann/run")
 
 
 def test_results_of_an_earlier_version_make_a_card_too(run):

@@ -89,9 +89,3 @@ def test_an_error_table_keeps_every_field(strategies, first, tmp_path):
     assert again.errors(0.5) == dict.fromkeys(order, ERROR) and again.rows == table.rows
     chosen = again.choose([strategies[0]])
     assert chosen.chosen(0.5) == [strategies[0]] and chosen.rows.keys() == table.rows.keys()
-
-
-def test_local_crops_are_whole_unless_a_key_speaks_of_them():
-    assert Strategy.from_dict({}, 4) == Strategy(Compression(4))
-    assert Strategy.from_dict({"patch_size": 8, "token_dropout": 0.5}, 4) == Strategy(Compression(8, 0.5))
-    assert Strategy.from_dict({"local_token_dropout": 0.0}, 4).local == Compression(4)

@@ -1,18 +1,10 @@
-"""What spans processes, run in two of them over gloo: each result equals one process's with the whole batch.
+"""What spans processes, run in two of them over gloo: each result equals one process's with the whole batch."""
 
-Run as a script, this file is one of the two: `test_two_processes.py RANK FOLDER`.
-"""
-
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,7 +22,7 @@ from hf_accel.recipe import PretrainRecipe
 from hf_accel.schedule_search.gradient_probe import GradientProbe
 from hf_accel.tasks.setup import build_objective, pretrain_config
 from tests.tiny_runs import RECIPE
-from tests.two_processes import results_of
+from tests.two_processes import run_two
 
 ROWS, SIZE, STEPS = 12, 6, 2
 CONFIG = AccelViTConfig(
@@ -170,21 +162,14 @@ CASES: dict[str, Callable[[], Results]] = {
 }
 
 
+SCRIPT = (
+    "from tests.objectives.test_two_processes import CASES; results = {name: case() for name, case in CASES.items()}"
+)
+
+
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Results]]:
-    folder = tmp_path_factory.mktemp("gloo")
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, __file__]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder)], cwd=root, env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    loaded = results_of(processes, folder)
-    assert [one.pop("world size") for one in loaded] == [2, 2]
-    return loaded
+    return run_two(SCRIPT, tmp_path_factory.mktemp("gloo"))
 
 
 @pytest.mark.slow
@@ -204,17 +189,3 @@ def test_two_processes_are_one_with_the_whole_batch(case: str, of_two: list[dict
             "same": lambda a, b: a,
         }[kind](first[name], second[name])
         torch.testing.assert_close(joined, value, rtol=1e-5, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
-
-
-def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
-    results: dict[str, Results | int] = {name: case() for name, case in CASES.items()}
-    torch.save({**results, "world size": world_size()}, folder / f"{rank}.part")
-    (folder / f"{rank}.part").rename(folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -312,6 +312,7 @@ def make_views(
     """
     count = len(batch["images"]) if "images" in batch else len(batch["crops"][0])
     rows, global_batch = rows or slice(0, count), global_batch or count
+    views: list[Tensor] = []
     runs: list[_Run] = []
     for view, config in enumerate(configs):
         draws = {
@@ -324,8 +325,11 @@ def make_views(
             draws["boxes"] = view_boxes(config, heights, widths, seed, step, micro_step, view, rows, global_batch)
         else:
             source = batch["crops"][view]
-        runs += _split_into_runs(source, config, config.size or size, draws)
-    return _render_runs(runs, mean, std)
+        side = config.size or size
+        views.append(torch.empty(count, 3, side, side, device=source.device))
+        runs += _split_into_runs(source, config, draws, views[-1])
+    _render_runs(runs, mean, std)
+    return views
 
 
 class _Run(NamedTuple):
@@ -334,25 +338,23 @@ class _Run(NamedTuple):
     source: Tensor
     boxes: Tensor | None
     changes: list[_Change]
-    output: Tensor  # (B, 3, S, S), a part of `view`
-    view: Tensor
+    output: Tensor  # (B, 3, S, S), a part of the view
 
 
-def _split_into_runs(source: Tensor, config: ViewConfig, size: int, draws: dict[str, Tensor]) -> list[_Run]:
+def _split_into_runs(source: Tensor, config: ViewConfig, draws: dict[str, Tensor], view: Tensor) -> list[_Run]:
     """Split a view of `source` into runs; a GPU gets one run. Without boxes in `draws` nothing is cropped."""
-    count, channels = source.shape[:2]
-    view = torch.empty(count, 3, size, size, device=source.device)
+    (count, channels), size = source.shape[:2], view.shape[-1]
     length = max(16, CACHE_BYTES // (4 * channels * size**2)) if source.device.type == "cpu" else count
     runs = []
     for part in (slice(start, start + length) for start in range(0, count, length)):
         mine = {name: values[part] for name, values in draws.items()}
         changes = _list_changes(config, mine, channels, size)
-        runs.append(_Run(source[part], mine.get("boxes"), changes, view[part], view))
+        runs.append(_Run(source[part], mine.get("boxes"), changes, view[part]))
     return runs
 
 
-def _render_runs(runs: list[_Run], mean: Sequence[float], std: Sequence[float]) -> list[Tensor]:
-    """Make the views of these runs, on the device of their source."""
+def _render_runs(runs: list[_Run], mean: Sequence[float], std: Sequence[float]) -> None:
+    """Write the outputs of these runs, on the device of their source."""
     device = runs[0].source.device
     scale = (torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1))
     leaves, structure = tree_flatten((*scale, [(run.boxes, run.changes) for run in runs]))
@@ -364,4 +366,3 @@ def _render_runs(runs: list[_Run], mean: Sequence[float], std: Sequence[float]) 
         for change in changes:
             images = change(images)
         torch.sub(images, mean_there, out=run.output).div_(std_there)
-    return list({id(run.view): run.view for run in runs}.values())

@@ -77,12 +77,10 @@ def test_what_is_sound_passes(launched, variables):
         ("auto", "fp16", "no", "fp16"),
         ("auto", None, "no", "no"),
         ("auto", "no", "bf16", "bf16"),
-        ("no", "no", None, "no"),
         ("no", None, "bf16", "no"),
         ("bf16", "no", None, "bf16"),
         ("bf16", "bf16", None, "bf16"),
         ("no", "bf16", None, r"mixed_precision='no': accelerate was asked for bf16; name .* one"),
-        ("bf16", "fp16", None, r"mixed_precision='bf16': accelerate was asked for fp16"),
         ("auto", "fp8", None, r"'fp8', which is not supported: take bf16"),
     ],
 )

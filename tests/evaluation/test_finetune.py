@@ -80,13 +80,6 @@ RATES = {
         "classifier.weight": 1.0,
         "classifier.bias": 1.0,
     },
-    "vit": {
-        "vit.embeddings.position_embeddings": 0.125,
-        "vit.layers.0.attention.q_proj.weight": 0.25,
-        "vit.layers.1.mlp.fc2.weight": 0.5,
-        "vit.layernorm.weight": 1.0,
-        "classifier.bias": 1.0,
-    },
     "dinov2": {
         "dinov2.embeddings.mask_token": 0.125,
         "dinov2.embeddings.patch_embeddings.projection.bias": 0.125,
@@ -98,7 +91,7 @@ RATES = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", RATES)
 def test_learning_rates_fall_with_depth(name):
     model = build_classifier(encoder(name), ["a", "b", "c"], 0.0, seed=0)
     scales = compute_layer_scales(model, 0.5)

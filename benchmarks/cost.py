@@ -23,7 +23,7 @@ from hf_accel.compression import Compression, Strategy, check_compression, forwa
 from hf_accel.data import AUGMENTATIONS, make_views
 from hf_accel.models.configuration_accel_vit import PRESETS
 from hf_accel.objectives import Draw, MoCoForPreTraining
-from hf_accel.report import environment
+from hf_accel.report import environment, format_table
 from hf_accel.utils.writing import write_json
 
 STRATEGIES = ("16:0.25", "16:0.5", "16:0.75", "20", "24", "30", "48", "20:0.5", "24:0.5", "30:0.5")
@@ -228,14 +228,6 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def format_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    cells = [list(COLUMNS), *[[show(row) for show in COLUMNS.values()] for row in rows]]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *lines[1:]])
-
-
 def aim_line(rows: list[dict[str, Any]], key: str, what: str) -> str:
     """How many of the compressed rows that are long enough are as close to the analytic cost as aimed at."""
     ratios = [row[key] for row in rows[1:] if row["tokens"] >= AIM_TOKENS]
@@ -256,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{args.model} at {args.image_size} px, batch {args.batch_size}, {args.precision}, {args.device}, "
         f"{args.threads} threads, {args.clock} clock, {args.repeats} rounds in {seconds_taken:.0f} s"
     )
-    print(format_table(rows))
+    print(format_table(list(COLUMNS), [[show(row) for show in COLUMNS.values()] for row in rows]))
     print(aim_line(rows, "measured_over_analytic", "whole step"))
     print(aim_line(rows, "encoder_over_analytic", "encoder alone"))
     if args.output:

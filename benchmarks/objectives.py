@@ -25,7 +25,7 @@ from benchmarks.peers import PEERS, Components, peer_components
 from hf_accel.compression import Compression, Strategy
 from hf_accel.models import PRESETS
 from hf_accel.objectives import OBJECTIVES, Draw, ObjectiveForPreTraining
-from hf_accel.report import environment
+from hf_accel.report import environment, format_table
 from hf_accel.utils.writing import write_json
 
 SEED = 0
@@ -116,14 +116,13 @@ def measure(name: str, args: argparse.Namespace, components: Components) -> dict
     }
 
 
-def format_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = ["| objective | ours, ms | peer, ms | ours / peer | of the rounds |", "|---|---:|---:|---:|---|"]
+def format_rows(rows: list[dict[str, Any]]) -> str:
+    lines = []
     for row in rows:
         low, high = row["ratio_range"]
-        times = f"{row['ours_ms']:.1f} | {row['peer_ms']:.1f}"
-        lines.append(f"| {row['objective']} | {times} | {row['ratio']:.3f} | {low:.3f} to {high:.3f} |")
-    return "\n".join(lines)
+        times = [f"{row['ours_ms']:.1f}", f"{row['peer_ms']:.1f}", f"{row['ratio']:.3f}"]
+        lines.append([row["objective"], *times, f"{low:.3f} to {high:.3f}"])
+    return format_table(["objective", "ours, ms", "peer, ms", "ours / peer", "of the rounds"], lines)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -141,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [measure(name, args, components) for name in args.objectives]
     settings = settings_of(args, "num_prototypes")
     print(f"{', '.join(f'{name} {value}' for name, value in settings.items())}, {args.device}\npeer: {peer}")
-    print(format_table(rows))
+    print(format_rows(rows))
     if args.output:
         report = {**settings, "device": str(args.device), "peer": peer, "rows": rows, "environment": environment()}
         write_json(args.output, report)

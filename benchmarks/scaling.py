@@ -18,7 +18,7 @@ import torch
 from benchmarks.options import parser_of
 from hf_accel.compression import Plan, forward_cost
 from hf_accel.recipe import load_recipe
-from hf_accel.report import environment
+from hf_accel.report import environment, format_table
 from hf_accel.tasks.setup import build_objective
 from hf_accel.utils.writing import write_json
 
@@ -95,17 +95,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{args.recipe}: {run.units:,.0f} units, {run.steps:,} steps, {run.trained / 1e6:.1f} M parameters trained, "
         f"{run.target / 1e6:.1f} M of the target branch and frozen"
     )
-    print("| engine | " + " | ".join(f"{gpus} GPUs, h" for gpus in args.gpus) + " |")
-    print("|---" + "|---:" * len(args.gpus) + "|")
-    rows = []
+    rows, lines = [], []
     for engine in ENGINES:
-        cells = []
+        cells = [engine]
         for gpus in args.gpus:
             bandwidth = 1e9 * (args.node_bandwidth if gpus <= args.gpus_per_node else args.network_bandwidth)
             total, waiting = hours(run, engine, gpus, args.ms_per_unit / 1000, bandwidth, args.overlap)
             rows.append({"engine": engine, "gpus": gpus, "hours": total, "waiting_hours": waiting})
             cells.append(f"{total:.2f}" + (f" ({waiting / total:.0%} network)" if waiting > 0 else ""))
-        print(f"| {engine} | " + " | ".join(cells) + " |")
+        lines.append(cells)
+    print(format_table(["engine", *(f"{gpus} GPUs, h" for gpus in args.gpus)], lines))
     if args.output:
         write_json(args.output, {"recipe": args.recipe, "rows": rows, "environment": environment()})
     return 0

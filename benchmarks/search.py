@@ -23,7 +23,7 @@ from benchmarks.options import UNITS, add_shared_options, parse, parser_of, sett
 from hf_accel.compression import Compression, Strategy, forward_cost
 from hf_accel.data import ImageSource
 from hf_accel.recipe import PretrainRecipe, Recipe
-from hf_accel.report import environment
+from hf_accel.report import environment, format_table
 from hf_accel.schedule_search.choose import build_grid
 from hf_accel.schedule_search.gradient_error import chunks, estimate_errors
 from hf_accel.schedule_search.gradient_probe import GradientProbe
@@ -131,27 +131,22 @@ def rows_of(timed: TimedProbe, units: dict[Strategy, float], base: Strategy, per
     return rows
 
 
-def format_table(found: dict[str, Any]) -> str:
-    """Markdown."""
-    lines = [
-        "| patch | gradients | units | seconds | ms/gradient | of training's seconds a unit | peak GB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+def format_found(found: dict[str, Any]) -> str:
+    header = ["patch", "gradients", "units", "seconds", "ms/gradient", "of training's seconds a unit", "peak GB"]
+    lines = []
     for row in found["rows"]:
-        memory = "" if row["peak_gb"] is None else f"{row['peak_gb']:.1f}"
-        lines.append(
-            f"| {row['patch_size'] or 'uncompressed, and views'} | {row['gradients']} | {row['units']:,.0f} "
-            f"| {row['seconds']:.2f} | {1000 * row['seconds'] / row['gradients']:.1f} | {row['over_training']:.2f} "
-            f"| {memory} |"
-        )
-    sums = f"| sums of {found['parameters'] / 1e6:.1f} M numbers, in {found['passes']} passes | | | "
-    lines.append(sums + f"{found['seconds_of_sums']:.2f} | | | |")
-    ratio, memory = found["seconds"] / found["predicted_seconds"], found["peak_gb"]
-    lines.append(
-        f"| **the stage** | | {found['units']:,.0f} | **{found['seconds']:.2f}** | | {ratio:.2f} "
-        f"| {'' if memory is None else f'{memory:.1f}'} |"
-    )
-    return "\n".join(lines)
+        counts = [str(row["patch_size"] or "uncompressed, and views"), str(row["gradients"]), f"{row['units']:,.0f}"]
+        times = [row["seconds"], 1000 * row["seconds"] / row["gradients"], row["over_training"]]
+        lines.append([*counts, *(f"{value:.2f}" for value in times), _gigabytes(row["peak_gb"])])
+    sums = f"sums of {found['parameters'] / 1e6:.1f} M numbers, in {found['passes']} passes"
+    lines.append([sums, "", "", f"{found['seconds_of_sums']:.2f}", "", "", ""])
+    seconds, ratio = f"**{found['seconds']:.2f}**", f"{found['seconds'] / found['predicted_seconds']:.2f}"
+    lines.append(["**the stage**", "", f"{found['units']:,.0f}", seconds, "", ratio, _gigabytes(found["peak_gb"])])
+    return format_table(header, lines)
+
+
+def _gigabytes(peak: float | None) -> str:
+    return "" if peak is None else f"{peak:.1f}"
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -172,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = measure(args)
     settings = {**settings_of(args, "draws", "dropouts", "memory"), "device": str(args.device)}
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
-    print(format_table(found))
+    print(format_found(found))
     print(
         f"{1000 * found['seconds_per_unit']:.4f} ms a unit in training; the stage: predicted "
         f"{found['predicted_seconds']:.1f} s, measured {found['seconds']:.1f} s"

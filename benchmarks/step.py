@@ -27,7 +27,7 @@ from benchmarks.peers import PEERS, Components, peer_components
 from hf_accel.compression import Compression, Strategy, forward_cost
 from hf_accel.compression.cost import forward_flops
 from hf_accel.models import AccelViTModel
-from hf_accel.report import environment
+from hf_accel.report import environment, format_table
 from hf_accel.utils.writing import write_json
 
 SCHEDULE = ("56", "32", "16:0.5")
@@ -136,20 +136,15 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def format_table(rows: list[dict[str, Any]], batch_size: int) -> str:
-    """Markdown."""
-    lines = [
-        "| who | mode | patch:dropout | ms/step | images/s | units | time | MFU | peak GB |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
+def format_rows(rows: list[dict[str, Any]], batch_size: int) -> str:
+    header = ["who", "mode", "patch:dropout", "ms/step", "images/s", "units", "time", "MFU", "peak GB"]
+    lines = []
     for row in rows:
+        speed = [f"{1000 * row['seconds']:.1f}", f"{batch_size / row['seconds']:.1f}"]
+        ratios = [f"{row['units']:.3f}", f"{row['time']:.3f}", f"{row['mfu']:.1%}"]
         memory = "" if row["peak_gb"] is None else f"{row['peak_gb']:.1f}"
-        lines.append(
-            f"| {row['who']} | {row['mode']} | {row['strategy']} | {1000 * row['seconds']:.1f} "
-            f"| {batch_size / row['seconds']:.1f} | {row['units']:.3f} | {row['time']:.3f} "
-            f"| {row['mfu']:.1%} | {memory} |"
-        )
-    return "\n".join(lines)
+        lines.append([row["who"], row["mode"], row["strategy"], *speed, *ratios, memory])
+    return format_table(header, lines)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -179,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = measure(args, components, rate)
     settings = {**settings_of(args, "objective", "num_prototypes"), "device": str(args.device), "matmul_rate": rate}
     print(f"{', '.join(f'{name} {value}' for name, value in settings.items())}\npeer: {peer}")
-    print(format_table(rows, args.batch_size))
+    print(format_rows(rows, args.batch_size))
     if args.output:
         write_json(args.output, {**settings, "peer": peer, "rows": rows, "environment": environment()})
     return 0

@@ -129,22 +129,11 @@ def _best_table(table: ErrorTable, criterion: str) -> str:
 
 def _best_cells(table: ErrorTable, row: Row) -> list[str]:
     strategy = Strategy.from_dict(row)
-
-    def relative(*names: str) -> str:
-        return " to ".join(f"{row[name] / table.unit(row, name):#.3g}".rstrip(".") for name in names)
-
-    return [
-        percent(row["progress"]),
-        "chosen" if row["chosen"] else "",
-        strategy.online.abbreviate(),
-        strategy.target_branch.abbreviate(),
-        str(row["tokens"]),
-        f"{row['relative_cost']:.3f}",
-        relative("bias2"),
-        relative("bias2_low", "bias2_high"),
-        relative("ca_variance"),
-        relative("ca_mse"),
-        relative("ca_mse_low", "ca_mse_high"),
-        relative("gain"),
-        relative("gain_low", "gain_high"),
-    ]
+    cells = [percent(row["progress"]), "chosen" if row["chosen"] else ""]
+    cells += [strategy.online.abbreviate(), strategy.target_branch.abbreviate()]
+    cells += [str(row["tokens"]), f"{row['relative_cost']:.3f}"]
+    for name in ("bias2", "ca_variance", "ca_mse", "gain"):
+        ends = [f"{name}_low", f"{name}_high"] if f"{name}_low" in row else []
+        shown = [f"{row[key] / table.unit(row, key):#.3g}".rstrip(".") for key in (name, *ends)]
+        cells += [shown[0], *[" to ".join(shown[1:])] * bool(ends)]
+    return cells

@@ -21,7 +21,7 @@ gradients, and it spends what is saved on more steps instead of on larger averag
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from scipy.special import ndtri, stdtr, stdtrit
@@ -136,43 +136,52 @@ class GradientErrorAccumulator(Generic[Name]):
         return math.copysign(min(score, MAX_SCORE), estimate)
 
     def _of(self, name: Name) -> GradientError:
-        cost, draws = self.relative_cost[name], self.num_draws
+        draws, left_out = self.num_draws, self._left_out(name)
         difference, reference, norm2 = self._differences[name], self._reference, self._compressed_norm2[name]
-        mean = (difference.total + reference.total) / draws
-        variance = (norm2.total / draws - _norm2(mean)) * draws / (draws - 1)
-        bias2, reference_norm2 = difference.product_of_different_draws(), reference.product_of_different_draws()
-        ca_variance = cost * variance
-        # <G, E g_a> by || E g_a - G ||^2, of which each part is free of the noise of single draws
-        product = (norm2.total / draws - variance + reference_norm2 - bias2) / 2
-        gain = product / (cost * _root(norm2.total / draws))
-        left = self._left_out(name)
-        return GradientError(
-            bias2=bias2,
-            variance=variance,
-            ca_variance=ca_variance,
-            ca_mse=bias2 + ca_variance,
-            reference_norm2=reference_norm2,
-            bias2_interval=_jackknife(bias2, left["bias2"]),
-            ca_mse_interval=_jackknife(bias2 + ca_variance, left["ca_mse"]),
-            gain=gain,
-            gain_interval=_jackknife(gain, left["gain"]),
+        whole = _combine(
+            self.relative_cost[name],
+            draws,
+            norm2.total / draws,
+            _norm2((difference.total + reference.total) / draws),
+            difference.product_of_different_draws(),
+            reference.product_of_different_draws(),
         )
+        for key in ("bias2", "ca_mse", "gain"):
+            whole[f"{key}_interval"] = _jackknife(whole[key], left_out[key])
+        return GradientError(**whole)
 
     def _left_out(self, name: Name) -> dict[str, Tensor]:
-        """Estimate bias2, ca_mse and gain without each block from the sketches: float64 (blocks,) each."""
+        """Estimate the errors without each block from the sketches: float64 (blocks,) each."""
         difference, reference, norm2 = self._differences[name], self._reference, self._compressed_norm2[name]
-        cost = self.relative_cost[name]
         rest = self.num_draws - torch.tensor(reference.blocks.counts, dtype=torch.float64)
         without = difference.sketches_without() + reference.sketches_without()
-        mean_norm2 = (norm2.total - torch.tensor(norm2.values, dtype=torch.float64)) / rest
-        variance = (mean_norm2 - (without / rest[:, None]).square().sum(1)) * rest / (rest - 1)
-        bias2 = difference.product_without()
-        product = (mean_norm2 - variance + reference.product_without() - bias2) / 2
-        return {
-            "bias2": bias2,
-            "ca_mse": bias2 + cost * variance,
-            "gain": product / (cost * _root(mean_norm2)),
-        }
+        return _combine(
+            self.relative_cost[name],
+            rest,
+            (norm2.total - torch.tensor(norm2.values, dtype=torch.float64)) / rest,
+            (without / rest[:, None]).square().sum(1),
+            difference.product_without(),
+            reference.product_without(),
+        )
+
+
+def _combine(cost: float, draws, mean_norm2, norm2_of_mean, bias2, reference_norm2) -> dict[str, Any]:
+    """Estimate the errors from means over draws, which are numbers, or tensors (blocks,) without each block.
+
+    Args:
+        mean_norm2, norm2_of_mean: of the compressed gradients.
+    """
+    variance = (mean_norm2 - norm2_of_mean) * draws / (draws - 1)
+    # <G, E g_a> by || E g_a - G ||^2, of which each part is free of the noise of single draws
+    product = (mean_norm2 - variance + reference_norm2 - bias2) / 2
+    return {
+        "bias2": bias2,
+        "variance": variance,
+        "ca_variance": cost * variance,
+        "ca_mse": bias2 + cost * variance,
+        "reference_norm2": reference_norm2,
+        "gain": product / (cost * _root(mean_norm2)),
+    }
 
 
 class _Blocks:

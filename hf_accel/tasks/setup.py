@@ -74,18 +74,12 @@ def pretrain_config(recipe: Recipe) -> PretrainConfig:
     shared = {key.name: getattr(recipe, key.name) for key in fields(PretrainSettings) if recipe.reads(key.name)}
     mine: dict[str, Any] = {"budget": 1.0}
     if recipe.task == "pretrain":
+        same = ("learning_rate", "weight_decay", "max_grad_norm", "logging_steps", "save_total_limit", "report_to")
         mine = {
-            "learning_rate": recipe.learning_rate,
-            "weight_decay": recipe.weight_decay,
-            "max_grad_norm": recipe.max_grad_norm,
+            **{key: getattr(recipe, key) for key in (*same, "push_to_hub", "hub_model_id")},
             "activation_checkpointing": recipe.gradient_checkpointing,
-            "logging_steps": recipe.logging_steps,
             "save_steps": int(recipe.save_steps) if recipe.save_steps >= 1 else recipe.save_steps,
-            "save_total_limit": recipe.save_total_limit,
-            "report_to": recipe.report_to,
             "dataloader_num_workers": recipe.num_workers,
-            "push_to_hub": recipe.push_to_hub,
-            "hub_model_id": recipe.hub_model_id,
             "hub_private_repo": recipe.hub_private,
             "hub_strategy": "checkpoint" if recipe.hub_optimizer else "every_save",
         }

@@ -69,5 +69,5 @@ def test_table_and_json(tmp_path, capsys):
     for row in written["rows"]:
         low, high = row["ratio_range"]
         assert 0 < low <= row["ratio"] <= high
-        assert f"| {row['ratio']:.3f} |" in printed
+        assert f" {row['ratio']:.3f} |" in printed
     assert written["peer"] in printed and written["batch_size"] == 4

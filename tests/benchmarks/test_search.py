@@ -27,7 +27,7 @@ def test_a_stage_is_timed_part_by_part(tmp_path, capsys):
     assert found["seconds_of_sums"] > 0 and found["predicted_seconds"] == found["units"] * found["seconds_per_unit"]
     for row in found["rows"]:
         assert row["over_training"] == pytest.approx(row["seconds"] / row["units"] / found["seconds_per_unit"])
-        assert f"| {row['seconds']:.2f} " in printed
+        assert f" {row['seconds']:.2f} |" in printed
     assert f"predicted {found['predicted_seconds']:.1f} s, measured {found['seconds']:.1f} s" in printed
 
 

@@ -31,7 +31,7 @@ def test_table_and_json(tmp_path, capsys, monkeypatch):
     for row in written["rows"]:
         assert row["seconds"] == 0.5 and row["time"] == 1.0
         assert row["mfu"] == pytest.approx(4 * row["units"] * 4 * flops / 0.5 / 1e9)  # 4 units an image, 4 images
-        assert f"| {row['mfu']:.1%} |" in printed
+        assert f" {row['mfu']:.1%} |" in printed
     assert [row["units"] for row in written["rows"][:2]] == [1.0, 1.0]
     assert 0.2 < written["rows"][2]["units"] < 0.3 < written["rows"][3]["units"] < 0.8
     assert written["matmul_rate"] == 1e9 and written["batch_size"] == 4

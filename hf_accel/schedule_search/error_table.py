@@ -88,7 +88,7 @@ class ErrorTable:
         return found
 
     def choose(self, strategies: Sequence[Strategy]) -> "ErrorTable":
-        """The same table with one chosen strategy for each point."""
+        """Return the same table with one chosen strategy for each point."""
         chosen = set(zip(self.points, strategies, strict=True))
         return ErrorTable([{**row, "chosen": key in chosen} for key, row in self.rows.items()])
 
@@ -141,7 +141,7 @@ class ErrorTable:
         return [strategy for strategy in self.strategies if self.rows[progress, strategy]["chosen"]]
 
     def label(self, strategy: Strategy) -> str:
-        """As "p8 d0.5"; where the table has several symmetries, with the target's compression if that differs."""
+        """Name a strategy as "p8 d0.5". Several symmetries in a table need the target branch, too, where it differs."""
         online, target = strategy.online.abbreviate(), strategy.target_branch.abbreviate()
         return online if len(self.symmetries) == 1 or target == online else f"{online} | {target}"
 

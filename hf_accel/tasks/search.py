@@ -147,7 +147,7 @@ def report_differences(recipe: Recipe) -> None:
 
 
 def load_weights(objective: ObjectiveForPreTraining, folder: Path) -> None:
-    """Raises RecipeError if the checkpoint cannot be read or is of another model, naming what differs first."""
+    """Load a checkpoint. Raises RecipeError if it cannot be read, or names the first tensor that differs."""
     try:
         weights = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:

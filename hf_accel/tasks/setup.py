@@ -35,7 +35,7 @@ def naming(subject: str):
 
 
 def output_of(recipe: Recipe) -> Path:
-    """`output_dir`, made where it is missing. Raises RecipeError where nothing can be written."""
+    """Return `output_dir`, which is created if it is missing. Raises RecipeError if nothing can be written there."""
     output = Path(recipe.output_dir)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def output_of(recipe: Recipe) -> Path:
 
 
 def start(recipe: Recipe) -> TrainingArguments:
-    """Arguments of a Trainer for a task that does not pretrain, with processes, threads and random state set."""
+    """Return the arguments of a Trainer for a task that does not pretrain, and set up processes and random state."""
     check_launch()
     recipe.mixed_precision = choose_precision(recipe.mixed_precision)  # pyright: ignore
     arguments = TrainingArguments(
@@ -70,7 +70,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 
 def pretrain_config(recipe: Recipe) -> PretrainConfig:
-    """The `PretrainConfig` that a recipe describes. A search takes batches and views from it, and no budget."""
+    """Return the `PretrainConfig` that a recipe describes. A search takes batches and views from it, and no budget."""
     shared = {key.name: getattr(recipe, key.name) for key in fields(PretrainSettings) if recipe.reads(key.name)}
     mine: dict[str, Any] = {"budget": 1.0}
     if recipe.task == "pretrain":
@@ -107,14 +107,14 @@ def build_objective(recipe: Recipe) -> ObjectiveForPreTraining:
 
 
 def images_of(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
-    """Training and validation images; says where their labels come from. Raises what `load_images` raises."""
+    """Load training and validation images as `load_images` does, and say where their labels come from."""
     source, validation = load_images(recipe)
     say(describe_labels(source, validation))
     return source, validation
 
 
 def load_images(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
-    """Training and validation images.
+    """Load training and validation images.
 
     Raises:
         RecipeError: what cannot be read, or fewer images than a batch takes.

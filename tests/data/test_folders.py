@@ -51,6 +51,7 @@ LAYOUTS = {
         ["a", "train"],
     ),
     "capitals": (["Train/a/1.png", "Train/b/1.png", "VAL/a/1.png", "VAL/b/1.png"], "validation", ["a", "b"]),
+    "class test in splits": (["train/a/1.png", "train/test/1.png", "val/test/1.png"], "validation", ["a", "test"]),
     "flat test": (["train/a/1.png", "train/b/1.png", "test/1.png"], "test", ["a", "b"]),
     "deep": (["x/y/train2017/a/1.png", "x/y/train2017/b/1.png", "x/y/val2017/a/1.png"], "validation", ["a", "b"]),
     "split in class": (["a/train/1.png", "a/test/1.png", "b/train/1.png", "b/test/1.png"], "test", ["a", "b"]),

@@ -127,6 +127,12 @@ def test_evaluations_and_kept_checkpoints_are_at_their_points(trained):
     assert 0.3 <= trainer.plan.share_done(read_state(kept)["step"]) < 0.45
 
 
+def test_log_lines_hold_patches_and_tokens_of_both_branches(trained):
+    log = next(entry for entry in trained[0].state.log_history if "loss" in entry)
+    assert [log[key] for key in ("patch_size", "token_dropout", "tokens")] == [8, 0.5, 3]
+    assert [log[f"target_{key}"] for key in ("patch_size", "token_dropout", "tokens")] == [8, 0.0, 5]
+
+
 # What needs no training: what the Trainer has made of each setting
 
 

@@ -128,7 +128,7 @@ def test_the_advice_can_be_followed(tmp_path):
     assert "smaller model" in advice(contrastive, batch_size=3, activation_checkpointing=True)
     args = PretrainConfig(str(tmp_path), budget=1, report_to="none", bf16=False)
     with pytest.raises(OutOfMemory), explained_memory(args, contrastive):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to")
+        raise torch.OutOfMemoryError("in words of another backend")
     with pytest.raises(RuntimeError, match="shape") as other, explained_memory(args, contrastive):
         raise RuntimeError("shape mismatch")
     assert not isinstance(other.value, OutOfMemory)

@@ -1,16 +1,18 @@
 """An error of writing names what could not be written, and what to do."""
 
 import errno
+import json
 import re
 import resource
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from hf_accel.utils.writing import WriteFailed, writing
+from hf_accel.utils.writing import WriteFailed, write_json, writing
 
 
 def of_torch(path: Path) -> None:
@@ -70,3 +72,12 @@ def test_a_write_error_is_wrapped_once(tmp_path):
     with pytest.raises(WriteFailed) as caught, writing(tmp_path, "Outer"), writing(tmp_path / "run", "Inner"):
         raise error
     assert str(caught.value).endswith("Inner") and "Outer" not in str(caught.value)
+
+
+def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+    monkeypatch.setattr("os.replace", MagicMock(side_effect=OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        write_json(path, {"new": 2})
+    assert json.loads(path.read_text()) == {"old": 1}

@@ -141,12 +141,8 @@ def test_pretrain(whole):
 def test_curves_show_the_plan_that_was_followed(tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr("hf_accel.training.finish.plot_curves", lambda *_, **options: drawn.update(options))
-    results = {
-        "knn_top1_raw_pixels": None,
-        "knn_top1_random_init": None,
-        "data": {"name": "photos"},
-        "objective": "moco",
-    }
+    results: dict[str, Any] = {"data": {"name": "photos"}, "objective": "moco"}
+    results |= dict.fromkeys(["knn_top1_raw_pixels", "knn_top1_random_init"])
     trainer: Any = SimpleNamespace(folder=RunFolder(tmp_path), plan=object(), state=SimpleNamespace(log_history=[]))
     trainer.objective = SimpleNamespace(config=SimpleNamespace(image_size=32))
     trainer.publication = lambda: SimpleNamespace(complete_final=lambda _: True)

@@ -110,7 +110,7 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
         raise NotImplementedError
 
     def collapse_symptoms(self, logs: Mapping[str, float]) -> dict[str, tuple[str, str]]:
-        """What in a log line looks like collapse.
+        """Find the signs of collapse in a log line.
 
         Args:
             logs: with "loss" and the objective's own metrics.
@@ -124,14 +124,14 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
         return {"point": (seen, POINT_REMEDY)}
 
     def frozen_parameters(self, progress: float) -> list[nn.Parameter]:
-        """Those that the step at `progress` leaves as they are; at a progress of 0, all that are ever frozen."""
+        """Return the parameters that the step at `progress` leaves as they are; at 0, all that are ever frozen."""
         return []
 
     def before_optimizer_step(self, progress: float) -> None:
-        """Once per optimizer step, when the gradients are complete."""
+        """Change the gradients of an optimizer step, once all of them are complete."""
 
     def update_target(self, progress: float) -> None:
-        """Once per optimizer step, after it. Objectives without a target branch have nothing to do."""
+        """Move the target branch after each optimizer step. Objectives without one have nothing to do."""
 
     def encode(
         self,

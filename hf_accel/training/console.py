@@ -48,7 +48,7 @@ def quiet() -> Iterator[None]:
 
 
 def describe_run(trainer: Any) -> list[str]:
-    """The lines that a run opens with: what it trains on what, where and for how long, and what may not be meant."""
+    """Describe a run in the lines that it opens with: model, data, device, length, and what may not be intended."""
     args, model, source = trainer.args, trainer.objective, trainer.source
     sizes = [sum(weights.numel() for weights in part.parameters()) for part in (model.encoder, model)]
     found = args.schedule == "auto"
@@ -63,7 +63,7 @@ def describe_run(trainer: Any) -> list[str]:
 
 
 def in_words(schedule: Schedule) -> str:
-    """A schedule in a line, of which the middle is left out where it has many stages."""
+    """Describe a schedule in one line, without its middle if it has many stages."""
 
     def stage_in_words(stage: Stage) -> str:
         strategy = stage.strategy
@@ -75,7 +75,7 @@ def in_words(schedule: Schedule) -> str:
 
 
 def describe_logs(logs: Mapping[str, Any], step: int, steps: int) -> str | None:
-    """The line of a log entry; None for one that is of no use to someone who watches."""
+    """Format the line of a log entry. Return None for one that is of no use to someone who watches."""
     start = f"step {step:>{len(str(steps))}}/{steps}  {logs.get('progress', 0.0):>4.0%}  "
     if "loss" in logs:
         return (

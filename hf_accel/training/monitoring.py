@@ -22,7 +22,7 @@ class CollapseMonitor(TrainerCallback):
         self.symptoms = symptoms
         self.lines: dict[str, int] = {}
         self.since: dict[str, float] = {}
-        self.told: set[str] = set()
+        self.reported: set[str] = set()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs:
@@ -36,8 +36,8 @@ class CollapseMonitor(TrainerCallback):
             for kind in found
             if self.lines[kind] >= FOR_LINES and progress - self.since[kind] >= FOR_PROGRESS - 1e-9
         ]
-        new = [kind for kind in lasting if kind not in self.told]
-        self.told |= set(new)
+        new = [kind for kind in lasting if kind not in self.reported]
+        self.reported |= set(new)
         if new and state.is_world_process_zero:
             what, remedy = "; ".join(found[kind][0] for kind in new), "; or ".join(found[kind][1] for kind in new)
             logger.warning(

@@ -23,7 +23,7 @@ UnitsPerImage = Callable[[Strategy], float]
 
 
 def read_schedule(args: PretrainConfig, config: AccelViTConfig, local_crop_size: int | None) -> Schedule:
-    """The schedule of `args` for this encoder. Raises SettingError for one that the encoder cannot follow."""
+    """Return the schedule of `args` for this encoder. Raises SettingError for one that the encoder cannot follow."""
     try:
         schedule = Schedule.parse(args.schedule, config.patch_size)
         schedule.validate(config.image_size, config.patch_size, local_crop_size)
@@ -35,7 +35,7 @@ def read_schedule(args: PretrainConfig, config: AccelViTConfig, local_crop_size:
 def make_forward_cost(
     args: PretrainConfig, config: AccelViTConfig, device: torch.device, strategies: Iterable[Strategy]
 ) -> ForwardCost:
-    """Units of a forward pass: from FLOPs, or the run's own measured table.
+    """Return the units of a forward pass, from FLOPs or from the run's own measured table.
 
     The table is measured once, for `strategies`, and kept in the run's folder and in its checkpoints.
     """
@@ -57,7 +57,7 @@ def make_forward_cost(
 
 
 def strategies_of_run(args: PretrainConfig, config: AccelViTConfig, schedule: Schedule) -> list[Strategy]:
-    """Every strategy that the run may follow."""
+    """List every strategy that the run may follow."""
     if args.schedule != "auto":
         return schedule.strategies
     return [*schedule.strategies, *build_grid(config.image_size, config.patch_size, LADDER_DROPOUTS)]
@@ -97,7 +97,7 @@ def make_plan(
 
 
 def describe_plan(args: PretrainConfig, model: ObjectiveForPreTraining, plan: Plan) -> list[str]:
-    """Lines that say what the run will do, and what of it may not be meant."""
+    """Describe what the run will do, and point out what may not be intended."""
     micro_batches = args.gradient_accumulation_steps
     lines = [
         f"Budget: {plan.num_steps:,} steps of {args.batch_size} images, "

@@ -11,7 +11,7 @@ from ..utils.errors import SettingError, fail
 
 
 def choose_checkpoint(folder: RunFolder, resume: Any) -> Path | None:
-    """The checkpoint to resume from, the same on all processes; None to start.
+    """Return the checkpoint to resume from, the same on all processes, or None to start a run.
 
     Args:
         resume: see `PretrainTrainer.train`.
@@ -40,7 +40,7 @@ def choose_checkpoint(folder: RunFolder, resume: Any) -> Path | None:
 
 
 def _last_checkpoint(folder: RunFolder) -> Path | None:
-    """The newest complete checkpoint. Says of newer ones why they are passed over."""
+    """Return the newest complete checkpoint, and say why newer ones are passed over."""
     found = None
     for path in folder.checkpoints() if is_main() else []:
         wrong = find_damage(path)

@@ -1,4 +1,4 @@
-"""What is published says nothing of where things lie on the machine it was made on."""
+"""Texts and settings without the local paths of the machine on which they were made, for publication."""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ _ABSOLUTE = re.compile(r"(?<![\w:/.~])(?:~\w*/|/|[A-Za-z]:[\\/])[^\s'\"`,;:()\[\
 
 
 def without_local_paths(value: Any) -> Any:
-    """`value`, text or anything that YAML can hold, with absolute paths cut down to "…/" and their last part."""
+    """Return `value`, text or anything that YAML can hold, with absolute paths cut down to "…/" and their last part."""
     if isinstance(value, Mapping):
         return {key: without_local_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Collapse in log lines: told once, when it lasts, with what it is and what helps."""
+"""A collapse that lasts is reported once, with its kind and a remedy."""
 
 import logging
 import math
@@ -37,7 +37,7 @@ def lasting(line: dict[str, float], lines: int = FOR_LINES, span: float = FOR_PR
 
 
 @pytest.mark.parametrize("line, kind, words", COLLAPSED.values(), ids=COLLAPSED)
-def test_a_lasting_symptom_is_told_once_with_what_helps(caplog, line, kind, words):
+def test_a_lasting_symptom_is_reported_once_with_a_remedy(caplog, line, kind, words):
     monitor = CollapseMonitor(DINO.collapse_symptoms)
     feed(monitor, lasting(line)[:-1])
     assert not caplog.records
@@ -51,7 +51,7 @@ def test_a_lasting_symptom_is_told_once_with_what_helps(caplog, line, kind, word
 
 
 @pytest.mark.parametrize("line", [line for line, *_ in COLLAPSED.values()], ids=COLLAPSED)
-def test_what_passes_is_not_told(caplog, line):
+def test_a_passing_symptom_is_not_reported(caplog, line):
     few, short = lasting(line, lines=FOR_LINES - 1), lasting(line, span=FOR_PROGRESS * 0.9)
     interrupted = lasting(line, lines=2 * FOR_LINES - 1)
     interrupted[FOR_LINES - 1] |= HEALTHY
@@ -62,7 +62,7 @@ def test_what_passes_is_not_told(caplog, line):
     assert len(caplog.records) == 1
 
 
-def test_a_second_kind_is_told_too_and_two_at_once_in_one_line(caplog):
+def test_a_second_kind_is_reported_and_two_share_one_line(caplog):
     monitor = CollapseMonitor(DINO.collapse_symptoms)
     feed(monitor, [*lasting(COLLAPSED["loss"][0]), *lasting(COLLAPSED["one prototype"][0])])
     assert len(caplog.records) == 2
@@ -72,7 +72,7 @@ def test_a_second_kind_is_told_too_and_two_at_once_in_one_line(caplog):
     assert "teacher_temperature_start" in text and "freeze_patch_projection" in text
 
 
-def test_objectives_without_prototypes_have_their_embeddings_watched(caplog):
+def test_embeddings_are_watched_without_prototypes(caplog):
     line = {"loss": UNIFORM, "embedding_std": 0.6, "progress": 0.5}
     symptoms = MOCO.collapse_symptoms
     assert symptoms(line) == {} and set(symptoms(line | {"embedding_std": 0.01})) == {"point"}
@@ -81,6 +81,6 @@ def test_objectives_without_prototypes_have_their_embeddings_watched(caplog):
     assert not caplog.records
 
 
-def test_one_process_tells(caplog):
+def test_only_the_main_process_warns(caplog):
     feed(CollapseMonitor(DINO.collapse_symptoms), lasting(COLLAPSED["loss"][0]), main=False)
     assert not caplog.records

@@ -172,13 +172,13 @@ def test_a_step_waits_for_nothing_and_mixes_no_devices():
 
 
 @pytest.mark.slow
-def test_nor_do_other_objectives_precisions_positions_and_sources():
+def test_steps_of_other_settings_wait_for_nothing():
     check(MORE)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [*SETTINGS, *MORE])
-def test_nor_does_a_gpu(name, tmp_path, monkeypatch):
+def test_a_step_on_a_gpu_waits_for_nothing(name, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     on_cpu = train(name, None, str(tmp_path / "cpu"))

@@ -302,18 +302,19 @@ def make_views(
     global_batch: int | None = None,
     mean: Sequence[float] = (0.0, 0.0, 0.0),
     std: Sequence[float] = (1.0, 1.0, 1.0),
+    render: "Renderer | None" = None,
 ) -> list[Tensor]:
     """Make one normalised float (B, 3, S, S) per config on the device of the batch. S is the config's size or `size`.
 
     `batch` holds "images", uint8 (B, C, H, W), which are cropped here, or "crops", a list of uint8 (B, C, S, S) that a
     loader has cut with the same draws. C is 3, or 1 for gray images, which are augmented once and then repeated.
     `rows` are this process's among the `global_batch` rows of the micro-batch (default: the batch is the whole).
-    The result is a pure function of the arguments.
+    The result is a pure function of the arguments. `render` makes the views of what was drawn (default: operation by
+    operation); a `FusedViews` does so in fewer passes.
     """
     count = len(batch["images"]) if "images" in batch else len(batch["crops"][0])
     rows, global_batch = rows or slice(0, count), global_batch or count
-    views: list[Tensor] = []
-    runs: list[_Run] = []
+    views: list[DrawnView] = []
     for view, config in enumerate(configs):
         draws = {
             name: torch.rand(global_batch, width, generator=generator(seed, name, step, micro_step, view))[rows]
@@ -325,11 +326,31 @@ def make_views(
             draws["boxes"] = view_boxes(config, heights, widths, seed, step, micro_step, view, rows, global_batch)
         else:
             source = batch["crops"][view]
-        side = config.size or size
-        views.append(torch.empty(count, 3, side, side, device=source.device))
-        runs += _split_into_runs(source, config, draws, views[-1])
-    _render_runs(runs, mean, std)
-    return views
+        views.append(DrawnView(source, config, config.size or size, draws))
+    return (render or render_by_operation)(views, mean, std)
+
+
+class DrawnView(NamedTuple):
+    """A view before it is made: its images, uint8 (B, C, H, W), and what each of them drew, (B, ...) by name.
+
+    Without "boxes" among the draws the images are the crops.
+    """
+
+    source: Tensor
+    config: ViewConfig
+    size: int
+    draws: dict[str, Tensor]
+
+
+Renderer = Callable[[Sequence[DrawnView], Sequence[float], Sequence[float]], list[Tensor]]
+"""Makes drawn views, with a mean and a deviation of each channel."""
+
+
+def render_by_operation(views: Sequence[DrawnView], mean: Sequence[float], std: Sequence[float]) -> list[Tensor]:
+    """Apply each operation to the images that drew it: float32 (B, 3, S, S) for each view."""
+    made = [torch.empty(len(view.source), 3, view.size, view.size, device=view.source.device) for view in views]
+    _render_runs([run for pair in zip(views, made, strict=True) for run in _split_into_runs(*pair)], mean, std)
+    return made
 
 
 class _Run(NamedTuple):
@@ -341,9 +362,10 @@ class _Run(NamedTuple):
     output: Tensor  # (B, 3, S, S), a part of the view
 
 
-def _split_into_runs(source: Tensor, config: ViewConfig, draws: dict[str, Tensor], view: Tensor) -> list[_Run]:
-    """Split a view of `source` into runs; a GPU gets one run. Without boxes in `draws` nothing is cropped."""
-    (count, channels), size = source.shape[:2], view.shape[-1]
+def _split_into_runs(drawn: DrawnView, view: Tensor) -> list[_Run]:
+    """Split what is to be written into `view` into runs; a GPU gets one run."""
+    source, config, size, draws = drawn
+    count, channels = source.shape[:2]
     length = max(16, CACHE_BYTES // (4 * channels * size**2)) if source.device.type == "cpu" else count
     runs = []
     for part in (slice(start, start + length) for start in range(0, count, length)):

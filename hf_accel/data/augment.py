@@ -31,6 +31,9 @@ CROP_ATTEMPTS = 10
 CACHE_BYTES = 2**22
 """On a CPU, images are augmented in runs of this size, which stay in the cache between operations."""
 
+LARGEST_PRODUCT = 48
+"""On a CPU, crops of more pixels are resized one by one; for smaller ones matrix products are faster."""
+
 
 @dataclass(frozen=True)
 class ViewConfig:
@@ -101,30 +104,46 @@ def _centre_boxes(heights: Tensor, widths: Tensor, ratio: tuple[float, float]) -
 
 
 def _triangle_filter(start: Tensor, stop: Tensor, length: int, size: int) -> Tensor:
-    """(B, size, length): weights that resample `length` pixels between `start` and `stop` (B,) into `size`.
+    """(B, size, length): weights that resample the pixels from `start` to `stop` (B,) of `length` into `size`.
 
     This is the rule of Pillow's BILINEAR: a triangle as wide as the shrink factor, at least one pixel, around the
-    centre of each output pixel. Weights beyond the image are cut off, and the rest sums to one.
+    centre of each output pixel. Weights beyond the box are cut off, and the rest sums to one.
     """
     step = ((stop - start) / size)[:, None, None]
     centres = start[:, None, None] + (torch.arange(size, device=start.device)[:, None] + 0.5) * step
     pixels = torch.arange(length, device=start.device) + 0.5
     weights = (1 - (pixels - centres).abs() / step.abs().clamp(min=1)).clamp_(min=0)
+    first, last = torch.minimum(start, stop), torch.maximum(start, stop)
+    weights *= (pixels > first[:, None, None]) & (pixels < last[:, None, None])
     return weights / weights.sum(-1, keepdim=True)
 
 
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cut `boxes` (B, 4) out of uint8 `images` (B, C, H, W), antialiased: float (B, C, size, size) in [0, 1].
+    """Cut `boxes` (B, 4) of whole pixels out of uint8 `images` (B, C, H, W): float (B, C, size, size) in [0, 1].
 
-    The result equals Pillow's `image.resize((size, size), BILINEAR, box=box)`, except for its rounding to 8 bits.
-    The filter is separable, so each image takes two matrix products. A box with left > right gives the mirror image.
+    A box is cut out first, so that pixels around it play no part, and resized with antialiasing: Pillow's
+    `image.crop(box).resize((size, size), BILINEAR)` without its rounding. A box with left > right gives the mirror
+    image.
     """
+    if images.device.type == "cpu" and size > LARGEST_PRODUCT:
+        return _resize_one_by_one(images, boxes, size)
     batch, channels, height, width = images.shape
     left, top, right, bottom = boxes.unbind(1)
     across = _triangle_filter(left, right, width, size).div_(255)
     down = _triangle_filter(top, bottom, height, size)
     lines = images.reshape(batch, channels * height, width).to(across.dtype) @ across.transpose(1, 2)
     return down[:, None] @ lines.view(batch, channels, height, size)
+
+
+def _resize_one_by_one(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """`crop_and_resize` without products with filters that are almost all zeros."""
+    resized = torch.empty(*images.shape[:2], size, size)
+    for image, box, output in zip(images, boxes.int().tolist(), resized, strict=True):
+        left, top, right, bottom = box
+        cut = image[None, :, top:bottom, min(left, right) : max(left, right)].float()
+        cut = F.interpolate(cut, (size, size), mode="bilinear", antialias=True)[0]
+        output.copy_(cut.flip(-1) if left > right else cut)
+    return resized.div_(255)
 
 
 # Operations on (B, C, S, S) in [0, 1]; parameters are (B,) or (B, 1, 1, 1)

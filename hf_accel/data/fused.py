@@ -1,7 +1,7 @@
 """The views of a batch in a few passes over memory, for `torch.compile` to fuse.
 
-`augment.py` applies each operation to the rows that drew it, which takes hundreds of passes over parts of the batch. Here
-all images go through one chain of formulas, and what an image did not draw has parameters that change nothing.
+`augment.py` applies each operation to the rows that drew it, which takes hundreds of passes over parts of the batch.
+Here all images go through one chain of formulas, and what an image did not draw has parameters that change nothing.
 
 Colour jitter comes in an order of its own for each image, so the chain offers a place for every order. Contrast needs
 the mean of what precedes it and cuts the chain into two halves. A half holds two slots, the hue, and two more slots.
@@ -182,7 +182,9 @@ class FusedViews:
     def _render(self, view: DrawnView, parameters: dict[str, Tensor], mean: Tensor, std: Tensor) -> Tensor:
         source, boxes = view.source, parameters.pop("boxes", None)
         output = torch.empty(len(source), 3, view.size, view.size, dtype=self.dtype, device=source.device)
-        length = run_length(len(source), 4 * source.shape[1] * view.size**2) if output.device.type == "cpu" else len(source)
+        length = (
+            run_length(len(source), 4 * source.shape[1] * view.size**2) if output.device.type == "cpu" else len(source)
+        )
         for start in range(0, len(source), length):
             part = slice(start, start + length)
             images = source[part] if boxes is None else crop_and_resize(source[part], boxes[part], view.size)
@@ -194,7 +196,7 @@ class FusedViews:
 
 
 def run_length(count: int, image_bytes: int) -> int:
-    """Images of one run on a CPU: they fit into the cache, and all runs are equal, so that one graph serves them all."""
+    """Images of one run on a CPU: a run fits into the cache, and all are equal, so that one graph serves them."""
     most = max(16, CACHE_BYTES // image_bytes)
     length = next(length for length in range(min(most, count), 0, -1) if count % length == 0)
     return length if length >= most // 4 else count

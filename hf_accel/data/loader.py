@@ -4,6 +4,7 @@ The order of training images is a function of (seed, epoch), and draws are funct
 loader therefore starts at any step without replaying earlier ones, and the number of workers changes nothing.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -175,14 +176,18 @@ def _shrink(boxes: Tensor, sizes: Sequence[int]) -> float:
     return float((sides / torch.tensor(sizes)).min())
 
 
-def _crop(image: Image, full: tuple[int, int], box: list[float], size: int) -> Tensor:
-    """Cut `box`, in pixels of the `full` (width, height), out of an `image` of any size: uint8 (3, size, size)."""
-    left, top, right, bottom = box
+def _crop(image: Image, full: tuple[int, int], wanted: list[float], size: int) -> Tensor:
+    """Cut a box out of an `image` of any size: uint8 (3, size, size). `wanted` counts pixels of its `full` size."""
+    left, top, right, bottom = wanted
     mirrored = left > right
     left, right = min(left, right), max(left, right)
     across, down = image.width / full[0], image.height / full[1]
     scaled = (left * across, top * down, min(right * across, image.width), min(bottom * down, image.height))
-    crop = image_tensor(image.resize((size, size), PIL.Image.Resampling.BILINEAR, box=scaled))
+    # What lies around the box plays no part, as in `crop_and_resize`.
+    x, y = int(scaled[0]), int(scaled[1])
+    cut = image.crop((x, y, math.ceil(scaled[2]), math.ceil(scaled[3])))
+    box = (scaled[0] - x, scaled[1] - y, scaled[2] - x, scaled[3] - y)
+    crop = image_tensor(cut.resize((size, size), PIL.Image.Resampling.BILINEAR, box=box))
     return crop.flip(-1) if mirrored else crop
 
 

@@ -39,19 +39,28 @@ def column(values):
     return torch.tensor(values, dtype=torch.float32)[:, None, None, None]
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(40, 57, 12), (40, 57, 24), (16, 12, 48), (28, 28, 28)])
+@pytest.mark.parametrize("height, width, size", [(40, 57, 12), (40, 57, 24), (16, 12, 48), (28, 28, 28), (99, 150, 64)])
 def test_crop_and_resize_is_pillows(height, width, size):
     images = random_images(6, height, width)
     corners = torch.rand(6, 4, generator=generator(1, "test"))
-    left, right = (corners[:, :2] * (width - 2)).sort(1).values.unbind(1)
-    top, bottom = (corners[:, 2:] * (height - 2)).sort(1).values.unbind(1)
-    boxes = torch.stack([left, top, right + 2, bottom + 2], 1)
+    left, right = (corners[:, :2] * (width - 2)).long().sort(1).values.unbind(1)
+    top, bottom = (corners[:, 2:] * (height - 2)).long().sort(1).values.unbind(1)
+    boxes = torch.stack([left, top, right + 2, bottom + 2], 1).float()
     boxes[0] = torch.tensor([0, 0, width, height])
     mine = crop_and_resize(images, boxes, size)
-    for image, box, result in zip(images, boxes.tolist(), mine, strict=True):
-        theirs = from_pil(to_pil(image).resize((size, size), PIL.Image.Resampling.BILINEAR, box=tuple(box)))
+    for image, box, result in zip(images, boxes.int().tolist(), mine, strict=True):
+        theirs = from_pil(to_pil(image).crop(tuple(box)).resize((size, size), PIL.Image.Resampling.BILINEAR))
         assert (result - theirs).abs().max() <= 1.01 / 255  # Pillow rounds after each of the two directions
         assert (result - theirs).abs().mean() < 0.4 / 255
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_both_ways_to_resize_agree(channels, monkeypatch):
+    images, sides = random_images(20, 61, 90, channels), torch.full((20,), 61)
+    boxes = views.view_boxes(ViewConfig(), sides, sides, 0, 0, 0, 0, slice(0, 20), 20)
+    one_by_one = crop_and_resize(images, boxes, 50)
+    monkeypatch.setattr(views, "LARGEST_PRODUCT", 50)
+    torch.testing.assert_close(crop_and_resize(images, boxes, 50), one_by_one, atol=5e-6, rtol=0)
 
 
 def reference_box(height, width, scale, ratio, draws):

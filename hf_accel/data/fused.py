@@ -9,14 +9,16 @@ Brightness and saturation each take one slot, `clip(gain * x + gray_gain * gray(
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed.transfer import send
-from .augment import CACHE_BYTES, DrawnView, ViewConfig, crop_and_resize, rotate_and_shear
+from .augment import CACHE_BYTES, LARGEST_PRODUCT, DrawnView, ViewConfig, crop_and_resize, rotate_and_shear
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """Columns of the draws of colour jitter."""
@@ -24,9 +26,12 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 GRAPHS = 256
 """Graphs that the chain may have in one process, one for each size and number of images."""
 
+INDUCTOR: dict[str, Any] = {"realize_opcount_threshold": 1000, "realize_reads_threshold": 100}
+"""Otherwise inductor writes half of a blur's sum to memory, and reads it again for the other half."""
+
 
 def chain_parameters(config: ViewConfig, draws: dict[str, Tensor], channels: int, size: int) -> dict[str, Tensor]:
-    """Turn the draws of B images into what `run_chain` takes for a view of `size` pixels: float32 (B, ...) each."""
+    """Turn the draws of B images into what the chain takes for a view of `size` pixels: float32 (B, ...) each."""
     count = len(draws["jitter"])
     parameters = _jitter_parameters(config, draws["jitter"], channels)
     if config.rotation or config.shear:
@@ -72,16 +77,19 @@ def _jitter_parameters(config: ViewConfig, draws: Tensor, channels: int) -> dict
     }
 
 
+Stage = Callable[..., Tensor]
 Planes = tuple[Tensor, ...]
 """The channels of images, (B, S, S) each."""
 
 
-def run_chain(images: Tensor, parameters: dict[str, Tensor], mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    """Augment and normalise cropped images, uint8 or float in [0, 1] (B, C, S, S): `dtype` (B, 3, S, S).
+# The chain: three stages, each of which torch.compile makes one pass, or two where a mean or a product is in between
 
-    `mean` and `std` are (3, 1, 1). One or three channels; one is repeated.
-    """
-    if not images.is_floating_point():
+
+def mix_colours(images: Tensor, parameters: dict[str, Tensor], size: int) -> Tensor:
+    """Crop uint8 `images` (B, C, H, W) if "boxes" are given, and change their colours: float (B, C, size, size)."""
+    if "boxes" in parameters:
+        images = crop_and_resize(images, parameters["boxes"], size)
+    elif not images.is_floating_point():
         images = images / 255
     if "angles" in parameters:
         images = rotate_and_shear(images, *parameters["angles"].unbind(1))
@@ -90,9 +98,26 @@ def run_chain(images: Tensor, parameters: dict[str, Tensor], mean: Tensor, std: 
     planes = tuple(_clip(average + contrast * (plane - average)) for plane in planes)
     planes = _half(planes, parameters, 1)
     gray = _gray(planes)
-    images = torch.stack([plane + parameters["gray"] * (gray - plane) for plane in planes], 1)
-    if "kernel" in parameters:
-        images = _blur(images, parameters["kernel"])
+    return torch.stack([plane + parameters["gray"] * (gray - plane) for plane in planes], 1)
+
+
+def blur_along(axis: int, images: Tensor, kernel: Tensor) -> Tensor:
+    """Blur by half a symmetric `kernel` (B, radius + 1, 1, 1, 1) from its centre, edges repeated."""
+    radius, length = kernel.shape[1] - 1, images.shape[axis]
+    padded = F.pad(images, (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0), mode="replicate")
+    images = padded.narrow(axis, radius, length) * kernel[:, 0]
+    for tap in range(1, radius + 1):
+        pair = padded.narrow(axis, radius - tap, length) + padded.narrow(axis, radius + tap, length)
+        images = images + pair * kernel[:, tap]
+    return images
+
+
+def finish(
+    images: Tensor, parameters: dict[str, Tensor], mean: Tensor, std: Tensor, dtype: torch.dtype, blur: bool
+) -> Tensor:
+    """Blur along the last axis, solarize, and normalise by (3, 1, 1) `mean` and `std`: `dtype` (B, 3, S, S)."""
+    if blur:
+        images = blur_along(3, images, parameters["kernel"])
     if "solarize" in parameters:
         images = images + parameters["solarize"] * (torch.minimum(images, 1 - images) - images)
     return ((images - mean) / std).to(dtype)
@@ -127,18 +152,6 @@ def _turn_hue(planes: Planes, turns: Tensor) -> Planes:
     )
 
 
-def _blur(images: Tensor, kernel: Tensor) -> Tensor:
-    """Blur along both axes by half a symmetric `kernel` (B, radius + 1, 1, 1, 1) from its centre, edges repeated."""
-    radius = kernel.shape[1] - 1
-    for axis, padding in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
-        padded, length = F.pad(images, padding, mode="replicate"), images.shape[axis]
-        images = padded.narrow(axis, radius, length) * kernel[:, 0]
-        for tap in range(1, radius + 1):
-            pair = padded.narrow(axis, radius - tap, length) + padded.narrow(axis, radius + tap, length)
-            images = images + pair * kernel[:, tap]
-    return images
-
-
 def _gray(planes: Planes) -> Tensor:
     """(B, S, S): ITU-R 601 luma of RGB."""
     if len(planes) == 1:
@@ -154,16 +167,27 @@ def _clip(plane: Tensor) -> Tensor:
 class FusedViews:
     """Makes the views that `make_views` has drawn: the renderer for a GPU, and for large views on a CPU.
 
-    One graph is compiled for each size and number of images, when they first come.
+    Graphs are compiled for each size and number of images, when they first come. An accelerator takes the whole batch
+    at once. A CPU takes runs of images that fit into its cache, crops them outside of the graphs, and where only some
+    of them are blurred, blurs these.
 
     Args:
         dtype: of the views. A model under autocast reads its own dtype at half the memory traffic.
-        compiled: False runs the chain without a compiler, which is slow and for tests.
+        backend: of `torch.compile`; None runs the chain without a compiler.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float32, compiled: bool = True):
+    def __init__(self, dtype: torch.dtype = torch.float32, backend: str | None = "inductor"):
         self.dtype = dtype
-        self.chain = torch.compile(run_chain, dynamic=False, fullgraph=True) if compiled else run_chain
+        options = INDUCTOR if backend == "inductor" else None
+
+        def compiled(stage: Stage, options: dict[str, Any] | None = None) -> Stage:
+            if backend is None:
+                return stage
+            return torch.compile(stage, dynamic=False, fullgraph=True, backend=backend, options=options)
+
+        self.mix_colours = compiled(mix_colours)
+        self.blur_down = compiled(partial(blur_along, 2), options)
+        self.finish = compiled(finish, options)
 
     def __call__(self, views: Sequence[DrawnView], mean: Sequence[float], std: Sequence[float]) -> list[Tensor]:
         device = views[0].source.device
@@ -175,24 +199,31 @@ class FusedViews:
             names.append(list(parameters))
             told += parameters.values()
         arrived = iter(send(told, device))
-        mean_there, std_there = next(arrived), next(arrived)
+        normalisation = next(arrived), next(arrived)
         parts = [{name: next(arrived) for name in each} for each in names]
-        return [self._render(*part, mean_there, std_there) for part in zip(views, parts, strict=True)]
+        # Views of many sizes have many graphs, each of which is wanted.
+        with torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS):
+            return [self._render(*part, *normalisation) for part in zip(views, parts, strict=True)]
 
     def _render(self, view: DrawnView, parameters: dict[str, Tensor], mean: Tensor, std: Tensor) -> Tensor:
-        source, boxes = view.source, parameters.pop("boxes", None)
-        output = torch.empty(len(source), 3, view.size, view.size, dtype=self.dtype, device=source.device)
-        length = (
-            run_length(len(source), 4 * source.shape[1] * view.size**2) if output.device.type == "cpu" else len(source)
-        )
+        source, on_cpu = view.source, view.source.device.type == "cpu"
+        length = run_length(len(source), 4 * source.shape[1] * view.size**2) if on_cpu else len(source)
+        some_blurred = on_cpu and 0 < view.config.blur < 1
+        outputs = []
         for start in range(0, len(source), length):
             part = slice(start, start + length)
-            images = source[part] if boxes is None else crop_and_resize(source[part], boxes[part], view.size)
-            mine = {name: values[part] for name, values in parameters.items()}
-            # A chain of many sizes has many graphs, each of which is wanted.
-            with torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS):
-                output[part] = self.chain(images, mine, mean, std, self.dtype)
-        return output
+            images, mine = source[part], {name: values[part] for name, values in parameters.items()}
+            if on_cpu and view.size > LARGEST_PRODUCT and "boxes" in mine:
+                images = crop_and_resize(images, mine.pop("boxes"), view.size)
+            images = self.mix_colours(images, mine, view.size)
+            if some_blurred:
+                rows = (view.draws["blur"][part, 0] < view.config.blur).nonzero()[:, 0]
+                for axis in (2, 3):
+                    images[rows] = blur_along(axis, images[rows], mine["kernel"][rows])
+            elif "kernel" in mine:
+                images = self.blur_down(images, mine["kernel"])
+            outputs.append(self.finish(images, mine, mean, std, self.dtype, "kernel" in mine and not some_blurred))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def run_length(count: int, image_bytes: int) -> int:

@@ -26,6 +26,9 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 GRAPHS = 256
 """Graphs that the chain may have in one process, one for each size and number of images."""
 
+LEAST_RUN = 16
+"""On a CPU, images of one run, also of those whose views are so large that they do not fit into the cache."""
+
 INDUCTOR: dict[str, Any] = {"realize_opcount_threshold": 1000, "realize_reads_threshold": 100}
 """Otherwise inductor writes half of a blur's sum to memory, and reads it again for the other half."""
 
@@ -228,6 +231,6 @@ class FusedViews:
 
 def run_length(count: int, image_bytes: int) -> int:
     """Images of one run on a CPU: a run fits into the cache, and all are equal, so that one graph serves them."""
-    most = max(16, CACHE_BYTES // image_bytes)
+    most = max(LEAST_RUN, CACHE_BYTES // image_bytes)
     length = next(length for length in range(min(most, count), 0, -1) if count % length == 0)
     return length if length >= most // 4 else count

@@ -26,6 +26,7 @@ COST = ("benchmarks.cost", "--precision", "bf16", "--batch-size", "128", "--repe
 SEARCH = ("benchmarks.search", "--precision", "bf16", "--batch-size", "256", "--draws", "16", "--dropouts", "10")
 TOY = ("--device", "cpu", "--precision", "fp32", "--model", "vit_tiny", "--image-size", "32", "--patch-size", "8")
 TOY += ("--batch-size", "4", "--repeats", "1", "--projector-hidden-size", "16")
+VIEWS_TOY = ("--device", "cpu", "--size", "32", "--batch-size", "4", "--repeats", "1")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Part:
 
 
 PARTS = {
-    "tests": Part(("pytest", "-m", "gpu", "--durations=0", "-p", "no:cacheprovider"), 560),
+    "tests": Part(("pytest", "-m", "gpu", "--durations=0", "-p", "no:cacheprovider"), 460),
+    "views": Part(("benchmarks.views", "--batch-size", "256"), 100, VIEWS_TOY),
     "step_small": Part((*STEP, "vit_small"), 90, (*TOY, "--strategies", "16")),
     "step_base": Part((*STEP, "vit_base"), 90, (*TOY, "--strategies", "16")),
     "cost_small": Part((*COST, "vit_small"), 90, (*TOY, "--strategies", "16")),

@@ -19,7 +19,7 @@ Views = Callable[[], Any]
 
 def kornia(pixels: Tensor, size: int, device: torch.device) -> Views:
     """The whole batch at once, on the device."""
-    import kornia.augmentation as K
+    import kornia.augmentation as K  # pyright: ignore[reportMissingImports]
 
     taps = 2 * round(6 * size / 224) + 1
 
@@ -41,7 +41,7 @@ def kornia(pixels: Tensor, size: int, device: torch.device) -> Views:
 
 def torchvision_v2(pixels: Tensor, size: int, device: torch.device) -> Views:
     """One uint8 tensor after another."""
-    from torchvision.transforms import v2
+    from torchvision.transforms import v2  # pyright: ignore[reportMissingImports]
 
     taps = 2 * round(6 * size / 224) + 1
 
@@ -66,7 +66,7 @@ def torchvision_v2(pixels: Tensor, size: int, device: torch.device) -> Views:
 
 def albumentations(pixels: Tensor, size: int, device: torch.device) -> Views:
     """One uint8 array after another."""
-    import albumentations as A
+    import albumentations as A  # pyright: ignore[reportMissingImports]
 
     def view(number: int) -> Any:
         sigma = (0.1 * size / 224, 2.0 * size / 224)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -79,7 +79,7 @@ def count_eager(views: Views, least: int) -> tuple[int, int]:
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """The whole batch at once, also on a CPU, where it is otherwise made in parts that fit into the cache."""
-    limits = {"CACHE_BYTES": 2**62, "LARGEST_PRODUCT": 2**62}
+    limits: dict[str, Any] = {"CACHE_BYTES": 2**62, "LARGEST_PRODUCT": 2**62}
     with patch.multiple(augment, **limits), patch.multiple(fused, **limits):
         yield
 
@@ -87,6 +87,7 @@ def as_on_a_gpu() -> Iterator[None]:
 def count_fused(render: FusedViews, views: Views) -> tuple[int, int]:
     """Launches and bytes of the compiled chain, as inductor counts them."""
     from torch._inductor import metrics
+    from torch._logging._internal import getArtifactLogger
 
     counted, inside = dict[Any, tuple[int, int]](), [0, 0]
 
@@ -100,16 +101,18 @@ def count_fused(render: FusedViews, views: Views) -> tuple[int, int]:
         inside[1] += counted[key][1]
         return output
 
-    stages = {name: partial(count, getattr(render, name)) for name in ("mix_colours", "blur_down", "finish")}
+    stages: dict[str, Any] = {
+        name: partial(count, getattr(render, name)) for name in ("mix_colours", "blur_down", "finish")
+    }
     # Inductor counts bytes where it is to log them, and only when it compiles.
-    logger = torch._logging.getArtifactLogger("torch._inductor.compile_fx", "inductor_metrics")
+    logger = getArtifactLogger("torch._inductor.compile_fx", "inductor_metrics")
     level, propagated = logger.level, logger.propagate
     logger.setLevel("INFO")
     logger.propagate = False
     torch.compiler.reset()
     try:
         with (
-            torch.compiler.config.patch(force_disable_caches=True),
+            cast(Any, torch.compiler.config).patch(force_disable_caches=True),
             warnings.catch_warnings(),
             patch.multiple(render, **stages),
         ):

@@ -1,6 +1,6 @@
 """Images: where they come from, how they become batches, and how they are augmented."""
 
-from .augment import AUGMENTATIONS, ViewConfig, crop_and_resize, crop_boxes, make_views
+from .augment import AUGMENTATIONS, Renderer, ViewConfig, crop_and_resize, crop_boxes, make_views
 from .fused import FusedViews
 from .items import image_source
 from .loader import TrainSampler, eval_loader, image_processor, resize_edge, train_loader

@@ -58,6 +58,8 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
         weight_decay_end (`float`, *optional*): Weight decay at the end, reached along a cosine.
         augmentation (`str`, defaults to `"moco"`): How views are drawn.
         view_resolution (`str`, defaults to `"full"`): `"matched"` makes the views of larger patches smaller.
+        view_backend (`str`, defaults to `"auto"`): `"eager"` makes views operation by operation, `"fused"` by compiled
+            graphs in fewer passes over memory, and `"auto"` measures which is faster.
         eval_points (`list[float]`): Progress at which kNN accuracy is measured.
         keep_points (`list[float]`): Progress at which a checkpoint is kept for good, for a search.
         knn_k (`int`, defaults to 20), knn_temperature (`float`, defaults to 0.07): Neighbours, and their votes.

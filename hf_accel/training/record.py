@@ -62,6 +62,7 @@ def run_state(trainer: Any) -> dict[str, Any]:
         **{"step": steps, "units": units, "progress": progress},
         **{"seconds": trainer.seconds, "cpu_seconds": trainer.cpu_seconds},
         **{"plan": trainer.plan.state(), "engine": engine_of(trainer.accelerator), "images": len(trainer.source)},
+        "view_backend": trainer.view_backend,
         "unreadable": {str(index): what for index, what in trainer.source.bad.items()},
         **({"evaluation_due": True} if trainer.evaluation_due else {}),
         **({"controller": trainer.controller.state()} if trainer.controller else {}),
@@ -88,6 +89,7 @@ def training_results(trainer: Any) -> dict[str, Any]:
         # Of the main process, without its evaluations. Other work on the machine hardly changes this time.
         "cpu_seconds": state["cpu_seconds"],
         "processes": trainer.args.world_size,
+        "view_backend": trainer.view_backend,
         "seed": trainer.args.seed,
         "objective": trainer.objective.name,
         "schedule": schedule.to_list(),

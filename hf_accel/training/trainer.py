@@ -14,7 +14,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from .. import distributed
 from ..compression import Strategy
-from ..data import AUGMENTATIONS, TrainSampler, image_processor, image_source, make_views, train_loader
+from ..data import AUGMENTATIONS, Renderer, TrainSampler, image_processor, image_source, make_views, train_loader
 from ..data.loader import StepBatches, WholeRun
 from ..distributed.launch import connect_processes
 from ..distributed.sharding import separate_group
@@ -39,6 +39,7 @@ from .record import RULES, describe_settings
 from .resuming import choose_checkpoint, take_over
 from .saving import SavingTrainer
 from .timing import PredictedTime
+from .views import start_views
 
 
 class PretrainTrainer(SavingTrainer):
@@ -103,6 +104,8 @@ class PretrainTrainer(SavingTrainer):
         args.max_steps = self.most_steps = self.plan.num_steps
         self.given_record, self.rules = record, rules or RULES
         self.stopped = self.evaluation_due = self.keep_now = False
+        self.view_backend: str | None = None
+        self.render: Renderer | None = None
         self.seconds = {"total": 0.0, "data": 0.0, "forward_backward": 0.0, "evaluation": 0.0}
         self.cpu_seconds = 0.0
         self._metric_sums: dict[str, torch.Tensor] = {}
@@ -193,6 +196,7 @@ class PretrainTrainer(SavingTrainer):
         self._window = (self._started, self._first_step, self.seconds["data"])
         with stopping_on_sigterm():
             try:
+                start_views(self)
                 output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
                 self.stopped |= stop_agreed()  # A signal may come after the last step.
                 return output
@@ -239,8 +243,8 @@ class PretrainTrainer(SavingTrainer):
     def views_of(self, inputs: dict[str, Any], size: int) -> list[torch.Tensor]:
         """The views of a micro-batch of the loader, `size` pixels wide where they have no size of their own."""
         where = (inputs["step"], inputs["micro_step"], inputs["rows"], inputs["global_batch"])
-        source = self.source
-        return make_views(inputs, self.view_configs, size, self.args.seed, *where, source.mean, source.std)
+        normalisation = self.source.mean, self.source.std
+        return make_views(inputs, self.view_configs, size, self.args.seed, *where, *normalisation, self.render)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Weight decay is for matrices; by names and layer types, BatchNorms' weights would slip through."""

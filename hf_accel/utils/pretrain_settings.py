@@ -71,6 +71,11 @@ class PretrainSettings:
         "pixels of the views: full, or matched, which makes the views of larger patches at a proportionally lower "
         "resolution (same tokens, less data work)",
     )
+    view_backend: Literal["auto", "eager", "fused"] = correction(
+        "auto",
+        "how views are made: eager, operation by operation, or fused, by compiled graphs in fewer passes over memory; "
+        "auto measures which is faster, where compiling pays",
+    )
     eval_points: list[float] = free(
         [0.0, 0.25, 0.5, 0.75, 1.0], "progress at which kNN accuracy is measured", "evaluation"
     )

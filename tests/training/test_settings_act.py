@@ -166,7 +166,16 @@ ACTS: dict[str, tuple[dict[str, Any], Any, Any]] = {
         (8, 16),
     ),
 }
-IN_THE_RUN = {"lr_schedule", "warmup", "weight_decay_end", "eval_points", "keep_points", "knn_k", "knn_temperature"}
+IN_THE_RUN = {
+    "lr_schedule",
+    "view_backend",  # the latter in test_views.py
+    "warmup",
+    "weight_decay_end",
+    "eval_points",
+    "keep_points",
+    "knn_k",
+    "knn_temperature",
+}
 
 
 def test_every_own_setting_has_a_test():

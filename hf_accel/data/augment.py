@@ -326,7 +326,8 @@ def make_views(
     """Make one normalised float (B, 3, S, S) per config on the device of the batch. S is the config's size or `size`.
 
     `batch` holds "images", uint8 (B, C, H, W), which are cropped here, or "crops", a list of uint8 (B, C, S, S) that a
-    loader has cut with the same draws. C is 3, or 1 for gray images, which are augmented once and then repeated.
+    loader has cut with the same draws, which are resized where they are larger than the view. C is 3, or 1 for gray
+    images, which are augmented once and then repeated.
     `rows` are this process's among the `global_batch` rows of the micro-batch (default: the batch is the whole).
     The result is a pure function of the arguments. `render` makes the views of what was drawn (default: operation by
     operation); a `FusedViews` does so in fewer passes.
@@ -345,6 +346,8 @@ def make_views(
             draws["boxes"] = view_boxes(config, heights, widths, seed, step, micro_step, view, rows, global_batch)
         else:
             source = batch["crops"][view]
+            if source.shape[-1] != (config.size or size):
+                draws["boxes"] = torch.tensor([[0.0, 0.0, *source.shape[:-3:-1]]]).expand(count, 4)
         views.append(DrawnView(source, config, config.size or size, draws))
     return (render or render_by_operation)(views, mean, std)
 

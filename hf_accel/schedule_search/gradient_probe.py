@@ -46,7 +46,9 @@ class GradientProbe:
         self.loss_scale = 2.0**12 if self.precision == torch.float16 else 1.0  # fp16 loses small gradients
         self.base = Strategy(Compression(objective.config.patch_size))
         self.seed = generator(args.seed, "probe").initial_seed()
-        self._views: dict[tuple[int, int], list[list[Tensor]]] = {}
+        self.configs: Sequence[ViewConfig] = objective.view_configs(AUGMENTATIONS[args.augmentation])
+        self._batches: dict[int, list[dict[str, Any]]] = {}
+        self._views: dict[int, list[list[Tensor]]] = {}
 
     def __call__(self, strategy: Strategy | None, draw: int) -> Tensor:
         """float32 (D,): the gradient of the draw, uncompressed where `strategy` is None."""
@@ -85,25 +87,27 @@ class GradientProbe:
 
     def _micro_batches(self, draw: int, size: int) -> list[list[Tensor]]:
         """The views of each micro-batch; those of the latest draw are kept for the next strategy."""
-        if (draw, size) not in self._views:
-            self._views = {key: views for key, views in self._views.items() if key[0] == draw}
-            self._views[draw, size] = self._make(draw, size)
-        return self._views[draw, size]
+        if draw not in self._batches:
+            self._batches, self._views = {draw: self._load(draw)}, {}
+        if size not in self._views:
+            self._views[size] = [self._make(batch, size) for batch in self._batches[draw]]
+        return self._views[size]
 
-    def _make(self, draw: int, size: int) -> list[list[Tensor]]:
+    def _make(self, batch: dict[str, Any], size: int) -> list[Tensor]:
+        where = (batch["step"], batch["micro_step"], batch["rows"], batch["global_batch"])
+        return make_views(batch, self.configs, size, self.seed, *where, self.source.mean, self.source.std)
+
+    def _load(self, draw: int) -> list[dict[str, Any]]:
+        """The micro-batches of a draw. Crops are cut once, for full views, of which smaller ones are made."""
         args, source, world = self.args, self.source, distributed.world_size()
         share = args.batch_size // (args.gradient_accumulation_steps * world)
         # Each draw has an epoch of its own: batches of one epoch share no image, and were not independent.
         step = draw * (len(source) // args.batch_size)
         among = (share, world, distributed.rank(), args.gradient_accumulation_steps)
         sampler = TrainSampler(len(source), *among, self.seed, first_step=step, last_step=step + 1)
-        configs: Sequence[ViewConfig] = self.objective.view_configs(AUGMENTATIONS[args.augmentation])
-        made, pinned = [], self.device.type != "cpu"
-        for batch in train_loader(source, sampler, configs, lambda step: size, 0, self.seed, pinned):
-            batch = cast(Any, send_to_device(batch, self.device, non_blocking=True))
-            where = (batch["step"], batch["micro_step"], batch["rows"], batch["global_batch"])
-            made.append(make_views(batch, configs, size, self.seed, *where, source.mean, source.std))
-        return made
+        size, pinned = self.objective.config.image_size, self.device.type != "cpu"
+        loader = train_loader(source, sampler, self.configs, lambda step: size, 0, self.seed, pinned)
+        return [cast(Any, send_to_device(batch, self.device, non_blocking=True)) for batch in loader]
 
 
 def estimate_gradient_errors(

@@ -138,13 +138,22 @@ class PretrainTrainer(SavingTrainer):
             return self.objective.config.image_size
         return self.objective.matched_view_size(strategy)
 
+    def crop_size(self, size: int) -> int:
+        """Pixels of the crops that workers cut for views of `size` pixels.
+
+        Workers cut ahead, and under `schedule="auto"` a probe may change what is to come: then all crops are full, and
+        `make_views` resizes them.
+        """
+        return self.objective.config.image_size if self.controller else size
+
     def get_train_dataloader(self):
         """One pass is the whole run, from the step that is next: a resumed run reads no batch only to skip it."""
         args = self.args
         shard = (args.per_device_train_batch_size, args.world_size, args.process_index)
         steps = {"first_step": self._first_step, "last_step": self.most_steps}
         sampler = TrainSampler(len(self.source), *shard, args.gradient_accumulation_steps, args.seed, **steps)
-        views, pinned = (self.view_configs, self.view_size), args.device.type != "cpu"
+        views = self.view_configs, lambda step: self.crop_size(self.view_size(step))
+        pinned = args.device.type != "cpu"
         workers = args.dataloader_num_workers
         loader = train_loader(self.source, sampler, *views, workers, args.seed, pin_memory=pinned)
         return WholeRun(loader, self.most_steps * args.gradient_accumulation_steps)

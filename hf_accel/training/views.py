@@ -1,5 +1,6 @@
 """How a run makes its views: operation by operation, or by compiled graphs in fewer passes over memory."""
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,13 +30,14 @@ def choose_views(trainer: Any) -> str:
 
     if is_main():
         steps = _steps_by_size(trainer)
-        eager = {size: _seconds(trainer, size) for size in steps}
-        micro_batches = trainer.args.gradient_accumulation_steps
-        if sum(steps[size] * eager[size] for size in steps) * micro_batches > WORTH:
-            size = max(steps, key=lambda size: steps[size] * eager[size])
+        images = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+        eager = {size: steps[size] * images * _seconds_per_image(trainer, size) for size in steps}
+        if sum(eager.values()) > WORTH:
+            size = max(steps, key=lambda size: eager[size])
+            before = _seconds(trainer, size)
             trainer.render = FusedViews(trainer.args.autocast_dtype or torch.float32)
             try:
-                chosen = "fused" if _seconds(trainer, size) < eager[size] else "eager"
+                chosen = "fused" if _seconds(trainer, size) < before else "eager"
             except TorchDynamoException as error:
                 say(f"Note: views are made operation by operation, as torch.compile fails: {_first_line(error)}")
             trainer.render = None
@@ -76,9 +78,10 @@ def _steps_by_size(trainer: Any) -> dict[int, int]:
     return steps
 
 
-def _example(trainer: Any, size: int) -> dict[str, Any]:
-    """A micro-batch of noise in the shapes of the loader's."""
+def _example(trainer: Any, size: int, most: int | None = None) -> dict[str, Any]:
+    """A micro-batch of noise in the shapes of the loader's, of at most `most` images."""
     count, device = trainer.args.per_device_train_batch_size, trainer.args.device
+    count = min(count, most or count)
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
@@ -87,19 +90,26 @@ def _example(trainer: Any, size: int) -> dict[str, Any]:
     pixels = trainer.source.pixels
     if pixels is not None:
         return {**batch, "images": noise(count, *pixels.shape[1:])}
-    sides = [config.size or size for config in trainer.view_configs]
+    sides = [config.size or trainer.crop_size(size) for config in trainer.view_configs]
     return {**batch, "crops": [noise(count, 3, side, side) for side in sides]}
 
 
-def _seconds(trainer: Any, size: int) -> float:
+def _seconds_per_image(trainer: Any, size: int) -> float:
+    """A first look: on a CPU a few images tell, and a GPU is busy only with the whole micro-batch."""
+    few = 16 if trainer.args.device.type == "cpu" else trainer.args.per_device_train_batch_size
+    batch = _example(trainer, size, few)
+    return _seconds(trainer, size, batch, 1) / batch["global_batch"]
+
+
+def _seconds(trainer: Any, size: int, batch: dict[str, Any] | None = None, repeats: int = 3) -> float:
     """The median seconds of the views of a micro-batch, after a warm-up."""
-    batch, device = _example(trainer, size), trainer.args.device
+    batch, device = batch or _example(trainer, size), trainer.args.device
     wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     taken = []
-    for _ in range(4):
+    for _ in range(1 + repeats):
         wait()
         start = time.perf_counter()
         trainer.views_of(batch, size)
         wait()
         taken.append(time.perf_counter() - start)
-    return sorted(taken[1:])[1]
+    return statistics.median(taken[1:])

@@ -110,8 +110,6 @@ class PretrainSettings:
         for name in ("eval_points", "keep_points"):
             if any(not isinstance(p, int | float) or not 0 <= p <= 1 for p in getattr(self, name)):
                 fail(name, getattr(self, name), "must be numbers in [0, 1]")
-        if self.schedule == "auto" and self.view_resolution == "matched":
-            fail("view_resolution", "matched", "needs a schedule known beforehand; schedule=auto makes full views")
 
 
 def budget_in_units(budget: float | str, images: int, units_per_image: float) -> float:

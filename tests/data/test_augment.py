@@ -262,6 +262,13 @@ def test_crops_are_taken_as_they_are():
         torch.testing.assert_close(view, crop / 255)
 
 
+def test_larger_crops_are_resized():
+    crops = [random_images(5, 24, 24)]
+    (view,) = make_views({"crops": crops}, [PLAIN], 12, 0, 0)
+    whole = torch.tensor([[0.0, 0.0, 24.0, 24.0]]).expand(5, 4)
+    torch.testing.assert_close(view, crop_and_resize(crops[0], whole, 12))
+
+
 @pytest.mark.parametrize("name", sorted(AUGMENTATIONS))
 def test_one_gray_channel_equals_three(name):
     gray = random_images(16, 28, 28, channels=1)

@@ -91,7 +91,6 @@ def test_every_recipe_reads_and_comes_back_from_its_resolved_form(path, tmp_path
         ("finetune_config.layer_decay=2", ["finetune_config", "layer_decay=2.0", "at most 1"]),
         ("seed", ["key=value"]),
         ("seed=[1", ["seed=[1", "not valid YAML", "quotes"]),
-        ("view_resolution=matched schedule=auto", ["view_resolution='matched'", "known beforehand"]),
         ("budget=.inf", ["budget=inf", "finite"]),
         ("learning_rate=.nan", ["learning_rate=nan", "finite"]),
         ("objective.temperature=3", ["objective.temperature=3", "'moco'", "no mapping"]),

@@ -335,3 +335,24 @@ def test_two_processes_decide_as_one(objective, folder, tmp_path):
     assert [p["probe_ca_mse"] for p in first] == pytest.approx([p["probe_ca_mse"] for p in second], rel=0.02)
     losses = [[log["loss"] for log in history(tmp_path / name) if "loss" in log] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[0]) > 5
+
+
+@pytest.mark.slow
+def test_matched_views_follow_a_schedule_that_changes(eager, tmp_path, monkeypatch):
+    """Crops of workers that were cut before a probe are as good as those cut after it."""
+    # Images of two sizes are read from files.
+    folder, sizes = image_folder(tmp_path / "images", side=lambda index: 36 + index % 2), list[tuple[int, int]]()
+    matched = [*AUTO, "view_resolution=matched"]
+    make = PretrainTrainer.views_of
+
+    def watched(trainer: Any, inputs: dict[str, Any], size: int):
+        views = make(trainer, inputs, size)
+        if "index" in inputs:  # of the loader
+            patch_size = trainer.plan[inputs["step"]].strategy.online.patch_size
+            sizes.append((patch_size, views[0].shape[-1]))
+        return views
+
+    monkeypatch.setattr(PretrainTrainer, "views_of", watched)
+    one = launch(folder, tmp_path / "one", *matched)
+    assert set(sizes) <= {(16, 8), (8, 16), (4, 32)} and len(set(sizes)) > 1
+    assert_same_run(one, launch(folder, tmp_path / "two", *matched, "num_workers=2"))

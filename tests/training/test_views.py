@@ -37,13 +37,18 @@ def trained(folder, callbacks: Any = (), resume: Any = None, **settings: Any) ->
     return trainer
 
 
+def take_seconds(monkeypatch, fused: float) -> None:
+    """Eager views of a micro-batch of 16 images take one second."""
+    monkeypatch.setattr(views, "_seconds", lambda trainer, *_: fused if trainer.render else 1.0)
+
+
 def losses(trainer: PretrainTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize("fused_takes, chosen", [(0.5, "fused"), (2.0, "eager")])
 def test_the_faster_way_is_taken_where_views_take_long(fused_takes, chosen, rendered, monkeypatch, tmp_path):
-    monkeypatch.setattr(views, "_seconds", lambda trainer, size: fused_takes if trainer.render else 1.0)
+    take_seconds(monkeypatch, fused_takes)
     trainer = trained(tmp_path / "short")  # six steps of a second
     assert trainer.view_backend == "eager" and trainer.render is None and not rendered
     monkeypatch.setattr(views, "WORTH", 5.0)
@@ -65,11 +70,11 @@ def test_fused_views_give_the_same_losses(rendered, tmp_path):
 
 def test_a_resumed_run_keeps_its_views(rendered, monkeypatch, tmp_path):
     monkeypatch.setattr(views, "WORTH", 0.0)
-    monkeypatch.setattr(views, "_seconds", lambda trainer, size: 1.0 if trainer.render else 2.0)
+    take_seconds(monkeypatch, 0.5)
     trained(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "run", [StopAt(5)])
-    monkeypatch.setattr(views, "_seconds", lambda trainer, size: 1 / 0)  # nothing is measured again
+    monkeypatch.setattr(views, "_seconds", lambda *_: 1 / 0)  # nothing is measured again
     resumed = trained(tmp_path / "run", resume=True)
     assert resumed.view_backend == "fused" and resumed._first_step == 3
     assert_same_weights(tmp_path / "run", tmp_path / "whole")

@@ -152,7 +152,9 @@ class PretrainTrainer(SavingTrainer):
         shard = (args.per_device_train_batch_size, args.world_size, args.process_index)
         steps = {"first_step": self._first_step, "last_step": self.most_steps}
         sampler = TrainSampler(len(self.source), *shard, args.gradient_accumulation_steps, args.seed, **steps)
-        views = self.view_configs, lambda step: self.crop_size(self.view_size(step))
+        # Workers also cut for steps that a plan which a probe has shortened no longer has.
+        size = self.objective.config.image_size
+        views = self.view_configs, (lambda step: size) if self.controller else self.view_size
         pinned = args.device.type != "cpu"
         workers = args.dataloader_num_workers
         loader = train_loader(self.source, sampler, *views, workers, args.seed, pin_memory=pinned)

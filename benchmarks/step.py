@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks.cost import STRATEGIES, check_strategies, parse_strategy
+from benchmarks.launches import count_launches
 from benchmarks.objectives import OurStep, both_steps, timed_step
 from benchmarks.options import DTYPES, add_shared_options, parse, parser_of, settings_of
 from benchmarks.peers import PEERS, Components, peer_components
@@ -103,16 +104,20 @@ def measure(args: argparse.Namespace, components: Components, rate: float) -> li
         flops = forward_flops(model.config, Compression(args.patch_size)) * args.batch_size
         seconds = {strategy: _median(partial(ours, strategy), args) for strategy in (base, *args.strategies)}
         peaks = {strategy: _peak(partial(ours, strategy), args) for strategy in seconds}
+        compiled = mode == "compiled"
+        launches = {s: count_launches(partial(ours, s), args.device, compiled) for s in seconds}
         del ours, model
         peer = Runner("peer", args, components, mode == "compiled")
-        theirs, peak = _median(peer, args), _peak(peer, args)
+        theirs = ("peer", base, _median(peer, args), _peak(peer, args), count_launches(peer, args.device, compiled))
         del peer
-        peers = [("peer", base, theirs, peak)]
-        for who, strategy, taken, memory in peers + [("ours", s, seconds[s], peaks[s]) for s in seconds]:
+        for who, strategy, taken, memory, launched in [
+            theirs,
+            *(("ours", s, seconds[s], peaks[s], launches[s]) for s in seconds),
+        ]:
             online, relative = strategy.online, units(strategy)
             row = {"who": who, "mode": mode, "units": relative / units(base), "time": taken / seconds[base]}
             row["strategy"] = f"{online.patch_size}" + (f":{online.token_dropout:g}" if online.token_dropout else "")
-            row |= {"seconds": taken, "mfu": relative * flops / taken / rate, "peak_gb": memory}
+            row |= {"seconds": taken, "mfu": relative * flops / taken / rate, "peak_gb": memory, "launches": launched}
             rows.append(row)
     return rows
 
@@ -137,13 +142,14 @@ def _synchronize(device: torch.device) -> None:
 
 
 def format_rows(rows: list[dict[str, Any]], batch_size: int) -> str:
-    header = ["who", "mode", "patch:dropout", "ms/step", "images/s", "units", "time", "MFU", "peak GB"]
+    header = ["who", "mode", "patch:dropout", "ms/step", "images/s", "units", "time", "MFU", "peak GB", "launches"]
     lines = []
     for row in rows:
         speed = [f"{1000 * row['seconds']:.1f}", f"{batch_size / row['seconds']:.1f}"]
         ratios = [f"{row['units']:.3f}", f"{row['time']:.3f}", f"{row['mfu']:.1%}"]
         memory = "" if row["peak_gb"] is None else f"{row['peak_gb']:.1f}"
-        lines.append([row["who"], row["mode"], row["strategy"], *speed, *ratios, memory])
+        launches = "" if row["launches"] is None else f"{row['launches']:,}"
+        lines.append([row["who"], row["mode"], row["strategy"], *speed, *ratios, memory, launches])
     return format_table(header, lines)
 
 

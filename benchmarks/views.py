@@ -9,7 +9,6 @@ Run it from the project's root:
 """
 
 import argparse
-import math
 import statistics
 import sys
 import time
@@ -22,9 +21,9 @@ from typing import Any, cast
 from unittest.mock import patch
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.launches import KernelCount
 from benchmarks.options import parser_of
 from benchmarks.view_peers import PEERS
 from hf_accel.data import AUGMENTATIONS, FusedViews, augment, fused, make_views
@@ -34,39 +33,6 @@ from hf_accel.utils.writing import write_json
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Views = Callable[[], Any]
-aten = torch.ops.aten
-
-
-class KernelCount(TorchDispatchMode):
-    """Counts the operations on images that are run eagerly, and the bytes that they read and write.
-
-    An operation on images touches at least `least` bytes; smaller ones are on parameters, on the host.
-    """
-
-    def __init__(self, least: int):
-        super().__init__()
-        self.least, self.launches, self.bytes = least, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result, kind = func(*args, **(kwargs or {})), func.overloadpacket
-        if func.is_view or kind in (aten.empty, aten.empty_like, aten.detach):
-            return result
-        moved = sum(map(_size, tree_leaves((args, result))))
-        if kind == aten.index_select:  # reads no other rows
-            moved = 2 * _size(result)
-        elif kind == aten.index_copy_:  # writes no other rows
-            moved = 2 * _size(args[-1])
-        if moved >= self.least:
-            self.launches += 1
-            self.bytes += moved
-        return result
-
-
-def _size(value: Any) -> int:
-    """Bytes of a tensor; an image repeated by a stride of 0 is one image."""
-    if not isinstance(value, torch.Tensor):
-        return 0
-    return value.element_size() * math.prod(n for n, step in zip(value.shape, value.stride(), strict=True) if step)
 
 
 def count_eager(views: Views, least: int) -> tuple[int, int]:

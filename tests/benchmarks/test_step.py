@@ -42,6 +42,7 @@ def test_a_real_step_of_each_side_is_timed(capsys):
     assert step.main([*ARGUMENTS, "--objective", "simclr"]) == 0
     lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ours")]
     assert len(lines) == 3 and all(float(line[3]) > 0 for line in lines)
+    assert all(500 < int(line[9].replace(",", "")) < 5000 for line in lines)
 
 
 def test_filling_a_cpu_is_refused(capsys):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.nn import functional as differentiable
+from torch.autograd import Function
 
 
 def _initialised() -> bool:
@@ -38,14 +38,40 @@ def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
     """Like `all_gather`, but the summed gradient of all processes' losses flows back to the owner of each row."""
     if world_size() == 1:
         return tensor
-    return torch.cat(differentiable.all_gather(tensor.contiguous()))
+    return _Gather.apply(tensor)  # pyright: ignore[reportReturnType]
 
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     """Return the sum over processes. The gradient of every process's loss flows back to every summand."""
     if world_size() == 1:
         return tensor
-    return differentiable.all_reduce(tensor)
+    return _Sum.apply(tensor)  # pyright: ignore[reportReturnType]
+
+
+class _Sum(Function):
+    """The sum over processes, whose gradient is the sum of the gradients (torch.distributed.nn's is deprecated)."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return all_reduce(gradient)
+
+
+class _Gather(Function):
+    """The rows of all processes, whose gradients are summed and returned to the owner of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return all_gather(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return all_reduce(gradient).chunk(world_size())[rank()]
 
 
 def all_gather_objects(value: Any) -> list[Any]:

@@ -66,7 +66,7 @@ def start_task(task: str, argv: list[str]) -> None:
     parser.usage += " [--config_file FILE] [--num_processes N]"
     launching = parser.add_argument_group("options of accelerate launch")
     launching.add_argument("--config_file", help="configuration of accelerate: a file, or a shipped one as ddp.yaml")
-    launching.add_argument("--num_processes", help="number of processes")
+    launching.add_argument("--num_processes", type=int, help="number of processes")
     launching.add_argument("--num_cpu_threads_per_process", help="threads of each process")
     arguments = vars(parser.parse_intermixed_args(argv))
     words = read_words(parser, arguments, task)
@@ -77,7 +77,7 @@ def start_task(task: str, argv: list[str]) -> None:
         run.start(words)
 
 
-def launch(words: list[str], options: dict[str, str]) -> NoReturn:
+def launch(words: list[str], options: dict[str, Any]) -> NoReturn:
     """Run a recipe as `accelerate launch` does, and end with the exit code of the run."""
     try:
         load_recipe(*split_words(words))  # so that what is wrong with it is said once, and at once
@@ -85,9 +85,10 @@ def launch(words: list[str], options: dict[str, str]) -> NoReturn:
         run.end_with(error)
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    if "config_file" in options:
-        options["config_file"] = str(find_file(options["config_file"], "accelerate_configs"))
-    flags = [word for name, value in options.items() for word in (f"--{name}", value)]
+    configuration = options.get("config_file") or configuration_of_cpu(int(options.get("num_processes", 1)))
+    if configuration:
+        options["config_file"] = str(find_file(configuration, "accelerate_configs"))
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     signal.signal(signal.SIGTERM, hand_on)
     signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends it to the run, too, for which this process waits
     try:
@@ -95,6 +96,20 @@ def launch(words: list[str], options: dict[str, str]) -> NoReturn:
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode if error.returncode > 0 else 128 - error.returncode)
     sys.exit(0)
+
+
+def configuration_of_cpu(processes: int) -> str | None:
+    """Name the shipped configuration for processes on a CPU, without which accelerate starts one process only.
+
+    None on a machine with an accelerator, and where the user has a configuration from `accelerate config`.
+    """
+    from accelerate.commands.config import default_config_file
+
+    from .distributed.launch import on_cpu
+
+    if not on_cpu() or Path(default_config_file).is_file():
+        return None
+    return "cpu.yaml" if processes == 1 else "cpu_2proc.yaml"
 
 
 def hand_on(signum: int, _frame: Any) -> None:

@@ -178,6 +178,27 @@ def test_options_of_the_launcher_go_to_accelerate(launched, started, tmp_path, m
     assert "did you mean" in end_of("pretrain", "moco", "bacth_size=3", "--num_processes", "2") and len(launched) == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "device", "expected"),
+    [
+        (["--num_processes", "2"], "cpu", "cpu_2proc.yaml"),
+        (["--num_processes", "1"], "cpu", "cpu.yaml"),
+        (["--num_cpu_threads_per_process", "1"], "cpu", "cpu.yaml"),
+        (["--num_processes", "2"], "gpu", None),
+        (["--num_processes", "2"], "configured", None),
+    ],
+)
+def test_processes_on_a_cpu_get_its_configuration(options, device, expected, launched, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: device == "gpu")
+    default = tmp_path / "default_config.yaml"  # what `accelerate config` writes
+    monkeypatch.setattr("accelerate.commands.config.default_config_file", str(default))
+    if device == "configured":
+        default.write_text("distributed_type: MULTI_GPU")
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "moco", *options])
+    assert launched[0].config_file == (expected and str(ROOT / "accelerate_configs" / expected))
+
+
 @pytest.mark.parametrize(("code", "expected"), [(143, 143), (1, 1), (-9, 137)])
 def test_the_exit_code_is_that_of_the_launched_run(code, expected, launched, monkeypatch):
     def fail(_):
@@ -210,9 +231,20 @@ def test_two_processes_start_through_the_command(tmp_path):
     recipe, output = tmp_path / "recipe.yaml", tmp_path / "run"
     data = image_folder(tmp_path / "images")
     recipe.write_text(yaml.safe_dump({**RECIPE, "data": str(data), "output_dir": str(output)}))
-    command = [*COMMAND, "pretrain", str(recipe), "--config_file", "cpu_2proc.yaml", "--num_processes", "2"]
-    subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, timeout=200, check=False)
+    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true", "HF_HOME": str(tmp_path / "home")}
+    command = [*COMMAND, "pretrain", str(recipe), "--num_processes", "2"]
+    done = subprocess.run(
+        command,
+        env=environment,
+        cwd=tmp_path,
+        timeout=200,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert read(output / "results.json")["processes"] == 2
+    text = done.stdout.decode()
+    assert "not passed to `accelerate launch`" not in text and "FutureWarning" not in text, text
 
 
 @pytest.mark.slow

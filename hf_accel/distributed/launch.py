@@ -17,6 +17,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from ..utils.errors import SettingError, fail
+from ..utils.shipped import find_file
 from .collectives import say
 from .signals import launcher_ended
 
@@ -33,19 +34,19 @@ def check_launch() -> None:
     environment = os.environ
     if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
         raise SettingError(
-            "accelerate was asked for several processes and started one, as it does with --cpu --num_processes N: "
-            "launch with --config_file accelerate_configs/cpu_2proc.yaml --num_processes N"
+            "several processes were asked for and accelerate started one, as it does on a CPU without a configuration "
+            f"for it: launch with --config_file {_shipped('cpu_2proc.yaml')} --num_processes N"
         )
     if _is_on("ACCELERATE_USE_FSDP"):
         if on_cpu():
             raise SettingError(
                 "FSDP on a CPU: accelerate would run plain data parallel training instead; "
-                "take accelerate_configs/deepspeed_zero3_cpu_2proc.yaml, or cpu_2proc.yaml"
+                f"launch with --config_file {_shipped('deepspeed_zero3_cpu_2proc.yaml')}, or with cpu_2proc.yaml there"
             )
         if environment.get("FSDP_VERSION", "1") != "2":
             raise SettingError(
                 "FSDP 1 flattens weights, and a momentum branch could not follow: set fsdp_version: 2, as in "
-                "accelerate_configs/fsdp2.yaml"
+                f"{_shipped('fsdp2.yaml')}"
             )
     _check_gpus()
     if environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
@@ -111,7 +112,7 @@ def _check_gpus() -> None:
         return
     raise SettingError(
         f"{asked} were asked for, and torch finds no GPU here: this would train on the CPU. Launch with --config_file "
-        "accelerate_configs/cpu.yaml, or cpu_2proc.yaml for several processes (ACCELERATE_USE_CPU=true says so, too)"
+        f"{_shipped('cpu.yaml')}, or cpu_2proc.yaml there for several processes (ACCELERATE_USE_CPU=true says so, too)"
     )
 
 
@@ -279,6 +280,11 @@ def engine_of(accelerator: Any) -> str:
         stage = accelerator.state.deepspeed_plugin.zero_stage
         return f"{accelerator.num_processes} processes of DeepSpeed ZeRO-{stage}"
     return "FSDP" if accelerator.distributed_type == DistributedType.FSDP else "a single process or data parallel"
+
+
+def _shipped(name: str) -> Path:
+    """Return the path of a shipped configuration of accelerate, which exists wherever the package is installed."""
+    return find_file(name, "accelerate_configs")
 
 
 def _is_on(variable: str) -> bool:

@@ -18,6 +18,7 @@ VARIABLES = (
     *("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "WORLD_SIZE"),
     *("ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DYNAMO_BACKEND"),
 )
+CONFIGS = Path(__file__).parents[2] / "accelerate_configs"
 FSDP = {"ACCELERATE_USE_FSDP": "true"}
 GPU, CPU = {"ACCELERATE_USE_CPU": "false"}, {"ACCELERATE_USE_CPU": "true"}
 
@@ -39,8 +40,8 @@ def launched(monkeypatch):
 @pytest.mark.parametrize(
     ("variables", "reason"),
     [
-        ({**CPU, "MASTER_ADDR": "127.0.0.1"}, r"several processes and started one.*cpu_2proc"),
-        ({**CPU, **FSDP, "FSDP_VERSION": "2"}, r"FSDP on a CPU.*deepspeed_zero3_cpu_2proc"),
+        ({**CPU, "MASTER_ADDR": "127.0.0.1"}, rf"accelerate started one.*--config_file {CONFIGS}/cpu_2proc\.yaml"),
+        ({**CPU, **FSDP, "FSDP_VERSION": "2"}, rf"FSDP on a CPU.*{CONFIGS}/deepspeed_zero3_cpu_2proc"),
         ({**GPU, **FSDP, "FSDP_VERSION": "1"}, r"fsdp_version: 2"),
         ({**GPU, "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, r"dynamo backend.*torch_compile=true"),
         ({**GPU, **FSDP}, r"fsdp_version: 2"),

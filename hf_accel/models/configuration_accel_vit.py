@@ -103,6 +103,7 @@ class AccelViTConfig(BackboneConfigMixin, PreTrainedConfig):  # pyright: ignore[
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("stage_names", None)
+        kwargs.pop("objective_config", None)  # A training checkpoint's objective reads this itself.
         self.stage_names = ["stem"] + [f"stage{number + 1}" for number in range(self.num_hidden_layers)]
         stages = {name: kwargs.pop(name, None) for name in ("out_features", "out_indices")}
         self.set_output_features_output_indices(**stages)

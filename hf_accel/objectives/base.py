@@ -1,12 +1,15 @@
 """What every objective shares: how a view is encoded under a compression, and what the Trainer may ask of it."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import nn
+from transformers.utils import logging as transformers_logging
 from transformers.utils.generic import ModelOutput
 
 from ..compression.cost import ForwardCost
@@ -16,6 +19,8 @@ from ..distributed import rank
 from ..models import AccelViTModel
 from ..models.modeling_accel_vit import AccelViTPreTrainedModel
 from ..utils.seeding import rows_generator
+
+logger = logging.getLogger(__name__)
 
 POINT = 0.02
 """An `embedding_std` below this is a point; a random initialisation has ten times as much."""
@@ -51,6 +56,7 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
         settings: the keyword arguments that the model was made with, defaults included.
     """
 
+    _keys_to_ignore_on_load_unexpected = None
     encoder: AccelViTModel
     settings: dict[str, Any]
     name: ClassVar[str] = ""
@@ -78,6 +84,58 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
             bound.apply_defaults()
             model.settings = dict([*bound.arguments.items()][2:])
         return model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the model, and in its config.json its settings, with which `from_pretrained` makes it again."""
+        config: Any = self.config  # The encoders share it, and are saved without settings.
+        config.objective_config = self.settings
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            del config.objective_config
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any):
+        """Open a checkpoint of this objective, or start the objective at the encoder of another checkpoint.
+
+        A checkpoint of this class brings its settings; those in the call replace them. From any other checkpoint all
+        branches get the encoder, and the heads are new. The other arguments are those of transformers'.
+
+        Raises:
+            ValueError: the checkpoint's weights are not those of a model with these settings.
+        """
+        checkpoint, with_report = str(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
+        names = [*inspect.signature(cls.__init__).parameters][2:]
+        given = {name: kwargs.pop(name) for name in names if name in kwargs}
+        written = cast(Any, cls.config_class).get_config_dict(checkpoint, **kwargs)[0]
+        kind = (written.get("architectures") or ["no named model"])[0]
+        kwargs["output_loading_info"] = True
+        whole: Any
+        if kind == cls.__name__:
+            saved = written.get("objective_config")
+            kwargs |= {**(saved or {}), **given, "ignore_mismatched_sizes": True}
+            with quiet_loading():
+                whole, report = cast(Any, super()).from_pretrained(checkpoint, *args, **kwargs)
+            if problem := find_difference(report):
+                remedy = "leave out the settings that it was not trained with" if given else "copy or save it again"
+                remedy = "give the settings that it was trained with" if saved is None else remedy
+                raise ValueError(f"{checkpoint}: {problem}; {remedy}")
+            if saved is None:
+                rest = ", ".join(f"{name}={value!r}" for name, value in whole.settings.items() if name not in given)
+                logger.warning("%s was saved without its settings: it is opened with %s", checkpoint, rest)
+            with torch.random.fork_rng(devices=[]):  # This initialisation is thrown away.
+                model: Any = cls(whole.config, **whole.settings)
+            # Loading leaves requires_grad and buffers outside of a checkpoint undefined: only the weights are taken.
+            model.load_state_dict(whole.state_dict())
+        else:
+            whole, report = cast(Any, AccelViTModel).from_pretrained(checkpoint, *args, **kwargs)
+            model = cls(whole.config, **given)
+            for branch in model.children():
+                if isinstance(branch, AccelViTModel):
+                    branch.load_state_dict(whole.state_dict())
+            logger.warning("%s holds %s: %s takes its encoder, and the heads are new", checkpoint, kind, cls.__name__)
+        model = model.to(device=whole.device, dtype=whole.dtype).eval()
+        return (model, report) if with_report else model
 
     def view_configs(self, augmentation: Sequence[ViewConfig]) -> list[ViewConfig]:
         """The views to be made of an image; `augmentation` holds how the first and the second one are drawn."""
@@ -170,6 +228,28 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
         rows = torch.stack(list(views), dim=1).flatten(0, 1)
         features = self.encode(encoder, rows, compression, draw, branch, image_size)
         return features.unflatten(0, (-1, len(views))).unbind(1)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Hide transformers' table of the weights that differ: an error names the first of them."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def find_difference(report: Mapping[str, Any]) -> str:
+    """Describe the first weight in which a checkpoint and a model differ; empty if there is none."""
+    for name, there, here in sorted(report["mismatched_keys"]):
+        return f"{name} is {tuple(there)} there and {tuple(here)} here"
+    for name in sorted(report["missing_keys"]):
+        return f"it lacks {name}"
+    for name in sorted(report["unexpected_keys"]):
+        return f"it holds {name}, which this model lacks"
+    return ""
 
 
 def check_range(low: float, high: float | None = None, **settings: float) -> None:

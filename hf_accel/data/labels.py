@@ -23,7 +23,7 @@ UNLABELLED = -1
 
 
 def read_labels(
-    table: "Dataset", column: str, class_names: list[str] | None = None, name: str = ""
+    table: "Dataset", column: str, class_names: list[str] | None = None, name: str = "", in_python: bool = False
 ) -> tuple[Tensor | None, list[str] | None]:
     """Return the labels int64 (N,) and the name of each class, or None first where no image has a label.
 
@@ -33,7 +33,8 @@ def read_labels(
     Args:
         class_names: the class names of the training split, whose numbers every other split follows. An image of another
             class counts as unlabelled, with a warning, because no accuracy can be measured on it.
-        name: the name of the table, for this warning.
+        name: the name of the table, for messages.
+        in_python: whether messages are for a program, which has no recipe with a `label_column`.
 
     Raises:
         ValueError: labels of another type.
@@ -44,21 +45,19 @@ def read_labels(
     kinds = {type(value) for value in values} - {type(None)}
     if not kinds:
         return None, class_names
-    remedy = "or train without labels: label_column: none"
+    key, remedy = f"label_column={column}", "or train without labels: label_column: none"
+    if in_python:
+        key, remedy = f"{name}: column {column}", f"or train without labels: leave {column} out"
     if kinds not in ({int}, {str}, {bool}):
         got = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise ValueError(
-            f"label_column={column}: labels must be integers or text, one per image, and are {got}; {remedy}"
-        )
+        raise ValueError(f"{key}: labels must be integers or text, one per image, and are {got}; {remedy}")
     present = sorted({value for value in values if value is not None})
     feature = table.features[column]
     if isinstance(feature, datasets.ClassLabel):
         low, high = present[0], present[-1]
         if low < 0 or high >= len(feature.names):
             wrong = low if low < 0 else high
-            raise ValueError(
-                f"label_column={column}: there is a label {wrong}, and {len(feature.names)} classes; {remedy}"
-            )
+            raise ValueError(f"{key}: there is a label {wrong}, and {len(feature.names)} classes; {remedy}")
         name_of = {value: feature.names[value] for value in present}
         class_names = class_names or list(feature.names)
     else:

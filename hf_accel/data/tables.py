@@ -221,9 +221,12 @@ def take_part(tables: "dict[str, Dataset]", split: str) -> "Dataset":
 
 
 def choose_columns(
-    data: str, table: "Dataset", image_column: str | None, label_column: str | None
+    data: str, table: "Dataset", image_column: str | None, label_column: str | None, in_python: bool = False
 ) -> tuple[str, str | None]:
-    """Choose unnamed columns by type: one Image, and at most one ClassLabel. "none" means no labels."""
+    """Choose unnamed columns by type: one Image, and at most one ClassLabel. "none" means no labels.
+
+    Messages name the keys of a recipe or, with `in_python`, what a program does with its dataset.
+    """
     import datasets
 
     columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in table.features.items())
@@ -235,18 +238,22 @@ def choose_columns(
         if named is None and len(candidates) > 1:
             none = f", or to {NO_LABELS}" * (kind is datasets.ClassLabel)
             listed = ", ".join(candidates)
-            raise ValueError(f"{data} has several {kind.__name__} columns: set {key} to one of {listed}{none}")
+            remedy = "keep one by dataset.remove_columns" if in_python else f"set {key} to one of"
+            none *= not in_python
+            raise ValueError(f"{data} has several {kind.__name__} columns: {remedy}: {listed}{none}")
         return named or next(iter(candidates), None)
 
     image_column = choose("image_column", image_column, datasets.Image)
     wants_labels = label_column != NO_LABELS
     label_column = choose("label_column", label_column, datasets.ClassLabel) if wants_labels else None
     if image_column is None:
-        raise ValueError(f"{data} has no column of type Image: set image_column to one of its columns: {columns}")
+        remedy = "cast one by dataset.cast_column(name, Image())" if in_python else "set image_column to one of them"
+        raise ValueError(f"{data} has no column of type Image: {remedy}: {columns}")
     if label_column == image_column:
         raise ValueError(f"label_column={label_column}: this is the column of images; {data} has the columns {columns}")
     if label_column is None and wants_labels and len(table.column_names) > 1:
-        logger.warning("%s has no column of type ClassLabel; set label_column to use one of: %s", data, columns)
+        remedy = "make one by dataset.class_encode_column(name) of" if in_python else "set label_column to use one of"
+        logger.warning("%s has no column of type ClassLabel; %s: %s", data, remedy, columns)
     return image_column, label_column
 
 

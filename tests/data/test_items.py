@@ -1,5 +1,7 @@
 """Datasets of every form that a program may pass, as image sources."""
 
+from collections import Counter
+
 import datasets
 import numpy as np
 import PIL.Image
@@ -99,6 +101,150 @@ def test_a_list_of_targets_is_taken_before_the_items():
     assert source.labels is not None and source.labels.tolist() == LABELS
 
 
+MISSING = [None, 1, 2, None, 1, 2]
+HOLES = {
+    "tuples": lambda i: (pil(i), MISSING[i]),
+    "dicts of None": lambda i: {"image": pil(i), "label": MISSING[i]},
+    "dicts without the key": lambda i: {"image": pil(i)} | ({"label": MISSING[i]} if MISSING[i] else {}),
+    "NaN": lambda i: (pil(i), float("nan") if MISSING[i] is None else float(MISSING[i])),
+    "-1": lambda i: (pil(i), torch.tensor(MISSING[i] or -1)),
+    "text": lambda i: (pil(i), NAMES[MISSING[i]] if MISSING[i] else ""),
+}
+
+
+@pytest.mark.parametrize("make", HOLES.values(), ids=HOLES)
+def test_a_first_item_without_a_label_leaves_the_others_theirs(make):
+    source = image_source(Items(make), "mine")
+    assert source.labels is not None and source.labels.tolist() == [-1, 0, 1, -1, 0, 1]
+
+
+def test_a_list_of_targets_and_classes_may_have_holes():
+    class Listed(Items):
+        targets, classes = MISSING, NAMES
+
+    source = image_source(Listed(pil), "mine")
+    assert source.labels is not None and source.labels.tolist() == [-1, 1, 2, -1, 1, 2] and source.class_names == NAMES
+
+
+def test_targets_of_a_regression_are_no_labels():
+    assert image_source(Items(lambda i: (pil(i), i / 4)), "mine").labels is None
+
+
+def test_labels_under_another_key_are_pointed_out(caplog):
+    image_source(Items(lambda i: {"image": pil(i), "fine": LABELS[i], "box": [1, 2], "weight": 0.5}), "mine")
+    assert "mine: no labels, as only the keys label, labels, " in caplog.text and "rename it: fine\n" in caplog.text
+    caplog.clear()
+    image_source(Items(lambda i: {"image": pil(i), "label": LABELS[i], "fine": 1}), "mine")
+    assert not caplog.text
+
+
+class Counted(Items):
+    def __init__(self, make, length=6):
+        super().__init__(make)
+        self.calls, self.length = Counter(), length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        self.calls[index] += 1
+        return self.make(index % 6)
+
+
+@pytest.mark.parametrize("make", [pil, lambda i: (pil(i), LABELS[i])], ids=["bare", "labelled"])
+def test_each_item_is_read_once(make):
+    dataset = Counted(make, 200)
+    source = image_source(dataset, "mine")
+    assert source.pixels is not None and np.array_equal(np.asarray(source.read(100)), PIXELS[4])
+    assert set(dataset.calls.values()) == {1} and len(dataset.calls) == 200
+
+
+def test_images_that_are_not_held_are_read_once_for_labels():
+    dataset = Counted(lambda i: (pil(i).resize((8 + i, 8)), LABELS[i]), 300)
+    source = image_source(dataset, "mine")
+    assert source.pixels is None and set(dataset.calls.values()) == {1} and len(dataset.calls) == 300
+    source.read(7)
+    source.read(7)
+    assert dataset.calls[7] == 3  # No image is kept once training begins.
+
+
+def test_no_item_is_read_only_to_find_that_nothing_has_labels():
+    dataset = Counted(lambda i: pil(i).resize((8 + i, 8)), 300)
+    image_source(dataset, "mine")
+    assert dataset.calls.total() == 64
+
+
+def test_images_that_need_too_much_memory_are_not_kept(monkeypatch):
+    monkeypatch.setattr("hf_accel.data.items.KEPT_BYTES", 4 * 80 * 100)  # a hundred of these images
+    dataset = Counted(lambda i: (pil(i), LABELS[i]), 200)
+    source = image_source(dataset, "mine")
+    assert source.pixels is not None and dataset.calls.total() == 2 * 200 - 64
+
+
+def test_files_that_items_open_are_closed(tmp_path):
+    pil(0).save(tmp_path / "image.png")
+    opened = []
+
+    def lazy(index):
+        opened.append(PIL.Image.open(tmp_path / "image.png"))
+        return opened[-1], 1
+
+    image_source(Items(lazy), "mine")
+    assert len(opened) == 6 and all(image.fp is None for image in opened)
+
+
+def test_a_long_reading_says_how_long_it_takes(monkeypatch, capsys):
+    monkeypatch.setattr("hf_accel.data.items.SILENT_SECONDS", 0.0)
+    image_source(Items(pil), "mine")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("Reading mine once: 1 of 6 items, about ")
+
+
+def test_a_broken_item_loses_its_label_only():
+    def broken(index):
+        if index == 0:
+            raise OSError("no such file")
+        return pil(index), LABELS[index]
+
+    source = image_source(Items(broken), "mine")
+    assert source.bad == {0: ("mine[0]", "OSError: no such file")} and source.labels is not None
+    assert source.labels.tolist() == [1, 1, 2, 0, 1, 2]  # The next image takes the place of the broken one.
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("by 0"), KeyError("imge"), NameError("x"), TypeError("y")], ids=repr
+)
+def test_an_error_of_the_program_is_not_a_broken_image(error):
+    def wrong(index):
+        if index == 3:
+            raise error
+        return pil(index).resize((8 + index, 8))
+
+    with pytest.raises(
+        RuntimeError, match=rf"mine\[3\] raises {type(error).__name__}: .*Correct the dataset"
+    ) as raised:
+        image_source(Items(wrong), "mine")
+    assert raised.value.__cause__ is error
+
+
+def test_an_error_of_the_program_also_ends_training():
+    source = image_source(Items(lambda i: pil(i).resize((8 + i, 8))), "mine")
+    source._table.dataset.make = lambda index: 1 / 0  # pyright: ignore
+    with pytest.raises(RuntimeError, match=r"mine\[2\] raises ZeroDivisionError"):
+        source.next_readable(2, [])
+
+
+def test_what_is_no_dataset_is_refused_with_the_way():
+    with pytest.raises(
+        TypeError, match=r"mine: it holds the splits train, test; pass one of them, e.g. dataset\['train'\]"
+    ):
+        image_source(datasets.DatasetDict({"train": table(), "test": table()}), "mine")
+    with pytest.raises(TypeError, match="mine: 'photos' is a name and not a dataset; load it first"):
+        image_source("photos", "mine")
+    with pytest.raises(TypeError, match=r"item 0 holds no image but Tensor \(8, 10, 3\): return"):
+        image_source(Items(lambda i: torch.from_numpy(PIXELS[i])), "mine")
+
+
 def test_floats_and_items_without_image_are_refused():
     with pytest.raises(TypeError, match=r"float32.*leave transforms to the trainer"):
         image_source(Items(lambda i: tensor(i) / 255), "mine")
@@ -118,3 +264,14 @@ def test_an_item_that_fails_is_skipped_and_counted():
 
     source = image_source(Items(broken), "mine")
     assert source.bad == {3: ("mine[3]", "OSError: no such file")}
+
+
+def test_messages_about_columns_say_what_a_program_can_do(caplog):
+    words = table().cast_column("label", datasets.Value("string")).rename_column("label", "kind")
+    image_source(words, "mine")
+    assert "class_encode_column(name) of: image (Image), kind (Value)" in caplog.text
+    two = table().add_column("twin", [{"bytes": None, "path": "x"}] * 6).cast_column("twin", datasets.Image())
+    with pytest.raises(ValueError, match=r"several Image columns: keep one by dataset.remove_columns: image, twin$"):
+        image_source(two, "mine")
+    with pytest.raises(ValueError, match=r"^mine: labels must all be integers or all text, and are int and str"):
+        image_source(Items(lambda i: (pil(i), i if i % 2 else "x")), "mine")

@@ -4,7 +4,7 @@ import sys
 
 from transformers import set_seed
 
-from ..distributed import barrier, say
+from ..distributed import say
 from ..distributed.signals import STOPPED
 from ..recipe import Recipe
 from ..run_folder import RunFolder
@@ -33,7 +33,6 @@ def pretrain(recipe: Recipe) -> None:
     trainer.train(resume_from_checkpoint="auto")
     if trainer.stopped:
         say(f"Stopped at step {trainer.state.global_step} of {trainer.plan.num_steps}; the same command resumes.")
-        barrier()  # A launcher ends the other processes when the first one ends with a code other than 0.
     trainer.end()
     if trainer.stopped:
         sys.exit(STOPPED)

@@ -196,6 +196,7 @@ class PretrainTrainer(SavingTrainer):
                 finish_run(self)
         if self.args.push_to_hub and not self.stopped:
             self.push_to_hub()
+        distributed.barrier()  # A launcher ends all processes when one ends badly, and the main one may still write.
         return output
 
     def _train(self, checkpoint: Path | None, **kwargs: Any):

@@ -226,6 +226,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def find_damage(checkpoint: Path) -> str | None:
     """Say why a checkpoint cannot be resumed from, with the file's path. Return None if it can."""
     path = checkpoint / RUN_STATE_NAME
+    if not checkpoint.is_dir():
+        return "there is no such folder"
     if not path.exists():
         return f"it was interrupted while it was saved ({path} is missing)"
     try:

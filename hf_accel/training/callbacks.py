@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from transformers import TrainerCallback
 
+from ..distributed import say
 from ..distributed.stopping import stop_agreed
 from ..utils.progress import cosine, learning_rate_factor
 from .config import PretrainConfig
@@ -71,6 +72,15 @@ class ProgressCallback(TrainerCallback):
         control.should_log |= state.global_step == state.max_steps  # what came after the last full window, too
         if stop_agreed():
             trainer.stopped = control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Save where another callback has stopped training: the whole run is one epoch, and this is its end."""
+        if state.global_step < state.max_steps and not self.trainer.stopped:
+            self.trainer.stopped = control.should_save = True
+            say(
+                f"A callback stopped training at step {state.global_step} of {state.max_steps}. The run is not "
+                "finished: train(resume_from_checkpoint=True) continues it, and save_model(folder) saves its encoder"
+            )
 
 
 def note_factors(optimizer: torch.optim.Optimizer, args: PretrainConfig) -> None:

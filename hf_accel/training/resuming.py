@@ -4,6 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import SAFE_WEIGHTS_NAME
+
 from ..distributed import broadcast_object, is_main, say
 from ..distributed.launch import engine_of
 from ..run_folder import RunFolder, find_damage, read_state
@@ -14,7 +18,7 @@ def choose_checkpoint(folder: RunFolder, resume: Any) -> Path | None:
     """Return the checkpoint to resume from, the same on all processes, or None to start a run.
 
     Args:
-        resume: see `PretrainTrainer.train`.
+        resume: see `PretrainTrainer.train`. With "auto", a run that is complete has nothing to resume from.
 
     Raises:
         SettingError: the folder holds a run that was not to be resumed, or no complete checkpoint.
@@ -23,6 +27,8 @@ def choose_checkpoint(folder: RunFolder, resume: Any) -> Path | None:
         if wrong := find_damage(Path(resume)):
             fail("resume_from_checkpoint", resume, f"it cannot be resumed from: {wrong}")
         return Path(resume)
+    if folder.is_complete() and resume == "auto":
+        return None
     found = _last_checkpoint(folder)
     if not resume and (found or folder.is_complete()):
         fail(
@@ -88,3 +94,26 @@ def take_over(trainer: Any, checkpoint: Path) -> int:
             "restore the schedule's file (or the measured costs) to continue, or choose another output_dir"
         )
     return state["step"]
+
+
+def load_complete(trainer: Any) -> TrainOutput:
+    """Give the Trainer the weights and the log of the complete run in its folder, and push the run if that is wanted.
+
+    Where the last checkpoint was removed, only the encoder has the weights of the run.
+    """
+    folder, objective = trainer.folder, trainer.objective
+    say(f"This run is complete: {folder.results}. Choose another output_dir for a new one.")
+    steps = folder.read_results()["steps"]
+    weights = folder.checkpoint(steps) / SAFE_WEIGHTS_NAME
+    if weights.is_file():
+        objective.load_state_dict(load_file(weights))
+    else:
+        objective.encoder.load_state_dict(type(objective.encoder).from_pretrained(folder.final).state_dict())
+    log: list[dict[str, Any]] = []
+    if folder.log_history.is_file():
+        log = json.loads(folder.log_history.read_text())["log_history"]
+    trainer.stopped, trainer.state.global_step, trainer.state.log_history = False, steps, log
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    metrics = next((entry for entry in reversed(log) if "train_loss" in entry), {})
+    return TrainOutput(steps, metrics.get("train_loss", float("nan")), metrics)

@@ -36,7 +36,7 @@ from .memory import explained_memory
 from .monitoring import CollapseMonitor
 from .planning import make_forward_cost, make_plan, read_schedule, strategies_of_run
 from .record import RULES, describe_settings
-from .resuming import choose_checkpoint, take_over
+from .resuming import choose_checkpoint, load_complete, take_over
 from .saving import SavingTrainer
 from .timing import PredictedTime
 from .views import start_views
@@ -61,7 +61,7 @@ class PretrainTrainer(SavingTrainer):
 
     Attributes:
         plan ([`Plan`]): Strategy and progress of every step.
-        stopped (`bool`): Whether SIGTERM has ended `train` early, at a checkpoint.
+        stopped (`bool`): Whether SIGTERM or a callback has ended `train` early, at a checkpoint.
 
     Example:
         >>> trainer = PretrainTrainer(MoCoForPreTraining(vit_small()), config, train_dataset=photos)
@@ -166,12 +166,14 @@ class PretrainTrainer(SavingTrainer):
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any):
         """Train until the budget is spent, and write results and encoder.
 
-        SIGTERM stops training at a checkpoint; `stopped` is then true, and nothing is finished.
+        SIGTERM, or a callback that sets `control.should_training_stop`, stops training at a checkpoint; `stopped` is
+        then true, and nothing is finished.
 
         Args:
             resume_from_checkpoint (`bool` or `str`, *optional*): Default: start, in a folder that holds no run. True
                 resumes the last complete checkpoint in `output_dir` exactly, a path that checkpoint, and `"auto"` the
-                last one if there is one, as a job does that a queue may interrupt.
+                last one if there is one, as a job does that a queue may interrupt. `"auto"` returns at once where the
+                run is complete, with its weights in the model.
 
         Raises:
             SettingError: the folder holds a run, or there is nothing to resume, or it was started with other settings.
@@ -183,6 +185,8 @@ class PretrainTrainer(SavingTrainer):
             rules: dict[str, Rule] = {key: self.rules.get(key, "fixed") for key in record}
             for note in self.folder.compare_settings(record, rules):
                 distributed.say(note)
+            if self.folder.is_complete() and resume_from_checkpoint == "auto":
+                return load_complete(self)
             if self.args.should_save:
                 with writing(self.folder.recipe, AGAIN):
                     write_text(self.folder.recipe, yaml.safe_dump(record, sort_keys=False))

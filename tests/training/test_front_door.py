@@ -1,6 +1,7 @@
 """Pretraining from Python, as README and docs show it."""
 
 import json
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -146,7 +147,7 @@ def test_train_refuses_a_run_and_resumes_it_exactly(tmp_path):
     with pytest.raises(ValueError, match="was trained on 96 images, and now there are 80: restore them"):
         again(images=80).train(resume_from_checkpoint=True)
     other = again(name="other")
-    with pytest.raises(ValueError, match="cannot be resumed from"):
+    with pytest.raises(ValueError, match=r"checkpoint-2': it cannot be resumed from: there is no such folder$"):
         other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     assert other.state.global_step == 6 and other._first_step == 3
@@ -269,3 +270,65 @@ def test_weight_decay_that_begins_at_0_is_for_matrices(tmp_path):
     groups = trainer.create_optimizer().param_groups
     assert [{p.ndim > 1 for p in group["params"]} for group in groups] == [{True}, {False}]
     assert [group["weight_decay_factor"] for group in groups] == [1.0, 0.0]
+
+
+class Ask(TrainerCallback):
+    """Asks for a stop at an event, as EarlyStoppingCallback does."""
+
+    def __init__(self, event: str, what: str = "should_training_stop"):
+        setattr(self, event, self.ask)
+        self.what = what
+
+    def ask(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            setattr(control, self.what, True)
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_log", "on_step_begin", "should_epoch_stop"])
+def test_a_run_that_a_callback_stops_is_not_finished(tmp_path, capsys, event):
+    """The budget pays for 6 steps."""
+    ask = Ask("on_step_end", event) if event.startswith("should") else Ask(event)
+    trainer = PretrainTrainer(moco(), config(tmp_path / "run"), Tensors())
+    trainer.add_callback(ask)
+    trainer.train()
+    step = 5 if event == "on_step_begin" else 4
+    assert trainer.stopped and trainer.state.global_step == step and not trainer.folder.is_complete()
+    assert (
+        f"A callback stopped training at step {step} of 6. The run is not finished: train(" in capsys.readouterr().out
+    )
+    assert not trainer.folder.final.exists()
+    assert trainer.folder.last_complete_checkpoint() == trainer.folder.checkpoint(step)
+    if event == "on_log":
+        again = PretrainTrainer(moco(), config(tmp_path / "run"), Tensors())
+        again.train(resume_from_checkpoint=True)
+        PretrainTrainer(moco(), config(tmp_path / "whole"), Tensors()).train()
+        assert_same_weights(tmp_path / "run", tmp_path / "whole")
+        assert [e["step"] for e in again.state.log_history if "loss" in e] == [1, 2, 3, 4, 5, 6]
+
+
+def test_auto_returns_a_complete_run_with_its_weights(tmp_path, capsys):
+    """As a job does that a queue starts again."""
+    first: Any = PretrainTrainer(moco(), config(tmp_path / "run"), Tensors())
+    wanted = first.train(resume_from_checkpoint="auto")
+    written = first.folder.results.stat().st_mtime_ns
+    capsys.readouterr()
+
+    def again(**settings: Any) -> Any:
+        torch.manual_seed(1)
+        model = MoCoForPreTraining(vit_tiny(**SIZES), **HEADS)
+        trainer: Any = PretrainTrainer(model, config(tmp_path / "run", **settings), Tensors())
+        assert trainer.train(resume_from_checkpoint="auto").global_step == 6
+        return trainer
+
+    second = again()
+    assert "This run is complete: " in capsys.readouterr().out
+    for name, value in first.objective.state_dict().items():
+        assert torch.equal(second.objective.state_dict()[name], value), name
+    assert second.train(resume_from_checkpoint="auto").training_loss == pytest.approx(wanted.training_loss)
+    shutil.rmtree(first.folder.checkpoint(6))
+    third = again()
+    for name, value in first.objective.encoder.state_dict().items():
+        assert torch.equal(third.objective.encoder.state_dict()[name], value), name
+    with pytest.raises(ValueError, match=r"augmentation='digits': .* holds a run with augmentation='moco'"):
+        again(augmentation="digits")
+    assert first.folder.results.stat().st_mtime_ns == written

@@ -12,8 +12,8 @@ from hf_accel.recipe.checks import configured_classes
 from hf_accel.recipe.declarations import Declaration
 from hf_accel.recipe.keys import default_of
 from hf_accel.recipe.loading import group_keys
-from hf_accel.recipe.values import type_name
 from hf_accel.utils.pretrain_settings import PretrainSettings
+from hf_accel.utils.values import type_name
 
 DOCS = Path(__file__).parent
 BEGIN, END = "<!-- keys: written by docs/key_tables.py -->\n", "<!-- end of keys -->\n"

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..utils.shipped import find_file
 from ..utils.strict_yaml import as_number, load_yaml
 from .strategy import BRANCHES, Compression, Strategy, check_compression
@@ -78,31 +80,41 @@ class Schedule:
                 raise ValueError(f"stage {number} of the schedule: {error}") from None
 
     @classmethod
-    def parse(cls, value: Any, base_patch_size: int, folder: Path | None = None) -> "Schedule":
+    def parse(cls, value: Any, base_patch_size: int | None, folder: Path | None = None) -> "Schedule":
         """Read the form that recipes use: a list of stages, or the path of a YAML file that holds such a list.
 
         A stage is a mapping with the keys of `list_stage_keys`. All but `until` are optional and have the defaults of
         `Strategy.from_dict`. A file may hold `{patch_size, stages}`: stages meant for another base patch size are
-        transferred to this one. There is no compression for None, nor for "auto", which is searched during training.
+        transferred to this one. None is no compression. Without a `base_patch_size` only the form is checked, and
+        patches stay as they are written.
+
+        Raises:
+            ValueError: it is no such list and no path of one.
         """
-        if value is None or value == "auto":
-            return cls.constant(Strategy(Compression(base_patch_size)))
+        if value == "auto":
+            raise ValueError("schedule='auto' is searched while a run trains: it has no stages before")
+        if value is None:
+            return cls.constant(Strategy(Compression(base_patch_size or 1)))
         if isinstance(value, str):
             path = find_file(value if folder is None or Path(value).exists() else folder / value, "recipes")
             if not path.is_file():
-                raise ValueError(f"schedule: no file {value!r}; give a list of stages or the path of a YAML file")
-            value = load_yaml(path.read_text())
+                forms = "a list of stages, the path of a YAML file, or auto"
+                raise ValueError(f"schedule: no file {value!r}; give {forms}")
+            try:
+                value = load_yaml(path.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise ValueError(f"schedule: {path} is not valid YAML: {error}") from None
         if isinstance(value, Mapping):
-            meant_for, stages = value.get("patch_size", base_patch_size), value.get("stages")
+            meant_for, stages = value.get("patch_size", base_patch_size or 1), value.get("stages")
             if type(meant_for) is not int or meant_for < 1 or not isinstance(stages, list):
                 raise ValueError(
                     "schedule: a file holds a list of stages, or `stages`, such a list, and `patch_size`, the base "
                     f"patch in pixels that they are meant for; got stages={stages!r} and patch_size={meant_for!r}"
                 )
-            return cls.parse(stages, meant_for).transferred(meant_for, base_patch_size)
+            return cls.parse(stages, meant_for).transferred(meant_for, base_patch_size or meant_for)
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise ValueError(f"schedule: expected a list of stages or a path, got {value!r}")
-        return cls(tuple(_parse_stage(stage, number, base_patch_size) for number, stage in enumerate(value, 1)))
+        return cls(tuple(_parse_stage(stage, number, base_patch_size or 1) for number, stage in enumerate(value, 1)))
 
     def transferred(self, old_patch_size: int, new_patch_size: int) -> "Schedule":
         """Return this schedule for another base patch size, with all patches larger or smaller by the same factor.

@@ -1,5 +1,6 @@
 """Recipes: every setting of a task, flat, from a YAML file and `key=value` overrides."""
 
+from ..utils.errors import SettingError as RecipeError
 from .keys import (
     RECIPES,
     CardRecipe,
@@ -12,4 +13,3 @@ from .keys import (
     tasks_that_read,
 )
 from .loading import describe_keys, load_recipe, overrides_for, split_words
-from .values import RecipeError

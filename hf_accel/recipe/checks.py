@@ -10,9 +10,11 @@ from typing import Any
 import yaml
 
 from ..compression.schedule import Schedule
+from ..utils.errors import SettingError as RecipeError
+from ..utils.errors import fail
 from ..utils.pretrain_settings import PretrainSettings
 from .declarations import Declaration, Setting, inspect_class, read_class, read_classes, read_table
-from .values import RecipeError, check_settings, did_you_mean, fail
+from .values import check_settings, did_you_mean
 
 AUGMENTATIONS = read_table("data/augment.py", "AUGMENTATIONS")
 PRESETS = read_table("models/configuration_accel_vit.py", "PRESETS")

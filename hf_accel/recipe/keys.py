@@ -88,7 +88,7 @@ class Recipe:
         return PRESETS[self.model](**{**defaults, **sizes, **self.model_config})
 
     def compression_schedule(self) -> Schedule:
-        return Schedule.parse(self.schedule, self.patch_size)
+        return Schedule.parse(None if self.schedule == "auto" else self.schedule, self.patch_size)
 
     def local_crop_size(self) -> int | None:
         """Pixels of the local crops, None where the objective makes none."""

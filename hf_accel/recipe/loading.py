@@ -7,11 +7,14 @@ from typing import Any
 
 import yaml
 
+from ..utils.errors import SettingError as RecipeError
+from ..utils.errors import fail
 from ..utils.shipped import find_file, list_recipes
 from ..utils.strict_yaml import load_yaml
+from ..utils.values import as_type, type_name
 from .checks import configured_classes
 from .keys import RECIPES, Recipe, default_of, tasks_that_read
-from .values import RecipeError, as_type, did_you_mean, fail, type_name
+from .values import did_you_mean
 
 DEFAULT_TASK = "pretrain"
 

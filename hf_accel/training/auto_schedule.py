@@ -8,6 +8,7 @@ from ..distributed.stopping import stop_together
 from ..schedule_search.gradient_error import GradientErrorAccumulator, GradientNotFinite
 from ..schedule_search.gradient_probe import GradientProbe
 from ..schedule_search.ladder import OnlineController
+from .config import Derived
 
 
 class AutoScheduleCallback(TrainerCallback):
@@ -30,7 +31,7 @@ class AutoScheduleCallback(TrainerCallback):
         before, strategy = controller.strategy, controller.decide(accumulator, progress)
         charge = controller.cost_of(due)
         plan.revise(step, controller.schedule(), charge)
-        args.max_steps = state.max_steps = plan.num_steps
+        args.max_steps = state.max_steps = Derived(plan.num_steps)
         errors = accumulator.result()
         logs = {"probe_units": charge, "probe_moved": float(strategy != before), "probe_tokens": 0.0}
         if step:  # the first probe, of all rungs, compares no pair

@@ -5,7 +5,7 @@ import sys
 from copy import copy
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -14,8 +14,8 @@ from ..compression import Schedule
 from ..data import AUGMENTATIONS
 from ..distributed.launch import DTYPES, autocast_arguments, check_launch, choose_precision, on_cpu
 from ..run_folder import RunFolder
-from ..utils.errors import fail
-from ..utils.pretrain_settings import PretrainSettings
+from ..utils.errors import SettingError, fail
+from ..utils.pretrain_settings import PretrainSettings, take_types
 
 INSTEAD = {
     "num_train_epochs": "set budget='N epochs'",
@@ -26,11 +26,28 @@ INSTEAD = {
     "auto_find_batch_size": "a batch size is part of the result: set batch_size, and save memory by "
     "gradient_accumulation_steps",
     "eval_strategy": "set eval_points",
+    "eval_steps": "set eval_points",
+    "eval_delay": "set eval_points",
+    "load_best_model_at_end": "the result of a run is its last encoder; set keep_points to keep earlier ones",
+    "metric_for_best_model": "the result of a run is its last encoder; set keep_points to keep earlier ones",
+    "lr_scheduler_kwargs": "set lr_schedule",
+    "data_seed": "the order of the images is a function of seed",
+    "remove_unused_columns": "the image is found in each item; leave it out",
+    "ignore_data_skip": "the loader starts at the step that is next; leave it out",
+    "neftune_noise_alpha": "the noise is for text; leave it out",
+    "label_smoothing_factor": "labels are never trained on; leave it out",
 }
 """Arguments of the Trainer that have no meaning here, and what to set in place of them."""
 
-UNUSED = {*INSTEAD, "lr_scheduler_kwargs", "eval_steps", "eval_delay", "per_device_eval_batch_size"}
+UNUSED = {*INSTEAD, "per_device_eval_batch_size"}
 """Arguments that trackers do not get, as a run does not use them."""
+
+ABOVE_0 = ("learning_rate", "gradient_accumulation_steps", "logging_steps", "save_steps")
+AT_LEAST_0 = ("weight_decay", "max_grad_norm", "dataloader_num_workers", "adam_epsilon")
+
+
+class Derived(int):
+    """A number that follows from other settings. A copy by `dataclasses.replace` passes it on, and it is set again."""
 
 
 @dataclass
@@ -86,6 +103,8 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
     report_to: list[str] | str | None = field(
         default_factory=lambda: ["tensorboard"], metadata={"help": "trackers of the Trainer"}
     )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "has no meaning here"})
+    ignore_data_skip: bool = field(default=True, metadata={"help": "has no meaning here"})
     hub_private_repo: bool | None = field(default=False, metadata={"help": "create the repository as a private one"})
 
     def __post_init__(self) -> None:
@@ -99,19 +118,22 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
             problem = "must be at least 2, so that a kill during a save loses none"
             fail("save_total_limit", self.save_total_limit, problem)
         check_launch()
+        self._check_schedule()
+        self._refuse_foreign()
+        self._check_numbers()
+        if self.bf16 and self.fp16:
+            fail("fp16", True, "bf16 is true as well; choose one of the two")
         share = self._images_per_process()
-        self._refuse_foreign(share)
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else "no" if self.bf16 is False else "auto"
         self.precision = choose_precision(asked, RunFolder(str(self.output_dir)).read_recipe().get("mixed_precision"))
         for name, value in autocast_arguments(self.precision).items():
             setattr(self, name, value)
-        self.per_device_train_batch_size = share
+        self.per_device_train_batch_size = Derived(share)
         self.lr_scheduler_type = "constant"  # The learning rate is a function of progress, set at each step.
         self.use_cpu = self.use_cpu or on_cpu()
         self.eval_on_start = 0.0 in self.eval_points
-        self.logging_nan_inf_filter = self.remove_unused_columns = False
+        self.logging_nan_inf_filter = False
         self.ddp_find_unused_parameters = self.ddp_broadcast_buffers = False
-        self.ignore_data_skip = True  # The loader starts at the step that is next.
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
         compiled, self.torch_compile = self.torch_compile, False  # Accelerate would compile the random draws as well.
@@ -139,14 +161,36 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
             fail("batch_size", self.batch_size, problem)
         return self.batch_size // parts
 
-    def _refuse_foreign(self, images_per_process: int) -> None:
+    def _check_schedule(self) -> None:
+        """Check all of the schedule that does not depend on the model."""
+        try:
+            if self.schedule != "auto":
+                Schedule.parse(self.schedule, None)
+        except ValueError as error:
+            raise SettingError(f"schedule={self.schedule!r}: {error}") from None
+
+    def _refuse_foreign(self) -> None:
         """Refuse INSTEAD, except what this class sets itself: a copy by `dataclasses.replace` passes that on."""
-        ours = {"per_device_train_batch_size": images_per_process, "lr_scheduler_type": "constant"}
-        defaults = {argument.name: argument.default for argument in fields(TrainingArguments)}
+        defaults = {argument.name: argument.default for argument in fields(self)}
         for name, instead in INSTEAD.items():
             value = getattr(self, name)
-            if value != defaults[name] and value != ours.get(name, defaults[name]):
+            ours = isinstance(value, Derived) or (name == "lr_scheduler_type" and value == "constant")
+            if value != defaults[name] and not ours:
                 fail(name, value, f"has no meaning here; {instead}")
+
+    def _check_numbers(self) -> None:
+        """Check the numbers among the arguments that `TrainingArguments` declares, which takes them as they are."""
+        hints = get_type_hints(TrainingArguments)
+        numbers = (int, float, int | None, float | None)
+        take_types(self, {name: hint for name, hint in hints.items() if hint in numbers and name not in INSTEAD})
+        for name in ABOVE_0:
+            if getattr(self, name) <= 0:
+                fail(name, getattr(self, name), "must be above 0")
+        for name in AT_LEAST_0:
+            if getattr(self, name) < 0:
+                fail(name, getattr(self, name), "must not be negative")
+        if not 0 <= self.seed < 2**32:
+            fail("seed", self.seed, "must be a whole number from 0 to 2^32 - 1")
 
 
 for _name, _field in PretrainConfig.__dataclass_fields__.items():

@@ -25,7 +25,7 @@ UnitsPerImage = Callable[[Strategy], float]
 def read_schedule(args: PretrainConfig, config: AccelViTConfig, local_crop_size: int | None) -> Schedule:
     """Return the schedule of `args` for this encoder. Raises SettingError for one that the encoder cannot follow."""
     try:
-        schedule = Schedule.parse(args.schedule, config.patch_size)
+        schedule = Schedule.parse(None if args.schedule == "auto" else args.schedule, config.patch_size)
         schedule.validate(config.image_size, config.patch_size, local_crop_size)
     except ValueError as error:
         raise SettingError(f"schedule={args.schedule!r}: {error}") from None

@@ -12,6 +12,7 @@ from ..distributed import broadcast_object, is_main, say
 from ..distributed.launch import engine_of
 from ..run_folder import RunFolder, find_damage, read_state
 from ..utils.errors import SettingError, fail
+from .config import Derived
 
 
 def choose_checkpoint(folder: RunFolder, resume: Any) -> Path | None:
@@ -87,7 +88,7 @@ def take_over(trainer: Any, checkpoint: Path) -> int:
         except ValueError as error:
             raise SettingError(f"schedule='auto': {checkpoint}: {error}") from None
         trainer.plan.restore(state["plan"], trainer.objective.config.patch_size)
-        trainer.args.max_steps = trainer.plan.num_steps
+        trainer.args.max_steps = Derived(trainer.plan.num_steps)
     elif "plan" in state and state["plan"] != json.loads(json.dumps(trainer.plan.state())):
         raise SettingError(
             f"schedule={trainer.args.schedule!r}: {checkpoint} was trained along another plan; "

@@ -29,7 +29,7 @@ from ..utils.writing import AGAIN, write_text, writing
 from .accuracy import measure_knn
 from .auto_schedule import AutoScheduleCallback
 from .callbacks import ProgressCallback, note_factors
-from .config import PretrainConfig
+from .config import Derived, PretrainConfig
 from .console import ConsoleCallback, describe_run, quiet
 from .finish import finish_run
 from .memory import explained_memory
@@ -101,7 +101,8 @@ class PretrainTrainer(SavingTrainer):
         self.forward_cost = make_forward_cost(args, config, args.device, strategies)
         units = partial(model.units_per_image, forward_cost=self.forward_cost)
         self.plan, self.controller = make_plan(args, config, schedule, units, len(self.source))
-        args.max_steps = self.most_steps = self.plan.num_steps
+        self.most_steps = self.plan.num_steps
+        args.max_steps = Derived(self.most_steps)
         self.given_record, self.rules = record, rules or RULES
         self.stopped = self.evaluation_due = self.keep_now = False
         self.view_backend: str | None = None

@@ -5,11 +5,13 @@ module imports no torch, so that a recipe is checked, and `--help` answered, bef
 """
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal
 
 from .errors import fail
+from .values import as_type
 
 EPOCHS = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*epochs?\s*")
 
@@ -84,7 +86,7 @@ class PretrainSettings:
     knn_temperature: float = free(0.07, "temperature of the neighbours' votes")
 
     def check_pretraining(self) -> None:
-        """Take numbers that were written as text for numbers.
+        """Take each setting to its type, and check what its values allow.
 
         Raises:
             SettingError: a value or a combination that is not possible.
@@ -94,6 +96,7 @@ class PretrainSettings:
                 self.budget = float(self.budget)
             except ValueError:
                 fail("budget", self.budget, "must be a number of units or, as '100 epochs', a number of epochs")
+        take_types(self, {key.name: key.type for key in fields(PretrainSettings)})
         if self.budget is None or (isinstance(self.budget, int | float) and not 0 < self.budget < float("inf")):
             fail("budget", self.budget, "pretraining needs a budget, e.g. '100 epochs' or 400000 (units)")
         for name in ("batch_size", "knn_k", "knn_temperature"):
@@ -110,6 +113,19 @@ class PretrainSettings:
         for name in ("eval_points", "keep_points"):
             if any(not isinstance(p, int | float) or not 0 <= p <= 1 for p in getattr(self, name)):
                 fail(name, getattr(self, name), "must be numbers in [0, 1]")
+
+
+def take_types(settings: Any, hints: Mapping[str, Any]) -> None:
+    """Take attributes to the types of `hints`: a tuple to a list, and text such as 1e-3 to the number.
+
+    Raises:
+        SettingError: a value is of another type.
+    """
+    for name, hint in hints.items():
+        value = getattr(settings, name)
+        if hasattr(value, "item"):  # a number of NumPy or torch
+            value = value.item()
+        setattr(settings, name, as_type(name, [*value] if isinstance(value, tuple) else value, hint))
 
 
 def budget_in_units(budget: float | str, images: int, units_per_image: float) -> float:

@@ -251,6 +251,8 @@ def test_schedule_reads_back_what_it_writes_and_refuses_gaps():
             Schedule.parse([{"until": end} for end in ends], 8)
     with pytest.raises(ValueError, match="one of \\[8, 12, 16, 24\\]"):
         Schedule.parse([{"until": 1.0, "patch_size": 9}], 8).validate(48, 8)
+    with pytest.raises(ValueError, match="'auto' is searched while a run trains"):
+        Schedule.parse("auto", 8)
 
 
 @pytest.mark.parametrize("compression", [Compression(8), Compression(16), Compression(8, 0.5), Compression(12, 0.75)])

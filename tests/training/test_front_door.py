@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -106,6 +107,7 @@ def test_a_torch_dataset_of_uint8_tensors(tmp_path):
     args = config(tmp_path / "run", schedule=schedule, eval_points=[0.0, 1.0])
     trainer = PretrainTrainer(moco(), args, Tensors(), eval_dataset=Tensors(30))
     trainer.train()
+    assert replace(args, batch_size=32).batch_size == 32  # A run leaves nothing in its settings that a copy refuses.
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert {"knn_top1", "knn_top1_random_init", "knn_top1_raw_pixels", "units", "budget", "weights"} <= set(results)
     assert results["knn_top1"] > 0.5 and results["budget"] == 96 * 4 and results["seconds"]["total"] > 0

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from hf_accel.compression import Compression, CostTable, Plan, Schedule, Strategy
+from hf_accel.compression import Compression, CostTable, Plan, Strategy
 from hf_accel.recipe import describe_keys, load_recipe
 from hf_accel.tasks.setup import build_objective, pretrain_config
 from hf_accel.training.planning import describe_plan, make_forward_cost, make_plan, read_schedule
@@ -36,7 +36,7 @@ def test_costs_are_measured_as_the_run_will_compute(device, precision, expected,
 def lines(objective: str, *overrides: str) -> list[str]:
     recipe = load_recipe(f"recipes/{objective}.yaml", [*TINY, *overrides])
     args, model = pretrain_config(recipe), build_objective(recipe)
-    schedule = Schedule.parse(args.schedule, model.config.patch_size)
+    schedule = read_schedule(args, model.config, None)
     plan = Plan(float(recipe.budget or 0), schedule, recipe.batch_size, price)
     return describe_plan(args, model, plan)[1:]
 

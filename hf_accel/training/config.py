@@ -117,6 +117,8 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
         if self.save_total_limit is not None and self.save_total_limit < 2:
             problem = "must be at least 2, so that a kill during a save loses none"
             fail("save_total_limit", self.save_total_limit, problem)
+        if self.save_only_model:
+            fail("save_only_model", True, "a run could not be resumed exactly; leave it out, and call save_model()")
         check_launch()
         self._check_schedule()
         self._refuse_foreign()

@@ -1,8 +1,11 @@
 """What a run records about itself: its settings, the state of a checkpoint, and its results."""
 
+import json
 import time
 from dataclasses import fields
 from typing import Any
+
+import torch
 
 from ..compression import Compression, Strategy
 from ..distributed.launch import engine_of
@@ -10,11 +13,36 @@ from ..utils.pretrain_settings import PretrainSettings, Rule
 
 RULES: dict[str, Rule] = {
     **{key.name: key.metadata["resume"] for key in fields(PretrainSettings)},
-    **dict.fromkeys(("learning_rate", "max_grad_norm", "mixed_precision"), "correction"),
+    **dict.fromkeys(("learning_rate", "max_grad_norm", "mixed_precision", "tf32"), "correction"),
     **dict.fromkeys(("task", "output_dir", "data", "num_workers", "logging_steps", "save_steps"), "free"),
     **dict.fromkeys(("save_total_limit", "report_to", "push_to_hub", "hub_model_id", "hub_private", "license"), "free"),
 }
 """What a resumed run may do with a setting. Those that are not named are fixed."""
+
+
+OPTIMIZER_SETTINGS = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules", "tf32")
+
+
+def describe_optimizer(trainer: Any) -> dict[str, Any] | None:
+    """Describe the optimizer that a program has passed, in plain values. Return None if the Trainer is to make one.
+
+    The optimizer's learning rate and weight decay count relative to those of the run, which is how they are kept.
+    """
+    if trainer.optimizer is not None:
+        of_run = {"params", "lr", "initial_lr", "weight_decay"}
+        groups = [
+            {key: value for key, value in group.items() if key not in of_run}
+            for group in trainer.optimizer.param_groups
+        ]
+        found: dict[str, Any] = {"class": type(trainer.optimizer).__name__, "groups": groups}
+    elif trainer.optimizer_cls_and_kwargs is not None:
+        kind, settings = trainer.optimizer_cls_and_kwargs
+        found = {"class": kind.__name__, **settings}
+    else:
+        return None
+    return json.loads(
+        json.dumps(found, default=lambda value: value.tolist() if torch.is_tensor(value) else repr(value))
+    )
 
 
 def describe_settings(trainer: Any) -> dict[str, Any]:
@@ -40,8 +68,8 @@ def describe_settings(trainer: Any) -> dict[str, Any]:
         "objective_config": model.settings,
         **{key: getattr(args, key) for key in same},
         "optim": args.optim.value,
-        "adam_beta1": args.adam_beta1,
-        "adam_beta2": args.adam_beta2,
+        **{key: getattr(args, key) for key in OPTIMIZER_SETTINGS},
+        "optimizer": trainer.own_optimizer,
         "num_workers": args.dataloader_num_workers,
         "gradient_checkpointing": bool(args.activation_checkpointing),
         "mixed_precision": args.precision,

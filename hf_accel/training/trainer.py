@@ -35,7 +35,7 @@ from .finish import finish_run
 from .memory import explained_memory
 from .monitoring import CollapseMonitor
 from .planning import make_forward_cost, make_plan, read_schedule, strategies_of_run
-from .record import RULES, describe_settings
+from .record import RULES, describe_optimizer, describe_settings
 from .resuming import choose_checkpoint, load_complete, take_over
 from .saving import SavingTrainer
 from .timing import PredictedTime
@@ -117,6 +117,7 @@ class PretrainTrainer(SavingTrainer):
         super().__init__(model=model, args=args, processing_class=processor, **datasets, **kwargs)
         if self.optimizer is not None:
             note_factors(cast(Any, self.optimizer), args)
+        self.own_optimizer = describe_optimizer(self)
         if self.controller:
             self.add_callback(AutoScheduleCallback(self, self.controller))
         self.add_callback(ProgressCallback(self))

@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import yaml
 from torch.utils.data import Dataset
 from transformers import AutoImageProcessor, AutoModel, HfArgumentParser, TrainerCallback, TrainingArguments
 
@@ -31,6 +32,7 @@ from hf_accel.compression.schedule import Stage
 from hf_accel.recipe import PretrainRecipe
 from hf_accel.run_folder import RunFolder
 from hf_accel.tasks.setup import pretrain_config
+from hf_accel.training.record import describe_settings
 from tests.tiny_runs import WEIGHTS, assert_same_weights, image_folder
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
@@ -210,6 +212,7 @@ def test_arguments_without_meaning_are_refused(tmp_path, name, value, instead):
 
 def test_impossible_settings_name_themselves(tmp_path):
     cases = {"budget": None, "warmup": 2.0, "augmentation": "mocco", "save_total_limit": 1, "knn_k": 0}
+    cases["save_only_model"] = True
     for name, value in cases.items():
         with pytest.raises(ValueError, match=f"^{name}="):
             config(tmp_path, **{name: value})
@@ -334,3 +337,52 @@ def test_auto_returns_a_complete_run_with_its_weights(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"augmentation='digits': .* holds a run with augmentation='moco'"):
         again(augmentation="digits")
     assert first.folder.results.stat().st_mtime_ns == written
+
+
+OPTIMIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "adam_epsilon": ({}, {"adam_epsilon": 1.0}),
+    "optim_args": ({"optim": "rmsprop"}, {"optim": "rmsprop", "optim_args": "momentum=0.5"}),
+    "tf32": ({}, {"tf32": False}),
+}
+
+
+@pytest.mark.parametrize("key", OPTIMIZERS)
+def test_settings_of_the_optimizer_are_recorded(tmp_path, key):
+    first, second = OPTIMIZERS[key]
+    recorded = describe_settings(PretrainTrainer(moco(), config(tmp_path, **first), Tensors()))
+    now = describe_settings(PretrainTrainer(moco(), config(tmp_path, **second), Tensors()))
+    assert [name for name in now if now[name] != recorded[name]] == [key]
+    RunFolder(tmp_path).recipe.write_text(yaml.safe_dump(recorded))
+    with pytest.raises(ValueError, match=f"^{key}="):
+        PretrainTrainer(moco(), config(tmp_path, **second), Tensors()).train(resume_from_checkpoint="auto")
+
+
+def test_a_programs_own_optimizer_is_recorded(tmp_path):
+    def recorded(factor: float = 1.0, kind: Any = torch.optim.AdamW, **settings: Any) -> Any:
+        model, args = moco(), config(tmp_path, learning_rate=1e-3 * factor)
+        optimizer = kind(model.parameters(), lr=2e-3 * factor, **settings)
+        trainer = PretrainTrainer(model, args, Tensors(), optimizers=(optimizer, None))
+        found = describe_settings(trainer)["optimizer"]
+        assert yaml.safe_load(yaml.safe_dump(found)) == found
+        return found
+
+    first = recorded()
+    assert first["class"] == "AdamW" and first["groups"][0]["lr_factor"] == 2 and "params" not in first["groups"][0]
+    assert recorded() == recorded(factor=0.5) == first
+    others = [recorded(eps=1.0), recorded(betas=(0.5, 0.9)), recorded(kind=torch.optim.NAdam)]
+    assert first not in others and len({str(one) for one in others}) == 3
+    made = PretrainTrainer(moco(), config(tmp_path), Tensors(), optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 1}))
+    assert describe_settings(made)["optimizer"] == {"class": "SGD", "lr": 1}
+
+
+def test_a_run_recorded_without_the_newer_settings_resumes(tmp_path):
+    trainer = PretrainTrainer(moco(), config(tmp_path / "run"), Tensors(), callbacks=[StopAt(5)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    recorded = trainer.folder.read_recipe()
+    for key in ("adam_epsilon", "optim_args", "optim_target_modules", "tf32", "optimizer"):
+        del recorded[key]
+    trainer.folder.recipe.write_text(yaml.safe_dump(recorded))
+    again = PretrainTrainer(moco(), config(tmp_path / "run"), Tensors())
+    again.train(resume_from_checkpoint=True)
+    assert again._first_step == 3 and again.folder.is_complete()

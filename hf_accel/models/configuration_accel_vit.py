@@ -1,8 +1,10 @@
 """AccelViT model configuration."""
 
+import difflib
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -191,25 +193,36 @@ class AccelViTConfig(BackboneConfigMixin, PreTrainedConfig):  # pyright: ignore[
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
 
+def make_config(**settings: Any) -> AccelViTConfig:
+    """Make a configuration of these fields. Raises TypeError for others, which `AccelViTConfig` would keep unused."""
+    known = [*(field.name for field in fields(AccelViTConfig)), "attn_implementation"]
+    for name, value in settings.items():
+        if name not in known and not hasattr(AccelViTConfig, name):
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{name}={value!r}: AccelViTConfig has no such field{hint}")
+    return AccelViTConfig(**settings)
+
+
 def vit_tiny(**overrides: Any) -> AccelViTConfig:
     """ViT-Ti, 5.5 M parameters at patch 16."""
-    return AccelViTConfig(**{"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, **overrides})
+    return make_config(**{"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, **overrides})
 
 
 def vit_small(**overrides: Any) -> AccelViTConfig:
     """ViT-S, 22 M parameters, with the 12 heads that MoCo-v3 gives it (others give it 6)."""
-    return AccelViTConfig(**{"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536, **overrides})
+    return make_config(**{"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536, **overrides})
 
 
 def vit_base(**overrides: Any) -> AccelViTConfig:
     """ViT-B, 86 M parameters."""
-    return AccelViTConfig(**overrides)
+    return make_config(**overrides)
 
 
 def vit_large(**overrides: Any) -> AccelViTConfig:
     """ViT-L, 303 M parameters."""
     sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-    return AccelViTConfig(**{**sizes, **overrides})
+    return make_config(**{**sizes, **overrides})
 
 
 PRESETS: dict[str, Callable[..., AccelViTConfig]] = {

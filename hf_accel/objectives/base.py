@@ -16,7 +16,7 @@ from ..compression.cost import ForwardCost
 from ..compression.strategy import Compression, Strategy
 from ..data import ViewConfig
 from ..distributed import rank
-from ..models import AccelViTModel
+from ..models import AccelViTConfig, AccelViTModel
 from ..models.modeling_accel_vit import AccelViTPreTrainedModel
 from ..utils.seeding import rows_generator
 
@@ -82,6 +82,12 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
         if args or kwargs:  # A copy is made without arguments, and takes over the attributes of its original.
             bound = inspect.signature(cls.__init__).bind(model, *args, **kwargs)
             bound.apply_defaults()
+            config = [*bound.arguments.values()][1]
+            if not isinstance(config, AccelViTConfig):
+                raise TypeError(
+                    f"config: {cls.__name__} takes an AccelViTConfig, e.g. vit_small(), and not a "
+                    f"{type(config).__name__}; {cls.__name__}.from_pretrained opens an encoder's folder"
+                )
             model.settings = dict([*bound.arguments.items()][2:])
         return model
 

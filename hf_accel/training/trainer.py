@@ -27,6 +27,7 @@ from ..utils.pretrain_settings import Rule
 from ..utils.seeding import generator
 from ..utils.writing import AGAIN, write_text, writing
 from .accuracy import measure_knn
+from .arguments import check_arguments
 from .auto_schedule import AutoScheduleCallback
 from .callbacks import ProgressCallback, note_factors
 from .config import Derived, PretrainConfig
@@ -84,6 +85,7 @@ class PretrainTrainer(SavingTrainer):
         rules: Mapping[str, Rule] | None = None,
         **kwargs: Any,
     ):
+        check_arguments(model, args, eval_dataset, kwargs)
         connect_processes(args, args.precision, args.torch_compile)
         self.folder, config = RunFolder(str(args.output_dir)), model.config
         self.source = image_source(train_dataset, "train_dataset")

@@ -103,7 +103,7 @@ def train_heads(
 
 def _draw_batches(count: int, config: LinearConfig, seed: int) -> Iterator[Tensor]:
     """Yield the rows of each batch of the probe's training, epoch by epoch."""
-    for epoch in tqdm(range(config.epochs), desc="linear probe", leave=False, disable=not is_main()):
+    for epoch in tqdm(range(config.epochs), desc="linear probe", leave=False, disable=None if is_main() else True):
         yield from torch.randperm(count, generator=generator(seed, "head order", epoch)).split(config.batch_size)
 
 

@@ -1,6 +1,5 @@
 """`task=search`: gradient errors at the kept checkpoints of a pilot run, and the schedule found from them."""
 
-import sys
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
@@ -87,6 +86,7 @@ def search_checkpoints(recipe: Recipe, config: PretrainConfig, checkpoints: list
     objective.to(config.device)  # pyright: ignore[reportArgumentType]
     parts = Parts(recipe, config, objective, source)
     report_differences(recipe)
+    report_unfinished(recipe, checkpoints)
     finished, rows = ErrorTable.load(output / ERRORS_NAME), []
     for progress, folder in checkpoints:
         rows += measure_checkpoint(parts, folder, progress, cost, finished)
@@ -146,6 +146,15 @@ def report_differences(recipe: Recipe) -> None:
             say(f"Note: the pilot was trained with {key}={trained[key]!r}, and is searched with {here!r}")
 
 
+def report_unfinished(recipe: Recipe, checkpoints: list[tuple[float, Path]]) -> None:
+    """Say so if the pilot has not ended, because the schedule then rests on the checkpoints that it has kept so far."""
+    if not RunFolder(str(recipe.pilot)).is_complete():
+        say(
+            f"Note: the pilot has not finished, and this search sees its checkpoints up to {checkpoints[-1][0]:.0%} of "
+            "progress; when it has finished, the same command measures the later ones"
+        )
+
+
 def load_weights(objective: ObjectiveForPreTraining, folder: Path) -> None:
     """Load a checkpoint. Raises RecipeError if it cannot be read, or names the first tensor that differs."""
     try:
@@ -187,12 +196,13 @@ def measure_errors(
         RecipeError: search_memory is too small, or a gradient is not finite.
     """
     recipe = parts.recipe
+    say(f"progress {progress:.0%}: measuring {len(cost)} strategies with {recipe.search_draws} draws")
     probe = GradientProbe(parts.objective, parts.config, parts.source, progress)
     memory = recipe.search_memory * 1e9
     size = sum(parameter.numel() for parameter in probe.parameters)
     passes = len(chunks(list(cost), max(1, int(memory // (8 * size)))))
     total = recipe.search_draws * (len(cost) + passes)
-    bar = tqdm(total=total, desc=f"progress {progress:.0%}", disable=not is_main(), file=sys.stderr)
+    bar = tqdm(total=total, desc=f"progress {progress:.0%}", disable=None if is_main() else True)
     with naming(f"the search at {folder}"), bar:
         return estimate_errors(probe, cost, range(recipe.search_draws), memory, bar.update, probe.base)
 

@@ -26,12 +26,13 @@ def blobs(n: int, spread: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_heads_trained_at_once_equal_heads_trained_one_by_one(weight_decay):
+def test_heads_trained_at_once_equal_heads_trained_one_by_one(weight_decay, capsys):
     features, labels = blobs(50, 2.0, 0)  # batches of 16, 16, 16 and 2
     features = features.double()  # so that only different formulas, and not rounding, could differ
     config = LinearConfig(epochs=3, batch_size=16, weight_decay=weight_decay)
     rates = (0.01, 0.3, 2.0)
     weight, bias = train_heads(features, labels, CLASSES, rates, config, seed=5)
+    assert not capsys.readouterr().err  # a bar is for a terminal, and not for a file
     for number, rate in enumerate(rates):
         head = nn.Linear(WIDTH, CLASSES).double()
         start = torch.randn(CLASSES, WIDTH, generator=generator(5, "head")) * 0.01

@@ -128,6 +128,8 @@ def test_a_killed_search_continues_and_finds_the_same(found, pilot, folder, tmp_
     monkeypatch.setattr(search, "write_search_report", lambda *_: None)
     with pytest.raises(SystemExit, match="Interrupted"):
         launch(folder, tmp_path / "run", *SEARCH, f"pilot={pilot}")
+    said = capsys.readouterr()
+    assert f"progress 0%: measuring {len(GRID)} strategies with {DRAWS} draws" in said.out and not said.err
     assert len(rows_of(tmp_path / "run")) == len(GRID) and not (tmp_path / "run" / "schedule.yaml").exists()
     output = launch(folder, tmp_path / "run", *SEARCH, f"pilot={pilot}", "search_memory=1.0")  # as after running out
     assert seen == [0.0, 0.5, 0.5, 1.0] and rows_of(output) == rows_of(found)
@@ -190,7 +192,17 @@ def test_settings_that_differ_from_the_pilots_are_named(found, pilot, folder, tm
     said = capsys.readouterr().out
     assert "trained with augmentation='moco', and is searched with 'digits'" in said
     assert "trained with objective_config={" in said and "'temperature': 0.5" in said
-    assert "trained with data" not in said and "seed" not in said
+    assert "trained with data" not in said and "seed" not in said and "has not finished" not in said
+
+
+def test_a_pilot_that_has_not_finished_is_named(pilot, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(search, "measure_errors", lambda *_: (_ for _ in ()).throw(RecipeError("enough")))
+    interrupted = tmp_path / "pilot"
+    shutil.copytree(pilot, interrupted)
+    (interrupted / "results.json").unlink()
+    shutil.rmtree(interrupted / "kept" / f"checkpoint-{STEPS}")
+    refused(folder, tmp_path / "run", f"pilot={interrupted}")
+    assert "the pilot has not finished, and this search sees its checkpoints up to 50%" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import torch
 import yaml
 from torch.utils.data import Dataset
 from transformers import AutoImageProcessor, AutoModel, HfArgumentParser, TrainerCallback, TrainingArguments
+from transformers.utils import logging as library_logging
 
 from hf_accel import (
     Compression,
@@ -159,6 +160,18 @@ def test_train_refuses_a_run_and_resumes_it_exactly(tmp_path):
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
     with pytest.raises(ValueError, match="its run is complete"):
         again().train(resume_from_checkpoint=True)
+
+
+def test_a_resumed_run_repeats_no_warning_of_transformers(tmp_path, caplog):
+    often = config(tmp_path, save_steps=0.4)  # The checkpoint's state has the steps that this makes.
+    with pytest.raises(KeyboardInterrupt):
+        PretrainTrainer(moco(), often, Tensors(), callbacks=[StopAt(5)]).train()
+    library_logging.enable_propagation()
+    try:
+        PretrainTrainer(moco(), often, Tensors()).train(resume_from_checkpoint=True)
+    finally:
+        library_logging.disable_propagation()
+    assert not [record for record in caplog.records if record.name.startswith("transformers")]
 
 
 def test_callbacks_see_every_step_and_the_rate_of_each_group(tmp_path):

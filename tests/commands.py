@@ -17,7 +17,7 @@ PROGRAMS = (
 )
 """What a line or a span of code begins with if it is a command."""
 
-NAMES = ("accelerate launch",)
+NAMES = ("accelerate launch", "accelerate config")
 """Spans that name a program and launch nothing."""
 
 SHELLS = ("", "bash", "sh", "shell", "console")

@@ -1,4 +1,4 @@
-"""A fourth objective takes one class and one line, and everything that the package knows of objectives holds for it."""
+"""A fourth objective takes a class and its registration, and what the package knows of objectives holds for it."""
 
 import logging
 from pathlib import Path

@@ -57,6 +57,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def _is_command() -> bool:
     """Whether this process is run.py or the `hf-accel` command."""
     main = getattr(sys.modules["__main__"], "__file__", None)

@@ -30,7 +30,10 @@ def main(argv: list[str] | None = None) -> None:
         metavar="TASK",
         help="what to do; hf-accel TASK --help lists its keys",
     )
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    rest = parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    rest.required = False  # Otherwise Python 3.11 names it beside TASK if nothing is given.
+    version = import_module("hf_accel").__version__
+    parser.add_argument("--version", action="version", version=f"hf-accel {version}")
     arguments = parser.parse_args(argv)
     if arguments.task in COMMANDS:
         module, function, text = COMMANDS[arguments.task]

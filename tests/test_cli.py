@@ -15,6 +15,7 @@ import pytest
 import tomllib
 import yaml
 
+import hf_accel
 import hf_accel.cli as cli
 from hf_accel.compression import Schedule
 from hf_accel.models import PRESETS
@@ -129,6 +130,15 @@ def test_list_prints_what_a_recipe_can_name(capsys):
     assert "MoCo-v3 on the bundled digits" in text
     summaries = [kind.summary() for kind in RECIPES.values()]
     assert len(set(summaries)) == len(RECIPES) and all(f"  {line}\n" in text for line in summaries)
+
+
+def test_a_command_without_a_task_asks_for_one(capsys):
+    assert end_of() == "2"
+    assert capsys.readouterr().err.endswith("required: TASK\n")
+
+
+def test_version_is_that_of_the_package(capsys):
+    assert end_of("--version") == "0" and capsys.readouterr().out == f"hf-accel {hf_accel.__version__}\n"
 
 
 def test_env_prints_versions_devices_and_no_secret(capsys, monkeypatch):

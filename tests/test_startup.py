@@ -62,6 +62,11 @@ def test_import_hf_accel_is_enough_for_automodel():
     assert run(code) == "accel_vit AccelViTModel AccelViTModel\n"
 
 
+def test_dir_lists_public_names_before_their_first_use():
+    code = "import hf_accel; print(set(hf_accel.__all__) <= set(dir(hf_accel)), 'training' in vars(hf_accel))"
+    assert run(code) == "True False\n"
+
+
 def test_one_process_prints_its_error_itself(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     with pytest.raises(SystemExit, match=r"^SettingError: bacth_size=3: there is no such key"):

@@ -1,6 +1,8 @@
 """The documentation: its links, paths, tables, code and figures agree with the rest of the repository."""
 
 import ast
+import dataclasses
+import doctest
 import importlib
 import importlib.util
 import json
@@ -10,7 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
+import hf_accel
 from hf_accel.recipe import RECIPES
 from hf_accel.recipe.checks import configured_classes
 from tests.commands import ROOT, code_blocks
@@ -107,6 +112,54 @@ def test_numbers_of_the_overview_figure_are_in_the_results():
             assert any(row.startswith(f"| {words}") and row.endswith(cell) for row in rows), cell
 
 
+def notebook_code() -> str:
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+
+
+PUBLIC = [name for name in hf_accel.__all__ if name not in ("PRESETS", "AccelViTPreTrainedModel")]
+TRAINING = ("PretrainTrainer", "estimate_gradient_errors")
+"""What has an example that takes images and time."""
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_has_an_example_that_is_true(name):
+    text = str(getattr(hf_accel, name).__doc__)
+    assert "\n    Example:\n        >>> " in text
+    names = {name: getattr(hf_accel, name) for name in hf_accel.__all__}
+    names |= {"torch": torch, "set_seed": transformers.set_seed}
+    test = doctest.DocTestParser().get_doctest(text, names, name, None, None)
+    if name not in TRAINING:
+        assert doctest.DocTestRunner(verbose=False).run(test).failed == 0
+
+
+def scripts_of_objectives() -> dict[str, str]:
+    """Every printed piece of Python that makes an objective."""
+    pieces = {"notebook": notebook_code()}
+    for page in PAGES:
+        blocks = code_blocks(page.read_text(encoding="utf-8"), "python")
+        pieces |= {f"{page_name(page)} {number}": block for number, block in enumerate(blocks)}
+    for name in PUBLIC:
+        examples = doctest.DocTestParser().get_examples(str(getattr(hf_accel, name).__doc__))
+        pieces[name] = "".join(example.source for example in examples)
+    return {where: text for where, text in pieces.items() if "ForPreTraining(" in text}
+
+
+def test_printed_scripts_seed_the_first_weights():
+    scripts = scripts_of_objectives()
+    assert {"notebook", "PretrainTrainer", "MoCoForPreTraining"} <= scripts.keys() and len(scripts) >= 7
+    for where, text in scripts.items():
+        assert "set_seed(0)" in text.partition("ForPreTraining(")[0], where
+
+
+def test_python_page_names_every_default_that_differs():
+    ours = {field.name: field for field in dataclasses.fields(hf_accel.PretrainConfig)}
+    others = [field for field in dataclasses.fields(transformers.TrainingArguments) if field.name in ours]
+    text = (ROOT / "docs/python.md").read_text(encoding="utf-8").partition("have other defaults here")[2]
+    differ = [field.name for field in others if ours[field.name].default != field.default]
+    assert "report_to" in differ and not [name for name in differ if f"`{name}" not in text.partition("\n\n")[0]]
+
+
 def test_notebook_is_committed_without_outputs():
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     assert all(not cell.get("outputs") and not cell.get("execution_count") for cell in cells)
@@ -116,8 +169,7 @@ def test_notebook_is_committed_without_outputs():
 @pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
 def test_notebook_runs_at_toy_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    code = notebook_code()
     sizes = 'images, budget, batch_size = 2000, "4 epochs", 128'
     assert code.count(sizes) == 1
     found: dict = {}

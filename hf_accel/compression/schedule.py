@@ -32,6 +32,12 @@ class Schedule:
 
     Raises:
         ValueError: no stage, `until` not increasing, or a last `until` other than 1.
+
+    Example:
+        >>> stages = [{"until": 0.5, "patch_size": 32}, {"until": 1.0, "patch_size": 16}]
+        >>> schedule = Schedule.parse(stages, base_patch_size=16)
+        >>> schedule(0.25).online
+        Compression(patch_size=32, token_dropout=0.0)
     """
 
     stages: tuple[Stage, ...]

@@ -15,6 +15,10 @@ class Compression:
     Args:
         patch_size: side of a patch in pixels, of a view at the model's image size.
         token_dropout: ratio of patch tokens dropped, in [0, 1); 0 keeps all.
+
+    Example:
+        >>> Compression(patch_size=32, token_dropout=0.5).kept_tokens(224)  # of 7 x 7 patches
+        24
     """
 
     patch_size: int
@@ -59,6 +63,10 @@ class Strategy:
 
     `target` defaults to the paper's choice: the same patch size, and no token dropout. `local` is for the local crops
     of an objective that has them, and None leaves them whole.
+
+    Example:
+        >>> Strategy(Compression(32, token_dropout=0.5)).target
+        Compression(patch_size=32, token_dropout=0.0)
     """
 
     online: Compression

@@ -67,6 +67,10 @@ class AccelViTConfig(BackboneConfigMixin, PreTrainedConfig):  # pyright: ignore[
 
     Raises:
         ValueError: an impossible combination; the message names the fields, their values and the fix.
+
+    Example:
+        >>> config = AccelViTConfig(hidden_size=192, num_attention_heads=3, image_size=240, pooling="mean")
+        >>> encoder = AccelViTModel(config)
     """
 
     model_type = "accel_vit"
@@ -205,22 +209,40 @@ def make_config(**settings: Any) -> AccelViTConfig:
 
 
 def vit_tiny(**overrides: Any) -> AccelViTConfig:
-    """ViT-Ti, 5.5 M parameters at patch 16."""
+    """ViT-Ti, 5.5 M parameters at patch 16.
+
+    Example:
+        >>> encoder = AccelViTModel(vit_tiny(image_size=32, patch_size=4))
+    """
     return make_config(**{"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, **overrides})
 
 
 def vit_small(**overrides: Any) -> AccelViTConfig:
-    """ViT-S, 22 M parameters, with the 12 heads that MoCo-v3 gives it (others give it 6)."""
+    """ViT-S, 22 M parameters, with the 12 heads that MoCo-v3 gives it (others give it 6).
+
+    Example:
+        >>> encoder = AccelViTModel(vit_small(image_size=240, patch_size=16))
+    """
     return make_config(**{"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536, **overrides})
 
 
 def vit_base(**overrides: Any) -> AccelViTConfig:
-    """ViT-B, 86 M parameters."""
+    """ViT-B, 86 M parameters.
+
+    Example:
+        >>> vit_base(image_size=240, pooling="mean").hidden_size
+        768
+    """
     return make_config(**overrides)
 
 
 def vit_large(**overrides: Any) -> AccelViTConfig:
-    """ViT-L, 303 M parameters."""
+    """ViT-L, 303 M parameters.
+
+    Example:
+        >>> vit_large(drop_path_rate=0.1).num_hidden_layers
+        24
+    """
     sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
     return make_config(**{**sizes, **overrides})
 

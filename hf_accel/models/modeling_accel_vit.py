@@ -193,7 +193,13 @@ class AccelViTPreTrainedModel(PreTrainedModel):
 
 
 class AccelViTModel(AccelViTPreTrainedModel):
-    """The encoder. `patch_size` and `token_dropout` shorten the sequence of a call, in train and eval mode alike."""
+    """The encoder. `patch_size` and `token_dropout` shorten the sequence of a call, in train and eval mode alike.
+
+    Example:
+        >>> encoder = AccelViTModel(vit_tiny()).eval()
+        >>> encoder(torch.zeros(1, 3, 224, 224), patch_size=32).last_hidden_state.shape  # CLS and 7 x 7 patches
+        torch.Size([1, 50, 192])
+    """
 
     def __init__(self, config: AccelViTConfig):
         super().__init__(config)
@@ -271,7 +277,13 @@ class AccelViTModel(AccelViTPreTrainedModel):
 
 
 class AccelViTForImageClassification(AccelViTPreTrainedModel):
-    """The encoder with a linear classifier on its pooled output."""
+    """The encoder with a linear classifier on its pooled output.
+
+    Example:
+        >>> classifier = AccelViTForImageClassification(vit_tiny(num_labels=10))
+        >>> classifier(torch.zeros(1, 3, 224, 224)).logits.shape
+        torch.Size([1, 10])
+    """
 
     def __init__(self, config: AccelViTConfig):
         super().__init__(config)
@@ -329,6 +341,11 @@ class AccelViTBackbone(BackboneMixin, AccelViTModel):
     """The encoder as a backbone of detectors and segmentation models, with the output of chosen layers as feature maps.
 
     Its weights are those of an [`AccelViTModel`] under the same names.
+
+    Example:
+        >>> backbone = AccelViTBackbone(vit_tiny(out_features=["stage6", "stage12"]))
+        >>> [tuple(maps.shape) for maps in backbone(torch.zeros(1, 3, 224, 224)).feature_maps]
+        [(1, 192, 14, 14), (1, 192, 14, 14)]
     """
 
     def __init__(self, config: AccelViTConfig):

@@ -84,6 +84,10 @@ class DINOForPreTraining(ObjectiveForPreTraining):
         clip_grad: largest norm of each parameter's own gradient; 0 leaves gradients alone.
         num_local_crops, local_crop_size: small crops for the student, and their side in pixels.
         local_crop_scale, global_crop_scale: areas of crops where there are local ones; else the augmentation's.
+
+    Example:
+        >>> set_seed(0)  # of transformers; the first weights are drawn here
+        >>> model = DINOForPreTraining(vit_tiny(), num_local_crops=4)
     """
 
     name, display_name = "dino", "DINO"

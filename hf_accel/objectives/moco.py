@@ -45,6 +45,10 @@ class MoCoForPreTraining(ObjectiveForPreTraining):
         symmetric: also swap the views' roles and add the losses, as the original code does; otherwise one direction,
             as in the accelerated setting of arXiv 2410.22364.
         momentum, momentum_end: weight kept by the momentum encoder, from progress 0 to 1 along a cosine.
+
+    Example:
+        >>> set_seed(0)  # of transformers; the first weights are drawn here
+        >>> model = MoCoForPreTraining(vit_tiny(), temperature=0.2)
     """
 
     name, display_name = "moco", "MoCo-v3"

@@ -49,6 +49,10 @@ class SimCLRForPreTraining(ObjectiveForPreTraining):
         config: the encoder's.
         projector_hidden_size, projection_size: widths of the projector.
         temperature: T of the loss.
+
+    Example:
+        >>> set_seed(0)  # of transformers; the first weights are drawn here
+        >>> model = SimCLRForPreTraining(vit_tiny(), temperature=0.1)
     """
 
     name, display_name = "simclr", "SimCLR"

@@ -94,7 +94,9 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
     weight_decay: float = field(default=0.1, metadata={"help": "weight decay of matrices; biases and norms have none"})
     max_grad_norm: float = field(default=0.0, metadata={"help": "norm to which gradients are clipped; 0: no clipping"})
     bf16: bool | None = field(default=None, metadata={"help": "autocast in bf16; default: on a GPU that has it"})
-    seed: int = field(default=0, metadata={"help": "seed, of which every random draw is a function"})
+    seed: int = field(
+        default=0, metadata={"help": "seed of every draw of training; call set_seed before the model is made"}
+    )
     logging_steps: float = field(default=50, metadata={"help": "steps between log lines"})
     save_steps: float = field(
         default=0.1, metadata={"help": "steps between checkpoints, or below 1 a share of the run"}

@@ -19,7 +19,7 @@ from .planning import describe_plan
 CHATTY = ("DeepSpeed", "accelerate", "transformers.trainer_utils")
 """Loggers of libraries that say on each run what it has not asked for. Their errors are shown.
 
-The last one takes `save_steps=0.1` of a resumed run for a change, because the checkpoint holds the steps that this makes.
+The last one takes `save_steps=0.1` of a resumed run for a change: the checkpoint holds the steps that this makes.
 """
 
 

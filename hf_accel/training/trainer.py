@@ -65,6 +65,7 @@ class PretrainTrainer(SavingTrainer):
         stopped (`bool`): Whether SIGTERM or a callback has ended `train` early, at a checkpoint.
 
     Example:
+        >>> set_seed(0)  # of transformers; the model draws its first weights when it is made
         >>> trainer = PretrainTrainer(MoCoForPreTraining(vit_small()), config, train_dataset=photos)
         >>> trainer.train()
         >>> trainer.save_model("encoder")

@@ -58,7 +58,7 @@ def check_launch() -> None:
         raise SettingError("DeepSpeed is not installed: pip install 'hf-accel[deepspeed]', or launch with ddp.yaml")
 
 
-def choose_precision(asked: str, begun: str | None = None) -> str:
+def choose_precision(asked: str, begun: str | None = None, given: tuple[str, Any] | None = None) -> str:
     """Choose the precision of a launch: "no" (fp32), "bf16" or "fp16".
 
     "auto" takes the launcher's precision, else that of the resumed run, else bf16 on a GPU that has it, else fp32. A
@@ -67,6 +67,7 @@ def choose_precision(asked: str, begun: str | None = None) -> str:
     Args:
         asked: the setting, "auto" or a key of DTYPES.
         begun: the precision of the run that is resumed, if there is one.
+        given: name and value of the setting, for messages. Default: mixed_precision.
 
     Raises:
         SettingError: the setting and the launcher name different precisions, or the device does not have this one.
@@ -79,14 +80,14 @@ def choose_precision(asked: str, begun: str | None = None) -> str:
         precision = named or (begun if begun in DTYPES else None) or ("bf16" if _has_bf16() else "no")
     elif named and named != asked:
         fail(
-            "mixed_precision",
-            asked,
+            *(given or ("mixed_precision", asked)),
             f"accelerate was asked for {named}; name the precision in one place only, or the same one in both",
         )
     else:
         precision = asked
     if precision == "fp16" and on_cpu():
-        fail("mixed_precision", "fp16", "a CPU has none, and accelerate would run in fp32; take bf16 or no")
+        problem = "a CPU has none, and accelerate would run in fp32; take bf16 or no autocast"
+        fail(*(given or ("mixed_precision", "fp16")), problem)
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if _is_on("ACCELERATE_USE_DEEPSPEED") else precision
     return precision

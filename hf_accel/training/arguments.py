@@ -17,8 +17,10 @@ REFUSED = {
     "data_collator": "the trainer makes batches and views itself; augmentation says how",
     "processing_class": "the image processor follows from the images and the model's image_size",
     "model_init": "pass the model itself",
+    "label_column": "make the column of labels by dataset.class_encode_column(name)",
+    "image_column": "make the column of images by dataset.cast_column(name, datasets.Image()), and remove the others",
 }
-"""Arguments of transformers' Trainer that would have no effect, and what to do in place of them."""
+"""Arguments of transformers' Trainer that would have no effect, keys of recipes, and what to do in place of them."""
 
 
 def check_arguments(model: Any, args: Any, eval_dataset: Any, others: Mapping[str, Any]) -> None:
@@ -26,7 +28,7 @@ def check_arguments(model: Any, args: Any, eval_dataset: Any, others: Mapping[st
 
     Raises:
         TypeError: an object of another kind.
-        SettingError: an argument that would have no effect.
+        SettingError: an argument that is not taken.
     """
     for name, instead in REFUSED.items():
         if others.get(name) is not None:

@@ -129,7 +129,9 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
             fail("fp16", True, "bf16 is true as well; choose one of the two")
         share = self._images_per_process()
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else "no" if self.bf16 is False else "auto"
-        self.precision = choose_precision(asked, RunFolder(str(self.output_dir)).read_recipe().get("mixed_precision"))
+        begun = RunFolder(str(self.output_dir)).read_recipe().get("mixed_precision")
+        given = ("fp16", True) if asked == "fp16" else ("bf16", self.bf16)
+        self.precision = choose_precision(asked, begun, None if asked == "auto" else given)
         for name, value in autocast_arguments(self.precision).items():
             setattr(self, name, value)
         self.per_device_train_batch_size = Derived(share)

@@ -50,10 +50,10 @@ def test_an_object_of_another_kind_is_refused(name, value, words):
     "name",
     [
         *("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func", "data_collator"),
-        *("processing_class", "model_init"),
+        *("processing_class", "model_init", "label_column", "image_column"),
     ],
 )
-def test_an_argument_that_has_no_effect_is_refused(name):
+def test_an_argument_that_is_not_taken_names_another_way(name):
     with pytest.raises(ValueError, match=rf"^{name}: PretrainTrainer does not take it; "):
         trainer(**{name: print})
 

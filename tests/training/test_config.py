@@ -70,6 +70,15 @@ def test_an_argument_without_effect_is_refused(name, value, instead):
         config(**{name: value})
 
 
+def test_a_precision_is_named_as_it_was_given(monkeypatch):
+    monkeypatch.setattr("hf_accel.distributed.launch.on_cpu", lambda: True)
+    with pytest.raises(SettingError, match=r"^fp16=True: a CPU has none"):
+        config(fp16=True, bf16=None)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(SettingError, match=r"^bf16=False: accelerate was asked for fp16"):
+        config(bf16=False)
+
+
 def test_numbers_as_text_and_of_numpy_are_taken(tmp_path):
     made = config(learning_rate="1e-3", warmup="1e-1", batch_size=np.int64(32), weight_decay=np.float64(0.2))
     assert (made.learning_rate, made.warmup, made.batch_size, made.weight_decay) == (1e-3, 0.1, 32, 0.2)

@@ -10,7 +10,7 @@ import yaml
 
 from ..utils.shipped import find_file
 from ..utils.strict_yaml import as_number, load_yaml
-from .strategy import BRANCHES, Compression, Strategy, check_compression
+from .strategy import BRANCHES, Compression, Strategy, check_compression, check_type
 
 
 def list_stage_keys() -> list[str]:
@@ -24,6 +24,9 @@ class Stage:
 
     until: float
     strategy: Strategy
+
+    def __post_init__(self):
+        check_type("strategy", self.strategy, Strategy)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Schedule:
 
     def __post_init__(self):
         object.__setattr__(self, "stages", tuple(self.stages))
+        for stage in self.stages:
+            check_type("stages", stage, Stage, "; Schedule.parse reads lists of these")
         ends = [stage.until for stage in self.stages]
         if not ends:
             raise ValueError("a schedule needs at least one stage")

@@ -8,6 +8,12 @@ BRANCHES = {"online": "", "target": "target_", "local": "local_"}
 """The branches of a strategy, and what stands before the name of a compression's field in a record of the strategy."""
 
 
+def check_type(name: str, value: Any, kind: type, hint: str = "") -> None:
+    """Raise TypeError, which names the argument, unless `value` is of this class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected a {kind.__name__}, and not {value!r}{hint}")
+
+
 @dataclass(frozen=True, order=True)
 class Compression:
     """The two ways in which a view's token sequence is shortened.
@@ -74,6 +80,9 @@ class Strategy:
     local: Compression | None = None
 
     def __post_init__(self):
+        for name in BRANCHES:
+            if name == "online" or getattr(self, name) is not None:
+                check_type(name, getattr(self, name), Compression)
         if self.target is None:
             object.__setattr__(self, "target", Compression(self.online.patch_size))
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..utils.causes import lacks_room, reason
+from ..utils.weight_files import may_be_hub_id
 from .folders import Found, find_layout, read_image_folder, scan_folder, warn_of_left_out, warn_of_tables
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def load_tables(data: str, config: str | None) -> "dict[str, Dataset]":
             loaded = datasets.load_from_disk(str(path))
     elif path.is_dir():
         return _load_folder(path, config)
-    elif data.startswith((".", "/", "~")) or data.count("/") > 1:
+    elif not may_be_hub_id(data):
         raise FileNotFoundError(f"data={data}: no such file or folder")
     else:
         try:

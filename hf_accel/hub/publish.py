@@ -37,6 +37,7 @@ class Publication:
         private: whether a repository that does not exist yet becomes private.
         license: the licence that the card states.
         optimizer: whether the last checkpoint is pushed with its optimizer, so that others can resume from it.
+        in_python: whether messages are for a program that calls a trainer, and not for a command.
     """
 
     output_dir: str | Path
@@ -44,6 +45,7 @@ class Publication:
     private: bool = False
     license: str = "apache-2.0"
     optimizer: bool = False
+    in_python: bool = False
     run: RunFolder = field(init=False)
     repository: HubRepository = field(init=False)
 
@@ -82,9 +84,10 @@ class Publication:
             PushRefused: the Hub will not take the run; the message names the setting and the fix.
             PushFailed: the Hub cannot be reached.
         """
-        key = f"push_to_hub=true, hub_model_id={self.repository.name!r}"
+        yes, no = (True, False) if self.in_python else ("true", "false")
+        key = f"push_to_hub={yes}, hub_model_id={self.repository.name!r}" + " (the folder's name)" * (not self.name)
         if constants.HF_HUB_OFFLINE:
-            raise PushRefused(f"{key}: HF_HUB_OFFLINE is set; unset it, or set push_to_hub=false and push another day")
+            raise PushRefused(f"{key}: HF_HUB_OFFLINE is set; unset it, or set push_to_hub={no} and push another day")
         if get_token() is None:
             raise PushRefused(f"{key}: there is no token; run `hf auth login`, or set HF_TOKEN")
         try:
@@ -145,9 +148,9 @@ class Publication:
             message = f"{results['steps']} steps, {results['units']:,.0f} units"
             url = patiently(partial(repository.push, files, message))
         except PushFailed as error:
+            again = "call trainer.push_to_hub()" if self.in_python else "launch the same command again"
             raise type(error)(
-                f"{error}. The run itself is complete, and all of it is in {self.run}: launch the same command again "
-                "to push"
+                f"{error}. The run itself is complete, and all of it is in {self.run}: {again} to push"
             ) from error
         say(f"Pushed to {url}")
 

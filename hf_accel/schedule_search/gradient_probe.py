@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..compression import Compression, Strategy, forward_cost
-from ..compression.strategy import check_compression
+from ..compression.strategy import check_compression, check_type
 from ..data import AUGMENTATIONS, ImageSource, TrainSampler, ViewConfig, image_source, make_views, train_loader
 from ..objectives import Draw, ObjectiveForPreTraining
 from ..utils.seeding import generator
@@ -145,8 +145,7 @@ def estimate_gradient_errors(
     if strategies is None:
         strategies = build_grid(config.image_size, config.patch_size, [0.0, 0.25, 0.5, 0.75])
     for strategy in strategies:
-        if not isinstance(strategy, Strategy):
-            raise TypeError(f"strategies: {strategy!r} is no Strategy; write Strategy(Compression(patch_size))")
+        check_type("strategies", strategy, Strategy, "; write Strategy(Compression(patch_size))")
         for compression in (strategy.online, strategy.target_branch):
             check_compression(compression, config.image_size, config.patch_size)
     units = partial(model.units_per_image, forward_cost=partial(forward_cost, config))

@@ -32,7 +32,8 @@ def finish_run(trainer: Any) -> None:
         trainer.processing_class.save_pretrained(folder.final)
         write_results(trainer, results)
     if results["knn_top1"] is None:
-        say(f"Results in {folder}; no accuracy, for lack of labels or of images kept for it")
+        lack = "for lack of labels or of images kept for it"
+        say(f"Results in {folder}; no accuracy, {'as eval_points asks for none' if trainer.has_labels() else lack}")
         return
     start = results["knn_top1_random_init"]
     start = "" if start is None else f" (random initialisation {start:.2%})"

@@ -100,7 +100,8 @@ def describe_plan(args: PretrainConfig, model: ObjectiveForPreTraining, plan: Pl
     """Describe what the run will do, and point out what may not be intended."""
     micro_batches = args.gradient_accumulation_steps
     lines = [
-        f"Budget: {plan.num_steps:,} steps of {args.batch_size} images, "
+        # Probes are charged, and a compression that ends later or earlier changes how many steps the rest pays for.
+        f"Budget: {'at most ' * (args.schedule == 'auto')}{plan.num_steps:,} steps of {args.batch_size} images, "
         f"{plan.total_cost:,.0f} of {plan.budget:,.0f} units"
     ]
     if micro_batches > 1 and model.least_batch > 1:

@@ -43,6 +43,7 @@ class PublishingTrainer(Trainer):
             private=bool(args.hub_private_repo),
             license=license or (self.given_record or {}).get("license", Publication.license),
             optimizer=args.hub_strategy == HubStrategy.CHECKPOINT,
+            in_python=self.given_record is None,
         )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -45,7 +46,18 @@ def opening(checkpoint: str) -> Iterator[None]:
         yield
     except FAILURES as error:
         missing = "" if Path(checkpoint).exists() else "there is no such folder, and as a Hub id "
+        if missing and not may_be_hub_id(checkpoint):
+            raise CannotBeOpened("there is no such file or folder") from error
         raise CannotBeOpened(f"{missing}it cannot be opened: {_damage(error)}") from error
+
+
+def may_be_hub_id(name: str) -> bool:
+    """Whether the Hub could have a repository of this name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def refuse_pointers(path: Path) -> None:

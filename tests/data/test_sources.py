@@ -243,8 +243,9 @@ def test_normalisation_is_imagenets():
 
 
 def test_missing_path(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        load_sources(str(tmp_path / "nowhere"))
+    for path in (str(tmp_path / "nowhere"), "a/b/nowhere", "./nowhere", "~/nowhere", "my photos: nowhere"):
+        with pytest.raises(FileNotFoundError, match=r"nowhere: no such file or folder$"):
+            load_sources(path)
     with pytest.raises(FileNotFoundError, match=r"no such folder, and as a Hub id .*nowhere"):
         load_sources("nowhere")
     (tmp_path / "set.csv").write_text("a,b")

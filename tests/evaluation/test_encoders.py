@@ -64,8 +64,11 @@ def test_half_precision_is_loaded_in_full(tmp_path):
 
 
 def test_models_that_encode_no_images_are_refused(tmp_path):
+    for path in (str(tmp_path / "nowhere"), "runs/mine/final", "./final", "~/final", "my model"):
+        with pytest.raises(ValueError, match=r"^there is no such file or folder$"):
+            load_encoder(path)
     with pytest.raises(ValueError, match="no such folder, and as a Hub id it cannot be opened"):
-        load_encoder(str(tmp_path / "nowhere"))
+        load_encoder("nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="cannot be opened"):
         load_encoder(str(tmp_path / "empty"))

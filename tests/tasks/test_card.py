@@ -258,7 +258,7 @@ def test_what_the_hub_refuses_ends_a_run_before_it_begins_and_names_the_fix(hub,
     assert "hub_model_id='ann/my model'" in characters
     assert license.startswith("license='mine'") and "apache-2.0" in license
     assert good == "None"
-    refused = "SettingError: push_to_hub=true, hub_model_id='bad': the Hub refuses: 401: Invalid username or password."
+    refused = "SettingError: push_to_hub=true, hub_model_id='bad' (the folder's name): the Hub refuses: 401: Invalid"
     assert bad.startswith(refused) and "is the token valid" in bad
     assert not list((tmp_path / "bad").glob("*"))
     assert "hf auth login" in token

@@ -209,7 +209,7 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         export(source, output, "accel_vit", "eval_patch_sizes=[16]")
     with pytest.raises(SystemExit, match="export_format='timm': image_size 32 must be a multiple of patch_size 12"):
         export(source, output, "timm", "eval_patch_sizes=[12]")
-    with pytest.raises(SystemExit, match=r"checkpoint='.*nowhere': there is no such folder, and as a Hub id"):
+    with pytest.raises(SystemExit, match=r"checkpoint='.*nowhere': there is no such file or folder"):
         export(tmp_path / "nowhere", output, "vit")
     (tmp_path / "run" / "final").mkdir(parents=True)
     with pytest.raises(SystemExit, match=r"checkpoint='.*run': .*the encoder of this run is .*run.final"):

@@ -30,9 +30,11 @@ from hf_accel import (
     vit_tiny,
 )
 from hf_accel.compression.schedule import Stage
+from hf_accel.hub.repository import PushFailed
 from hf_accel.recipe import PretrainRecipe
 from hf_accel.run_folder import RunFolder
 from hf_accel.tasks.setup import pretrain_config
+from hf_accel.training.console import describe_run
 from hf_accel.training.record import describe_settings
 from tests.tiny_runs import WEIGHTS, assert_same_weights, image_folder
 
@@ -399,3 +401,44 @@ def test_a_run_recorded_without_the_newer_settings_resumes(tmp_path):
     again = PretrainTrainer(moco(), config(tmp_path / "run"), Tensors())
     again.train(resume_from_checkpoint=True)
     assert again._first_step == 3 and again.folder.is_complete()
+
+
+def test_a_push_that_fails_names_the_call_that_repeats_it(tmp_path, monkeypatch):
+    """No token, as in a fresh environment."""
+    monkeypatch.setattr("hf_accel.hub.publish.get_token", lambda: None)
+    monkeypatch.setattr("hf_accel.hub.publish.constants.HF_HUB_OFFLINE", False)
+    trainer = PretrainTrainer(moco(), config(tmp_path / "run"), Tensors())
+    trainer.train()
+    with pytest.raises(PushFailed) as raised:
+        trainer.push_to_hub()
+    assert str(raised.value).startswith("push_to_hub=True, hub_model_id='run' (the folder's name): there is no token")
+    assert str(raised.value).endswith("call trainer.push_to_hub() to push")
+
+
+@pytest.mark.parametrize(("points", "reason"), [([], "eval_points asks for none"), ([1.0], "lack of labels")])
+def test_a_run_without_accuracy_says_why(tmp_path, capsys, points, reason):
+    args, held = config(tmp_path, eval_points=points), None if points else Tensors(30)
+    PretrainTrainer(moco(), args, Tensors(), held).train()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Results in")]
+    assert f"no accuracy, {'for' if points else 'as'} {reason}" in line
+
+
+def test_the_steps_of_an_automatic_schedule_are_an_upper_limit(tmp_path, capsys):
+    args: dict[str, Any] = {"budget": "6 epochs", "auto_share": 0.9, "auto_draws": 3}
+    for schedule, said in (("auto", "Budget: at most "), (None, "Budget: 36 ")):
+        trainer = PretrainTrainer(moco(), config(tmp_path, schedule=schedule, **args), Tensors())
+        assert [line for line in describe_run(trainer) if line.startswith(said)], schedule
+
+
+def test_strategies_and_stages_of_other_types_are_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"strategies: .* Strategy, and not Compression\(patch_size=8"):
+        estimate_gradient_errors(moco(), config(tmp_path), Tensors(), cast(Any, [Compression(8)]))
+    with pytest.raises(
+        TypeError, match=r"stages: .* Stage, and not {'until': 1.0}; Schedule.parse reads lists of these"
+    ):
+        Schedule(cast(Any, [{"until": 1.0}]))
+    with pytest.raises(TypeError, match=r"strategy: .* Strategy, and not Compression"):
+        Stage(1.0, cast(Any, Compression(8)))
+    for name in ("online", "target", "local"):
+        with pytest.raises(TypeError, match=rf"{name}: .* Compression, and not 8"):
+            Strategy(**{"online": Compression(8), name: cast(Any, 8)})

@@ -23,15 +23,15 @@ REFUSED = {
 """Arguments of transformers' Trainer that would have no effect, keys of recipes, and what to do in place of them."""
 
 
-def check_arguments(model: Any, args: Any, eval_dataset: Any, others: Mapping[str, Any]) -> None:
-    """Check the types of the arguments that have none at run time.
+def check_arguments(model: Any, args: Any, eval_dataset: Any, others: dict[str, Any]) -> None:
+    """Check what type hints do not enforce, and drop from `others` what is not taken and None.
 
     Raises:
         TypeError: an object of another kind.
         SettingError: an argument that is not taken.
     """
     for name, instead in REFUSED.items():
-        if others.get(name) is not None:
+        if others.pop(name, None) is not None:
             raise SettingError(f"{name}: PretrainTrainer does not take it; {instead}")
     if not isinstance(model, ObjectiveForPreTraining):
         how = "pass an objective, e.g. MoCoForPreTraining(vit_small())"
@@ -39,10 +39,10 @@ def check_arguments(model: Any, args: Any, eval_dataset: Any, others: Mapping[st
             how = "pass an objective made from it, e.g. MoCoForPreTraining(config)"
         elif isinstance(model, AccelViTModel):
             how = "save it with save_pretrained(folder), and pass e.g. MoCoForPreTraining.from_pretrained(folder)"
-        raise TypeError(f"model: a {type(model).__name__} cannot be pretrained; {how}")
+        raise TypeError(f"model: an object of type {type(model).__name__} cannot be pretrained; {how}")
     if not isinstance(args, PretrainConfig):
         how = "pass a PretrainConfig, e.g. PretrainConfig('runs/photos', budget='100 epochs')"
-        raise TypeError(f"args: a {type(args).__name__} has no budget; {how}")
+        raise TypeError(f"args: an object of type {type(args).__name__} has no budget; {how}")
     if isinstance(eval_dataset, Mapping):
         raise TypeError(f"eval_dataset: it holds several datasets ({', '.join(map(str, eval_dataset))}); pass one")
     for callback in others.get("callbacks") or []:

@@ -32,11 +32,15 @@ def trainer(**arguments: Any) -> PretrainTrainer:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("model", "moco", r"a str cannot be pretrained; pass an objective, e\.g\. MoCoForPreTraining\(vit_small\(\)\)"),
-        ("model", None, "a NoneType cannot be pretrained"),
+        (
+            "model",
+            "moco",
+            r"of type str cannot be pretrained; pass an objective, e\.g\. MoCoForPreTraining\(vit_small\(\)\)",
+        ),
+        ("model", None, "of type NoneType cannot be pretrained"),
         ("model", tiny_config(), r"made from it, e\.g\. MoCoForPreTraining\(config\)"),
         ("model", AccelViTModel(tiny_config()), r"MoCoForPreTraining\.from_pretrained\(folder\)"),
-        ("args", TrainingArguments("runs/arguments", use_cpu=True), "a TrainingArguments has no budget; pass a"),
+        ("args", TrainingArguments("runs/arguments", use_cpu=True), "of type TrainingArguments has no budget; pass a"),
         ("eval_dataset", {"a": [], "b": []}, r"it holds several datasets \(a, b\); pass one"),
     ],
     ids=str,
@@ -59,6 +63,12 @@ def test_an_argument_that_is_not_taken_names_another_way(name):
 
 
 @pytest.mark.parametrize("callback", [EarlyStoppingCallback, EarlyStoppingCallback()], ids=["class", "object"])
+def test_none_is_as_good_as_no_argument(tmp_path):
+    args = PretrainConfig(str(tmp_path), budget=600, batch_size=4, report_to="none", bf16=False)
+    nothing = dict.fromkeys(("processing_class", "compute_metrics", "data_collator", "label_column"))
+    assert trainer(args=args, train_dataset=Images(), **nothing).plan.num_steps > 0
+
+
 def test_early_stopping_is_refused(callback):
     with pytest.raises(ValueError, match="EarlyStoppingCallback has no effect: training ends when the budget"):
         trainer(callbacks=[callback])

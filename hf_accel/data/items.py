@@ -76,6 +76,7 @@ def image_source(dataset: Any, name: str, like: ImageSource | None = None) -> Im
         table: Any = _Items(dataset, name)
         labels, names, origin = _read_item_labels(table, names)
         source = ImageSource(name, table, None, labels, names, labels_from=origin)
+    source.made_of = _describe(dataset)
     if like:
         source.mean, source.std = like.mean, like.std
     source.warn_of_lost_contrast()
@@ -99,6 +100,16 @@ def _refuse_other_data(dataset: Any, name: str) -> None:
             f"{name}: {os.fspath(dataset)!r} is a name and not a dataset; load it first, e.g. with "
             "datasets.load_dataset('imagefolder', data_dir=..., split='train')"
         )
+
+
+def _describe(dataset: Any) -> str:
+    """Name a dataset by what it was loaded from, or by its class."""
+    from datasets import Dataset
+
+    if isinstance(dataset, Dataset) and dataset.info.dataset_name:
+        return dataset.info.dataset_name + (f", split {dataset.split}" if dataset.split else "")
+    inner = getattr(dataset, "dataset", None)
+    return type(dataset).__name__ + (f" of {_describe(inner)}" if hasattr(inner, "__len__") else "")
 
 
 def _is_table(dataset: Any) -> bool:

@@ -61,8 +61,10 @@ class ImageSource:
     Either all images are in memory, as `pixels`, uint8 (N, 3, H, W), or `read` decodes them one by one. `labels` is
     int64 (N,), with -1 for an image without a label, or None. `class_names[label]` is the name of a class, and
     `labels_from` says where labels come from. `mean` and `std` normalise the channels of pixels in [0, 1]. `bad` holds
-    the images that could not be read so far: index -> (name, reason).
+    the images that could not be read so far: index -> (name, reason). `made_of` describes the dataset of a program.
     """
+
+    made_of: str | None = None
 
     def __init__(
         self,

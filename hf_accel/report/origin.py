@@ -30,7 +30,8 @@ def describe_data(data: str | None, source: ImageSource, validation: ImageSource
     local = Path(data or "").expanduser()
     parts = [source] if validation is None else [source, validation]
     is_on_hub = data not in (None, "bundled") and not local.exists()
-    name = {"bundled": "bundled digits", None: "a dataset made in Python"}.get(data, local.resolve().name)
+    made = "a dataset made in Python" + (f" ({source.made_of})" if source.made_of else "")
+    name = {"bundled": "bundled digits", None: made}.get(data, local.resolve().name)
     return {
         "name": data if is_on_hub else name,
         "is_on_hub": is_on_hub,

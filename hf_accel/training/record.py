@@ -5,9 +5,11 @@ import time
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..compression import Compression, Strategy
+from ..data import CorruptImage, ImageSource
 from ..distributed.launch import engine_of
 from ..utils.pretrain_settings import PretrainSettings, Rule
 
@@ -19,6 +21,8 @@ RULES: dict[str, Rule] = {
 }
 """What a resumed run may do with a setting. Those that are not named are fixed."""
 
+
+COLOUR_SAMPLE, COLOUR_TOLERANCE = 16, 2.0
 
 OPTIMIZER_SETTINGS = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules", "tf32")
 
@@ -79,6 +83,29 @@ def describe_settings(trainer: Any) -> dict[str, Any]:
     }
 
 
+def sample_colours(source: ImageSource) -> list[list[float] | None]:
+    """Return the mean of each channel of a few images, in levels of 8 bits, by which a resume knows other images.
+
+    Decoders differ by less than one level. None stands for an image that cannot be read.
+    """
+    colours: list[list[float] | None] = []
+    for index in torch.linspace(0, len(source) - 1, min(len(source), COLOUR_SAMPLE)).long().tolist():
+        try:
+            mean = np.asarray(source.read(index)).mean((0, 1), dtype=np.float64)
+        except CorruptImage:
+            colours.append(None)
+        else:
+            colours.append([round(float(level), 1) for level in mean])
+    return colours
+
+
+def are_other_images(before: list[Any], now: list[Any]) -> bool:
+    """Whether most images of two samples differ in their colours."""
+    pairs = [pair for pair in zip(before, now, strict=True) if None not in pair]
+    differ = [max(abs(a - b) for a, b in zip(*pair, strict=True)) > COLOUR_TOLERANCE for pair in pairs]
+    return 2 * sum(differ) > len(pairs)
+
+
 def run_state(trainer: Any) -> dict[str, Any]:
     """The counters that a resumed run continues from."""
     trainer.seconds["total"] = trainer._seconds_before + time.perf_counter() - trainer._started
@@ -90,6 +117,7 @@ def run_state(trainer: Any) -> dict[str, Any]:
         **{"step": steps, "units": units, "progress": progress},
         **{"seconds": trainer.seconds, "cpu_seconds": trainer.cpu_seconds},
         **{"plan": trainer.plan.state(), "engine": engine_of(trainer.accelerator), "images": len(trainer.source)},
+        "colours": trainer.colours,
         "view_backend": trainer.view_backend,
         "unreadable": {str(index): what for index, what in trainer.source.bad.items()},
         **({"evaluation_due": True} if trainer.evaluation_due else {}),

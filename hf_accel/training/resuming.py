@@ -13,6 +13,7 @@ from ..distributed.launch import engine_of
 from ..run_folder import RunFolder, find_damage, read_state
 from ..utils.errors import SettingError, fail
 from .config import Derived
+from .record import are_other_images
 
 
 def choose_checkpoint(folder: RunFolder, resume: Any) -> Path | None:
@@ -77,6 +78,11 @@ def take_over(trainer: Any, checkpoint: Path) -> int:
         raise SettingError(
             f"{checkpoint} was trained on {state['images']} images, and now there are {len(trainer.source)}: restore "
             "them to resume, or choose another output_dir"
+        )
+    if are_other_images(state.get("colours") or trainer.colours, trainer.colours):
+        say(
+            f"Warning: {checkpoint} was trained on images of other colours than those that are there now. If they are "
+            "not the same images, stop, and restore them or choose another output_dir"
         )
     trainer.seconds, trainer.cpu_seconds = state["seconds"], state.get("cpu_seconds", 0.0)
     trainer.source.bad |= {int(index): tuple(what) for index, what in state.get("unreadable", {}).items()}

@@ -36,7 +36,7 @@ from .finish import finish_run
 from .memory import explained_memory
 from .monitoring import CollapseMonitor
 from .planning import make_forward_cost, make_plan, read_schedule, strategies_of_run
-from .record import RULES, describe_optimizer, describe_settings
+from .record import RULES, describe_optimizer, describe_settings, sample_colours
 from .resuming import choose_checkpoint, load_complete, take_over
 from .saving import SavingTrainer
 from .timing import PredictedTime
@@ -106,7 +106,7 @@ class PretrainTrainer(SavingTrainer):
         self.plan, self.controller = make_plan(args, config, schedule, units, len(self.source))
         self.most_steps = self.plan.num_steps
         args.max_steps = Derived(self.most_steps)
-        self.given_record, self.rules = record, rules or RULES
+        self.given_record, self.rules, self.colours = record, rules or RULES, None
         self.stopped = self.evaluation_due = self.keep_now = False
         self.view_backend: str | None = None
         self.render: Renderer | None = None
@@ -210,6 +210,7 @@ class PretrainTrainer(SavingTrainer):
 
     def _train(self, checkpoint: Path | None, **kwargs: Any):
         self._first_step, self.stopped = 0, False
+        self.colours = sample_colours(self.source)
         if checkpoint:
             self._first_step = take_over(self, checkpoint)
         self._started, self._seconds_before = time.perf_counter(), self.seconds["total"]

@@ -442,3 +442,40 @@ def test_strategies_and_stages_of_other_types_are_refused(tmp_path):
     for name in ("online", "target", "local"):
         with pytest.raises(TypeError, match=rf"{name}: .* Compression, and not 8"):
             Strategy(**{"online": Compression(8), name: cast(Any, 8)})
+
+
+class Others(Tensors):
+    """As many other images."""
+
+    def __init__(self, count: int = 96, shift: int = 40):
+        super().__init__(count)
+        self.images = self.images.roll(1, dims=0) if shift else self.images + 1
+
+
+@pytest.mark.parametrize(("shift", "warned"), [(40, True), (0, False)], ids=["other images", "another decoder"])
+def test_a_resume_on_other_images_warns(tmp_path, capsys, shift, warned):
+    trainer = PretrainTrainer(moco(), config(tmp_path / "run"), Tensors(), callbacks=[StopAt(5)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    PretrainTrainer(moco(), config(tmp_path / "run"), Others(shift=shift)).train(resume_from_checkpoint=True)
+    assert ("was trained on images of other colours than" in capsys.readouterr().out) == warned
+
+
+def test_a_checkpoint_without_colours_resumes_in_silence(tmp_path, capsys):
+    """Those of earlier versions."""
+    trainer = PretrainTrainer(moco(), config(tmp_path / "run"), Tensors(), callbacks=[StopAt(5)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    path = trainer.folder.checkpoint(3) / "run_state.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "colours"}))
+    again = PretrainTrainer(moco(), config(tmp_path / "run"), Others())
+    again.train(resume_from_checkpoint=True)
+    assert again._first_step == 3 and "colours" not in capsys.readouterr().out
+
+
+def test_results_name_the_dataset_of_a_program(tmp_path):
+    trainer = PretrainTrainer(moco(), config(tmp_path / "run"), torch.utils.data.Subset(Tensors(), range(90)))
+    assert trainer.describe_data()["name"] == "a dataset made in Python (Subset of Tensors)"
+    photos = datasets.load_dataset("imagefolder", data_dir=str(image_folder(tmp_path / "photos")), split="train")
+    trainer = PretrainTrainer(moco(), config(tmp_path / "run"), photos)
+    assert trainer.describe_data()["name"] == "a dataset made in Python (imagefolder, split train)"

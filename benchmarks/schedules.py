@@ -12,7 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,15 @@ from matplotlib.ticker import EngFormatter
 from benchmarks.options import parser_of
 from hf_accel.recipe import RECIPES, overrides_for
 from hf_accel.report import environment
-from hf_accel.report.curves import COLORS, MARKERS, STYLE
+from hf_accel.report.curves import BLUE, COLORS, GRAY, MARKERS, ORANGE, STYLE
 from hf_accel.tasks.search import SCHEDULE_NAME
 from hf_accel.utils.strict_yaml import load_yaml
 from hf_accel.utils.writing import write_json
 
 ROOT = Path(__file__).parents[1]
 PILOT = "uncompressed"
+COLOR_OF_KIND = {"uncompressed": GRAY, "by hand": BLUE, "searched": ORANGE, "auto": COLORS[2], "constant": COLORS[3]}
+"""The colour of each kind of schedule in every figure. A schedule whose name begins with no other kind is constant."""
 KEYS = {"recipe", "seeds", "common", "search", "schedules"}
 
 
@@ -127,13 +129,23 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def choose_looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Choose a colour and a marker for each schedule: the colour by its kind, the marker by its place in the kind."""
+    looks: dict[str, tuple[str, str]] = {}
+    for name in names:
+        color = COLOR_OF_KIND[next((kind for kind in COLOR_OF_KIND if name.startswith(kind)), "constant")]
+        looks[name] = color, MARKERS[sum(color == other for other, _ in looks.values())]
+    return looks
+
+
 def plot_schedules(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """kNN top-1 against units, a line a schedule: the mean over seeds, and from the least to the largest as a band."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.4), layout="constrained")
         axes = figure.subplots()
-        for number, row in enumerate(sorted(rows, key=lambda row: -row["mean"])):
-            color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+        looks = choose_looks(row["schedule"] for row in rows)
+        for row in sorted(rows, key=lambda row: -row["mean"]):
+            color, marker = looks[row["schedule"]]
             units = np.mean([[u for u, _ in curve] for curve in row["curves"]], axis=0)
             values = np.array([[value for _, value in curve] for curve in row["curves"]])
             label = f"{row['schedule']}: {row['mean']:.1f}"
@@ -143,7 +155,6 @@ def plot_schedules(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.set_xlabel("units spent (1 unit: the encoder's forward pass on one uncompressed image)")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_ylabel("kNN top-1 (%)")
-        axes.set_xlim(left=0)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, title="at the end", title_fontsize=8)
         axes.set_title(title, fontsize=10)
         for suffix in (".png", ".svg"):

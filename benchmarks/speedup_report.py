@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from hf_accel.report.curves import BLUE, ORANGE, STYLE
+from hf_accel.report.curves import BLUE, GRAY, STYLE
 from hf_accel.utils.writing import write_json, write_text
 
 Record = Mapping[str, Any]
@@ -270,7 +270,7 @@ def _panel(axes: Any, entry: Mapping[str, Any], amount: str) -> None:
     baselines = [entry["baseline"], *entry["smaller_baselines"]]
     for rows, color, marker, label in (
         (entry["accelerated"], BLUE, "o", "compressed first (ours)"),
-        (baselines, ORANGE, "s", "uncompressed"),
+        (baselines, GRAY, "s", "uncompressed"),
     ):
         rows = sorted(rows, key=lambda row: row["budget"])
         amounts = [row["budget"] if amount == "budget" else statistics.fmean(row["seconds"]) for row in rows]
@@ -282,9 +282,9 @@ def _panel(axes: Any, entry: Mapping[str, Any], amount: str) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter("")
     accuracy = statistics.fmean(entry["baseline"]["knn"])
-    axes.axhline(accuracy, color=ORANGE, linestyle=(0, (5, 2)), linewidth=1)
+    axes.axhline(accuracy, color=GRAY, linestyle=(0, (5, 2)), linewidth=1)
     if entry["raw_pixels_knn"] is not None:
-        axes.axhline(entry["raw_pixels_knn"], color="#555555", linestyle=(0, (1, 1.5)), linewidth=1)
+        axes.axhline(entry["raw_pixels_knn"], color="black", linestyle=(0, (1, 1.5)), linewidth=1)
         axes.annotate(
             "raw pixels", (0.01, entry["raw_pixels_knn"]), xycoords=("axes fraction", "data"), fontsize=7, va="bottom"
         )

@@ -113,6 +113,22 @@ def test_numbers_of_the_overview_figure_are_in_the_results():
             assert any(row.startswith(f"| {words}") and row.endswith(cell) for row in rows), cell
 
 
+def test_figures_of_schedules_show_the_rows_of_the_tables():
+    figures = json.loads((ROOT / "docs/results/schedules.json").read_text(encoding="utf-8"))["figures"]
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    for name, figure in figures.items():
+        before, _, _ = page.partition(f"(results/{name}.png)")
+        table = before[before.rindex("| schedule |") :]
+        for row, values in figure["rows"].items():
+            seeds = f"| {' '.join(map(str, values['seeds']))} |" + f" **{values['mean']}** |" * (
+                len(values["seeds"]) > 1
+            )
+            assert row == "random encoder" or any(
+                line.endswith(seeds) or seeds in line for line in table.splitlines()
+            ), row
+        assert "uncompressed" in figure["rows"] and (ROOT / f"docs/results/{name}.png").exists()
+
+
 def notebook_code() -> str:
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")

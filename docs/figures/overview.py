@@ -7,9 +7,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from hf_accel.data.bundled import digits
+from hf_accel.report.curves import BLUE, GRAY
 
 HERE = Path(__file__).parent
-BLUE, GREY = "#0072b2", "#777777"
 
 
 def draw_patches(axes: Axes, pixels, patch: int, title: str) -> None:
@@ -24,7 +24,7 @@ def draw_patches(axes: Axes, pixels, patch: int, title: str) -> None:
 
 
 def draw_accuracy(axes: Axes, results: dict) -> None:
-    for name, colour in (("short sequences first", BLUE), ("full sequences throughout", GREY)):
+    for name, colour in (("short sequences first", BLUE), ("full sequences throughout", GRAY)):
         by_budget = {int(budget) / 1000: seeds for budget, seeds in results[name].items()}
         means = {budget: sum(seeds) / len(seeds) for budget, seeds in by_budget.items()}
         axes.plot([*means], [*means.values()], "-o", color=colour, linewidth=2)
@@ -35,8 +35,8 @@ def draw_accuracy(axes: Axes, results: dict) -> None:
             name, (150, sum(means.values()) / 2 + 0.3), (-4, 6), textcoords="offset points", color=colour, ha="right"
         )
     start = sum(results["random encoder"]) / 3
-    axes.axhline(start, color=GREY, linewidth=1, linestyle=":")
-    axes.annotate("random encoder", (262, start + 0.2), color=GREY, fontsize=8, ha="right")
+    axes.axhline(start, color=GRAY, linewidth=1, linestyle=":")
+    axes.annotate("random encoder", (262, start + 0.2), color=GRAY, fontsize=8, ha="right")
     axes.set(xlim=(40, 265), xticks=(60, 240), xticklabels=("60k", "240k"), ylim=(29, 43.5))
     axes.set_xlabel("budget in units (one unit: a forward pass of the encoder on a full image)", fontsize=8)
     axes.set_ylabel("kNN top-1 on CIFAR-10 (%)", fontsize=9)

@@ -47,6 +47,33 @@ def launched(monkeypatch):
     return commands
 
 
+def test_each_kind_of_schedule_has_one_colour_everywhere():
+    for names in (
+        ["uncompressed", "patch 8", "by hand", "auto"],
+        ["auto", "patch 16", "patch 8", "by hand", "uncompressed"],
+    ):
+        looks = schedules.choose_looks(names)
+        found = {name: looks[name][0] for name in ("uncompressed", "patch 8", "by hand", "auto")}
+        kinds = ("uncompressed", "constant", "by hand", "auto")
+        assert found == dict(zip(found, map(schedules.COLOR_OF_KIND.get, kinds), strict=True))
+        assert len(set(looks.values())) == len(names)
+    assert len(set(schedules.COLOR_OF_KIND.values())) == 5
+    assert schedules.choose_looks(["searched CA-MSE", "searched gain"])["searched gain"][0] == schedules.ORANGE
+
+
+def test_a_figures_axis_begins_where_its_curves_do(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(schedules.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    rows = [
+        {"schedule": name, "mean": value, "curves": [[(30_000, value - 1), (60_000, value)]]}
+        for name, value in (("by hand", 35.0), ("uncompressed", 31.0))
+    ]
+    schedules.plot_schedules(rows, tmp_path / "schedules.png", "title")
+    axes = drawn[0].axes[0]
+    assert 25_000 < axes.get_xlim()[0] < 30_000
+    assert [line.get_color() for line in axes.lines] == [schedules.BLUE, schedules.GRAY]
+
+
 @pytest.mark.slow
 def test_runs_table_and_figure(plan, launched, tmp_path, capsys):
     output = tmp_path / "out"

@@ -62,13 +62,13 @@ def test_an_argument_that_is_not_taken_names_another_way(name):
         trainer(**{name: print})
 
 
-@pytest.mark.parametrize("callback", [EarlyStoppingCallback, EarlyStoppingCallback()], ids=["class", "object"])
 def test_none_is_as_good_as_no_argument(tmp_path):
     args = PretrainConfig(str(tmp_path), budget=600, batch_size=4, report_to="none", bf16=False)
     nothing = dict.fromkeys(("processing_class", "compute_metrics", "data_collator", "label_column"))
     assert trainer(args=args, train_dataset=Images(), **nothing).plan.num_steps > 0
 
 
+@pytest.mark.parametrize("callback", [EarlyStoppingCallback, EarlyStoppingCallback()], ids=["class", "object"])
 def test_early_stopping_is_refused(callback):
     with pytest.raises(ValueError, match="EarlyStoppingCallback has no effect: training ends when the budget"):
         trainer(callbacks=[callback])

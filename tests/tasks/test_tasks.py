@@ -198,7 +198,7 @@ def test_no_process_goes_on_before_a_checkpoint_is_complete(folder, tmp_path, mo
     monkeypatch.setattr(hf_accel.run_folder, "write_json", noted)
     monkeypatch.setattr("hf_accel.distributed.barrier", lambda: events.append("barrier"))
     launch(folder, tmp_path / "run", "eval_points=[]")
-    assert events == ["barrier", "run_state.json", "barrier"] * (STEPS // 2) + ["results.json"]
+    assert events == ["barrier", "run_state.json", "barrier"] * (STEPS // 2) + ["results.json", "barrier"]
 
 
 def test_cost(tmp_path, capsys):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..distributed import broadcast_object, is_main, say
+from ..distributed import barrier, broadcast_object, is_main, say
 from ..distributed.launch import engine_of
 from ..run_folder import RunFolder, find_damage, read_state
 from ..utils.errors import SettingError, fail
@@ -122,5 +122,6 @@ def load_complete(trainer: Any) -> TrainOutput:
     trainer.stopped, trainer.state.global_step, trainer.state.log_history = False, steps, log
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
+    barrier()
     metrics = next((entry for entry in reversed(log) if "train_loss" in entry), {})
     return TrainOutput(steps, metrics.get("train_loss", float("nan")), metrics)

@@ -5,4 +5,4 @@ from .fused import FusedViews
 from .items import image_source
 from .loader import TrainSampler, eval_loader, image_processor, resize_edge, train_loader
 from .sources import CorruptDataError, CorruptImage, ImageSource, describe_labels, load_sources
-from .workers import WorkersFailed, explained_failures
+from .workers import WorkersFailed, count_workers, explained_failures

@@ -3,11 +3,13 @@
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import get_worker_info
 
+from ..distributed import processes_on_node
 from .sources import CorruptDataError
 
 BATCH_SECONDS = 300
@@ -24,6 +27,9 @@ REMEDY = (
     "If shared memory is what they lack (Docker gives a container 64 MB in /dev/shm), start the container with "
     "`docker run --shm-size=8g` or `--ipc=host`. Otherwise lower num_workers; num_workers: 0 loads without them"
 )
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where Linux keeps the memory that workers and the run share."""
 
 ALIGNMENT = 64
 """In bytes. A tensor in a batch's memory starts at a multiple of this, which suits numbers of every size."""
@@ -36,6 +42,20 @@ TORCH_FAILURES = re.compile(
 
 class WorkersFailed(RuntimeError):
     """The processes that load images ended, gave no batch for too long, or could not pass one on."""
+
+
+def count_workers(batch_bytes: int) -> int:
+    """Count the processes that may decode images for this one: its share of the node's CPU cores, less one for itself.
+
+    Each worker makes two batches of `batch_bytes` ahead. Together they take at most half of the free shared memory.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = processes_on_node()
+    workers = max(0, cores // processes - 1)
+    if SHARED_MEMORY.exists():
+        room = shutil.disk_usage(SHARED_MEMORY).free // 2 // processes
+        workers = min(workers, room // (2 * batch_bytes))
+    return workers
 
 
 # Batches

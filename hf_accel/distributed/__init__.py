@@ -10,6 +10,7 @@ from .collectives import (
     host_group,
     is_main,
     on_any,
+    processes_on_node,
     rank,
     say,
     world_size,

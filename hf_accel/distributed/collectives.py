@@ -16,6 +16,11 @@ def world_size() -> int:
     return dist.get_world_size() if _initialised() else 1
 
 
+def processes_on_node() -> int:
+    """Return how many processes of the run share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def rank() -> int:
     return dist.get_rank() if _initialised() else 0
 

@@ -128,8 +128,9 @@ def _check_numbers(recipe: Any) -> None:
         if getattr(recipe, key) <= 0:
             fail(key, getattr(recipe, key), "must be above 0")
     for key, (least, problem) in AT_LEAST.items():
-        if recipe.reads(key) and getattr(recipe, key) < least:
-            fail(key, getattr(recipe, key), problem)
+        value = getattr(recipe, key) if recipe.reads(key) else least
+        if not isinstance(value, str) and value < least:
+            fail(key, value, problem)
     if recipe.reads("seed") and not 0 <= recipe.seed < 2**32:
         fail("seed", recipe.seed, "must be a whole number from 0 to 2^32 - 1")
     if recipe.reads("image_size") and recipe.image_size % recipe.patch_size:

@@ -61,7 +61,12 @@ class DataKeys:
 
 @dataclass
 class WorkerKeys:
-    num_workers: int = free(0, "processes that decode images; 0 is right for data held in memory", "data")
+    num_workers: int | Literal["auto"] = free(
+        "auto",
+        "processes that decode images: a number, or auto, the run's share of the CPU cores less one; images held in "
+        "memory need none",
+        "data",
+    )
 
 
 @dataclass

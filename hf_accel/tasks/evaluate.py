@@ -37,7 +37,7 @@ from ..evaluation import (
 from ..recipe import Recipe, RecipeError
 from ..report import add_run, environment, find_run, format_evaluations
 from ..run_folder import RunFolder
-from .setup import build_objective, images_of, naming, output_of, start
+from .setup import EVALUATED_BATCH, build_objective, choose_workers, images_of, naming, output_of, start
 
 RANDOM = "random"
 """As `checkpoint`: the recipe's own encoder, as a run with its `seed` starts from."""
@@ -68,7 +68,7 @@ class Bench:
             option = patch_size if takes_patch_size(self.encoder) else None
             pairs: list[Tensor] = []
             for images in (self.source, self.validation):
-                loader = processed_loader(images, self.processor, 256, self.recipe.num_workers)
+                loader = processed_loader(images, self.processor, EVALUATED_BATCH, choose_workers(self.recipe))
                 pairs += extract_features(self.encoder, loader, self.arguments.device, option)
             self._features[patch_size] = tuple(pairs)
         train, train_labels, test, labels = self._features[patch_size]
@@ -193,7 +193,7 @@ def _finetune(bench: Bench, patch_size: int | None, seed: int, folder: str) -> d
         use_cpu=bench.arguments.use_cpu,
         logging_steps=recipe.logging_steps,
         report_to=recipe.report_to,
-        dataloader_num_workers=recipe.num_workers,
+        dataloader_num_workers=choose_workers(recipe),
         **autocast_arguments(recipe.mixed_precision),
     )
     return {**accuracy, "folder": folder}

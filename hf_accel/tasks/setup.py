@@ -1,5 +1,6 @@
 """What the tasks have in common: images, objective and arguments that a recipe describes, built and checked."""
 
+import os
 import tempfile
 from contextlib import contextmanager
 from dataclasses import fields
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..data import CorruptDataError, ImageSource, describe_labels, load_sources
+from ..data import CorruptDataError, ImageSource, count_workers, describe_labels, load_sources
 from ..data.tables import NO_LABELS
 from ..distributed import say
 from ..distributed.launch import autocast_arguments, check_launch, choose_precision, on_cpu, start_processes
@@ -79,7 +80,7 @@ def pretrain_config(recipe: Recipe) -> PretrainConfig:
             **{key: getattr(recipe, key) for key in (*same, "push_to_hub", "hub_model_id")},
             "activation_checkpointing": recipe.gradient_checkpointing,
             "save_steps": int(recipe.save_steps) if recipe.save_steps >= 1 else recipe.save_steps,
-            "dataloader_num_workers": recipe.num_workers,
+            "dataloader_num_workers": choose_workers(recipe),
             "hub_private_repo": recipe.hub_private,
             "hub_strategy": "checkpoint" if recipe.hub_optimizer else "every_save",
         }
@@ -90,6 +91,21 @@ def pretrain_config(recipe: Recipe) -> PretrainConfig:
         torch_compile=recipe.torch_compile,
         **{"report_to": "none", **shared, **PRECISIONS[recipe.mixed_precision], **mine},
     )
+
+
+EVALUATED_BATCH = 256
+"""Images of a batch of an evaluation."""
+
+
+def choose_workers(recipe: Recipe) -> int:
+    """Return how many processes decode images for this one."""
+    if recipe.num_workers != "auto":
+        return recipe.num_workers
+    images = EVALUATED_BATCH
+    if recipe.task == "pretrain":
+        images = recipe.batch_size // recipe.gradient_accumulation_steps // int(os.environ.get("WORLD_SIZE", 1))
+    # An evaluated image has three floats a pixel. Two views of 8 bits and local crops take less.
+    return count_workers(images * 12 * recipe.image_size**2)
 
 
 def build_objective(recipe: Recipe) -> ObjectiveForPreTraining:

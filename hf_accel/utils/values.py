@@ -8,13 +8,16 @@ from typing import Any, Literal
 from .errors import SettingError, fail
 from .strict_yaml import as_number
 
+UNIONS = (types.UnionType, typing.Union)
+"""What `int | str` and, as it holds a Literal, `int | Literal["auto"]` are instances of."""
+
 
 def as_type(key: str, value: Any, hint: Any) -> Any:
     """`value` as the type `hint`, or a SettingError.
 
     Whole numbers and numbers in exponent form may stand where floats belong, and a single value where a list does.
     """
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
     for kind in kinds:
         matches, typed = _as_kind(key, value, kind)
         if matches:
@@ -49,8 +52,9 @@ def _as_kind(key: str, value: Any, kind: Any) -> tuple[bool, Any]:
 
 def type_name(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(typing.get_args(hint))
-    if isinstance(hint, types.UnionType):
+        names = typing.get_args(hint)
+        return "one of " * (len(names) > 1) + ", ".join(names)
+    if typing.get_origin(hint) in UNIONS:
         return " or ".join(type_name(part) for part in typing.get_args(hint))
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is list and inner[0] is not Any:

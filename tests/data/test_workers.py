@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,6 +57,18 @@ def test_a_batch_leaves_a_worker_unchanged():
         assert all(torch.equal(one, other) for one, other in zip(batch["crops"], BATCH["crops"], strict=True))
         tensors = [*batch["crops"], *(value for value in batch.values() if isinstance(value, torch.Tensor))]
         assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "free", "expected"),
+    [(8, 1, 10**9, 7), (8, 2, 10**9, 3), (1, 1, 10**9, 0), (2, 4, 10**9, 0), (8, 1, 4000, 1), (8, 2, 8000, 1)],
+)
+def test_workers_are_as_many_as_cores_and_memory_allow(cores, processes, free, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(workers, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    assert workers.count_workers(1000) == expected
 
 
 def full_memory(*_):

@@ -83,7 +83,7 @@ PRETRAIN: dict[str, tuple[Any, ...]] = {
     "seed": (3, lambda recipe, key: (images(recipe, key), pretrain_config(recipe).seed), (3, 3)),
     **{key: ("other", images) for key in ("data", "data_config", "train_split", "validation_split", "image_column")},
     "label_column": ("other", images),
-    "num_workers": (2, setting("dataloader_num_workers")),
+    "num_workers": (97, setting("dataloader_num_workers")),
     "model": ("vit_small", lambda recipe, key: replace_config(recipe).encoder_config().hidden_size, 384),
     "model_config": (TINY | {"hidden_size": 16}, lambda recipe, key: encoder(recipe, "hidden_size"), 16),
     "image_size": (32, encoder),
@@ -128,6 +128,16 @@ def test_a_key_of_pretraining_acts(key):
     value, observe, *other = PRETRAIN[key]
     (expected,) = other or [value]
     assert observe(replace(BASE, **{key: value}), key) == expected != observe(BASE, key)
+
+
+def test_workers_by_default_follow_the_cores_and_the_batch(monkeypatch):
+    monkeypatch.setattr(setup, "count_workers", lambda batch_bytes: batch_bytes)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    recipe = replace(BASE, gradient_accumulation_steps=2)
+    assert recipe.num_workers == "auto" and setup.choose_workers(recipe) == 4 * 12 * 16**2
+    evaluation = EvaluateRecipe(checkpoint="encoder", **SIZES)
+    assert setup.choose_workers(evaluation) == 256 * 12 * 16**2
+    assert setup.choose_workers(replace(evaluation, num_workers=0)) == 0
 
 
 def test_every_key_of_pretraining_is_in_the_table():

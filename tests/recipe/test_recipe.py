@@ -113,7 +113,9 @@ ABOVE_0 += " knn_temperature logging_steps save_steps"
     ("keys", "last", "beyond"),
     [
         (ABOVE_0, None, ["0", "-1"]),
-        ("weight_decay max_grad_norm num_workers", "0", ["-1"]),
+        ("weight_decay max_grad_norm", "0", ["-1"]),
+        ("num_workers", "0", ["-1", "all"]),
+        ("num_workers", "auto", ["1.5"]),
         ("seed", "0", ["-1"]),
         ("seed", "4294967295", ["4294967296"]),
         ("warmup", "0", ["-0.01"]),

@@ -123,7 +123,7 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
     A box is cut out first, so that pixels around it play no part, and resized with antialiasing: Pillow's
     `image.crop(box).resize((size, size), BILINEAR)` without its rounding. A box with left > right gives the mirror
-    image.
+    image. On a CPU, crops of more than LARGEST_PRODUCT pixels have 8 bits.
     """
     if images.device.type == "cpu" and size > LARGEST_PRODUCT:
         return _resize_one_by_one(images, boxes, size)
@@ -136,14 +136,25 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def _resize_one_by_one(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """`crop_and_resize` without products with filters that are almost all zeros."""
+    """`crop_and_resize` without products with filters that are almost all zeros. The result has 8 bits."""
     resized = torch.empty(*images.shape[:2], size, size)
-    for image, box, output in zip(images, boxes.int().tolist(), resized, strict=True):
-        left, top, right, bottom = box
-        cut = image[None, :, top:bottom, min(left, right) : max(left, right)].float()
-        cut = F.interpolate(cut, (size, size), mode="bilinear", antialias=True)[0]
-        output.copy_(cut.flip(-1) if left > right else cut)
+    for image, box, output in zip(images, boxes.tolist(), resized, strict=True):
+        output.copy_(cut_and_resize(image, box, size))
     return resized.div_(255)
+
+
+def cut_and_resize(image: Tensor, box: Sequence[float], size: int) -> Tensor:
+    """`crop_and_resize` of one uint8 image (C, H, W), with a result of 8 bits: uint8 (C, size, size).
+
+    Edges of the box are rounded to whole pixels. Torch resizes 8-bit images in channels-last order several times
+    faster than floats, with Pillow's own filter: values differ from Pillow's by at most 1.
+    """
+    left, top, right, bottom = (round(edge) for edge in box)
+    cut = image[None, :, top : max(bottom, top + 1), min(left, right) : max(left, right, min(left, right) + 1)]
+    cut = F.interpolate(
+        cut.contiguous(memory_format=torch.channels_last), (size, size), mode="bilinear", antialias=True
+    )
+    return cut[0].flip(-1) if left > right else cut[0]
 
 
 # Operations on (B, C, S, S) in [0, 1]; parameters are (B,) or (B, 1, 1, 1)

@@ -4,7 +4,6 @@ The order of training images is a function of (seed, epoch), and draws are funct
 loader therefore starts at any step without replaying earlier ones, and the number of workers changes nothing.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..utils.seeding import generator
-from .augment import ViewConfig, view_boxes
+from .augment import ViewConfig, cut_and_resize, view_boxes
 from .decoding import image_tensor, upright_size
 from .sources import Bad, CorruptImage, ImageSource
 from .workers import BATCH_SECONDS, block_sigterm_in_children, explained_failures, outlive_sigterm, pass_on
@@ -141,13 +140,14 @@ class TrainImages(Dataset):
         for position, (index, image) in enumerate(opened):
             full, mine = upright_size(image), boxes[:, position]
             try:
-                image = self.source.decode(index, image, shrink=_shrink(mine, sizes))
+                pixels = self.source.decode_pixels(index, image, shrink=_shrink(mine, sizes))
             except CorruptImage as error:
                 bad.append(error.bad)
                 cut[position], image = self.source.next_readable((index + 1) % len(self), bad)
                 full, mine = image.size, self._boxes([items[position]], [image])[:, 0]
+                pixels = image_tensor(image)
             for view, box in enumerate(mine.tolist()):
-                crops[view][position] = _crop(image, full, box, sizes[view])
+                crops[view][position] = _crop(pixels, full, box, sizes[view])
         return crops, torch.tensor(cut)
 
     def _open(self, item: Item, bad: list[Bad]) -> tuple[int, Image]:
@@ -176,19 +176,15 @@ def _shrink(boxes: Tensor, sizes: Sequence[int]) -> float:
     return float((sides / torch.tensor(sizes)).min())
 
 
-def _crop(image: Image, full: tuple[int, int], wanted: list[float], size: int) -> Tensor:
-    """Cut a box out of an `image` of any size: uint8 (3, size, size). `wanted` counts pixels of its `full` size."""
+def _crop(image: Tensor, full: tuple[int, int], wanted: list[float], size: int) -> Tensor:
+    """Cut a box out of an `image`, uint8 (3, H, W) of any size: uint8 (3, size, size).
+
+    `wanted` counts pixels of the image's `full` (width, height). It is rounded to whole pixels of an image that was
+    decoded smaller, which moves an edge of the crop by less than half a pixel of the view.
+    """
+    across, down = image.shape[2] / full[0], image.shape[1] / full[1]
     left, top, right, bottom = wanted
-    mirrored = left > right
-    left, right = min(left, right), max(left, right)
-    across, down = image.width / full[0], image.height / full[1]
-    scaled = (left * across, top * down, min(right * across, image.width), min(bottom * down, image.height))
-    # What lies around the box plays no part, as in `crop_and_resize`.
-    x, y = int(scaled[0]), int(scaled[1])
-    cut = image.crop((x, y, math.ceil(scaled[2]), math.ceil(scaled[3])))
-    box = (scaled[0] - x, scaled[1] - y, scaled[2] - x, scaled[3] - y)
-    crop = image_tensor(cut.resize((size, size), PIL.Image.Resampling.BILINEAR, box=box))
-    return crop.flip(-1) if mirrored else crop
+    return cut_and_resize(image, (left * across, top * down, right * across, bottom * down), size)
 
 
 class EvalImages(Dataset):

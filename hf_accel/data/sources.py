@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..distributed import all_gather_objects
 from .bundled import MNIST_MEAN, MNIST_STD, digits
-from .decoding import DEEP_RANGE, image_tensor, is_deep, loses_contrast, upright_rgb, upright_size
+from .decoding import DEEP_RANGE, image_pixels, image_tensor, is_deep, loses_contrast, upright_rgb, upright_size
 from .labels import UNLABELLED, hold_out, read_labels
 from .tables import NO_LABELS, choose_columns, choose_splits, load_tables, name_origin, select_undecoded, take_part
 
@@ -134,15 +134,17 @@ class ImageSource:
         except Exception as error:  # Pillow's decoders raise errors of many types
             raise CorruptImage(index, name, error) from error
 
-    def decode(self, index: int, image: Image, shrink: float = 1.0) -> Image:
-        """Decode an opened image to upright RGB. Raises CorruptImage.
-
-        A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster, but never smaller than 1/`shrink`.
-        """
+    def decode(self, index: int, image: Image) -> Image:
+        """Decode an opened image to upright RGB. Raises CorruptImage."""
         try:
-            if shrink >= 2:
-                image.draft("RGB", (int(image.width / shrink), int(image.height / shrink)))
             return upright_rgb(image)
+        except Exception as error:
+            raise CorruptImage(index, image.info.get("name", ""), error) from error
+
+    def decode_pixels(self, index: int, image: Image, shrink: float = 1.0) -> Tensor:
+        """Decode an opened image as `decoding.image_pixels` does. Raises CorruptImage."""
+        try:
+            return image_pixels(image, shrink)
         except Exception as error:
             raise CorruptImage(index, image.info.get("name", ""), error) from error
 

@@ -5,8 +5,10 @@ import io
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
-from hf_accel.data.decoding import upright_rgb, upright_size
+from hf_accel.data import decoding
+from hf_accel.data.decoding import ORIENTATION, upright_rgb, upright_size
 
 FORMATS = ["AVIF", "JPEG", "PNG", "TIFF", "WEBP"]
 XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
@@ -42,3 +44,47 @@ def test_tiff_that_was_loaded_keeps_its_size():
     image = stored("TIFF", tiffinfo={274: 6})
     image.load()
     assert upright_size(image) == upright_rgb(image).size == (20, 32)
+
+
+def jpeg_of(mode: str = "RGB", orientation: int = 1, cut: int | None = None) -> io.BytesIO:
+    """A JPEG file of 101 x 74 pixels, without its last `cut` bytes."""
+    small = np.random.default_rng(0).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+    image = PIL.Image.fromarray(small).resize((101, 74), PIL.Image.Resampling.BICUBIC).convert(mode)
+    image.getexif()[ORIENTATION] = orientation
+    image.save(file := io.BytesIO(), "JPEG", quality=90, exif=image.getexif())
+    return io.BytesIO(file.getvalue()[:-cut] if cut else file.getvalue())
+
+
+def decoded_by(package: bool, monkeypatch, file: io.BytesIO, shrink: float) -> torch.Tensor:
+    """Decode by simplejpeg or by Pillow alone."""
+    with monkeypatch.context() as patch:
+        if not package:
+            patch.setattr(decoding, "simplejpeg", None)
+        return decoding.image_pixels(PIL.Image.open(io.BytesIO(file.getvalue())), shrink)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("shrink", [1.0, 2.5, 8.0])
+def test_simplejpeg_gives_the_pixels_of_pillow(orientation, shrink, monkeypatch) -> None:
+    decoder = pytest.importorskip("simplejpeg")
+    calls = []
+    decode = decoder.decode_jpeg
+    monkeypatch.setattr(decoder, "decode_jpeg", lambda *a, **k: calls.append(1) or decode(*a, **k))
+    file = jpeg_of(orientation=orientation)
+    fast, slow = (decoded_by(package, monkeypatch, file, shrink) for package in (True, False))
+    assert len(calls) == 1 and fast.dtype == torch.uint8 and torch.equal(fast, slow)
+
+
+def test_pillow_decodes_what_simplejpeg_does_not(monkeypatch) -> None:
+    pytest.importorskip("simplejpeg")
+    for mode in ("L", "CMYK"):
+        fast, slow = (decoded_by(package, monkeypatch, jpeg_of(mode), 2.0) for package in (True, False))
+        assert torch.equal(fast, slow)
+    for package in (True, False):
+        with pytest.raises(OSError, match="truncated"):
+            decoded_by(package, monkeypatch, jpeg_of(cut=900), 1.0)
+
+
+@pytest.mark.parametrize(("shrink", "size"), [(1.9, (74, 101)), (2.0, (37, 51)), (5.0, (19, 26))])
+def test_jpegs_are_decoded_no_smaller_than_asked(shrink, size, monkeypatch) -> None:
+    assert decoded_by(False, monkeypatch, jpeg_of(), shrink).shape == (3, *size)

@@ -136,7 +136,8 @@ def test_crops_are_the_boxes_of_the_views(tmp_path, extension):
                 left, right = sorted((box[0], box[2]))
                 crop = image.crop((left, box[1], right, box[3])).resize((size, size), PIL.Image.Resampling.BILINEAR)
                 expected = np.asarray(crop).transpose(2, 0, 1)[:, :, :: -1 if box[0] > box[2] else 1]
-                np.testing.assert_array_equal(batch["crops"][view][position].numpy(), expected)
+                # Torch and Pillow round intermediate results differently.
+                np.testing.assert_allclose(batch["crops"][view][position].int(), expected.astype(int), atol=1)
 
 
 def test_own_sizes_of_views_hold_for_files_and_memory(tmp_path):
@@ -156,15 +157,16 @@ def test_large_jpegs_are_decoded_small(tmp_path, monkeypatch):
     source = folder(tmp_path / "set", 4, sizes=((640, 480),), extension="jpg")
     whole = ViewConfig(crop_scale=(0.5, 1.0))
     decoded = []
-    decode = source.decode
-    monkeypatch.setattr(source, "decode", lambda *a, **k: decoded.append(decode(*a, **k)) or decoded[-1])
+    decode = source.decode_pixels
+    monkeypatch.setattr(source, "decode_pixels", lambda *a, **k: decoded.append(decode(*a, **k)) or decoded[-1])
     (batch,) = train_loader(source, TrainSampler(4, 4), (whole,), lambda step: 64)
-    assert {image.size for image in decoded} <= {(160, 120), (107, 80)} | {(320, 240)} and len(decoded) == 4
+    assert {image.shape[1:] for image in decoded} <= {(120, 160), (240, 320)} and len(decoded) == 4
     monkeypatch.setattr(loader, "_shrink", lambda *a: 1.0)
     (full,) = train_loader(source, TrainSampler(4, 4), (whole,), lambda step: 64)
-    assert {image.size for image in decoded[4:]} == {(640, 480)}
+    assert {image.shape[1:] for image in decoded[4:]} == {(480, 640)}
     difference = (batch["crops"][0].float() - full["crops"][0].float()).abs()
-    assert difference.mean() < 2.5 and full["crops"][0].float().std() > 20
+    # Edges lie on whole pixels of the small image, and these pictures change within a few pixels of the large one.
+    assert difference.mean() < 6 and full["crops"][0].float().std() > 20
 
 
 def test_workers_change_nothing(tmp_path):
@@ -309,7 +311,7 @@ def test_corrupt_images_are_replaced_by_the_next(tmp_path, caplog, workers):
                 stand_in = source.read(8 if item.index in (6, 7) else item.index)
                 box = (5, 0, 35, 30)  # the central square
                 expected = np.asarray(stand_in.crop(box).resize((size, size), PIL.Image.Resampling.BILINEAR))
-                np.testing.assert_array_equal(batch["crops"][0][position].permute(1, 2, 0).numpy(), expected)
+                np.testing.assert_allclose(batch["crops"][0][position].permute(1, 2, 0).numpy(), expected, atol=1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -118,28 +118,32 @@ def _triangle_filter(start: Tensor, stop: Tensor, length: int, size: int) -> Ten
     return weights / weights.sum(-1, keepdim=True)
 
 
-def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+def crop_and_resize(images: Tensor, boxes: Tensor, size: int, turned: Tensor | None = None) -> Tensor:
     """Cut `boxes` (B, 4) of whole pixels out of uint8 `images` (B, C, H, W): float (B, C, size, size) in [0, 1].
 
     A box is cut out first, so that pixels around it play no part, and resized with antialiasing: Pillow's
     `image.crop(box).resize((size, size), BILINEAR)` without its rounding. A box with left > right gives the mirror
-    image. On a CPU, crops of more than LARGEST_PRODUCT pixels have 8 bits.
+    image, and one with top > bottom is turned upside down. In the crops of `turned` (B,) images rows and columns are
+    exchanged. On a CPU, crops of more than LARGEST_PRODUCT pixels have 8 bits.
     """
     if images.device.type == "cpu" and size > LARGEST_PRODUCT:
-        return _resize_one_by_one(images, boxes, size)
+        return _resize_one_by_one(images, boxes, size, turned)
     batch, channels, height, width = images.shape
     left, top, right, bottom = boxes.unbind(1)
     across = _triangle_filter(left, right, width, size).div_(255)
     down = _triangle_filter(top, bottom, height, size)
     lines = images.reshape(batch, channels * height, width).to(across.dtype) @ across.transpose(1, 2)
-    return down[:, None] @ lines.view(batch, channels, height, size)
+    crops = down[:, None] @ lines.view(batch, channels, height, size)
+    return crops if turned is None else torch.where(turned[:, None, None, None], crops.transpose(2, 3), crops)
 
 
-def _resize_one_by_one(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+def _resize_one_by_one(images: Tensor, boxes: Tensor, size: int, turned: Tensor | None) -> Tensor:
     """`crop_and_resize` without products with filters that are almost all zeros. The result has 8 bits."""
     resized = torch.empty(*images.shape[:2], size, size)
-    for image, box, output in zip(images, boxes.tolist(), resized, strict=True):
-        output.copy_(cut_and_resize(image, box, size))
+    exchanged = [False] * len(images) if turned is None else turned.tolist()
+    for image, box, output, turn in zip(images, boxes.tolist(), resized, exchanged, strict=True):
+        crop = cut_and_resize(image, box, size)
+        output.copy_(crop.transpose(1, 2) if turn else crop)
     return resized.div_(255)
 
 
@@ -150,11 +154,11 @@ def cut_and_resize(image: Tensor, box: Sequence[float], size: int) -> Tensor:
     faster than floats, with Pillow's own filter: values differ from Pillow's by at most 1.
     """
     left, top, right, bottom = (round(edge) for edge in box)
-    cut = image[None, :, top : max(bottom, top + 1), min(left, right) : max(left, right, min(left, right) + 1)]
-    cut = F.interpolate(
-        cut.contiguous(memory_format=torch.channels_last), (size, size), mode="bilinear", antialias=True
-    )
-    return cut[0].flip(-1) if left > right else cut[0]
+    rows, columns = slice(*sorted((top, bottom))), slice(*sorted((left, right)))
+    cut = image[None, :, rows, columns].contiguous(memory_format=torch.channels_last)
+    resized = F.interpolate(cut, (size, size), mode="bilinear", antialias=True)[0]
+    mirrored = [axis for axis, first, last in ((1, top, bottom), (2, left, right)) if first > last]
+    return resized.flip(mirrored) if mirrored else resized
 
 
 # Operations on (B, C, S, S) in [0, 1]; parameters are (B,) or (B, 1, 1, 1)
@@ -338,7 +342,8 @@ def make_views(
 
     `batch` holds "images", uint8 (B, C, H, W), which are cropped here, or "crops", a list of uint8 (B, C, S, S) that a
     loader has cut with the same draws, which are resized where they are larger than the view. C is 3, or 1 for gray
-    images, which are augmented once and then repeated.
+    images, which are augmented once and then repeated. "stored" (`cache.StoredSizes`), if given, says where in "images"
+    the images lie.
     `rows` are this process's among the `global_batch` rows of the micro-batch (default: the batch is the whole).
     The result is a pure function of the arguments. `render` makes the views of what was drawn (default: operation by
     operation); a `FusedViews` does so in fewer passes.
@@ -352,9 +357,11 @@ def make_views(
             for name, width in _DRAWS.items()
         }
         if "images" in batch:
-            source = batch["images"]
-            heights, widths = torch.tensor(source.shape[-2:])[:, None].expand(2, count)
-            draws["boxes"] = view_boxes(config, heights, widths, seed, step, micro_step, view, rows, global_batch)
+            source, stored = batch["images"], batch.get("stored")
+            own = torch.tensor(source.shape[-2:]).expand(count, 2) if stored is None else stored.own
+            heights, widths = own.unbind(1)
+            boxes = view_boxes(config, heights, widths, seed, step, micro_step, view, rows, global_batch)
+            draws |= {"boxes": boxes} if stored is None else {"boxes": stored.place(boxes), "turned": stored.turned}
         else:
             source = batch["crops"][view]
             if source.shape[-1] != (config.size or size):
@@ -366,7 +373,7 @@ def make_views(
 class DrawnView(NamedTuple):
     """A view before it is made: its images, uint8 (B, C, H, W), and what each of them drew, (B, ...) by name.
 
-    Without "boxes" among the draws the images are the crops.
+    Without "boxes" among the draws the images are the crops. "turned", beside boxes, is explained at `crop_and_resize`.
     """
 
     source: Tensor
@@ -390,7 +397,7 @@ class _Run(NamedTuple):
     """Consecutive images of a view, for which `boxes`, if given, are cut out of uint8 `source` (B, C, H, W)."""
 
     source: Tensor
-    boxes: Tensor | None
+    boxes: tuple[Tensor, Tensor | None] | None  # with what is turned
     changes: list[_Change]
     output: Tensor  # (B, 3, S, S), a part of the view
 
@@ -404,7 +411,8 @@ def _split_into_runs(drawn: DrawnView, view: Tensor) -> list[_Run]:
     for part in (slice(start, start + length) for start in range(0, count, length)):
         mine = {name: values[part] for name, values in draws.items()}
         changes = _list_changes(config, mine, channels, size)
-        runs.append(_Run(source[part], mine.get("boxes"), changes, view[part]))
+        boxes = (mine["boxes"], mine.get("turned")) if "boxes" in mine else None
+        runs.append(_Run(source[part], boxes, changes, view[part]))
     return runs
 
 
@@ -417,7 +425,8 @@ def _render_runs(runs: list[_Run], mean: Sequence[float], std: Sequence[float]) 
     there = [next(sent) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     mean_there, std_there, parts = tree_unflatten(there, structure)
     for run, (boxes, changes) in zip(runs, parts, strict=True):
-        images = run.source / 255 if boxes is None else crop_and_resize(run.source, boxes, run.output.shape[-1])
+        size = run.output.shape[-1]
+        images = run.source / 255 if boxes is None else crop_and_resize(run.source, boxes[0], size, boxes[1])
         for change in changes:
             images = change(images)
         torch.sub(images, mean_there, out=run.output).div_(std_there)

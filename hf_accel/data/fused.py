@@ -198,7 +198,7 @@ class FusedViews:
         names: list[list[str]] = []
         for view in views:
             parameters = chain_parameters(view.config, view.draws, view.source.shape[1], view.size)
-            parameters |= {"boxes": view.draws["boxes"]} if "boxes" in view.draws else {}
+            parameters |= {name: view.draws[name] for name in ("boxes", "turned") if name in view.draws}
             names.append(list(parameters))
             told += parameters.values()
         arrived = iter(send(told, device))
@@ -216,8 +216,9 @@ class FusedViews:
         for start in range(0, len(source), length):
             part = slice(start, start + length)
             images, mine = source[part], {name: values[part] for name, values in parameters.items()}
-            if on_cpu and view.size > LARGEST_PRODUCT and "boxes" in mine:
-                images = crop_and_resize(images, mine.pop("boxes"), view.size)
+            # Stored images come in many shapes, of which each would have a graph of its own.
+            if "turned" in mine or (on_cpu and view.size > LARGEST_PRODUCT and "boxes" in mine):
+                images = crop_and_resize(images, mine.pop("boxes"), view.size, mine.pop("turned", None))
             images = self.mix_colours(images, mine, view.size)
             if some_blurred:
                 rows = (view.draws["blur"][part, 0] < view.config.blur).nonzero()[:, 0]

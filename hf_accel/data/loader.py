@@ -118,7 +118,9 @@ class TrainImages(Dataset):
         made: dict[str, Any] = {"step": first.step, "micro_step": first.micro_step, "rows": rows, "bad": bad}
         made["global_batch"] = self.global_batch
         pixels = self.source.pixels
-        if pixels is None:
+        if self.source.stored is not None:
+            made |= self.source.stored.take(torch.tensor([item.index for item in items]))
+        elif pixels is None:
             made["crops"], made["index"] = self._crops(items, view_size, bad)
         else:
             if pixels.stride(1) == 0:  # a gray set, repeated three times without taking memory
@@ -271,6 +273,8 @@ def train_loader(
     give no batch for BATCH_SECONDS.
     """
     dataset = TrainImages(source, configs, seed, sampler.global_batch)
+    if source.stored is not None:
+        num_workers, pin_memory = 0, pin_memory and source.stored.device.type == "cpu"
     batches = SizedBatches(sampler, view_size)
     return ReportingLoader(source, dataset, seed, num_workers, batch_sampler=batches, pin_memory=pin_memory)
 

@@ -24,6 +24,8 @@ from .tables import NO_LABELS, choose_columns, choose_splits, load_tables, name_
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from .cache import StoredImages
+
 logger = logging.getLogger(__name__)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -84,6 +86,7 @@ class ImageSource:
         self.class_names = list(class_names) if class_names is not None else None
         self.mean, self.std, self.labels_from = tuple(mean), tuple(std), labels_from
         self.bad: dict[int, tuple[str, str]] = {}
+        self.stored: StoredImages | None = None
         self._whole: tuple[ImageSource, Tensor] | None = None
 
     def __len__(self) -> int:

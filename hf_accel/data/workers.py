@@ -44,16 +44,20 @@ class WorkersFailed(RuntimeError):
     """The processes that load images ended, gave no batch for too long, or could not pass one on."""
 
 
+def cores_of_process() -> int:
+    """Return this process's share of the CPU cores that it may use, which may be 0."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores // processes_on_node()
+
+
 def count_workers(batch_bytes: int) -> int:
     """Count the processes that may decode images for this one: its share of the node's CPU cores, less one for itself.
 
     Each worker makes two batches of `batch_bytes` ahead. Together they take at most half of the free shared memory.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = processes_on_node()
-    workers = max(0, cores // processes - 1)
+    workers = max(0, cores_of_process() - 1)
     if SHARED_MEMORY.exists():
-        room = shutil.disk_usage(SHARED_MEMORY).free // 2 // processes
+        room = shutil.disk_usage(SHARED_MEMORY).free // 2 // processes_on_node()
         workers = min(workers, room // (2 * batch_bytes))
     return workers
 

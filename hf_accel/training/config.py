@@ -77,6 +77,8 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
         view_resolution (`str`, defaults to `"full"`): `"matched"` makes the views of larger patches smaller.
         view_backend (`str`, defaults to `"auto"`): `"eager"` makes views operation by operation, `"fused"` by compiled
             graphs in fewer passes over memory, and `"auto"` measures which is faster.
+        cache (`str`, defaults to `"none"`): Where images are kept, decoded once and shrunk to what their crops need:
+            `"none"`, `"ram"`, `"device"`, or `"auto"`, which takes at most half of the free memory.
         eval_points (`list[float]`): Progress at which kNN accuracy is measured.
         keep_points (`list[float]`): Progress at which a checkpoint is kept for good, for a search.
         knn_k (`int`, defaults to 20), knn_temperature (`float`, defaults to 0.07): Neighbours, and their votes.

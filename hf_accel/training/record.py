@@ -118,7 +118,7 @@ def run_state(trainer: Any) -> dict[str, Any]:
         **{"seconds": trainer.seconds, "cpu_seconds": trainer.cpu_seconds},
         **{"plan": trainer.plan.state(), "engine": engine_of(trainer.accelerator), "images": len(trainer.source)},
         "colours": trainer.colours,
-        "view_backend": trainer.view_backend,
+        **{"view_backend": trainer.view_backend, "cache": trainer.cache},
         "unreadable": {str(index): what for index, what in trainer.source.bad.items()},
         **({"evaluation_due": True} if trainer.evaluation_due else {}),
         **({"controller": trainer.controller.state()} if trainer.controller else {}),
@@ -145,7 +145,7 @@ def training_results(trainer: Any) -> dict[str, Any]:
         # Of the main process, without its evaluations. Other work on the machine hardly changes this time.
         "cpu_seconds": state["cpu_seconds"],
         "processes": trainer.args.world_size,
-        "view_backend": trainer.view_backend,
+        **{"view_backend": trainer.view_backend, "cache": trainer.cache},
         "seed": trainer.args.seed,
         "objective": trainer.objective.name,
         "schedule": schedule.to_list(),

@@ -87,6 +87,7 @@ def take_over(trainer: Any, checkpoint: Path) -> int:
     trainer.seconds, trainer.cpu_seconds = state["seconds"], state.get("cpu_seconds", 0.0)
     trainer.source.bad |= {int(index): tuple(what) for index, what in state.get("unreadable", {}).items()}
     trainer.view_backend = state.get("view_backend", "eager")
+    trainer.cache = state.get("cache", "none")
     trainer.args.eval_on_start |= state.get("evaluation_due", False)
     if trainer.controller:
         try:

@@ -29,6 +29,7 @@ from ..utils.writing import AGAIN, write_text, writing
 from .accuracy import measure_knn
 from .arguments import check_arguments
 from .auto_schedule import AutoScheduleCallback
+from .caching import start_cache
 from .callbacks import ProgressCallback, note_factors
 from .config import Derived, PretrainConfig
 from .console import ConsoleCallback, describe_run, quiet
@@ -108,6 +109,7 @@ class PretrainTrainer(SavingTrainer):
         args.max_steps = Derived(self.most_steps)
         self.given_record, self.rules, self.colours = record, rules or RULES, None
         self.stopped = self.evaluation_due = self.keep_now = False
+        self.cache: str | None = None
         self.view_backend: str | None = None
         self.render: Renderer | None = None
         self.seconds = {"total": 0.0, "data": 0.0, "forward_backward": 0.0, "evaluation": 0.0}
@@ -215,7 +217,8 @@ class PretrainTrainer(SavingTrainer):
             self._first_step = take_over(self, checkpoint)
         self._started, self._seconds_before = time.perf_counter(), self.seconds["total"]
         self._cpu_before = self.cpu_seconds - time.process_time()
-        self._window = (self._started, self._first_step, self.seconds["data"])
+        start_cache(self)
+        self._window = (time.perf_counter(), self._first_step, self.seconds["data"])
         with stopping_on_sigterm():
             try:
                 start_views(self)

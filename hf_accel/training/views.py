@@ -87,6 +87,9 @@ def _example(trainer: Any, size: int, most: int | None = None) -> dict[str, Any]
         return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
 
     batch: dict[str, Any] = {"step": 0, "micro_step": 0, "rows": slice(0, count), "global_batch": count}
+    if trainer.source.stored is not None:
+        batch |= trainer.source.stored.take(torch.arange(count) % len(trainer.source))
+        return batch | {"images": batch["images"].to(device)}
     pixels = trainer.source.pixels
     if pixels is not None:
         return {**batch, "images": noise(count, *pixels.shape[1:])}

@@ -78,6 +78,11 @@ class PretrainSettings:
         "how views are made: eager, operation by operation, or fused, by compiled graphs in fewer passes over memory; "
         "auto measures which is faster, where compiling pays",
     )
+    cache: Literal["none", "ram", "device", "auto"] = correction(
+        "none",
+        "where images are kept, decoded once and shrunk to what their crops need: none, ram, device (the accelerator's "
+        "memory), or auto, which takes at most half of the free memory",
+    )
     eval_points: list[float] = free(
         [0.0, 0.25, 0.5, 0.75, 1.0], "progress at which kNN accuracy is measured", "evaluation"
     )

@@ -100,6 +100,7 @@ PRETRAIN: dict[str, tuple[Any, ...]] = {
     **{key: (value, setting()) for key, value in {"warmup": 0.3, "weight_decay_end": 0.6, "knn_k": 3}.items()},
     **{key: (value, setting()) for key, value in {"augmentation": "digits", "view_resolution": "matched"}.items()},
     "view_backend": ("fused", setting()),
+    "cache": ("ram", setting()),
     **{key: (value, setting()) for key, value in {"eval_points": [0.5], "keep_points": [0.5]}.items()},
     **{key: (value, setting()) for key, value in {"knn_temperature": 0.5, "max_grad_norm": 1.0}.items()},
     **{key: (value, setting()) for key, value in {"learning_rate": 1e-3, "weight_decay": 0.5}.items()},

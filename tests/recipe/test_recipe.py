@@ -267,7 +267,7 @@ RULES = {
         gradient_accumulation_steps gradient_checkpointing pilot search_draws search_token_dropout search_patch_size
         search_symmetry
     """,
-    "correction": "learning_rate warmup max_grad_norm mixed_precision view_backend",
+    "correction": "learning_rate warmup max_grad_norm mixed_precision view_backend cache",
     "free": """
         task output_dir num_workers eval_points keep_points knn_k knn_temperature logging_steps report_to save_steps
         save_total_limit push_to_hub hub_model_id hub_private hub_optimizer license checkpoint evaluations

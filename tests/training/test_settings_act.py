@@ -168,7 +168,8 @@ ACTS: dict[str, tuple[dict[str, Any], Any, Any]] = {
 }
 IN_THE_RUN = {
     "lr_schedule",
-    "view_backend",  # the latter in test_views.py
+    "view_backend",  # in test_views.py
+    "cache",  # in test_caching.py
     "warmup",
     "weight_decay_end",
     "eval_points",

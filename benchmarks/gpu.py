@@ -39,8 +39,9 @@ class Part:
 
 
 PARTS = {
-    "tests": Part(("pytest", "-m", "gpu", "--durations=0", "-p", "no:cacheprovider"), 460),
+    "tests": Part(("pytest", "-m", "gpu", "--durations=0", "-p", "no:cacheprovider"), 400),
     "views": Part(("benchmarks.views", "--batch-size", "256"), 100, VIEWS_TOY),
+    "data": Part(("benchmarks.data", "--batch-size", "256"), 60, VIEWS_TOY),
     "step_small": Part((*STEP, "vit_small"), 90, (*TOY, "--strategies", "16")),
     "step_base": Part((*STEP, "vit_base"), 90, (*TOY, "--strategies", "16")),
     "cost_small": Part((*COST, "vit_small"), 90, (*TOY, "--strategies", "16")),

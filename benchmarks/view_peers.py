@@ -1,7 +1,7 @@
 """MoCo-v3's two views as other libraries make them, with the probabilities and strengths of its original code."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,11 @@ SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 BLUR, SOLARIZE = (1.0, 0.1), (0.0, 0.2)
 """Probabilities of the two views."""
 
-Views = Callable[[], Any]
+Views = Callable[[Any], Any]
+"""Makes the two views of images: of one uint8 tensor (B, 3, H, W) on the device, or of an image after another."""
 
 
-def kornia(pixels: Tensor, size: int, device: torch.device) -> Views:
+def kornia(size: int, device: torch.device) -> Views:
     """The whole batch at once, on the device."""
     import kornia.augmentation as K  # pyright: ignore[reportMissingImports]
 
@@ -35,12 +36,12 @@ def kornia(pixels: Tensor, size: int, device: torch.device) -> Views:
             K.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
         )
 
-    both, images = [view(number).to(device) for number in range(2)], pixels.to(device)
-    return lambda: [view(images / 255) for view in both]
+    both = [view(number).to(device) for number in range(2)]
+    return lambda images: [view(images / 255) for view in both]
 
 
-def torchvision_v2(pixels: Tensor, size: int, device: torch.device) -> Views:
-    """One uint8 tensor after another."""
+def torchvision_v2(size: int, device: torch.device) -> Views:
+    """One uint8 tensor (3, H, W) after another."""
     from torchvision.transforms import v2  # pyright: ignore[reportMissingImports]
 
     taps = 2 * round(6 * size / 224) + 1
@@ -61,11 +62,11 @@ def torchvision_v2(pixels: Tensor, size: int, device: torch.device) -> Views:
         )
 
     both = [view(number) for number in range(2)]
-    return lambda: [torch.stack([view(image) for image in pixels]).to(device) for view in both]
+    return lambda images: [torch.stack([view(image) for image in images]).to(device) for view in both]
 
 
-def albumentations(pixels: Tensor, size: int, device: torch.device) -> Views:
-    """One uint8 array after another."""
+def albumentations(size: int, device: torch.device) -> Views:
+    """One uint8 array (H, W, 3) after another."""
     import albumentations as A  # pyright: ignore[reportMissingImports]
 
     def view(number: int) -> Any:
@@ -82,18 +83,17 @@ def albumentations(pixels: Tensor, size: int, device: torch.device) -> Views:
             ]
         )
 
-    both, images = [view(number) for number in range(2)], list(pixels.permute(0, 2, 3, 1).contiguous().numpy())
+    both = [view(number) for number in range(2)]
 
-    def views() -> list[Tensor]:
+    def views(images: Sequence[np.ndarray]) -> list[Tensor]:
         made = [np.stack([view(image=image)["image"] for image in images]) for view in both]
         return [torch.from_numpy(each).permute(0, 3, 1, 2).contiguous().to(device) for each in made]
 
     return views
 
 
-def pillow(pixels: Tensor, size: int, device: torch.device) -> Views:
+def pillow(size: int, device: torch.device) -> Views:
     """One Pillow image after another, as MoCo-v3's own loader does it."""
-    images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).contiguous().numpy()]
     mean, std = np.array(MEAN, dtype=np.float32), np.array(STD, dtype=np.float32)
 
     def view(image: Image.Image, number: int) -> Tensor:
@@ -111,7 +111,7 @@ def pillow(pixels: Tensor, size: int, device: torch.device) -> Views:
         array = (np.asarray(image, dtype=np.float32) / 255 - mean) / std
         return torch.from_numpy(array).permute(2, 0, 1)
 
-    return lambda: [torch.stack([view(image, number) for image in images]).to(device) for number in range(2)]
+    return lambda images: [torch.stack([view(image, number) for image in images]).to(device) for number in range(2)]
 
 
 def _box(width: int, height: int) -> tuple[float, float, float, float]:
@@ -143,4 +143,14 @@ def _turn_hue(image: Image.Image) -> Image.Image:
 
 
 PEERS = {"kornia": kornia, "torchvision v2": torchvision_v2, "albumentations": albumentations, "pillow": pillow}
-"""What makes the views of uint8 `pixels` (B, 3, H, W), `size` pixels wide, on a device."""
+"""What makes the views of images, `size` pixels wide, on a device."""
+
+
+def images_for(name: str, pixels: Tensor, device: torch.device) -> Any:
+    """What a peer takes of uint8 `pixels` (B, 3, H, W)."""
+    if name == "kornia":
+        return pixels.to(device)
+    if name == "torchvision v2":
+        return pixels
+    arrays = list(pixels.permute(0, 2, 3, 1).contiguous().numpy())
+    return arrays if name == "albumentations" else [Image.fromarray(array) for array in arrays]

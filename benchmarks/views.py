@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.launches import KernelCount
 from benchmarks.options import parser_of
-from benchmarks.view_peers import PEERS
+from benchmarks.view_peers import PEERS, images_for
 from hf_accel.data import AUGMENTATIONS, FusedViews, augment, fused, make_views
 from hf_accel.report import environment, format_table
 from hf_accel.utils.writing import write_json
@@ -90,16 +90,18 @@ def count_fused(render: FusedViews, views: Views) -> tuple[int, int]:
     return inside[0], inside[1]
 
 
-def seconds_of(sides: dict[str, Views], device: torch.device, repeats: int) -> dict[str, float]:
+def seconds_of(
+    sides: dict[str, Views], device: torch.device, repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """The median seconds of each; they take turns, so that a slow moment of the machine affects all of them."""
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, views in sides.items():
             _synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             views()
             _synchronize(device)
-            taken[name].append(time.perf_counter() - start)
+            taken[name].append(clock() - start)
     return {name: statistics.median(each) for name, each in taken.items()}
 
 
@@ -130,7 +132,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         rows["ours fused"] = {"compile_seconds": time.perf_counter() - start}
     for name, make in PEERS.items():
         try:
-            sides[name] = make(pixels, args.size, args.device)
+            sides[name] = partial(make(args.size, args.device), images_for(name, pixels, args.device))
             sides[name]()
             rows[name] = {}
         except ImportError as error:
@@ -165,8 +167,9 @@ def table_of(rows: list[dict[str, Any]]) -> str:
     return format_table(["views by", "images/s", "over eager", "launches", "MB/image", ""], lines)
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = parser_of("views", __doc__)
+def view_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of the benchmarks that make views."""
+    parser = parser_of(prog, description)
     parser.add_argument("--size", type=int, default=224, metavar="", help="pixels of a view (default 224)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="", help="images (default 64)")
     parser.add_argument("--repeats", type=int, default=7, metavar="", help="timed rounds (default 7)")
@@ -175,21 +178,32 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     threads = torch.get_num_threads()
     parser.add_argument("--threads", type=int, default=threads, metavar="", help="of torch (default: torch's)")
     parser.add_argument("--output", type=Path, metavar="", help="JSON to write")
+    return parser
+
+
+def parse_views(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     args.dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
     return args
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    args = parse_arguments(arguments)
-    found = {"rows": measure(args), "environment": environment()}
-    found["settings"] = {
-        name: str(getattr(args, name)) for name in ("size", "batch_size", "repeats", "device", "threads")
-    }
-    print(table_of(found["rows"]))
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    return parse_views(view_parser("views", __doc__), arguments)
+
+
+def report(args: argparse.Namespace, rows: list[dict[str, Any]], *settings: str) -> None:
+    """Print the table, and write the JSON if it is asked for. `settings` are recorded beside those of all."""
+    names = ("size", "batch_size", "repeats", "device", "threads", *settings)
+    found = {"rows": rows, "environment": environment(), "settings": {name: str(getattr(args, name)) for name in names}}
+    print(table_of(rows))
     if args.output:
         write_json(args.output, found)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    report(args, measure(args))
     return 0
 
 

@@ -27,7 +27,7 @@ def test_each_part_is_a_command_that_parses(name, toy, measured, monkeypatch):
     if name == "scaling":
         assert args.ms_per_unit == 0.125
     else:
-        small = args.size == 32 if name == "views" else args.model.endswith("tiny")
+        small = args.size == 32 if name in ("views", "data") else args.model.endswith("tiny")
         assert args.device.type == ("cpu" if toy else "cuda") and small == toy
 
 
@@ -59,4 +59,4 @@ def test_limits_keep_to_the_promise():
 def test_an_unknown_part_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu.main([str(tmp_path), "sleep"])
-    assert "no such part: sleep; there are tests, views, step_small" in capsys.readouterr().err
+    assert "no such part: sleep; there are tests, views, data, step_small" in capsys.readouterr().err

@@ -28,7 +28,8 @@ def test_operations_and_bytes_are_counted() -> None:
 def test_peers_make_two_views(name: str) -> None:
     pixels = torch.randint(256, (3, 3, 40, 40), dtype=torch.uint8)
     try:
-        made = view_peers.PEERS[name](pixels, SIZE, torch.device("cpu"))()
+        device = torch.device("cpu")
+        made = view_peers.PEERS[name](SIZE, device)(view_peers.images_for(name, pixels, device))
     except ImportError:
         pytest.skip(f"{name} is not installed")
     for view in made:

@@ -127,7 +127,7 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int, turned: Tensor | N
     exchanged. On a CPU, crops of more than LARGEST_PRODUCT pixels have 8 bits.
     """
     if images.device.type == "cpu" and size > LARGEST_PRODUCT:
-        return _resize_one_by_one(images, boxes, size, turned)
+        return crop_one_by_one(images, boxes, size, turned) / 255
     batch, channels, height, width = images.shape
     left, top, right, bottom = boxes.unbind(1)
     across = _triangle_filter(left, right, width, size).div_(255)
@@ -137,14 +137,14 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int, turned: Tensor | N
     return crops if turned is None else torch.where(turned[:, None, None, None], crops.transpose(2, 3), crops)
 
 
-def _resize_one_by_one(images: Tensor, boxes: Tensor, size: int, turned: Tensor | None) -> Tensor:
-    """`crop_and_resize` without products with filters that are almost all zeros. The result has 8 bits."""
-    resized = torch.empty(*images.shape[:2], size, size)
+def crop_one_by_one(images: Tensor, boxes: Tensor, size: int, turned: Tensor | None = None) -> Tensor:
+    """`crop_and_resize` without products with filters that are almost all zeros: uint8 (B, C, size, size)."""
     exchanged = [False] * len(images) if turned is None else turned.tolist()
-    for image, box, output, turn in zip(images, boxes.tolist(), resized, exchanged, strict=True):
+    crops = images.new_empty(len(images), size, size, images.shape[1])
+    for image, box, output, turn in zip(images, boxes.tolist(), crops, exchanged, strict=True):
         crop = cut_and_resize(image, box, size)
-        output.copy_(crop.transpose(1, 2) if turn else crop)
-    return resized.div_(255)
+        output.copy_(crop.permute(2, 1, 0) if turn else crop.permute(1, 2, 0))
+    return crops.permute(0, 3, 1, 2).contiguous()
 
 
 def cut_and_resize(image: Tensor, box: Sequence[float], size: int) -> Tensor:

@@ -193,9 +193,9 @@ def test_columns_are_named_in_errors(tmp_path):
     words = (["pear" if number % 2 else "apple" for number in range(10)], datasets.Value("string"))
     table(10, {"photo": second, "parity": labels, "fruit": words}).save_to_disk(tmp_path / "set")
     path = str(tmp_path / "set")
-    with pytest.raises(ValueError, match="several Image columns: set image_column to one of picture, photo"):
+    with pytest.raises(ValueError, match="several Image columns: set image_column to one of: picture, photo"):
         load_sources(path)
-    with pytest.raises(ValueError, match="several ClassLabel columns: set label_column to one of kind, parity"):
+    with pytest.raises(ValueError, match="several ClassLabel columns: set label_column to one of: kind, parity"):
         load_sources(path, image_column="photo")
     with pytest.raises(ValueError, match=r"image_column=foto.*picture \(Image\), kind \(ClassLabel\)"):
         load_sources(path, image_column="foto")

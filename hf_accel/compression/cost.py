@@ -1,7 +1,7 @@
 """The cost of a forward pass in units. One unit is a forward pass of the base encoder on one uncompressed image.
 
 Analytic costs are FLOPs of the encoder at that sequence length, the same on every machine. Measured ones are timed on
-this device and kept in a table.
+this device and kept in a table: those of forward passes, or those of whole training steps.
 """
 
 import json
@@ -16,7 +16,7 @@ import torch
 
 from ..models import AccelViTConfig, AccelViTModel
 from ..utils.writing import write_json
-from .strategy import Compression, possible_patch_sizes
+from .strategy import Compression, Strategy, possible_patch_sizes
 
 TABLE_NAME = "cost_table.json"
 
@@ -75,6 +75,47 @@ class CostTable:
         stored: dict[str, Any] = json.loads(path.read_text())
         costs = {Compression.from_dict(entry): entry["units"] for entry in stored["costs"]}
         return cls(costs, stored["device"])
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Measured costs of whole training steps, in units an image, and the device that they were measured on.
+
+    They are proportional to seconds, and the uncompressed step costs its analytic units.
+
+    Args:
+        units: units an image under each strategy.
+        seconds_per_unit: for the whole batch of a step on all processes.
+        device: that the steps were timed on.
+        view_backend: how the timed steps made their views.
+        budget_requested: the run's budget as it was given, where that is a time.
+        budget: the same in units.
+    """
+
+    units: dict[Strategy, float]
+    seconds_per_unit: float
+    device: str
+    view_backend: str = "eager"
+    budget_requested: str | None = None
+    budget: float | None = None
+
+    def __call__(self, strategy: Strategy) -> float:
+        return self.units[strategy]
+
+    def save(self, path: Path) -> None:
+        rows = [{**strategy.to_dict(), "units_per_image": units} for strategy, units in self.units.items()]
+        write_json(path, {**vars(self), "units": rows})
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "StepCosts":
+        units = {Strategy.from_dict(row): row["units_per_image"] for row in record["units"]}
+        return cls(**{**record, "units": units})
+
+
+def load_costs(path: Path) -> CostTable | StepCosts:
+    """Load the measured costs of a run. Those of earlier versions are a `CostTable`, of forward passes."""
+    record = json.loads(path.read_text())
+    return CostTable.load(path) if "costs" in record else StepCosts.from_dict(record)
 
 
 def device_name(device: torch.device) -> str:

@@ -123,7 +123,10 @@ def _check_numbers(recipe: Any) -> None:
         recipe.check_pretraining()
     else:  # the same checks, of those settings that the task reads
         taken = {key.name: getattr(recipe, key.name) for key in fields(PretrainSettings) if recipe.reads(key.name)}
-        PretrainSettings(**{"budget": 1.0, **taken}).check_pretraining()
+        settings = PretrainSettings(**{"budget": 1.0, **taken})
+        settings.check_pretraining()
+        for key in taken:
+            setattr(recipe, key, getattr(settings, key))
     for key in filter(recipe.reads, ABOVE_0):
         if getattr(recipe, key) <= 0:
             fail(key, getattr(recipe, key), "must be above 0")
@@ -147,8 +150,8 @@ def _check_objective(recipe: Any) -> None:
     if recipe.batch_size % micro_batches:
         problem = f"must be a multiple of gradient_accumulation_steps={micro_batches}"
         fail("batch_size", recipe.batch_size, problem)
-    if recipe.cost == "measured" and recipe.local_crop_size():
-        fail("cost", "measured", "local crops have analytic costs only")
+    if recipe.task == "search" and recipe.cost == "measured" and recipe.local_crop_size():
+        fail("cost", "measured", "local crops have analytic costs only in a search")
 
 
 def _check_evaluation(recipe: Any) -> None:

@@ -23,7 +23,7 @@ probes count, too. And it may be best to stay on a cheap rung beyond its deadlin
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -46,11 +46,20 @@ POOLED = 4
 """Number of the latest probes of a rung that are judged together. More would have less noise, but be out of date."""
 
 
-def build_ladder(image_size: int, base_patch_size: int, units: Callable[[Strategy], float]) -> list[Strategy]:
-    """Build the rungs by rising cost, the last one uncompressed: possible patches, with and without half the tokens."""
+def build_ladder(
+    image_size: int,
+    base_patch_size: int,
+    units: Callable[[Strategy], float],
+    among: Container[Strategy] | None = None,
+) -> list[Strategy]:
+    """Build the rungs by rising cost, the last one uncompressed: possible patches, with and without half the tokens.
+
+    Args:
+        among: the strategies that have a cost. Default: all.
+    """
     grid = build_grid(image_size, base_patch_size, LADDER_DROPOUTS)
-    ladder = [grid[0]]
-    for strategy in sorted(grid[1:], key=units, reverse=True):
+    ladder, others = [grid[0]], [strategy for strategy in grid[1:] if among is None or strategy in among]
+    for strategy in sorted(others, key=units, reverse=True):
         tokens = strategy.online.kept_tokens(image_size)
         if tokens >= 4 and units(strategy) <= RUNG_RATIO * units(ladder[-1]):
             ladder.append(strategy)

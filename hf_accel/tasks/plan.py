@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import time
 from dataclasses import replace
 
 from transformers import set_seed
@@ -13,6 +14,7 @@ from ..report import format_table
 from ..run_folder import RunFolder
 from ..training.console import describe_run
 from ..training.memory import explained_memory
+from ..training.step_costs import prepare_steps
 from ..training.timing import StepTime, format_duration, predict_seconds, time_steps
 from ..training.trainer import PretrainTrainer
 from .setup import build_objective, load_images, pretrain_config
@@ -43,7 +45,8 @@ def plan(recipe: Recipe) -> None:
         trainer = PretrainTrainer(build_objective(recipe), config, *load_images(recipe))
         try:
             with explained_memory(config, trainer.objective):
-                times = time_steps(trainer, [strategy for strategy, _ in trainer.plan.stage_steps()])
+                times = prepare_steps(trainer, time.perf_counter())
+                times = times or time_steps(trainer, [strategy for strategy, _ in trainer.plan.stage_steps()])
             say("\n".join([*describe_run(trainer), ""]))
             say(describe_stages(trainer, times))
         finally:

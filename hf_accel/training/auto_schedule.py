@@ -18,8 +18,12 @@ class AutoScheduleCallback(TrainerCallback):
     decision when it is resumed.
     """
 
-    def __init__(self, trainer: Any, controller: OnlineController):
-        self.trainer, self.controller = trainer, controller
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    @property
+    def controller(self) -> OnlineController:
+        return self.trainer.controller
 
     def on_step_begin(self, args, state, control, **kwargs):
         trainer, controller, step = self.trainer, self.controller, state.global_step

@@ -62,10 +62,12 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
     Args:
         output_dir (`str`): Folder of the run.
         budget (`float` or `str`): Units to spend, or `"N epochs"`: what N epochs cost without compression. A unit is a
-            forward pass of the encoder on one uncompressed image. Required.
+            forward pass of the encoder on one uncompressed image. Or `"N minutes"` or `"N hours"`, from `train` to the
+            last step. Required.
         schedule (`list`, `str`, [`Schedule`], *optional*): Stages of compression, the path of a YAML file that holds
             them, or `"auto"`, which finds them while training runs. Default: no compression.
-        cost (`str`, defaults to `"analytic"`): Whether units are counted in FLOPs or `"measured"` on this device.
+        cost (`str`, *optional*): Whether units are `"analytic"`, counted in FLOPs, or `"measured"`, timed on this
+            device. Default: analytic, and measured where the budget is a time.
         auto_share (`float`, defaults to 0.03): Share of the budget that the probes of `schedule="auto"` may spend.
         auto_draws (`int`, defaults to 8): Paired gradients of a probe, or up to 64 if the share pays for them.
         search_criterion (`str`, defaults to `"ca_mse"`): What a strategy is chosen by, `"ca_mse"` or `"gain"`.

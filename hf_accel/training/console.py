@@ -15,6 +15,7 @@ from ..compression import Compression, Schedule, Stage
 from ..data import describe_labels
 from ..distributed.launch import describe_launch
 from .planning import describe_plan
+from .timing import name_bound
 
 CHATTY = ("DeepSpeed", "accelerate", "transformers.trainer_utils")
 """Loggers of libraries that say on each run what it has not asked for. Their errors are shown.
@@ -61,7 +62,7 @@ def describe_run(trainer: Any) -> list[str]:
         f"Model:  {model.name}; encoder of {sizes[0]:,} parameters; {sizes[1]:,} with all branches and heads",
         describe_launch(args, args.precision),
         f"Stages: {'found while training runs (schedule=auto)' if found else in_words(trainer.plan.schedule)}",
-        *describe_plan(args, model, trainer.plan),
+        *(describe_plan(args, model, trainer.plan) if trainer.plan_is_final else []),
     ]
 
 
@@ -83,7 +84,7 @@ def describe_logs(logs: Mapping[str, Any], step: int, steps: int) -> str | None:
     if "loss" in logs:
         return (
             f"{start}loss {logs['loss']:>7.4f}  lr {logs['learning_rate']:.2e}  tokens {logs['tokens']:>4}  "
-            f"{logs['images_per_second']:>7,.0f} images/s"
+            f"{logs['images_per_second']:>7,.0f} images/s  bound by {name_bound(logs)}"
         )
     if "probe_moved" in logs:
         return f"{start}probe: the compression {'changes' if logs['probe_moved'] else 'stays'}"

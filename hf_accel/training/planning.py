@@ -1,6 +1,5 @@
 """What a budget buys: the cost of each strategy, and the plan or the controller that spends the budget."""
 
-import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -8,18 +7,18 @@ from pathlib import Path
 import torch
 
 from ..compression import Compression, CostTable, Plan, Schedule, Strategy, forward_cost, measure_costs
-from ..compression.cost import TABLE_NAME, ForwardCost
-from ..distributed import barrier, is_main, world_size
+from ..compression.cost import TABLE_NAME, ForwardCost, StepCosts, load_costs
+from ..distributed import barrier, broadcast_object, is_main, world_size
 from ..models import AccelViTConfig
 from ..objectives import ObjectiveForPreTraining
 from ..run_folder import RunFolder
-from ..schedule_search.choose import build_grid
-from ..schedule_search.ladder import LADDER_DROPOUTS, OnlineController, build_ladder
+from ..schedule_search.ladder import OnlineController, build_ladder
 from ..utils.errors import SettingError, fail
-from ..utils.pretrain_settings import budget_in_units
+from ..utils.pretrain_settings import budget_in_seconds, budget_in_units
 from .config import PretrainConfig
 
 UnitsPerImage = Callable[[Strategy], float]
+Costs = CostTable | StepCosts
 
 
 def read_schedule(args: PretrainConfig, config: AccelViTConfig, local_crop_size: int | None) -> Schedule:
@@ -35,17 +34,14 @@ def read_schedule(args: PretrainConfig, config: AccelViTConfig, local_crop_size:
 def make_forward_cost(
     args: PretrainConfig, config: AccelViTConfig, device: torch.device, strategies: Iterable[Strategy]
 ) -> ForwardCost:
-    """Return the units of a forward pass, from FLOPs or from the run's own measured table.
+    """Return the units of a forward pass for a search, from FLOPs or from its own measured table.
 
-    The table is measured once, for `strategies`, and kept in the run's folder and in its checkpoints.
+    The table is measured once, for `strategies`, and kept in `output_dir`.
     """
     if args.cost == "analytic":
         return partial(forward_cost, config)
     path = Path(str(args.output_dir)) / TABLE_NAME
-    checkpoint = RunFolder(path.parent).last_complete_checkpoint()
-    if is_main() and not path.exists() and checkpoint and (checkpoint / TABLE_NAME).exists():
-        shutil.copy(checkpoint / TABLE_NAME, path)
-    elif is_main() and not path.exists():
+    if is_main() and not path.exists():
         wanted = [c for strategy in strategies for c in (strategy.online, strategy.target_branch)]
         share = args.batch_size // (args.gradient_accumulation_steps * world_size())
         # A small batch on a GPU would time the host, not the device.
@@ -56,11 +52,64 @@ def make_forward_cost(
     return CostTable.load(path)
 
 
-def strategies_of_run(args: PretrainConfig, config: AccelViTConfig, schedule: Schedule) -> list[Strategy]:
-    """List every strategy that the run may follow."""
-    if args.schedule != "auto":
-        return schedule.strategies
-    return [*schedule.strategies, *build_grid(config.image_size, config.patch_size, LADDER_DROPOUTS)]
+def read_costs(folder: RunFolder) -> Costs | None:
+    """Read the costs that the run in a folder has measured, there or in its last checkpoint. None: there are none.
+
+    All processes must call it.
+    """
+    costs = None
+    if is_main():
+        checkpoint = folder.last_complete_checkpoint()
+        paths = [folder.cost_table, *([checkpoint / TABLE_NAME] if checkpoint else [])]
+        costs = next((load_costs(path) for path in paths if path.exists()), None)
+    return broadcast_object(costs)
+
+
+def analytic_units(model: ObjectiveForPreTraining) -> UnitsPerImage:
+    """Return what training on one image costs by FLOPs."""
+    return partial(model.units_per_image, forward_cost=partial(forward_cost, model.config))
+
+
+def strategies_to_time(args: PretrainConfig, model: ObjectiveForPreTraining, schedule: Schedule) -> list[Strategy]:
+    """List the strategies whose steps are timed, the uncompressed one first.
+
+    With `schedule="auto"` they are the rungs of the ladder by analytic costs. The run's ladder consists of those that
+    are far enough apart by measured costs, too.
+    """
+    config = model.config
+    strategies = schedule.strategies
+    if args.schedule == "auto":
+        strategies = build_ladder(config.image_size, config.patch_size, analytic_units(model))
+    return list(dict.fromkeys([Strategy(Compression(config.patch_size)), *strategies]))
+
+
+def plan_run(
+    args: PretrainConfig, model: ObjectiveForPreTraining, schedule: Schedule, images: int, costs: Costs | None = None
+) -> tuple[Plan, OnlineController | None]:
+    """Make the plan of a run by analytic or by measured costs. See `make_plan`.
+
+    Measured costs may be None as long as no step has been timed. The plan is then a provisional one, by analytic costs
+    and without a controller, and a budget in time counts as one epoch.
+    """
+    config, units = model.config, analytic_units(model)
+    if args.cost == "analytic":
+        return make_plan(args, config, schedule, units, images)
+    if costs is None:
+        uncompressed = units(Strategy(Compression(config.patch_size)))
+        in_time = budget_in_seconds(args.budget) is not None
+        epoch = max(images, args.batch_size) * uncompressed
+        budget = epoch if in_time else budget_in_units(args.budget or 0.0, images, uncompressed)
+        return _spend(args, budget, schedule, units), None
+    if isinstance(costs, CostTable):  # of a run that an earlier version has started
+        return make_plan(args, config, schedule, partial(model.units_per_image, forward_cost=costs), images)
+    problem = f"remove {TABLE_NAME} in {args.output_dir}, and steps are timed again"
+    for strategy in (Strategy(Compression(config.patch_size)), *schedule.strategies):
+        if strategy not in costs.units:
+            fail("cost", args.cost, f"the table holds no cost of a step under {strategy}; {problem}")
+    if budget_in_seconds(args.budget) is not None and costs.budget_requested != args.budget:
+        made_for = f"the measured costs were made for budget={costs.budget_requested!r}"
+        fail("budget", args.budget, f"{made_for}; {problem}")
+    return make_plan(args, config, schedule, costs, images)
 
 
 def make_plan(
@@ -74,24 +123,33 @@ def make_plan(
 
     Args:
         schedule: see `read_schedule`; a controller starts with its own longest.
-        units_per_image: units of training on one image under a strategy.
+        units_per_image: units of training on one image under a strategy. Of `StepCosts`, a budget in time is taken.
         images: of the training set, of which an epoch is one pass.
 
     Raises:
         SettingError: the budget does not pay for one step, or for the probes.
     """
     uncompressed = Strategy(Compression(config.patch_size))
-    budget, controller = budget_in_units(args.budget or 0.0, images, units_per_image(uncompressed)), None
+    timed = units_per_image if isinstance(units_per_image, StepCosts) else None
+    if timed and timed.budget is not None and budget_in_seconds(args.budget) is not None:
+        budget = timed.budget
+    else:
+        budget = budget_in_units(args.budget or 0.0, images, units_per_image(uncompressed))
+    controller = None
     if args.schedule == "auto":
-        ladder = build_ladder(config.image_size, config.patch_size, units_per_image)
+        ladder = build_ladder(config.image_size, config.patch_size, units_per_image, timed and timed.units)
         settings = (budget, args.auto_share, args.auto_draws, args.search_criterion)
         try:
             controller = OnlineController(ladder, lambda s: args.batch_size * units_per_image(s), *settings)
         except ValueError as error:
             raise SettingError(f"schedule='auto': {error}") from None
         schedule = controller.schedule()
+    return _spend(args, budget, schedule, units_per_image), controller
+
+
+def _spend(args: PretrainConfig, budget: float, schedule: Schedule, units_per_image: UnitsPerImage) -> Plan:
     try:
-        return Plan(budget, schedule, args.batch_size, units_per_image), controller
+        return Plan(budget, schedule, args.batch_size, units_per_image)
     except ValueError as error:
         fail("budget", args.budget, str(error))
 
@@ -103,6 +161,7 @@ def describe_plan(args: PretrainConfig, model: ObjectiveForPreTraining, plan: Pl
         # Probes are charged, and a compression that ends later or earlier changes how many steps the rest pays for.
         f"Budget: {'at most ' * (args.schedule == 'auto')}{plan.num_steps:,} steps of {args.batch_size} images, "
         f"{plan.total_cost:,.0f} of {plan.budget:,.0f} units"
+        f"{f' ({args.budget})' if budget_in_seconds(args.budget) is not None else ''}"
     ]
     if micro_batches > 1 and model.least_batch > 1:
         lines.append(

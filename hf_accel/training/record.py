@@ -139,6 +139,7 @@ def training_results(trainer: Any) -> dict[str, Any]:
         "knn_top1_random_init": next((e["eval_knn_top1"] for e in accuracies if e["step"] == 0), None),
         "units": state["units"],
         "budget": plan.budget,
+        "budget_requested": trainer.args.budget,
         "steps": state["step"],
         "images_seen": state["step"] * plan.batch_size,
         "seconds": {**seconds, "rest": seconds["total"] - in_parts},

@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from ..compression import CostTable
+from ..compression.cost import TABLE_NAME, StepCosts, load_costs
 from ..distributed import barrier, broadcast_object, is_main, say
 from ..distributed.launch import engine_of
 from ..run_folder import RunFolder, find_damage, read_state
@@ -57,6 +59,18 @@ def _last_checkpoint(folder: RunFolder) -> Path | None:
             break
         say(f"Not resumed from {path}: {wrong}")
     return broadcast_object(found)
+
+
+def find_costs(checkpoint: Path) -> CostTable | StepCosts:
+    """Load the measured costs of a checkpoint outside the folder of its run.
+
+    Raises:
+        SettingError: it has none.
+    """
+    path = checkpoint / TABLE_NAME
+    if not path.exists():
+        fail("cost", "measured", f"{path} is missing: restore it from another checkpoint of the run, or start again")
+    return load_costs(path)
 
 
 def take_over(trainer: Any, checkpoint: Path) -> int:

@@ -139,6 +139,20 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.3g} s"
 
 
+def name_bound(logs: Mapping[str, float]) -> str:
+    """Name the part that took most of the time of the logged steps: "data", "views" or "model", the whole rest.
+
+    The host does not wait for a GPU, so its clock does not tell views, model and launches apart. Together they are the
+    "device".
+    """
+    data = logs["data_wait_fraction"]
+    if "views_fraction" not in logs:
+        return "data" if data > 0.5 else "device"
+    parts = {"data": data, "views": logs["views_fraction"]}
+    parts["model"] = 1.0 - sum(parts.values())
+    return max(parts, key=lambda part: parts[part])
+
+
 class PredictedTime(TrainerCallback):
     """Says how long the rest of the run takes, once, after TIMED_STEPS timed steps.
 

@@ -36,12 +36,12 @@ from .console import ConsoleCallback, describe_run, quiet
 from .finish import finish_run
 from .memory import explained_memory
 from .monitoring import CollapseMonitor
-from .planning import make_forward_cost, make_plan, read_schedule, strategies_of_run
+from .planning import Costs, describe_plan, plan_run, read_costs, read_schedule
 from .record import RULES, describe_optimizer, describe_settings, sample_colours
-from .resuming import choose_checkpoint, load_complete, take_over
+from .resuming import choose_checkpoint, find_costs, load_complete, take_over
 from .saving import SavingTrainer
-from .timing import PredictedTime
-from .views import start_views
+from .step_costs import prepare_steps
+from .timing import PredictedTime, name_bound
 
 
 class PretrainTrainer(SavingTrainer):
@@ -62,7 +62,9 @@ class PretrainTrainer(SavingTrainer):
             "free" or "correction".
 
     Attributes:
-        plan ([`Plan`]): Strategy and progress of every step.
+        plan ([`Plan`]): Strategy and progress of every step. With `cost="measured"` it is provisional until `train` has
+            timed the steps.
+        costs ([`StepCosts`] or [`CostTable`]): The measured costs that it follows from, if they are measured.
         stopped (`bool`): Whether SIGTERM or a callback has ended `train` early, at a checkpoint.
 
     Example:
@@ -89,7 +91,7 @@ class PretrainTrainer(SavingTrainer):
     ):
         check_arguments(model, args, eval_dataset, kwargs)
         connect_processes(args, args.precision, args.torch_compile)
-        self.folder, config = RunFolder(str(args.output_dir)), model.config
+        self.args, self.folder, config = args, RunFolder(str(args.output_dir)), model.config
         self.source = image_source(train_dataset, "train_dataset")
         self.validation = None if eval_dataset is None else image_source(eval_dataset, "eval_dataset", self.source)
         if len(self.source) < args.batch_size:
@@ -100,13 +102,9 @@ class PretrainTrainer(SavingTrainer):
         if args.torch_compile:
             model.compile_encoders()
         self.view_configs = model.view_configs(AUGMENTATIONS[args.augmentation])
-        schedule = read_schedule(args, config, next((view.size for view in self.view_configs if view.size), None))
-        strategies = strategies_of_run(args, config, schedule)
-        self.forward_cost = make_forward_cost(args, config, args.device, strategies)
-        units = partial(model.units_per_image, forward_cost=self.forward_cost)
-        self.plan, self.controller = make_plan(args, config, schedule, units, len(self.source))
-        self.most_steps = self.plan.num_steps
-        args.max_steps = Derived(self.most_steps)
+        self.schedule = read_schedule(args, config, next((view.size for view in self.view_configs if view.size), None))
+        self._make_plan = partial(plan_run, args, model, self.schedule, len(self.source))
+        self.set_costs(read_costs(self.folder) if args.cost == "measured" else None)
         self.given_record, self.rules, self.colours = record, rules or RULES, None
         self.stopped = self.evaluation_due = self.keep_now = False
         self.cache: str | None = None
@@ -116,15 +114,16 @@ class PretrainTrainer(SavingTrainer):
         self.cpu_seconds = 0.0
         self._metric_sums: dict[str, torch.Tensor] = {}
         self._metric_count = self._first_step = 0
-        self._window = (time.perf_counter(), 0, 0.0)
+        self._seconds_of_views = 0.0
+        self._window = (time.perf_counter(), 0, 0.0, 0.0)
         datasets: dict[str, Any] = {"train_dataset": self.source, "eval_dataset": self.validation}
         processor = image_processor(self.source, config.image_size)  # Pipelines open checkpoints with it.
         super().__init__(model=model, args=args, processing_class=processor, **datasets, **kwargs)
         if self.optimizer is not None:
             note_factors(cast(Any, self.optimizer), args)
         self.own_optimizer = describe_optimizer(self)
-        if self.controller:
-            self.add_callback(AutoScheduleCallback(self, self.controller))
+        if args.schedule == "auto":
+            self.add_callback(AutoScheduleCallback(self))
         self.add_callback(ProgressCallback(self))
         for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(callback)
@@ -132,6 +131,20 @@ class PretrainTrainer(SavingTrainer):
         self.add_callback(self.console)
         self.add_callback(CollapseMonitor(model.collapse_symptoms))
         self.add_callback(PredictedTime(self))
+
+    # Costs
+
+    def set_costs(self, costs: Costs | None) -> None:
+        """Plan the run by measured costs, or by analytic ones if there are none."""
+        self.costs = costs
+        self.plan, self.controller = self._make_plan(costs)
+        self.most_steps = self.plan.num_steps
+        self.args.max_steps = Derived(self.most_steps)
+
+    @property
+    def plan_is_final(self) -> bool:
+        """Whether the costs that the plan is to follow are known."""
+        return self.args.cost == "analytic" or self.costs is not None
 
     # Data
 
@@ -188,6 +201,8 @@ class PretrainTrainer(SavingTrainer):
         """
         with self.folder.lock():
             checkpoint = choose_checkpoint(self.folder, resume_from_checkpoint)
+            if checkpoint and not self.plan_is_final:
+                self.set_costs(find_costs(checkpoint))
             record = dict(self.given_record or describe_settings(self))
             rules: dict[str, Rule] = {key: self.rules.get(key, "fixed") for key in record}
             for note in self.folder.compare_settings(record, rules):
@@ -218,10 +233,12 @@ class PretrainTrainer(SavingTrainer):
         self._started, self._seconds_before = time.perf_counter(), self.seconds["total"]
         self._cpu_before = self.cpu_seconds - time.process_time()
         start_cache(self)
-        self._window = (time.perf_counter(), self._first_step, self.seconds["data"])
         with stopping_on_sigterm():
             try:
-                start_views(self)
+                if prepare_steps(self, self._started):
+                    for line in describe_plan(self.args, self.objective, self.plan):
+                        distributed.say(line)
+                self._window = (time.perf_counter(), self._first_step, self.seconds["data"], self._seconds_of_views)
                 output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
                 self.stopped |= stop_agreed()  # A signal may come after the last step.
                 return output
@@ -258,7 +275,9 @@ class PretrainTrainer(SavingTrainer):
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
         step, micro_step = inputs["step"], inputs["micro_step"]
-        now, views = self.plan[step], self.views_of(inputs, self.view_size(step))
+        now, start = self.plan[step], time.perf_counter()
+        views = self.views_of(inputs, self.view_size(step))
+        self._seconds_of_views += time.perf_counter() - start
         output = model(views, now.strategy, Draw(self.args.seed, step, micro_step), now.progress)
         for name, value in output.metrics.items():
             self._metric_sums[name] = self._metric_sums.get(name, 0) + value
@@ -299,11 +318,14 @@ class PretrainTrainer(SavingTrainer):
         logs["units"] = self.plan.spent_after(steps)
         logs["progress"] = self.plan.progress(logs["units"])
         super().log(logs, start_time)
+        if "loss" in logs:  # Trackers take numbers only.
+            cast(Any, self.state.log_history[-1])["bound_by"] = name_bound(logs)
 
     def _step_logs(self, steps: int) -> dict[str, float]:
         strategy, config = self.plan[steps - 1].strategy, self.objective.config
-        since, first, data_before = self._window
-        now, _, data = self._window = (time.perf_counter(), steps, self.seconds["data"])
+        since, first, data_before, views_before = self._window
+        self._window = (time.perf_counter(), steps, self.seconds["data"], self._seconds_of_views)
+        now, _, data, views = self._window
         logs: dict[str, float] = {}
         for prefix, branch in (("", strategy.online), ("target_", strategy.target_branch)):
             tokens = branch.kept_tokens(config.image_size) + config.num_prefix_tokens
@@ -311,6 +333,8 @@ class PretrainTrainer(SavingTrainer):
         taken = max(now - since, 1e-9)
         logs["images_per_second"] = (steps - first) * self.plan.batch_size / taken
         logs["data_wait_fraction"] = (data - data_before) / taken
+        if self.args.device.type == "cpu":
+            logs["views_fraction"] = (views - views_before) / taken
         if self.args.torch_compile:
             from torch._dynamo.utils import counters  # an import of seconds
 
@@ -323,6 +347,11 @@ class PretrainTrainer(SavingTrainer):
     def has_labels(self) -> bool:
         """Whether kNN accuracy can be measured."""
         return all(images is not None and images.labels is not None for images in (self.source, self.validation))
+
+    def measure_accuracy(self, encoder: Any) -> dict[str, float]:
+        """Return the kNN accuracies of an encoder as an evaluation of this run does."""
+        with torch.compiler.set_stance("force_eager"):  # its shapes are not worth a compilation
+            return measure_knn(encoder, self.source, cast(Any, self.validation), self.args)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """kNN accuracy of the exported encoder, as a fraction; nothing without labels.
@@ -337,9 +366,7 @@ class PretrainTrainer(SavingTrainer):
         self.evaluation_due = False
         try:
             if self.has_labels():
-                encoder = self.whole_objective().encoder
-                with torch.compiler.set_stance("force_eager"):  # its shapes are not worth a compilation
-                    accuracy = measure_knn(encoder, self.source, cast(Any, self.validation), self.args)
+                accuracy = self.measure_accuracy(self.whole_objective().encoder)
                 metrics = {f"{metric_key_prefix}_knn_{name}": value for name, value in accuracy.items()}
                 self.log(dict(metrics))
         except Stopped:
@@ -352,6 +379,6 @@ class PretrainTrainer(SavingTrainer):
         taken = time.perf_counter() - start
         self.seconds["evaluation"] += taken
         self._cpu_before -= time.process_time() - cpu_start
-        since, steps, data = self._window
-        self._window = (since + taken, steps, data)
+        since, *others = self._window
+        self._window = (since + taken, *others)
         return metrics

@@ -13,7 +13,9 @@ from typing import Any, Literal
 from .errors import fail
 from .values import as_type
 
-EPOCHS = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*epochs?\s*")
+_AMOUNT = r"\s*(\d+(?:\.\d*)?|\.\d+)\s*"
+EPOCHS = re.compile(_AMOUNT + r"epochs?\s*")
+TIME = re.compile(_AMOUNT + r"(minute|hour)s?\s*")
 
 Rule = Literal["fixed", "correction", "free"]
 """Whether a setting may change between an interrupted run and its continuation.
@@ -42,14 +44,18 @@ class PretrainSettings:
 
     budget: float | str | None = fixed(
         None,
-        "units to spend, or 'N epochs': what so many epochs cost without compression (a unit is a forward pass of the "
-        "encoder on one uncompressed image)",
+        "units to spend; or 'N epochs': what so many epochs cost without compression (a unit is a forward pass of the "
+        "encoder on one uncompressed image); or 'N minutes' or 'N hours', which implies cost=measured",
         "budget",
     )
     schedule: list[Any] | str | None = fixed(
         None, "list of stages, path of a YAML file of them, or auto; default: no compression"
     )
-    cost: Literal["analytic", "measured"] = fixed("analytic", "units from FLOPs, or timed on this device")
+    cost: Literal["analytic", "measured"] | None = fixed(
+        None,
+        "units from FLOPs (analytic), or timed on this device (measured): whole steps of a run, forward passes of a "
+        "search; default: analytic, for a budget in minutes or hours measured",
+    )
     auto_share: float = fixed(0.03, "share of the budget that the probes of schedule=auto may spend")
     auto_draws: int = fixed(8, "paired gradients of a probe of schedule=auto; up to 64 if auto_share pays for them")
     search_criterion: Literal["ca_mse", "gain"] = fixed(
@@ -91,19 +97,12 @@ class PretrainSettings:
     knn_temperature: float = free(0.07, "temperature of the neighbours' votes")
 
     def check_pretraining(self) -> None:
-        """Take each setting to its type, and check what its values allow.
+        """Take each setting to its type, check what its values allow, and choose a cost where none is named.
 
         Raises:
             SettingError: a value or a combination that is not possible.
         """
-        if isinstance(self.budget, str) and not EPOCHS.fullmatch(self.budget):
-            try:
-                self.budget = float(self.budget)
-            except ValueError:
-                fail("budget", self.budget, "must be a number of units or, as '100 epochs', a number of epochs")
-        take_types(self, {key.name: key.type for key in fields(PretrainSettings)})
-        if self.budget is None or (isinstance(self.budget, int | float) and not 0 < self.budget < float("inf")):
-            fail("budget", self.budget, "pretraining needs a budget, e.g. '100 epochs' or 400000 (units)")
+        self._check_budget()
         for name in ("batch_size", "knn_k", "knn_temperature"):
             if getattr(self, name) <= 0:
                 fail(name, getattr(self, name), "must be above 0")
@@ -118,6 +117,30 @@ class PretrainSettings:
         for name in ("eval_points", "keep_points"):
             if any(not isinstance(p, int | float) or not 0 <= p <= 1 for p in getattr(self, name)):
                 fail(name, getattr(self, name), "must be numbers in [0, 1]")
+
+    def _check_budget(self) -> None:
+        if isinstance(self.budget, str):
+            amount = EPOCHS.fullmatch(self.budget) or TIME.fullmatch(self.budget)
+            if amount and not float(amount[1]):
+                fail("budget", self.budget, "must be above 0")
+            try:
+                self.budget = self.budget if amount else float(self.budget)
+            except ValueError:
+                problem = "must be a number of units or, as '100 epochs', a number of epochs, minutes or hours"
+                fail("budget", self.budget, problem)
+        take_types(self, {key.name: key.type for key in fields(PretrainSettings)})
+        if self.budget is None or (isinstance(self.budget, int | float) and not 0 < self.budget < float("inf")):
+            fail("budget", self.budget, "pretraining needs a budget, e.g. '100 epochs' or 400000 (units)")
+        in_time = budget_in_seconds(self.budget) is not None
+        if in_time and self.cost == "analytic":
+            fail("cost", self.cost, f"budget={self.budget!r} is a time, which takes cost=measured: leave cost out")
+        self.cost = self.cost or ("measured" if in_time else "analytic")
+
+
+def budget_in_seconds(budget: float | str | None) -> float | None:
+    """Return the seconds of a budget in minutes or hours, and None for any other budget."""
+    time = TIME.fullmatch(budget) if isinstance(budget, str) else None
+    return float(time[1]) * {"minute": 60, "hour": 3600}[time[2]] if time else None
 
 
 def take_types(settings: Any, hints: Mapping[str, Any]) -> None:

@@ -23,7 +23,8 @@ from torch._dynamo.utils import counters
 import hf_accel.objectives.moco as moco
 import hf_accel.run as entry
 import hf_accel.run_folder
-from hf_accel.compression import Compression, CostTable
+from hf_accel.compression import Compression, Strategy
+from hf_accel.compression.cost import load_costs
 from hf_accel.models import AccelViTModel
 from hf_accel.recipe import PretrainRecipe, Recipe
 from hf_accel.run_folder import RunFolder
@@ -244,21 +245,20 @@ def test_measured_costs_are_kept_and_used_again(folder, tmp_path, monkeypatch):
         stop_at(patch, 3)
         output = launch_until_stopped(folder, tmp_path / "run", "cost=measured", schedule)
     assert not (output / "results.json").exists()
-    table = CostTable.load(output / "cost_table.json")
-    assert set(table.costs) == {Compression(4), Compression(8), Compression(4, 0.5)}
+    table: Any = load_costs(output / "cost_table.json")
+    assert set(table.units) == {Strategy(Compression(4)), Strategy(Compression(8)), Strategy(Compression(4, 0.5))}
     (output / "cost_table.json").unlink()  # the checkpoint has it, too
 
     def again(*_, **__):
         raise AssertionError("measured twice")
 
-    monkeypatch.setattr("hf_accel.training.planning.measure_costs", again)
+    monkeypatch.setattr("hf_accel.training.step_costs.time_steps", again)
     launch(folder, output, "cost=measured", schedule)
-    assert CostTable.load(output / "cost_table.json") == table
+    assert load_costs(output / "cost_table.json") == table
     logs = [log for log in read(output / "log_history.json")["log_history"] if "loss" in log]
     spent = 0.0
     for log in logs:
-        online = Compression(log["patch_size"], log["token_dropout"])
-        spent += 16 * (3 * table(online) + table(Compression(log["target_patch_size"])))
+        spent += 16 * table.units[Strategy(Compression(log["patch_size"], log["token_dropout"]))]
         assert log["units"] == pytest.approx(spent)
     assert read(output / "results.json")["units"] == pytest.approx(spent) and spent <= RECIPE["budget"]
     assert {log["patch_size"] for log in logs} == {4, 8}

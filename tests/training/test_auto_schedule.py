@@ -14,13 +14,15 @@ import pytest
 import torch
 
 import hf_accel.run as entry
-from hf_accel.compression import Compression, CostTable, Schedule, forward_cost
-from hf_accel.recipe import PretrainRecipe, load_recipe
+from hf_accel.compression import Compression, Schedule, Strategy, forward_cost
+from hf_accel.compression.cost import StepCosts, load_costs
+from hf_accel.recipe import load_recipe
 from hf_accel.run_folder import RunFolder
 from hf_accel.schedule_search.gradient_error import GradientErrorAccumulator
 from hf_accel.schedule_search.gradient_probe import GradientProbe
+from hf_accel.training.timing import StepTime
 from hf_accel.training.trainer import PretrainTrainer
-from tests.tiny_runs import RECIPE, WEIGHTS, assert_same_weights, image_folder, launch, launch_until_stopped, read
+from tests.tiny_runs import WEIGHTS, assert_same_weights, image_folder, launch, launch_until_stopped, read
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
 
@@ -69,7 +71,7 @@ def whole(eager, folder, tmp_path_factory) -> Path:
 
 def history(output: Path) -> list[dict[str, Any]]:
     """The log without what a clock has measured."""
-    clocks = ("images_per_second", "data_wait_fraction")
+    clocks = ("images_per_second", "data_wait_fraction", "views_fraction", "bound_by")
     logs = [log for log in read(output / "log_history.json")["log_history"] if "train_runtime" not in log]
     return [{key: value for key, value in log.items() if key not in clocks} for log in logs]
 
@@ -255,18 +257,16 @@ def test_a_budget_that_does_not_pay_for_probes_is_refused(folder, tmp_path):
 
 @pytest.mark.slow
 def test_measured_costs_hold_the_whole_ladder(folder, tmp_path, monkeypatch):
-    config, asked = PretrainRecipe(**{**RECIPE, "image_size": 32}).encoder_config(), []
+    seconds = {Strategy(rung): taken for rung, taken in zip(LADDER, (0.05, 0.2, 0.8), strict=True)}
 
-    def measured(_, compressions, *args, **kwargs):
-        asked.extend(compressions)
-        return CostTable({c: forward_cost(config, c) ** 0.9 for c in compressions}, "cpu")
+    def time_steps(trainer, strategies, steps=3):
+        return {strategy: StepTime(seconds[strategy], 0) for strategy in strategies}
 
-    monkeypatch.setattr("hf_accel.training.planning.measure_costs", measured)
+    monkeypatch.setattr("hf_accel.training.step_costs.time_steps", time_steps)
     output = launch(folder, tmp_path / "run", *AUTO, "cost=measured")
-    table = CostTable.load(output / "cost_table.json")
-    batch = [16 * 4 * table(rung) for rung in LADDER]
-    assert probes_of(output)[0]["probe_units"] == pytest.approx(DRAWS * sum(batch))
-    assert set(LADDER) <= set(asked)
+    units = {rung: 4 * taken / 0.8 for rung, taken in seconds.items()}
+    assert load_costs(output / "cost_table.json") == StepCosts(units, 0.8 / 64, "cpu")
+    assert probes_of(output)[0]["probe_units"] == pytest.approx(DRAWS * 16 * sum(units.values()))
     assert read(output / "results.json")["units"] <= BUDGET
 
 

@@ -20,6 +20,7 @@ from tests.tiny_runs import image_folder, launch
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
 
 LOGS = {"loss": 0.5, "learning_rate": 1e-3, "tokens": 17, "images_per_second": 1234.6, "progress": 0.25, "units": 4.0}
+LOGS |= {"data_wait_fraction": 0.3, "views_fraction": 0.4}
 DENSE, CHEAP = Strategy(Compression(4)), Strategy(Compression(8))
 
 
@@ -70,7 +71,7 @@ def test_no_bar_without_a_terminal_or_where_not_asked_for(stream, disabled, main
 
 def test_log_lines_are_aligned_and_hold_what_one_watches(tmp_path, capsys):
     early, late = describe_logs(LOGS, 7, 590), describe_logs({**LOGS, "loss": -3.25, "progress": 1.0}, 590, 590)
-    assert early == "step   7/590   25%  loss  0.5000  lr 1.00e-03  tokens   17    1,235 images/s"
+    assert early == "step   7/590   25%  loss  0.5000  lr 1.00e-03  tokens   17    1,235 images/s  bound by views"
     assert late and len(early) == len(late)
     evaluated = {"eval_knn_top1": 0.4567, "eval_knn_top5": 0.9, "progress": 0.5}
     assert describe_logs(evaluated, 295, 590) == "step 295/590   50%  kNN   45.67%"

@@ -15,6 +15,7 @@ from hf_accel.compression import Compression, forward_cost
 from hf_accel.data import AUGMENTATIONS, eval_loader
 from hf_accel.evaluation import extract_features
 from hf_accel.run_folder import read_state
+from hf_accel.training.step_costs import prepare_steps
 from hf_accel.utils.pretrain_settings import PretrainSettings
 from tests.training.test_front_door import Tensors, config, moco
 
@@ -155,7 +156,7 @@ ACTS: dict[str, tuple[dict[str, Any], Any, Any]] = {
         (5, 32),
     ),
     "schedule": ({"schedule": STAGES}, lambda t: t.plan[0].strategy.online, Compression(8, 0.5)),
-    "cost": ({"cost": "measured"}, lambda t: t.folder.cost_table.exists(), True),
+    "cost": ({"cost": "measured"}, lambda t: (t.plan_is_final, bool(prepare_steps(t, 0.0))), (False, True)),
     "auto_share": (AUTO | {"auto_share": 0.8}, probes, (5, 3)),
     "auto_draws": (AUTO | {"auto_draws": 4}, probes, (1, 4)),
     "search_criterion": (AUTO | {"search_criterion": "gain"}, lambda t: t.controller.criterion, "gain"),

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from .. import distributed
 from ..compression import Plan, Strategy
 from ..data import TrainSampler, train_loader
+from ..distributed.stopping import stop_together
 from ..objectives import Draw
 
 TIMED_STEPS = 20
@@ -47,6 +48,9 @@ def time_steps(trainer: Any, strategies: Sequence[Strategy], steps: int = 3) -> 
         trainer ([`PretrainTrainer`]): Its model, settings and images are used.
         strategies: Those to time.
         steps: Steps of each, of which the median is taken.
+
+    Raises:
+        Stopped: a stop was requested, by a signal in `train`.
     """
     device, wanted = trainer.args.device, list(dict.fromkeys(strategies))
     known_bad = dict(trainer.source.bad)
@@ -55,6 +59,7 @@ def time_steps(trainer: Any, strategies: Sequence[Strategy], steps: int = 3) -> 
         batches = timer.load(wanted, (steps + 1) * len(wanted))
         taken: dict[Strategy, list[StepTime]] = {strategy: [] for strategy in wanted}
         for _ in range(steps + 1):
+            stop_together()
             for strategy in wanted:
                 taken[strategy].append(timer.take_step(strategy, batches))
     trainer.source.bad.clear()
@@ -89,7 +94,7 @@ class _Timer:
         sampler = TrainSampler(len(source), *shard, accumulation, args.seed, last_step=steps)
 
         def view_size(step: int) -> int:
-            return trainer.size_under(strategies[step % len(strategies)])
+            return trainer.crop_size(trainer.size_under(strategies[step % len(strategies)]))
 
         workers, pinned = args.dataloader_num_workers, self.device.type != "cpu"
         return iter(train_loader(source, sampler, trainer.view_configs, view_size, workers, args.seed, pinned))

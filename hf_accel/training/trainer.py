@@ -164,7 +164,7 @@ class PretrainTrainer(SavingTrainer):
         Workers cut ahead, and under `schedule="auto"` a probe may change what is to come: then all crops are full, and
         `make_views` resizes them.
         """
-        return self.objective.config.image_size if self.controller else size
+        return self.objective.config.image_size if self.args.schedule == "auto" else size
 
     def get_train_dataloader(self):
         """One pass is the whole run, from the step that is next: a resumed run reads no batch only to skip it."""

@@ -241,8 +241,15 @@ def test_a_schedule_file_that_changed_is_not_continued_with(folder, tmp_path, mo
 @pytest.mark.slow
 def test_measured_costs_are_kept_and_used_again(folder, tmp_path, monkeypatch):
     schedule = "schedule=[{until: 0.5, patch_size: 8}, {until: 1.0, token_dropout: 0.5}]"
+    true_step = PretrainTrainer.training_step
+
+    def stopped_step(self, model, inputs, *args, **kwargs):
+        if inputs["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true_step(self, model, inputs, *args, **kwargs)
+
     with monkeypatch.context() as patch:
-        stop_at(patch, 3)
+        patch.setattr(PretrainTrainer, "training_step", stopped_step)
         output = launch_until_stopped(folder, tmp_path / "run", "cost=measured", schedule)
     assert not (output / "results.json").exists()
     table: Any = load_costs(output / "cost_table.json")

@@ -1,7 +1,9 @@
 """Costs of whole steps, timed at the start of a run, and budgets in time that they turn into units."""
 
 import json
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +27,7 @@ from hf_accel.compression import CostTable, forward_cost
 from hf_accel.compression.cost import TABLE_NAME, StepCosts, load_costs
 from hf_accel.training import step_costs
 from hf_accel.training.step_costs import prepare_steps
-from hf_accel.training.timing import StepTime, name_bound
+from hf_accel.training.timing import StepTime, _Timer, name_bound
 from hf_accel.utils.errors import SettingError
 from hf_accel.utils.pretrain_settings import budget_in_seconds
 from tests.tiny_runs import RECIPE, assert_same_weights, image_folder
@@ -264,6 +266,20 @@ def test_a_run_says_its_plan_once_its_steps_are_timed(timed, tmp_path, capsys):
     assert f"Budget: {len(trainer.plan)} steps" in lines[start + 1]
     assert sum(line.startswith("Budget: ") for line in lines) == 1
     assert trainer.state.global_step == len(trainer.plan) == trainer.state.max_steps
+
+
+def test_a_stop_while_steps_are_timed_leaves_nothing(tmp_path, monkeypatch):
+    take_step, taken = _Timer.take_step, []
+
+    def stopped(self, *args):
+        taken.append(os.kill(os.getpid(), signal.SIGTERM) if not taken else None)
+        return take_step(self, *args)
+
+    monkeypatch.setattr(_Timer, "take_step", stopped)
+    trainer = trainer_of(tmp_path, cost="measured", budget=640)
+    trainer.train()
+    assert trainer.stopped and len(taken) == 2 and trainer.state.global_step == 0
+    assert not list(tmp_path.glob("*check*")) and not (tmp_path / TABLE_NAME).exists()
 
 
 def test_plan_shows_a_budget_in_time(timed, tmp_path, capsys):

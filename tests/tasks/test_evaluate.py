@@ -252,7 +252,10 @@ def test_checkpoints_that_cannot_be_evaluated(dinov2, folder, tmp_path):
         return f"checkpoint={tmp_path / name}"
 
     refused(
-        folder, tmp_path / "1", r"SettingError: checkpoint='.*/nowhere': there is no such folder", "checkpoint=/nowhere"
+        folder,
+        tmp_path / "1",
+        r"SettingError: checkpoint='.*/nowhere': there is no such file or folder",
+        "checkpoint=/nowhere",
     )
     sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = saved("text", BertModel(BertConfig(**sizes, intermediate_size=32, vocab_size=20)))

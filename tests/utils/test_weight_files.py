@@ -145,7 +145,7 @@ def test_what_can_be_opened_passes(encoder):
 
 
 def test_an_error_keeps_its_innermost_cause(tmp_path):
-    with pytest.raises(ValueError, match=r"there is no such folder.*outer; because of inner"), opening("/nowhere"):
+    with pytest.raises(ValueError, match="outer; because of inner"), opening("me/nowhere"):
         try:
             raise OSError("inner")
         except OSError as error:

@@ -86,7 +86,7 @@ def test_full_shared_memory_is_an_error_with_a_remedy(monkeypatch):
 
 def test_a_late_worker_is_an_error_with_a_remedy():
     with pytest.raises(WorkersFailed, match=r"DataLoader timed out after 1 seconds\. .*--shm-size.*num_workers: 0"):
-        load(lambda number: time.sleep(2), timeout=1)
+        load(lambda number: time.sleep(1.5) if number == 0 else BATCH, timeout=1)
 
 
 def test_a_killed_worker_is_an_error_with_a_remedy():

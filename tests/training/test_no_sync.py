@@ -98,7 +98,8 @@ def train(name: str, device: torch.device | None, folder: str) -> dict[str, Any]
     model_config = {**RECIPE["model_config"], "num_hidden_layers": 1, **settings.get("model_config", {})}
     budget = 8 * 3 * {"dino": 11, "simclr": 6}.get(settings.get("objective", "moco"), 4)
     shared = {**RECIPE, "batch_size": 8, "schedule": STAGES, "budget": budget, "eval_points": [], "logging_steps": 1}
-    shared["mixed_precision"] = "no"  # by default a GPU takes bf16
+    # By default a GPU takes bf16. A pretended device has no memory to pin, which workers need.
+    shared |= {"mixed_precision": "no", "num_workers": 0}
     recipe = PretrainRecipe(**{**shared, **settings, "model_config": model_config, "output_dir": folder})
     AcceleratorState._reset_state(reset_partial_state=True)
     pretended, on_gpu = device is not None and device.type == "pretend", device is not None and device.type == "cuda"

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.launches import KernelCount
 from benchmarks.options import parser_of
 from benchmarks.view_peers import PEERS, images_for
-from hf_accel.data import AUGMENTATIONS, FusedViews, augment, fused, make_views
+from hf_accel.data import AUGMENTATIONS, FusedViews, augment, crops, fused, make_views
 from hf_accel.report import environment, format_table
 from hf_accel.utils.writing import write_json
 
@@ -45,8 +45,10 @@ def count_eager(views: Views, least: int) -> tuple[int, int]:
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """The whole batch at once, also on a CPU, where it is otherwise made in parts that fit into the cache."""
-    limits: dict[str, Any] = {"CACHE_BYTES": 2**62, "LARGEST_PRODUCT": 2**62}
-    with patch.multiple(augment, **limits), patch.multiple(fused, REPEAT_AHEAD=False, **limits):
+    cache: dict[str, Any] = {"CACHE_BYTES": 2**62}
+    product: dict[str, Any] = {"LARGEST_PRODUCT": 2**62}
+    both: dict[str, Any] = {**cache, **product, "REPEAT_AHEAD": False}
+    with patch.multiple(augment, **cache), patch.multiple(crops, **product), patch.multiple(fused, **both):
         yield
 
 

@@ -1,6 +1,7 @@
 """Images: where they come from, how they become batches, and how they are augmented."""
 
-from .augment import AUGMENTATIONS, Renderer, ViewConfig, crop_and_resize, crop_boxes, make_views
+from .augment import AUGMENTATIONS, Renderer, ViewConfig, make_views
+from .crops import crop_and_resize, crop_boxes
 from .fused import FusedViews
 from .items import image_source
 from .loader import TrainSampler, eval_loader, image_processor, resize_edge, train_loader

@@ -18,15 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed.transfer import send
-from .augment import (
-    CACHE_BYTES,
-    LARGEST_PRODUCT,
-    DrawnView,
-    ViewConfig,
-    crop_and_resize,
-    crop_one_by_one,
-    rotate_and_shear,
-)
+from .augment import CACHE_BYTES, DrawnView, ViewConfig, rotate_and_shear
+from .crops import LARGEST_PRODUCT, crop_and_resize, crop_one_by_one
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """Columns of the draws of colour jitter."""

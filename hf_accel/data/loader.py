@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..utils.seeding import generator
-from .augment import ViewConfig, cut_and_resize, view_boxes
+from .augment import ViewConfig, view_boxes
+from .crops import cut_and_resize
 from .decoding import image_tensor, upright_size
 from .sources import Bad, CorruptImage, ImageSource
 from .workers import BATCH_SECONDS, block_sigterm_in_children, explained_failures, outlive_sigterm, pass_on

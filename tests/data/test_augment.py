@@ -10,7 +10,9 @@ import torch
 from PIL import ImageEnhance, ImageOps
 
 from hf_accel.data import augment as views
-from hf_accel.data.augment import AUGMENTATIONS, ViewConfig, crop_and_resize, crop_boxes, make_views
+from hf_accel.data import crops
+from hf_accel.data.augment import AUGMENTATIONS, ViewConfig, make_views
+from hf_accel.data.crops import crop_and_resize, crop_boxes
 from hf_accel.utils.seeding import generator
 
 PLAIN = ViewConfig(crop_scale=(1, 1), crop_ratio=(1, 1), jitter=0, grayscale=0, blur=0, flip=0)
@@ -59,7 +61,7 @@ def test_both_ways_to_resize_agree(channels, monkeypatch):
     images, sides = random_images(20, 61, 90, channels), torch.full((20,), 61)
     boxes = views.view_boxes(ViewConfig(), sides, sides, 0, 0, 0, 0, slice(0, 20), 20)
     one_by_one = crop_and_resize(images, boxes, 50)
-    monkeypatch.setattr(views, "LARGEST_PRODUCT", 50)
+    monkeypatch.setattr(crops, "LARGEST_PRODUCT", 50)
     torch.testing.assert_close(crop_and_resize(images, boxes, 50), one_by_one, atol=1.01 / 255, rtol=0)
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from hf_accel.data import FusedViews, augment, cache
-from hf_accel.data.augment import AUGMENTATIONS, ViewConfig, crop_and_resize, make_views
+from hf_accel.data.augment import AUGMENTATIONS, ViewConfig, make_views
 from hf_accel.data.cache import StoredSizes, storage_bytes, storage_side, store_images, stored_sizes
+from hf_accel.data.crops import crop_and_resize
 from hf_accel.data.loader import TrainSampler, eval_loader, train_loader
 from hf_accel.data.sources import CorruptDataError, ImageSource
 from tests.data.test_loader import CROP_ONLY, MOCO, folder, noise

@@ -59,8 +59,8 @@ class PublishingTrainer(Trainer):
 
     def create_model_card(self, *args: Any, license: str | None = None, **kwargs: Any) -> None:
         """Write the card of a finished run into `final/`. One that somebody has edited stays."""
-        self._check_finished()
-        if self.is_world_process_zero():
+        if self.is_world_process_zero():  # Others may be here before this one has written the run's last files.
+            self._check_finished()
             self.publication(license).complete_final(self.folder.read_results())
 
     def push_to_hub(self, commit_message: str | None = None, blocking: bool = True, **kwargs: Any) -> None:
@@ -73,8 +73,9 @@ class PublishingTrainer(Trainer):
             SettingError: the run is not finished.
             PushFailed: the Hub cannot be reached or refuses. Nothing is lost, and the call can be repeated.
         """
-        self._check_finished()
-        self.publication(kwargs.get("license")).publish()
+        if self.is_world_process_zero():
+            self._check_finished()
+            self.publication(kwargs.get("license")).publish()
 
     def _check_finished(self) -> None:
         if not self.folder.is_complete():

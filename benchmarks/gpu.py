@@ -26,6 +26,14 @@ COST = ("benchmarks.cost", "--precision", "bf16", "--batch-size", "128", "--repe
 SEARCH = ("benchmarks.search", "--precision", "bf16", "--batch-size", "256", "--draws", "16", "--dropouts", "10")
 TOY = ("--device", "cpu", "--precision", "fp32", "--model", "vit_tiny", "--image-size", "32", "--patch-size", "8")
 TOY += ("--batch-size", "4", "--repeats", "1", "--projector-hidden-size", "16")
+# From files a GPU waits for the loader, as `data` tells, so here the images are stored on it.
+WHOLE = ("benchmarks.whole_steps", "recipes/imagenet100/moco_vit_s16.yaml", "--images", "4096", "image_size=224")
+WHOLE += ("cache=device", "view_resolution=matched", "view_backend=fused", "budget=1e9")
+WHOLE += ("schedule=[{until: 0.3, patch_size: 56}, {until: 0.6, patch_size: 32}, {until: 1.0, patch_size: 16}]",)
+WHOLE += ("--beside", "view_resolution=full,view_backend=eager")
+WHOLE_TOY = ("model=vit_tiny", "image_size=32", "patch_size=8", "batch_size=4", "num_workers=0", "view_backend=eager")
+WHOLE_TOY += ("budget=1000", "mixed_precision=no", "objective_config={projector_hidden_size: 16}", "cache=ram")
+WHOLE_TOY += ("schedule=[{until: 0.5, patch_size: 16}, {until: 1.0, patch_size: 8}]", "--images", "8", "--repeats", "1")
 VIEWS_TOY = ("--device", "cpu", "--size", "32", "--batch-size", "4", "--repeats", "1")
 
 
@@ -42,14 +50,16 @@ PARTS = {
     "tests": Part(("pytest", "-m", "gpu", "--durations=0", "-p", "no:cacheprovider"), 400),
     "views": Part(("benchmarks.views", "--batch-size", "256"), 100, VIEWS_TOY),
     "data": Part(("benchmarks.data", "--batch-size", "256"), 60, VIEWS_TOY),
-    "step_small": Part((*STEP, "vit_small"), 90, (*TOY, "--strategies", "16")),
-    "step_base": Part((*STEP, "vit_base"), 90, (*TOY, "--strategies", "16")),
-    "cost_small": Part((*COST, "vit_small"), 90, (*TOY, "--strategies", "16")),
-    "cost_base": Part((*COST, "vit_base"), 90, (*TOY, "--strategies", "16")),
-    "search": Part((*SEARCH, "--memory", "40", "--model", "vit_small"), 180, (*TOY, "--draws", "3", "--dropouts", "1")),
+    "step_small": Part((*STEP, "vit_small"), 75, (*TOY, "--strategies", "16")),
+    "step_base": Part((*STEP, "vit_base"), 75, (*TOY, "--strategies", "16")),
+    "cost_small": Part((*COST, "vit_small"), 75, (*TOY, "--strategies", "16")),
+    "cost_base": Part((*COST, "vit_base"), 75, (*TOY, "--strategies", "16")),
+    "whole_256": Part((*WHOLE, "batch_size=256"), 120, WHOLE_TOY),
+    "whole_1024": Part((*WHOLE, "batch_size=1024"), 120, WHOLE_TOY),
+    "search": Part((*SEARCH, "--memory", "40", "--model", "vit_small"), 120, (*TOY, "--draws", "3", "--dropouts", "1")),
     "scaling": Part(("benchmarks.scaling", RECIPE), 40),
-    "compiled_small": Part((*STEP, "vit_small", "--compile"), 180, (*TOY, "--strategies", "16")),
-    "compiled_base": Part((*STEP, "vit_base", "--compile"), 180, (*TOY, "--strategies", "16")),
+    "compiled_small": Part((*STEP, "vit_small", "--compile"), 120, (*TOY, "--strategies", "16")),
+    "compiled_base": Part((*STEP, "vit_base", "--compile"), 120, (*TOY, "--strategies", "16")),
 }
 
 

@@ -20,12 +20,15 @@ def measured(tmp_path):
 def test_each_part_is_a_command_that_parses(name, toy, measured, monkeypatch):
     monkeypatch.setattr("torch.set_num_threads", lambda number: None)
     _, _, module, *arguments = gpu.command_of(name, measured, toy)
-    if not toy and name != "scaling":
+    own_device = name == "scaling" or name.startswith("whole")
+    if not toy and not own_device:
         arguments += ["--device", "cuda"]
     args = importlib.import_module(module).parse_arguments(arguments)
     assert args.output == measured / f"{name}.json"
     if name == "scaling":
         assert args.ms_per_unit == 0.125
+    elif own_device:
+        assert ("model=vit_tiny" in args.settings) == toy and args.images == (8 if toy else 4096)
     else:
         small = args.size == 32 if name in ("views", "data") else args.model.endswith("tiny")
         assert args.device.type == ("cpu" if toy else "cuda") and small == toy
@@ -47,7 +50,7 @@ def test_the_rest_goes_on_after_a_failure(measured, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert asked == ["pytest", "benchmarks.cost", "benchmarks.search"] and "a line of the log" in printed
     last = printed.splitlines()[-1]
-    assert "tests (exit status 3)" in last and "cost_base (took longer than 90 s)" in last and "scaling (" in last
+    assert "tests (exit status 3)" in last and "cost_base (took longer than 75 s)" in last and "scaling (" in last
     assert "search" not in last and gpu.main([str(measured), "--toy", "search"]) == 0
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import PIL.Image
 import psutil
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -206,17 +207,22 @@ def _read_size(source: ImageSource, index: int) -> tuple[int, int]:
     return height, width
 
 
+def decode_at(source: ImageSource, index: int, image: Image, height: int, width: int) -> Tensor:
+    """Decode an opened image at this size: uint8 (height, width, 3). Raises CorruptImage."""
+    short = min(upright_size(image)) / min(height, width)
+    pixels = source.decode_pixels(index, image, shrink=short).permute(1, 2, 0)
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    shrunk = PIL.Image.fromarray(pixels.numpy()).resize((width, height), PIL.Image.Resampling.BICUBIC)
+    return image_tensor(shrunk).permute(1, 2, 0)
+
+
 def _decode(source: ImageSource, index: int, height: int, width: int) -> Tensor | Bad:
     """Decode an image as it is stored: uint8 (long side, short side, 3)."""
     try:
-        image = source.open(index)
-        short = min(upright_size(image)) / min(height, width)
-        pixels = source.decode_pixels(index, image, shrink=short).permute(1, 2, 0)
+        pixels = decode_at(source, index, source.open(index), height, width)
     except CorruptImage as error:
         return error.bad
-    if pixels.shape[:2] != (height, width):
-        shrunk = PIL.Image.fromarray(pixels.numpy()).resize((width, height), PIL.Image.Resampling.BICUBIC)
-        pixels = image_tensor(shrunk).permute(1, 2, 0)
     return pixels.transpose(0, 1) if width > height else pixels
 
 

@@ -285,6 +285,7 @@ def load_sources(
     label_column: str | None = None,
     seed: int = 0,
     config: str | None = None,
+    in_memory: bool = True,
 ) -> tuple[ImageSource, ImageSource | None]:
     """Load the training and validation images of `data`.
 
@@ -295,7 +296,7 @@ def load_sources(
     Without a validation split, a tenth of each class of two or more images is held out, drawn from `seed`. Without
     labels there are no validation images. Classes are matched by name between splits. The label -1 marks images without
     a label, and validation images of a class that the training split lacks. `label_column="none"` reads no labels and
-    takes no folders as classes.
+    takes no folders as classes. With `in_memory`, images of one size that are few enough are decoded at once.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -331,7 +332,8 @@ def load_sources(
         name = "/".join(filter(None, (data, config, part)))
         source = ImageSource(name, select_undecoded(table, image_column), None, part_labels, names, labels_from=origin)
         warned = warned or source.warn_of_lost_contrast()
-        source.hold_in_memory()
+        if in_memory:
+            source.hold_in_memory()
         sources.append(source)
     return sources[0], sources[1] if len(sources) == 2 else None
 

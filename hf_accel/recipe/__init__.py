@@ -7,6 +7,7 @@ from .keys import (
     CostRecipe,
     EvaluateRecipe,
     ExportRecipe,
+    PackRecipe,
     PretrainRecipe,
     Recipe,
     SearchRecipe,

@@ -136,7 +136,7 @@ def _check_numbers(recipe: Any) -> None:
             fail(key, value, problem)
     if recipe.reads("seed") and not 0 <= recipe.seed < 2**32:
         fail("seed", recipe.seed, "must be a whole number from 0 to 2^32 - 1")
-    if recipe.reads("image_size") and recipe.image_size % recipe.patch_size:
+    if recipe.reads("patch_size") and recipe.image_size % recipe.patch_size:
         fail("patch_size", recipe.patch_size, f"must divide image_size={recipe.image_size}")
 
 

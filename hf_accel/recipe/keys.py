@@ -207,9 +207,23 @@ class CostRecipe(Recipe, take(StepKeys, "mixed_precision"), ModelKeys, take(RunK
     task: ClassVar[str] = "cost"
 
 
-RECIPES: dict[str, type[Recipe]] = {
-    kind.task: kind for kind in (PretrainRecipe, SearchRecipe, EvaluateRecipe, ExportRecipe, CardRecipe, CostRecipe)
-}
+@dataclass
+class PackRecipe(
+    Recipe,
+    take(PretrainSettings, "augmentation"),
+    take(ObjectiveKeys, "objective", "objective_config"),
+    take(ModelKeys, "image_size"),
+    WorkerKeys,
+    DataKeys,
+    RunKeys,
+):
+    """Write a dataset to Parquet shards, with images shrunk to what their crops need."""
+
+    task: ClassVar[str] = "pack"
+
+
+_KINDS = (PretrainRecipe, SearchRecipe, EvaluateRecipe, ExportRecipe, CardRecipe, CostRecipe, PackRecipe)
+RECIPES: dict[str, type[Recipe]] = {kind.task: kind for kind in _KINDS}
 
 
 def default_of(kind: type[Recipe], key: str) -> Any:

@@ -7,6 +7,7 @@ TASKS = {
     "export": ("tasks.export", "export"),
     "card": ("tasks.card", "card"),
     "cost": ("tasks.cost", "cost_report"),
+    "pack": ("tasks.pack", "pack"),
 }
 """For each recipe's task the module of hf_accel and the function in it, which takes the recipe."""
 

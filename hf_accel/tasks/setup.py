@@ -129,8 +129,8 @@ def images_of(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
     return source, validation
 
 
-def load_images(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
-    """Load training and validation images.
+def load_images(recipe: Recipe, in_memory: bool = True) -> tuple[ImageSource, ImageSource | None]:
+    """Load training and validation images, and decode small sets `in_memory`.
 
     Raises:
         RecipeError: what cannot be read, or fewer images than a batch takes.
@@ -142,7 +142,7 @@ def load_images(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
             raise RecipeError(f"{key}={value!r}: the bundled digits have {kind}; leave it out")
     splits, columns = (recipe.train_split, recipe.validation_split), (recipe.image_column, recipe.label_column)
     try:
-        return load_sources(recipe.data, *splits, *columns, recipe.seed, recipe.data_config)
+        return load_sources(recipe.data, *splits, *columns, recipe.seed, recipe.data_config, in_memory)
     except CorruptDataError:  # says enough
         raise
     except (ValueError, OSError, RuntimeError) as error:  # datasets' own errors become one of these

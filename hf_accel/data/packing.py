@@ -1,0 +1,215 @@
+"""Write a dataset to Parquet shards, whose images are no larger than their crops need.
+
+The shards lie in a hidden folder until all of them are there. Each one is noted as soon as it is complete, so that an
+interrupted packing goes on behind the last one.
+"""
+
+import io
+import itertools
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import PIL.Image
+import torch
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from ..utils.writing import write_json
+from .cache import decode_at, stored_sizes
+from .decoding import upright_size
+from .labels import UNLABELLED
+from .loader import ReportingLoader
+from .sources import Bad, CorruptImage, ImageSource
+
+SHARD_BYTES = 2**28
+"""A shard that has reached this size is complete."""
+
+ROWS = 64
+"""Images of a batch and of a row group."""
+
+JPEG_QUALITY = 90
+"""Of images that are shrunk. Other images keep the bytes of their files."""
+
+
+class PackedFile(NamedTuple):
+    """An image as it is packed."""
+
+    index: int
+    name: str
+    content: bytes
+    original_bytes: int
+    shrunk: bool
+
+
+class PackedImages(Dataset):
+    """Batches of images by index, as dictionaries with "files" (`PackedFile`) and "bad"."""
+
+    def __init__(self, source: ImageSource, side: int):
+        self.source, self.side = source, side
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
+        files: list[PackedFile] = []
+        bad: list[Bad] = []
+        for index in indices:
+            try:
+                files.append(self._pack(index))
+            except CorruptImage as error:
+                bad.append(error.bad)
+        return {"files": files, "bad": bad}
+
+    def _pack(self, index: int) -> PackedFile:
+        image = self.source.open(index)
+        name, content = image.info["name"], cast(io.BytesIO, cast(Any, image).fp).getvalue()
+        width, height = upright_size(image)
+        wanted = stored_sizes(torch.tensor([[height, width]]), self.side)[0].tolist()
+        pixels = decode_at(self.source, index, image, *wanted)  # also of a kept file, to see whether it can be read
+        if wanted == [height, width]:
+            return PackedFile(index, name, content, len(content), shrunk=False)
+        packed = io.BytesIO()
+        PIL.Image.fromarray(pixels.contiguous().numpy()).save(packed, "JPEG", quality=JPEG_QUALITY)
+        return PackedFile(index, name, packed.getvalue(), len(content), shrunk=True)
+
+
+class PackedFolder:
+    """The folder of a packed dataset: its shards in `data/`, and `pack.json`, which says what was done.
+
+    Args:
+        path: an empty folder, or one in which the same dataset is packed already, perhaps in part.
+        about: what pack.json holds beside the shards. Its "images" is the number of images of each split.
+
+    Attributes:
+        data: the folder of the shards, which is there once all of them are complete.
+        shards: of each complete shard its file, its split, its images and bytes, the index behind its last image, the
+            bytes of the original files, how many images were shrunk, and those that could not be read.
+
+    Raises:
+        ValueError: the dataset had other numbers of images when packing it began.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any]):
+        self.data, self._hidden, self._record = path / "data", path / ".incomplete", path / "pack.json"
+        self._about, self.shards = about, list[dict[str, Any]]()
+        if not self._record.exists():
+            return
+        begun = json.loads(self._record.read_text())
+        if begun["images"] != about["images"]:
+            raise ValueError(
+                f"there are {about['images']} images, and there were {begun['images']} when packing them into {path} "
+                "began; remove that folder to start over"
+            )
+        self.shards = list(itertools.takewhile(self._is_there, begun["shards"]))
+
+    def _is_there(self, shard: dict[str, Any]) -> bool:
+        file = (self.data if self.data.exists() else self._hidden) / shard["file"]
+        return file.is_file() and file.stat().st_size == shard["bytes"]
+
+    def total(self, key: str) -> int:
+        """Sum a number over all shards."""
+        return sum(shard[key] for shard in self.shards)
+
+    def add(self, split: str, source: ImageSource, side: int, root: str, num_workers: int) -> None:
+        """Write those shards of a split that are not there yet.
+
+        Args:
+            side: the short side to which images are shrunk.
+            root: the folder to which names of files become relative.
+            num_workers: the number of processes that decode images.
+
+        Raises:
+            CorruptDataError: more images cannot be read than may be left out.
+            OSError: a shard cannot be written.
+        """
+        self._hidden.mkdir(exist_ok=True)
+        done = [shard for shard in self.shards if shard["split"] == split]
+        source.report(bad for shard in done for bad in shard["unreadable"])
+        start = done[-1]["end"] if done else 0
+        order: Any = range(start, len(source))
+        loader = ReportingLoader(source, PackedImages(source, side), 0, num_workers, batch_size=ROWS, sampler=order)
+        options: Any = {"total": len(source), "initial": start, "unit": "image", "leave": False, "file": sys.stderr}
+        with tqdm(desc=f"packing {split}", **options) as bar:
+            batches = iter(loader)
+            while bar.n < len(source):
+                with _Shard(self._hidden / f"{split}-{len(done):05}.parquet", source, root) as shard:
+                    while bar.n < len(source) and shard.content_bytes < SHARD_BYTES:
+                        shard.add(next(batches))
+                        bar.update(min(ROWS, len(source) - bar.n))
+                done.append({"split": split, "end": bar.n, **shard.describe()})
+                self.shards.append(done[-1])
+                self._save()
+
+    def finish(self) -> None:
+        """Give the folder of the shards its name, which says that they are complete."""
+        self._save(**{key: self.total(key) for key in ("bytes", "original_bytes", "shrunk")})
+        for file in set(self._hidden.iterdir()).difference(self._hidden / shard["file"] for shard in self.shards):
+            file.unlink()
+        self._hidden.rename(self.data)
+
+    def _save(self, **totals: int) -> None:
+        write_json(self._record, {**self._about, **totals, "shards": self.shards})
+
+
+class _Shard:
+    """A shard while it is written. The file gets its name when it is complete."""
+
+    def __init__(self, path: Path, source: ImageSource, root: str):
+        import datasets
+        import pyarrow.parquet as pq
+
+        self._path, self._source, self._root = path, source, root
+        features = datasets.Features({"image": datasets.Image()})
+        if source.class_names is not None:
+            features["label"] = datasets.ClassLabel(names=source.class_names)
+        self._schema = features.arrow_schema
+        self._file = path.with_suffix(".tmp").open("wb")
+        self._writer = pq.ParquetWriter(self._file, self._schema, compression="none", use_dictionary=False)
+        self.images = self.content_bytes = self.original_bytes = self.shrunk = 0
+        self.unreadable: list[Bad] = []
+
+    def __enter__(self) -> "_Shard":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            self._writer.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+        if kind is None:
+            os.replace(self._file.name, self._path)
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """Write a batch of `PackedImages` as one row group."""
+        import pyarrow as pa
+
+        files: list[PackedFile] = batch["files"]
+        columns: dict[str, Any] = {
+            "image": [{"bytes": file.content, "path": self._shorten(file.name)} for file in files]
+        }
+        if self._source.class_names is not None:
+            labels = self._source.labels
+            found = [UNLABELLED if labels is None else int(labels[file.index]) for file in files]
+            columns["label"] = [None if label == UNLABELLED else label for label in found]
+        self._writer.write_table(pa.table(columns, self._schema))
+        self.images += len(files)
+        self.content_bytes += sum(len(file.content) for file in files)
+        self.original_bytes += sum(file.original_bytes for file in files)
+        self.shrunk += sum(file.shrunk for file in files)
+        self.unreadable += batch["bad"]
+
+    def _shorten(self, name: str) -> str:
+        """Return the name of a file relative to the dataset's folder, or without the folder that it is in."""
+        path = os.path.relpath(name, self._root) if os.path.isabs(name) else name
+        return os.path.basename(name) if path.startswith("..") else path
+
+    def describe(self) -> dict[str, Any]:
+        """Return what pack.json holds of a complete shard."""
+        numbers = {key: getattr(self, key) for key in ("images", "original_bytes", "shrunk", "unreadable")}
+        return {"file": self._path.name, "bytes": self._path.stat().st_size, **numbers}

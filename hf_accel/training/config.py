@@ -3,7 +3,7 @@
 import os
 import sys
 from copy import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, get_type_hints
 
@@ -16,6 +16,17 @@ from ..distributed.launch import DTYPES, autocast_arguments, check_launch, choos
 from ..run_folder import RunFolder
 from ..utils.errors import SettingError, fail
 from ..utils.pretrain_settings import PretrainSettings, take_types
+
+EVALUATION = (
+    *("per_device_eval_batch_size", "prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object"),
+    *("eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "greater_is_better", "bf16_full_eval"),
+    "fp16_full_eval",
+)
+LOADER = (
+    *("dataloader_drop_last", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
+    *("dataloader_multiprocessing_context", "dataloader_in_order", "train_sampling_strategy", "length_column_name"),
+)
+TEXT = ("neftune_noise_alpha", "use_liger_kernel", "liger_kernel_config")
 
 INSTEAD = {
     "num_train_epochs": "set budget='N epochs'",
@@ -34,13 +45,15 @@ INSTEAD = {
     "data_seed": "the order of the images is a function of seed",
     "remove_unused_columns": "the image is found in each item; leave it out",
     "ignore_data_skip": "the loader starts at the step that is next; leave it out",
-    "neftune_noise_alpha": "the noise is for text; leave it out",
     "label_smoothing_factor": "labels are never trained on; leave it out",
+    "label_names": "labels are found in each item; leave it out",
+    "torch_compile_backend": "set torch_compile",
+    "torch_compile_mode": "set torch_compile",
+    **dict.fromkeys(EVALUATION, "kNN accuracy is measured at eval_points; leave it out"),
+    **dict.fromkeys(LOADER, "the loader has one setting, dataloader_num_workers; leave it out"),
+    **dict.fromkeys(TEXT, "it is for text; leave it out"),
 }
 """Arguments of the Trainer that have no meaning here, and what to set in place of them."""
-
-UNUSED = {*INSTEAD, "per_device_eval_batch_size"}
-"""Arguments that trackers do not get, as a run does not use them."""
 
 ABOVE_0 = ("learning_rate", "gradient_accumulation_steps", "logging_steps", "save_steps")
 AT_LEAST_0 = ("weight_decay", "max_grad_norm", "dataloader_num_workers", "adam_epsilon")
@@ -156,8 +169,8 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
         return DTYPES[self.precision]
 
     def to_dict(self) -> dict[str, Any]:
-        """The arguments that the run uses, as trackers record them."""
-        return {name: value for name, value in super().to_dict().items() if name not in UNUSED}
+        """The arguments that the run uses, for trackers."""
+        return {name: value for name, value in super().to_dict().items() if name not in INSTEAD}
 
     def to_sanitized_dict(self) -> dict[str, Any]:
         used = self.to_dict()
@@ -181,11 +194,12 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
 
     def _refuse_foreign(self) -> None:
         """Refuse INSTEAD, except what this class sets itself: a copy by `dataclasses.replace` passes that on."""
-        defaults = {argument.name: argument.default for argument in fields(self)}
+        arguments = {argument.name: argument for argument in fields(self)}
         for name, instead in INSTEAD.items():
-            value = getattr(self, name)
+            value, factory = getattr(self, name), arguments[name].default_factory
+            default = arguments[name].default if factory is MISSING else factory()
             ours = isinstance(value, Derived) or (name == "lr_scheduler_type" and value == "constant")
-            if value != defaults[name] and not ours:
+            if value != default and not ours:
                 fail(name, value, f"has no meaning here; {instead}")
 
     def _check_numbers(self) -> None:

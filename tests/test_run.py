@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.tiny_runs import assert_same_weights
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -61,9 +64,9 @@ def run(output: Path, *overrides: str, objective: str = "moco") -> str:
     return text
 
 
-def interrupt(output: Path, signum: int, objective: str) -> str:
+def interrupt(output: Path, signum: int, *overrides: str, objective: str) -> str:
     """Start the run, send the signal once it has a complete checkpoint, and return what it printed."""
-    process = start(output, objective=objective)
+    process = start(output, *overrides, objective=objective)
     deadline = time.monotonic() + 200
     while not list(output.glob("checkpoint-*/run_state.json")) and process.poll() is None:
         assert time.monotonic() < deadline
@@ -128,7 +131,7 @@ def test_a_run_leaves_what_the_readme_says(whole):
 )
 def test_interrupted_and_resumed_equals_left_alone(whole_run, tmp_path, objective, signum):
     whole = whole_run(objective)
-    text = interrupt(tmp_path, signum, objective)
+    text = interrupt(tmp_path, signum, objective=objective)
     said = ("SIGTERM has arrived: the run saves", "same command resumes")
     assert signum == signal.SIGKILL or all(words in text for words in said)
     assert "Resuming from" in run(tmp_path, objective=objective)
@@ -140,3 +143,23 @@ def test_interrupted_and_resumed_equals_left_alone(whole_run, tmp_path, objectiv
     assert last_logs(whole) == last_logs(tmp_path)
     if signum == signal.SIGTERM:
         assert "complete" in run(tmp_path, objective=objective)
+
+
+@pytest.mark.slow
+def test_killed_in_a_time_budget_equals_a_run_from_its_cost_table(tmp_path):
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    settings = ["budget=0.4 minutes", "save_steps=10"]
+    interrupt(killed, signal.SIGKILL, *settings, objective="moco")
+    table = (killed / "cost_table.json").read_text()
+    assert "Resuming from" in run(killed, *settings)
+    undisturbed.mkdir()
+    shutil.copy(killed / "cost_table.json", undisturbed)
+    text = run(undisturbed, *settings)
+    assert "Resuming" not in text and "Costs:" not in text  # It starts, and times no step.
+    assert (killed / "cost_table.json").read_text() == (undisturbed / "cost_table.json").read_text() == table
+    one, other = (json.loads((output / "results.json").read_text()) for output in (killed, undisturbed))
+    assert one["budget_requested"] == "0.4 minutes" and one["steps"] > 20
+    assert all(one[key] == other[key] for key in ("budget", "units", "steps", "knn_top1"))
+    assert_same_weights(killed, undisturbed)
+    assert_same_weights(killed, undisturbed, f"checkpoint-{one['steps']}/model.safetensors")
+    assert last_logs(killed) == last_logs(undisturbed)

@@ -90,6 +90,7 @@ class StepCosts:
         view_backend: how the timed steps made their views.
         budget_requested: the run's budget as it was given, where that is a time.
         budget: the same in units.
+        probe_overhead: units an image that a draw of a probe takes beyond the steps under its strategies.
     """
 
     units: dict[Strategy, float]
@@ -98,6 +99,7 @@ class StepCosts:
     view_backend: str = "eager"
     budget_requested: str | None = None
     budget: float | None = None
+    probe_overhead: float = 0.0
 
     def __call__(self, strategy: Strategy) -> float:
         return self.units[strategy]

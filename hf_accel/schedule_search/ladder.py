@@ -76,6 +76,7 @@ class OnlineController:
         share: of the budget that probes may spend.
         draws: paired gradients of a probe, at least.
         criterion: "ca_mse" or "gain" (of `GradientError`), by which strategies are compared.
+        overhead: units of a draw beyond those of a batch under each of its strategies.
 
     Raises:
         ValueError: the share does not pay for the first probe and one more.
@@ -89,8 +90,9 @@ class OnlineController:
         share: float = 0.03,
         draws: int = 8,
         criterion: str = "ca_mse",
+        overhead: float = 0.0,
     ):
-        self.criterion = criterion
+        self.criterion, self.overhead = criterion, overhead
         self.ladder, self.budget, self.draws, self.rung, self.probed = ladder, budget, draws, 0, 0
         self.evidence: list[float] = []
         self.score = 0.0
@@ -128,7 +130,7 @@ class OnlineController:
     def cost_of(self, strategies) -> float:
         """Return the units of a probe of these strategies, with its uncompressed gradients."""
         base = self.ladder[-1]
-        return self.draws * (self.units[base] + sum(self.units[s] for s in strategies if s != base))
+        return self.draws * (self.overhead + self.units[base] + sum(self.units[s] for s in strategies if s != base))
 
     def due(self, progress: float, left: float) -> list[Strategy]:
         """Return the strategies to probe now: none before the next point, on the last rung, or without budget.

@@ -1,14 +1,41 @@
 """`schedule: auto` inside a run: probes before the steps where one is due, and the plan that follows from them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback
 
+from ..compression import Strategy
 from ..distributed.stopping import stop_together
+from ..objectives import ObjectiveForPreTraining
 from ..schedule_search.gradient_error import GradientErrorAccumulator, GradientNotFinite
 from ..schedule_search.gradient_probe import GradientProbe
 from ..schedule_search.ladder import OnlineController
 from .config import Derived
+
+
+def take_probe(
+    trainer: Any, objective: ObjectiveForPreTraining, cost: Mapping[Strategy, float], draws: range, progress: float
+) -> GradientErrorAccumulator[Strategy]:
+    """Take paired gradients of `objective` under each strategy of `cost`, which is relative to the uncompressed one.
+
+    All processes must call it.
+
+    Raises:
+        Stopped: a stop was requested. The launch that resumes probes from the first draw on.
+        TrainingDiverged: a gradient is not finite.
+    """
+    accumulator = GradientErrorAccumulator(cost)
+    probe = GradientProbe(objective, trainer.args, trainer.source, progress)
+    for draw in draws:
+        stop_together()
+        reference = probe(None, draw)
+        gradients = {strategy: reference if strategy == probe.base else probe(strategy, draw) for strategy in cost}
+        try:
+            accumulator.add(reference, gradients)
+        except GradientNotFinite:
+            trainer.diverged()
+    return accumulator
 
 
 class AutoScheduleCallback(TrainerCallback):
@@ -31,7 +58,9 @@ class AutoScheduleCallback(TrainerCallback):
         due = controller.due(progress, plan.budget - plan[step].spent)
         if not due:
             return
-        accumulator = self._probe(due, step, progress)
+        cost = {strategy: controller.relative_cost[strategy] for strategy in due}
+        draws = range(step * controller.draws, (step + 1) * controller.draws)
+        accumulator = take_probe(trainer, trainer.whole_objective(), cost, draws, progress)
         before, strategy = controller.strategy, controller.decide(accumulator, progress)
         charge = controller.cost_of(due)
         plan.revise(step, controller.schedule(), charge)
@@ -46,18 +75,3 @@ class AutoScheduleCallback(TrainerCallback):
             logs[f"probe_bias2{name}"], logs[f"probe_ca_mse{name}"] = error.bias2, error.ca_mse
             logs["probe_reference_norm2"] = error.reference_norm2  # of few draws it may be negative: no ratios
         trainer.log(logs)
-
-    def _probe(self, due, step: int, progress: float) -> GradientErrorAccumulator:
-        trainer, controller = self.trainer, self.controller
-        cost = {strategy: controller.relative_cost[strategy] for strategy in due}
-        accumulator = GradientErrorAccumulator(cost)
-        probe = GradientProbe(trainer.whole_objective(), trainer.args, trainer.source, progress)
-        for draw in range(step * controller.draws, (step + 1) * controller.draws):
-            stop_together()  # the launch that resumes probes from the first draw on
-            reference = probe(None, draw)
-            gradients = {s: reference if s == controller.ladder[-1] else probe(s, draw) for s in due}
-            try:
-                accumulator.add(reference, gradients)
-            except GradientNotFinite:
-                trainer.diverged()
-        return accumulator

@@ -138,7 +138,8 @@ def make_plan(
     controller = None
     if args.schedule == "auto":
         ladder = build_ladder(config.image_size, config.patch_size, units_per_image, timed and timed.units)
-        settings = (budget, args.auto_share, args.auto_draws, args.search_criterion)
+        overhead = args.batch_size * (timed.probe_overhead if timed else 0.0)
+        settings = (budget, args.auto_share, args.auto_draws, args.search_criterion, overhead)
         try:
             controller = OnlineController(ladder, lambda s: args.batch_size * units_per_image(s), *settings)
         except ValueError as error:

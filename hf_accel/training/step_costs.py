@@ -2,6 +2,7 @@
 
 import copy
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,8 +17,9 @@ from ..distributed import broadcast_object, is_main, say
 from ..utils.errors import fail
 from ..utils.pretrain_settings import budget_in_seconds
 from ..utils.writing import AGAIN, writing
+from .auto_schedule import take_probe
 from .planning import analytic_units, strategies_to_time
-from .timing import StepTime, format_duration, time_steps
+from .timing import TIMED_AT, StepTime, format_duration, time_steps
 from .views import start_views
 
 AGAIN_FOR = 5.0
@@ -78,18 +80,36 @@ def _measure(trainer: Any, strategies: Sequence[Strategy], started: float) -> di
     more = int(AGAIN_FOR / sum(step.seconds for step in times.values()))
     if more > 3:
         times = broadcast_object(time_steps(trainer, strategies, min(more, MOST_STEPS)))
-    timing = time.perf_counter() - begun
     uncompressed = Strategy(Compression(trainer.objective.config.patch_size))
     units, base = analytic_units(trainer.objective)(uncompressed), times[uncompressed].seconds
     per_image = {strategy: units * (step.seconds / base) for strategy, step in times.items()}
     costs = StepCosts(
         per_image, base / (units * args.batch_size), device_name(args.device), trainer.view_backend or "eager"
     )
+    if args.schedule == "auto":
+        costs = replace(costs, probe_overhead=_probe_overhead(trainer, costs))
+    timing = time.perf_counter() - begun
     if budget_in_seconds(args.budget) is not None:
         # The timed steps were those of a copy of the model, and the model itself is compiled in the run.
         costs = _with_budget(trainer, costs, started - (timing if args.torch_compile else 0.0))
     trainer.set_costs(costs)
     return times
+
+
+def _probe_overhead(trainer: Any, costs: StepCosts) -> float:
+    """Return the units an image by which a draw of a probe takes longer than the steps under its strategies.
+
+    A probe loads its images without workers, makes its views operation by operation, and compares gradients.
+    """
+    objective, seconds = copy.deepcopy(trainer.whole_objective()).to(trainer.args.device), []
+    if trainer.args.torch_compile:
+        objective.compile_encoders()
+    for draw in range(4):
+        start = time.perf_counter()
+        take_probe(trainer, objective, costs.units, range(draw, draw + 1), TIMED_AT)
+        seconds.append(time.perf_counter() - start)
+    taken = statistics.median(seconds[1:]) / (costs.seconds_per_unit * trainer.args.batch_size)
+    return broadcast_object(max(0.0, taken - sum(costs.units.values())))
 
 
 def _with_budget(trainer: Any, costs: StepCosts, started: float) -> StepCosts:

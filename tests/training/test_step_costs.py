@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hf_accel import (
     Compression,
     DINOForPreTraining,
+    MoCoForPreTraining,
     PretrainConfig,
     PretrainTrainer,
     SimCLRForPreTraining,
@@ -25,6 +27,7 @@ from hf_accel import (
 )
 from hf_accel.compression import CostTable, forward_cost
 from hf_accel.compression.cost import TABLE_NAME, StepCosts, load_costs
+from hf_accel.schedule_search.gradient_probe import GradientProbe
 from hf_accel.training import step_costs
 from hf_accel.training.step_costs import prepare_steps
 from hf_accel.training.timing import StepTime, _Timer, name_bound
@@ -209,6 +212,30 @@ def test_a_budget_in_time_counts_timing_evaluations_and_saves(save_steps, timed,
     assert isinstance(trainer.costs, StepCosts) and trainer.costs.budget_requested == "2 minutes"
 
 
+@pytest.mark.parametrize(("gradient", "extra"), [(1.0, 3 * 1.0 - 0.7), (0.1, 0.0)], ids=["slow", "fast"])
+def test_a_draw_of_a_probe_is_charged_with_what_it_takes(gradient, extra, monkeypatch, tmp_path):
+    clock, seconds = [1000.0], (0.4, 0.2, 0.1)  # of the three rungs' steps
+
+    def compute(self, strategy, draw):
+        clock[0] += gradient
+        return torch.full((3,), 1.0 + draw)
+
+    def time_steps(trainer, strategies, steps=3):
+        return {strategy: StepTime(taken, 0) for strategy, taken in zip(strategies, seconds, strict=True)}
+
+    monkeypatch.setattr(step_costs, "time", type("", (), {"perf_counter": lambda: clock[0]}))
+    monkeypatch.setattr(step_costs, "time_steps", time_steps)
+    monkeypatch.setattr(GradientProbe, "_gradient", compute)
+    model = MoCoForPreTraining(vit_tiny(**{**SIZES, "image_size": 32}), **HEADS)
+    trainer = trainer_of(tmp_path, model, schedule="auto", budget="5 minutes", auto_share=0.5, auto_draws=3)
+    prepare_steps(trainer, 1000.0)
+    assert isinstance(trainer.costs, StepCosts) and trainer.costs == load_costs(tmp_path / TABLE_NAME)
+    controller, unit = trainer.controller, trainer.costs.seconds_per_unit
+    assert controller and len(controller.ladder) == 3
+    assert controller.cost_of(controller.ladder) * unit == pytest.approx(controller.draws * (sum(seconds) + extra))
+    assert trainer.plan.budget * unit == pytest.approx(300 - 4 * 3 * gradient)  # less the timing of probes
+
+
 def test_a_budget_that_timing_uses_up_is_refused(timed, tmp_path):
     with pytest.raises(SettingError, match=r"budget='1 minute': timing, evaluations and saves alone take longer"):
         prepare_steps(trainer_of(tmp_path, budget="1 minute"), time.perf_counter() - 61)
@@ -328,6 +355,6 @@ def test_log_lines_say_what_bounds_a_step(part, tmp_path, monkeypatch, capsys):
 
 
 def test_a_table_keeps_every_field(tmp_path):
-    costs = StepCosts({BASE: 4.0, COARSE: 0.7}, 0.1, "cpu", "fused", "2 minutes", 77.5)
+    costs = StepCosts({BASE: 4.0, COARSE: 0.7}, 0.1, "cpu", "fused", "2 minutes", 77.5, 1.5)
     costs.save(tmp_path / TABLE_NAME)
     assert load_costs(tmp_path / TABLE_NAME) == costs != replace(costs, budget=None)

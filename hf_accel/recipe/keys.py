@@ -38,6 +38,8 @@ class Recipe:
     """
 
     task: ClassVar[str]
+    named = frozenset[str]()
+    """The keys that a file or a command gives. The others have their defaults."""
 
     def __post_init__(self):
         for key in ("output_dir", "checkpoint", "pilot", "baseline"):  # no shell has seen what a file says

@@ -50,7 +50,9 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
             others = ", ".join(tasks_that_read(key))
             fail(key, value, f"task={task} does not read this key; leave it out (task={others} would read it)")
     types = kind.types()
-    return kind(**{key: as_type(key, value, types[key]) for key, value in values.items() if key in types})
+    recipe = kind(**{key: as_type(key, value, types[key]) for key, value in values.items() if key in types})
+    recipe.named = frozenset(values)
+    return recipe
 
 
 def _override(values: dict[str, Any], override: str) -> str:

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 from transformers import set_seed
 
+from ..data.cache import storage_side
 from ..distributed import say
 from ..distributed.launch import choose_precision
 from ..recipe import Recipe
 from ..report import format_table
 from ..run_folder import RunFolder
+from ..training.caching import choose_cache
 from ..training.console import describe_run
 from ..training.memory import explained_memory
 from ..training.step_costs import prepare_steps
@@ -28,6 +30,10 @@ ON_CPU, ON_GPU = "Memory is that of the whole process.", "Memory is the peak of 
 AUTO = (
     "schedule=auto: the stages are those of a run that climbs at the deadlines only. The probes of a run let it climb "
     "earlier, and take up to {share:.0%} of the budget, which is not counted here."
+)
+CACHED = (
+    "cache={cache}: a run decodes all images once, at its start, which is not counted here. The steps above read and "
+    "decode their images, so those of the run are faster."
 )
 
 
@@ -72,6 +78,9 @@ def describe_stages(trainer: PretrainTrainer, times: dict) -> str:
     notes = [NOTE + (ON_GPU if trainer.args.device.type == "cuda" else ON_CPU)]
     if trainer.controller:
         notes.append(AUTO.format(share=trainer.args.auto_share))
+    cache = choose_cache(trainer, storage_side(trainer.view_configs, config.image_size))
+    if cache != "none" and trainer.source.pixels is None:
+        notes.append(CACHED.format(cache=cache))
     return "\n\n".join([table, *notes])
 
 

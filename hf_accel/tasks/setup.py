@@ -149,6 +149,10 @@ def load_images(recipe: Recipe, in_memory: bool = True) -> tuple[ImageSource, Im
         raise RecipeError(f"data={recipe.data!r}: {reason(error)}") from error
 
 
+EARLIER_DEFAULTS = {"view_resolution": "full", "cache": "none"}
+"""Defaults of earlier versions. Runs that were started with them keep them where a recipe does not name the key."""
+
+
 def continue_recipe(recipe: Recipe) -> list[str]:
     """Settle the precision as the run in `output_dir` has it, and refuse to continue it under other settings.
 
@@ -159,7 +163,11 @@ def continue_recipe(recipe: Recipe) -> list[str]:
         RecipeError: the run there was started with another value of a key that its result depends on.
     """
     run = RunFolder(recipe.output_dir)
-    begun = run.read_recipe().get("mixed_precision")
-    recipe.mixed_precision = choose_precision(recipe.mixed_precision, begun)  # pyright: ignore
+    begun = run.read_recipe()
+    precision = choose_precision(recipe.mixed_precision, begun.get("mixed_precision"))
+    recipe.mixed_precision = precision  # pyright: ignore
+    for key, earlier in EARLIER_DEFAULTS.items():
+        if recipe.reads(key) and key not in recipe.named and begun.get(key) == earlier:
+            setattr(recipe, key, earlier)
     now = recipe.used()
     return run.compare_settings(now, {key: recipe.resume_rule(key) for key in now})

@@ -89,10 +89,10 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
         warmup (`float`, defaults to 0.1): Progress over which the learning rate rises.
         weight_decay_end (`float`, *optional*): Weight decay at the end, reached along a cosine.
         augmentation (`str`, defaults to `"moco"`): How views are drawn.
-        view_resolution (`str`, defaults to `"full"`): `"matched"` makes the views of larger patches smaller.
+        view_resolution (`str`, defaults to `"matched"`): Makes the views of larger patches smaller. `"full"` does not.
         view_backend (`str`, defaults to `"auto"`): `"eager"` makes views operation by operation, `"fused"` by compiled
             graphs in fewer passes over memory, and `"auto"` measures which is faster.
-        cache (`str`, defaults to `"none"`): Where images are kept, decoded once and shrunk to what their crops need:
+        cache (`str`, defaults to `"auto"`): Where images are kept, decoded once and shrunk to what their crops need:
             `"none"`, `"ram"`, `"device"`, or `"auto"`, which takes at most half of the free memory.
         eval_points (`list[float]`): Progress at which kNN accuracy is measured.
         keep_points (`list[float]`): Progress at which a checkpoint is kept for good, for a search.

@@ -75,9 +75,9 @@ class PretrainSettings:
         "moco", "how views are drawn: moco, or digits, which neither mirrors nor colours them", "views"
     )
     view_resolution: Literal["full", "matched"] = fixed(
-        "full",
-        "pixels of the views: full, or matched, which makes the views of larger patches at a proportionally lower "
-        "resolution (same tokens, less data work)",
+        "matched",
+        "pixels of the views: matched, which makes the views of larger patches at a proportionally lower resolution "
+        "(same tokens, less data work), or full; where the patches of the two branches differ, views are full",
     )
     view_backend: Literal["auto", "eager", "fused"] = correction(
         "auto",
@@ -85,7 +85,7 @@ class PretrainSettings:
         "auto measures which is faster, where compiling pays",
     )
     cache: Literal["none", "ram", "device", "auto"] = correction(
-        "none",
+        "auto",
         "where images are kept, decoded once and shrunk to what their crops need: none, ram, device (the accelerator's "
         "memory), or auto, which takes at most half of the free memory",
     )

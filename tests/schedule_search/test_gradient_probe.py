@@ -134,7 +134,7 @@ class MeanPixel(torch.nn.Module):
 
 def test_draws_of_a_small_set_are_independent():
     """Of eight images, half black and half white: draws that shared an epoch would make up for each other."""
-    recipe = small("moco", "image_size=8", "batch_size=4", "schedule=null")
+    recipe = small("moco", "image_size=8", "batch_size=4", "schedule=null", "view_resolution=full")
     pixels = torch.tensor([0, 255], dtype=torch.uint8).repeat(4)[:, None, None, None].expand(-1, 3, 8, 8).contiguous()
     source = ImageSource("set", pixels=pixels, mean=(0.5,) * 3, std=(0.5,) * 3)
     probe = GradientProbe(cast(Any, MeanPixel()), pretrain_config(recipe), source)

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import yaml
 
@@ -22,13 +23,15 @@ def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("plan")
     path = folder / "recipe.yaml"
     data = image_folder(folder / "images")
+    one = next(data.rglob("*.png"))
+    PIL.Image.open(one).resize((20, 30)).save(one)  # Images of one size would be held in memory anyway.
     path.write_text(yaml.safe_dump({**RECIPE, "data": str(data), "output_dir": str(folder / "run")}))
     return path
 
 
 def test_plan_shows_every_stage_and_trains_nothing(recipe, monkeypatch, capsys):
     monkeypatch.setattr(PretrainTrainer, "train", None)
-    cli.main(["plan", str(recipe), STAGES, "push_to_hub=true", "report_to=[tensorboard]"])
+    cli.main(["plan", str(recipe), STAGES, "push_to_hub=true", "report_to=[tensorboard]", "cache=ram"])
     text = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     assert rows[0] == ["stage", "patch size", "token dropout", "tokens", "steps", "units", "time", "peak memory"]
@@ -40,6 +43,7 @@ def test_plan_shows_every_stage_and_trains_nothing(recipe, monkeypatch, capsys):
         assert sum(numbers[:3]) == pytest.approx(numbers[3], abs=2) and min(numbers) > 0
     assert all(re.fullmatch(r"[\d.e-]+ (s|min|h)", row[6]) and row[7].endswith(" GB") for row in rows[1:])
     assert not (recipe.parent / "run").exists() and "schedule=auto" not in text
+    assert "cache=ram: a run decodes all images once" in text
 
 
 def test_plan_works_beside_a_run_and_leaves_it_as_it_is(recipe, capsys):
@@ -54,8 +58,9 @@ def test_plan_works_beside_a_run_and_leaves_it_as_it_is(recipe, capsys):
 
 
 def test_plan_of_auto_shows_the_ladder_until_its_deadlines(recipe, capsys):
-    cli.main(["plan", str(recipe), "schedule=auto", "budget=20000", "auto_share=0.5", "auto_draws=3"])
+    cli.main(["plan", str(recipe), "schedule=auto", "budget=20000", "auto_share=0.5", "auto_draws=3", "cache=none"])
     text = capsys.readouterr().out
+    assert "cache=" not in text
     assert "1 (until 80%)" in text and "2 (until 100%)" in text and "the deadlines only" in text and "up to 50%" in text
 
 

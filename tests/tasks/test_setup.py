@@ -90,6 +90,16 @@ def test_what_may_change_of_a_run_is_what_its_keys_declare(launched):
             continue_recipe(launched(override))
 
 
+def test_a_run_keeps_the_defaults_it_was_started_with(launched, tmp_path):
+    started = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**started, "view_resolution": "full", "cache": "none"}))
+    recipe = launched()
+    assert recipe.view_resolution == "matched" and recipe.cache == "auto"
+    assert continue_recipe(recipe) == [] and (recipe.view_resolution, recipe.cache) == ("full", "none")
+    with pytest.raises(RecipeError, match=r"^view_resolution='matched'.*holds a run with view_resolution='full'"):
+        continue_recipe(launched("view_resolution=matched"))
+
+
 def test_a_run_goes_on_in_its_precision(launched, monkeypatch):
     recipe = launched()
     monkeypatch.setattr("hf_accel.distributed.launch._has_bf16", lambda: True)

@@ -48,7 +48,7 @@ def cache_of(trainer: PretrainTrainer) -> Any:
 
 
 def test_stored_images_are_read_once(tmp_path, capsys):
-    plain, stored = trained(tmp_path / "none"), trained(tmp_path / "ram", cache="ram")
+    plain, stored = trained(tmp_path / "none", cache="none"), trained(tmp_path / "ram", cache="ram")
     reads = [trainer.source._table.dataset.reads for trainer in (plain, stored)]  # pyright: ignore
     assert reads[0] - reads[1] == 3 * COUNT - 2 * COUNT  # once for its size, once for its pixels
     assert [cache_of(trainer) for trainer in (plain, stored)] == ["none", "ram"]

@@ -162,9 +162,9 @@ ACTS: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "search_criterion": (AUTO | {"search_criterion": "gain"}, lambda t: t.controller.criterion, "gain"),
     "augmentation": ({"augmentation": "digits"}, lambda t: t.view_configs, list(AUGMENTATIONS["digits"])),
     "view_resolution": (
-        {"schedule": STAGES, "view_resolution": "matched"},
+        {"schedule": STAGES, "view_resolution": "full"},
         lambda t: (t.view_size(0), t.view_size(len(t.plan) - 1)),
-        (8, 16),
+        (16, 16),
     ),
 }
 IN_THE_RUN = {

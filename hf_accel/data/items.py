@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..distributed import is_main, say
-from .labels import UNLABELLED, read_labels
+from .labels import LABEL_KEYS, UNLABELLED, read_labels
 from .sources import HEADER_SAMPLE, ImageSource
 from .tables import choose_columns, name_origin, select_undecoded
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LABEL_KEYS = ("label", "labels", "target", "targets", "class")
 IMAGE_KEYS = ("image", "images", "img", "pixel_values", "jpg", "png")
 
 KEPT_BYTES = 2**31

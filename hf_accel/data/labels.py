@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 HELD_OUT = 10
 """One in this many training images is held out for validation if the dataset has no such split."""
 
+LABEL_KEYS = ("label", "labels", "target", "targets", "class")
+"""The keys under which a label is looked for, where a sample is a dictionary."""
+
 UNLABELLED = -1
 """The label of an image without a label, here and in many datasets."""
 

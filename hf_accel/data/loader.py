@@ -38,11 +38,33 @@ class Item(NamedTuple):
     row: int
 
 
+PIECE, PIECES = 256, 32
+"""Consecutive images of a shard that are read one after another, and how many such pieces are shuffled together."""
+
+
+def draw_order(num_images: int, seed: int, epoch: int, shards: Tensor | None = None) -> Tensor:
+    """Draw the (N,) order of the images of an epoch.
+
+    Without shards it is a permutation. With the length of each shard, pieces of shards come in a random order, and the
+    images of a block of pieces are shuffled: so files are read nearly in sequence, and a shard of one class is mixed
+    with others.
+    """
+    generate = generator(seed, "order", epoch)
+    if shards is None:
+        return torch.randperm(num_images, generator=generate)
+    pieces = [piece for shard in torch.arange(num_images).split(shards.tolist()) for piece in shard.split(PIECE)]
+    order = torch.randperm(len(pieces), generator=generate).tolist()
+    blocks = [torch.cat([pieces[i] for i in order[at : at + PIECES]]) for at in range(0, len(order), PIECES)]
+    return torch.cat([block[torch.randperm(len(block), generator=generate)] for block in blocks])
+
+
 class TrainSampler(Sampler[list[Item]]):
     """This process's batches of the optimizer steps `first_step` to `last_step` (exclusive).
 
-    An epoch is a permutation of the dataset without its tail. In each step, each of `accumulation` micro-batches takes
-    the next `world_size * batch_size_per_process` images, and each rank takes its consecutive rows of them.
+    An epoch is a permutation of the dataset (`draw_order`) without its tail. In each step, each of `accumulation`
+    micro-batches takes the next `world_size * batch_size_per_process` images, and each rank takes its consecutive rows
+    of them.
+
     Raises ValueError for a dataset that is smaller than one step.
     """
 
@@ -56,7 +78,9 @@ class TrainSampler(Sampler[list[Item]]):
         seed: int = 0,
         first_step: int = 0,
         last_step: int = 1,
+        shards: Tensor | None = None,
     ):
+        self.shards = shards
         self.num_images, self.batch_size, self.accumulation = num_images, batch_size_per_process, accumulation
         self.global_batch = world_size * batch_size_per_process
         self.rows = slice(rank * batch_size_per_process, (rank + 1) * batch_size_per_process)
@@ -77,7 +101,7 @@ class TrainSampler(Sampler[list[Item]]):
         for step in range(self.first_step, self.last_step):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
-                order = torch.randperm(self.num_images, generator=generator(self.seed, "order", epoch))
+                order = draw_order(self.num_images, self.seed, epoch, self.shards)
             for micro_step in range(self.accumulation):
                 start = (step % self.steps_per_epoch * self.accumulation + micro_step) * self.global_batch
                 mine = order[start : start + self.global_batch][self.rows].tolist()

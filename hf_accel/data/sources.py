@@ -6,7 +6,6 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import PIL.Image
@@ -19,6 +18,7 @@ from ..distributed import all_gather_objects
 from .bundled import MNIST_MEAN, MNIST_STD, digits
 from .decoding import DEEP_RANGE, image_pixels, image_tensor, is_deep, loses_contrast, upright_rgb, upright_size
 from .labels import UNLABELLED, hold_out, read_labels
+from .shards import load_shards, name_file, read_file, shard_lengths
 from .tables import NO_LABELS, choose_columns, choose_splits, load_tables, name_origin, select_undecoded, take_part
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ class ImageSource:
     """
 
     made_of: str | None = None
+    shards: Tensor | None = None
+    """How many consecutive images lie in each shard, if they are trained on in an order by shards."""
 
     def __init__(
         self,
@@ -123,7 +125,7 @@ class ImageSource:
     def _open(self, index: int, record: dict | None) -> Image:
         record = record or {"path": None}
         row = index if self._whole is None else int(self._whole[1][index])
-        name = record.get("path") or f"{self.name}[{row}]"
+        name = name_file(record.get("path") or f"{self.name}[{row}]")
         try:
             if "image" in record:  # of a program's own dataset, or the error that it raised
                 if isinstance(record["image"], Exception):
@@ -131,7 +133,7 @@ class ImageSource:
                 record["image"].info["name"] = name
                 return record["image"]
             content = record.get("bytes")
-            image = PIL.Image.open(io.BytesIO(Path(record["path"]).read_bytes() if content is None else content))
+            image = PIL.Image.open(io.BytesIO(read_file(record["path"]) if content is None else content))
             image.info["name"] = name
             return image
         except Exception as error:  # Pillow's decoders raise errors of many types
@@ -286,6 +288,7 @@ def load_sources(
     seed: int = 0,
     config: str | None = None,
     in_memory: bool = True,
+    streaming: bool = False,
 ) -> tuple[ImageSource, ImageSource | None]:
     """Load the training and validation images of `data`.
 
@@ -297,6 +300,7 @@ def load_sources(
     labels there are no validation images. Classes are matched by name between splits. The label -1 marks images without
     a label, and validation images of a class that the training split lacks. `label_column="none"` reads no labels and
     takes no folders as classes. With `in_memory`, images of one size that are few enough are decoded at once.
+    With `streaming`, `data` is a tar file in the layout of webdataset or a folder of them, and nothing is in memory.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -304,7 +308,10 @@ def load_sources(
     """
     if data == "bundled":
         return _bundled(seed, label_column != NO_LABELS)
-    tables = load_tables(data, config)
+    if streaming:
+        tables, image_column, label_column = load_shards(data, image_column, label_column)
+    else:
+        tables = load_tables(data, config)
     train_split, validation_split = choose_splits(data, list(tables), train_split, validation_split)
     train = take_part(tables, train_split)
     image_column, label_column = choose_columns(data, train, image_column, label_column)
@@ -332,7 +339,9 @@ def load_sources(
         name = "/".join(filter(None, (data, config, part)))
         source = ImageSource(name, select_undecoded(table, image_column), None, part_labels, names, labels_from=origin)
         warned = warned or source.warn_of_lost_contrast()
-        if in_memory:
+        if streaming:
+            source.shards = shard_lengths(table)
+        elif in_memory:
             source.hold_in_memory()
         sources.append(source)
     return sources[0], sources[1] if len(sources) == 2 else None

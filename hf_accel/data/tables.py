@@ -39,10 +39,10 @@ def load_tables(data: str, config: str | None) -> "dict[str, Dataset]":
         builder = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix)
         if builder is None:
             raise ValueError(f"data={data}: a single file must be .parquet or .arrow")
-        with _explained():
+        with explained():
             loaded = datasets.load_dataset(builder, data_files=glob.escape(str(path)))
     elif is_saved:
-        with _explained():
+        with explained():
             loaded = datasets.load_from_disk(str(path))
     elif path.is_dir():
         return _load_folder(path, config)
@@ -50,7 +50,7 @@ def load_tables(data: str, config: str | None) -> "dict[str, Dataset]":
         raise FileNotFoundError(f"data={data}: no such file or folder")
     else:
         try:
-            with _explained():
+            with explained():
                 loaded = datasets.load_dataset(data, config)
         except OSError as error:
             raise FileNotFoundError(f"no such folder, and as a Hub id it cannot be opened: {error}") from error
@@ -58,7 +58,7 @@ def load_tables(data: str, config: str | None) -> "dict[str, Dataset]":
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
     """Turn the errors of `datasets` into a ValueError (an OSError stays one) that names the innermost cause."""
     from datasets import config
 
@@ -83,7 +83,7 @@ def _load_folder(path: Path, config: str | None) -> "dict[str, Dataset]":
         return _read_metadata(found) if found.metadata else read_image_folder(found)
     warn_of_left_out(found, [])
     try:
-        with _explained():
+        with explained():
             loaded: Any = datasets.load_dataset(str(path), config)
             tables = {str(name): loaded[name] for name in loaded}
             tables = {name: _read_class_names(table, path, config, name) for name, table in tables.items()}
@@ -103,7 +103,7 @@ def _read_declarations(path: Path) -> dict[str, Any]:
     from huggingface_hub import metadata_load
 
     readme, declared = path / "README.md", {}
-    with _explained():
+    with explained():
         if readme.is_file():
             declared |= metadata_load(readme) or {}
         if (path / ".huggingface.yaml").is_file():
@@ -116,7 +116,7 @@ def _read_metadata(found: Found) -> "dict[str, Dataset]":
     import datasets
 
     files = [glob.escape(os.path.join(found.root, name)) for name in found.metadata]
-    with _explained():
+    with explained():
         loaded: Any = datasets.load_dataset("imagefolder", data_files={"train": files})
     table = loaded["train"]
     listed = _list_image_paths(table, found.root)

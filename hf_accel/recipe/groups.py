@@ -45,6 +45,11 @@ class DataKeys:
     data_config: str | None = fixed(
         None, "configuration of a dataset that has several, as its page on the Hub names them"
     )
+    streaming: bool = fixed(
+        False,
+        "read tar files in the layout of webdataset where they lie, in a random order by pieces of files; image_column "
+        "and label_column then name extensions or JSON keys",
+    )
     train_split: str | None = fixed(
         None, "split to train on, or a part of it as train[:1000] or train[:10%]; default: train"
     )

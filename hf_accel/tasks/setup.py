@@ -21,6 +21,7 @@ from ..recipe import Recipe, RecipeError
 from ..run_folder import RunFolder
 from ..training.config import PretrainConfig
 from ..utils.causes import reason
+from ..utils.errors import fail
 from ..utils.pretrain_settings import PretrainSettings
 
 
@@ -140,9 +141,13 @@ def load_images(recipe: Recipe, in_memory: bool = True) -> tuple[ImageSource, Im
         if recipe.data == "bundled" and value and (key, value) != ("label_column", NO_LABELS):
             kind = "no columns to choose from" if key.endswith("column") else "only their split by seed"
             raise RecipeError(f"{key}={value!r}: the bundled digits have {kind}; leave it out")
+    if recipe.streaming and (recipe.data == "bundled" or recipe.data_config):
+        fail("streaming", True, "it reads tar files, which data names and which have no data_config; leave it out")
     splits, columns = (recipe.train_split, recipe.validation_split), (recipe.image_column, recipe.label_column)
     try:
-        return load_sources(recipe.data, *splits, *columns, recipe.seed, recipe.data_config, in_memory)
+        return load_sources(
+            recipe.data, *splits, *columns, recipe.seed, recipe.data_config, in_memory, recipe.streaming
+        )
     except CorruptDataError:  # says enough
         raise
     except (ValueError, OSError, RuntimeError) as error:  # datasets' own errors become one of these

@@ -91,7 +91,8 @@ class _Timer:
         trainer, args = self.trainer, self.args
         shard = (args.per_device_train_batch_size, args.world_size, args.process_index)
         source, accumulation = trainer.source, args.gradient_accumulation_steps
-        sampler = TrainSampler(len(source), *shard, accumulation, args.seed, last_step=steps)
+        order = {"last_step": steps, "shards": source.shards}
+        sampler = TrainSampler(len(source), *shard, accumulation, args.seed, **order)
 
         def view_size(step: int) -> int:
             return trainer.crop_size(trainer.size_under(strategies[step % len(strategies)]))

@@ -170,7 +170,8 @@ class PretrainTrainer(SavingTrainer):
         """One pass is the whole run, from the step that is next: a resumed run reads no batch only to skip it."""
         args = self.args
         shard = (args.per_device_train_batch_size, args.world_size, args.process_index)
-        steps = {"first_step": self._first_step, "last_step": self.most_steps}
+        steps: dict[str, Any] = {"first_step": self._first_step, "last_step": self.most_steps}
+        steps["shards"] = self.source.shards
         sampler = TrainSampler(len(self.source), *shard, args.gradient_accumulation_steps, args.seed, **steps)
         # Workers also cut for steps that a plan which a probe has shortened no longer has.
         size = self.objective.config.image_size

@@ -83,6 +83,7 @@ PRETRAIN: dict[str, tuple[Any, ...]] = {
     "seed": (3, lambda recipe, key: (images(recipe, key), pretrain_config(recipe).seed), (3, 3)),
     **{key: ("other", images) for key in ("data", "data_config", "train_split", "validation_split", "image_column")},
     "label_column": ("other", images),
+    "streaming": (True, images),
     "num_workers": (97, setting("dataloader_num_workers")),
     "model": ("vit_small", lambda recipe, key: replace_config(recipe).encoder_config().hidden_size, 384),
     "model_config": (TINY | {"hidden_size": 16}, lambda recipe, key: encoder(recipe, "hidden_size"), 16),

@@ -124,13 +124,22 @@ def test_a_key_of_the_views_chooses_the_short_side(key):
 
 
 def test_every_key_of_packing_is_tested(monkeypatch):
-    shared = {"data", "data_config", "train_split", "validation_split", "image_column", "label_column", "seed"}
+    shared = {
+        "data",
+        "data_config",
+        "train_split",
+        "validation_split",
+        "image_column",
+        "label_column",
+        "seed",
+        "streaming",
+    }
     assert PackRecipe.types().keys() == {*SIDES, *shared, "output_dir", "num_workers"}
     calls: list[Any] = []
     monkeypatch.setattr("hf_accel.tasks.setup.load_sources", lambda *words: calls.append(words) or (None, None))
     recipe = recipe_of(Path("photos"), Path("out"), "train_split=a", "validation_split=b", "image_column=c", "seed=3")
-    task.load_images(replace(recipe, label_column="d", data_config="e"), in_memory=False)
-    assert calls == [("photos", "a", "b", "c", "d", 3, "e", False)]
+    task.load_images(replace(recipe, label_column="d", data_config="e", streaming=False), in_memory=False)
+    assert calls == [("photos", "a", "b", "c", "d", 3, "e", False, False)]
 
 
 def test_processes_of_a_launch_and_digits_are_refused(tmp_path, monkeypatch):

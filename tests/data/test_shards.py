@@ -1,0 +1,169 @@
+"""Test that the images of tar files are read where they lie, and that their order goes by pieces of files."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from hf_accel.data import AUGMENTATIONS, TrainSampler, load_sources, shards, train_loader
+from hf_accel.data.loader import PIECE, PIECES, draw_order
+from tests.data.test_loader import noise
+
+
+def encode(number: int, size: tuple[int, int] = (40, 30)) -> bytes:
+    file = io.BytesIO()
+    noise(number, *size).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
+    """Write samples, for each key the contents by extension."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for key, members in samples.items():
+            for extension, content in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+
+
+def write_shards(folder: Path, count: int = 12, each: int = 4, split: str = "train") -> Path:
+    """Write images 0, 1, ... of the classes 0 1 2 0 1 2 ... to tar files of `each` images."""
+    for start in range(0, count, each):
+        samples = {
+            f"n/{number:04}": {"jpg": encode(number, (40 + number % 3, 30)), "cls": str(number % 3).encode()}
+            for number in range(start, min(start + each, count))
+        }
+        write_tar(folder / f"{split}-{start // each:03}.tar", samples)
+    return folder
+
+
+def load(data: Path, **choices: Any) -> Any:
+    return cast(Any, load_sources(str(data), streaming=True, **choices))
+
+
+def test_images_and_labels_are_those_of_the_tar_files(tmp_path):
+    write_shards(tmp_path, 10)
+    write_shards(tmp_path, 3, split="val")
+    train, validation = load(tmp_path)
+    assert (len(train), len(validation)) == (10, 3) and train.shards.tolist() == [4, 4, 2]
+    assert train.labels.tolist() == [number % 3 for number in range(10)] and train.class_names == ["0", "1", "2"]
+    for number in (0, 5, 9):
+        image = train.open(number)
+        assert image.fp.getvalue() == encode(number, (40 + number % 3, 30))
+        assert image.info["name"] == f"{tmp_path}/train-{number // 4:03}.tar/n/{number:04}.jpg"
+    assert validation.read(2).size == (42, 30) and train.pixels is None
+
+
+def test_headers_are_read_once_for_the_same_files(tmp_path, monkeypatch):
+    write_shards(tmp_path)
+    load(tmp_path)
+    true_rows, scans = shards._scan, []
+
+    def scan(files, image, label):
+        scans.append(len(files))
+        return true_rows(files, image, label)
+
+    monkeypatch.setattr(shards, "_scan", scan)
+    load(tmp_path)
+    assert scans == [1]  # the first header, which says whether there are labels
+    write_tar(tmp_path / "train-001.tar", {"other": {"jpg": encode(50), "cls": b"7"}})
+    train, _ = load(tmp_path, validation_split="train[:2]")
+    assert scans == [1, 1, 3] and len(train) == 9 and train.class_names == ["0", "1", "2", "7"]
+    assert train.open(4).fp.getvalue() == encode(50)
+
+
+def test_labels_come_from_json_and_other_extensions(tmp_path):
+    samples = {
+        f"a.b/{number}": {
+            "seg.png": b"",
+            "JPG": encode(number),
+            "json": json.dumps({"label": "cat" if number % 2 else "ant", "place": number % 4}).encode(),
+            "kind": b"wild",
+        }
+        for number in range(8)
+    }
+    write_tar(tmp_path / "set.tar", samples)
+    with pytest.raises(ValueError, match=r"0 has several images: set image_column to one of seg.png, jpg"):
+        load(tmp_path / "set.tar")
+    one = {"image_column": "jpg", "validation_split": "train[:2]"}
+    assert load(tmp_path / "set.tar", **one)[0].class_names == ["ant", "cat"]
+    assert load(tmp_path / "set.tar", **one, label_column="place")[0].labels.tolist() == [0, 1, 2, 3] * 2
+    assert load(tmp_path / "set.tar", **one, label_column="kind")[0].class_names == ["wild"]
+    assert load(tmp_path / "set.tar", **one, label_column="none")[0].labels is None
+    with pytest.raises(ValueError, match=r"label_column=colour: the first sample of .*set.tar has none"):
+        load(tmp_path / "set.tar", **one, label_column="colour")
+
+
+def test_what_cannot_be_streamed_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="streaming reads local or mounted tar files"):
+        load(tmp_path / "missing")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.jpg").write_bytes(encode(0))
+    for data in (tmp_path / "photos", tmp_path / "photos/a.jpg"):
+        with pytest.raises(ValueError, match="and there are none: leave it out"):
+            load(data)
+    write_shards(tmp_path / "cut", 8, each=8)
+    os.truncate(tmp_path / "cut/train-000.tar", 5000)
+    with pytest.raises(ValueError, match=r"train-000.tar is no whole, uncompressed tar file: unexpected end of data"):
+        load(tmp_path / "cut")
+
+
+def test_broken_images_are_named_by_tar_file_and_member(tmp_path):
+    samples = {f"{number}": {"jpg": encode(number), "cls": b"1"} for number in range(8)}
+    write_tar(tmp_path / "train.tar", samples | {"3": {"jpg": encode(3)[:300], "cls": b"1"}})
+    train, _ = load(tmp_path, validation_split="train[:2]")
+    batches = train_loader(train, TrainSampler(8, 8), AUGMENTATIONS["moco"], lambda step: 16)
+    (batch,) = list(batches)
+    assert [name for name, _ in train.bad.values()] == [f"{tmp_path}/train.tar/3.jpg"] and 3 not in batch["index"]
+
+
+# The order
+
+
+def test_an_order_by_shards_reads_pieces_of_files_together():
+    lengths = torch.tensor([1000, 3000, 17, 5 * PIECE, 6000])
+    count = int(lengths.sum())
+    order = draw_order(count, 3, 1, lengths)
+    assert torch.equal(order.sort().values, torch.arange(count))
+    assert torch.equal(order, draw_order(count, 3, 1, lengths))
+    assert not torch.equal(order, draw_order(count, 3, 2, lengths)) and not torch.equal(
+        order, draw_order(count, 4, 1, lengths)
+    )
+    shard = torch.arange(5).repeat_interleave(lengths)
+    starts = (lengths.cumsum(0) - lengths)[shard]
+    piece = shard * 1000 + (torch.arange(count) - starts) // PIECE
+    first = order[: PIECES * PIECE // 2]
+    assert len(piece[first].unique()) <= PIECES < len(piece.unique())
+    assert (first[1:] - first[:-1] == 1).float().mean() < 0.01  # and their images are shuffled
+
+
+def test_shards_of_one_class_are_mixed():
+    order = draw_order(64 * 1024, 0, 0, torch.full((64,), 1024))
+    assert all(len((batch // 1024).unique()) > 16 for batch in order.split(512))
+
+
+def test_steps_hold_the_same_images_for_any_workers_and_start(tmp_path):
+    train, _ = load(write_shards(tmp_path, 24), validation_split="train[:2]")
+    views = AUGMENTATIONS["moco"], lambda step: 16
+
+    def batches(first: int, workers: int) -> list[dict[str, Any]]:
+        sampler = TrainSampler(24, 8, seed=5, first_step=first, last_step=6, shards=train.shards)
+        return list(train_loader(train, sampler, *views, num_workers=workers, seed=5))
+
+    whole, resumed = batches(0, 0), batches(4, 2)
+    assert len(whole) == 6 and len(resumed) == 2
+    for one, other in zip(whole[4:], resumed, strict=True):
+        assert torch.equal(one["index"], other["index"]) and torch.equal(one["crops"][1], other["crops"][1])
+    assert not torch.equal(whole[0]["index"], whole[3]["index"])  # the first step of each epoch
+
+
+def test_held_out_images_are_no_part_of_the_shards(tmp_path):
+    train, held = load(write_shards(tmp_path, 60, each=20))
+    assert len(train) == int(train.shards.sum()) == 54 and len(held) == 6 and len(train.shards) == 3
+    assert train.shards.max() <= 20

@@ -300,7 +300,7 @@ def load_sources(
     labels there are no validation images. Classes are matched by name between splits. The label -1 marks images without
     a label, and validation images of a class that the training split lacks. `label_column="none"` reads no labels and
     takes no folders as classes. With `in_memory`, images of one size that are few enough are decoded at once.
-    With `streaming`, `data` is a tar file in the layout of webdataset or a folder of them, and nothing is in memory.
+    With `streaming`, `data` is a tar file in the layout of webdataset or a folder or URL of them, read where it lies.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -308,12 +308,11 @@ def load_sources(
     """
     if data == "bundled":
         return _bundled(seed, label_column != NO_LABELS)
-    if streaming:
-        tables, image_column, label_column = load_shards(data, image_column, label_column)
-    else:
-        tables = load_tables(data, config)
+    tables = load_shards(data, image_column, label_column) if streaming else load_tables(data, config)
     train_split, validation_split = choose_splits(data, list(tables), train_split, validation_split)
     train = take_part(tables, train_split)
+    if streaming:
+        image_column, label_column = "image", "label" if "label" in train.column_names else NO_LABELS
     image_column, label_column = choose_columns(data, train, image_column, label_column)
     labels, names = read_labels(train, label_column) if label_column else (None, None)
     if validation_split is not None:

@@ -3,10 +3,14 @@
 import io
 import json
 import os
+import re
 import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
 
+import fsspec
 import pytest
 import torch
 
@@ -43,7 +47,7 @@ def write_shards(folder: Path, count: int = 12, each: int = 4, split: str = "tra
     return folder
 
 
-def load(data: Path, **choices: Any) -> Any:
+def load(data: Path | str, **choices: Any) -> Any:
     return cast(Any, load_sources(str(data), streaming=True, **choices))
 
 
@@ -100,8 +104,17 @@ def test_labels_come_from_json_and_other_extensions(tmp_path):
         load(tmp_path / "set.tar", **one, label_column="colour")
 
 
+def test_a_split_may_lack_labels(tmp_path):
+    write_shards(tmp_path, 4, split="train")
+    write_tar(tmp_path / "val-000.tar", {"0": {"jpg": encode(0)}})
+    train, validation = load(tmp_path)
+    assert train.labels.tolist() == [0, 1, 2, 0] and validation.labels is None
+    train, validation = load(tmp_path, train_split="validation", validation_split="train")
+    assert train.labels is None is validation.labels and len(train) == 1
+
+
 def test_what_cannot_be_streamed_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="streaming reads local or mounted tar files"):
+    with pytest.raises(FileNotFoundError, match="streaming reads tar files in a folder or at a URL"):
         load(tmp_path / "missing")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.jpg").write_bytes(encode(0))
@@ -121,6 +134,92 @@ def test_broken_images_are_named_by_tar_file_and_member(tmp_path):
     batches = train_loader(train, TrainSampler(8, 8), AUGMENTATIONS["moco"], lambda step: 16)
     (batch,) = list(batches)
     assert [name for name, _ in train.bad.values()] == [f"{tmp_path}/train.tar/3.jpg"] and 3 not in batch["index"]
+
+
+# Remote files
+
+
+class RangeHandler(BaseHTTPRequestHandler):
+    """Serves the files of a folder in parts, as object stores do. Every fifth request for a part fails."""
+
+    folder: Path
+    parts: list[str]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        file = self.folder / self.path.strip("/")
+        if not file.is_file():
+            return self.send_error(404)
+        content, whole = file.read_bytes(), file.stat().st_size
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked:
+            self.parts.append(self.path)
+            if len(self.parts) % 5 == 0:
+                return self.send_error(503)
+            content = content[int(asked[1]) : int(asked[2]) + 1]
+        self.send_response(206 if asked else 200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(content)))
+        if asked:
+            self.send_header("Content-Range", f"bytes {asked[1]}-{asked[2]}/{whole}")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def site(tmp_path):
+    """The URL of a server of `tmp_path`."""
+    handler = type("Handler", (RangeHandler,), {"folder": tmp_path, "parts": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_images_behind_a_url_are_those_of_the_files(site, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "PATIENCE", (0.0, 0.0, 0.0))
+    write_shards(tmp_path, 12)
+    near, _ = load(tmp_path, validation_split="train[:2]")
+    far, _ = load(f"{site}/train-{{000..002}}.tar", validation_split="train[:2]")
+    assert far.shards.tolist() == [4, 4, 4] and torch.equal(far.labels, near.labels)
+    assert [far.open(number).fp.getvalue() for number in range(12)] == [
+        near.open(number).fp.getvalue() for number in range(12)
+    ]
+    assert far.open(5).info["name"] == f"{site}/train-001.tar/n/0005.jpg"
+    views = AUGMENTATIONS["moco"], lambda step: 16
+    batches = [
+        list(
+            train_loader(
+                source, TrainSampler(12, 4, seed=5, last_step=3, shards=near.shards), *views, num_workers=workers
+            )
+        )
+        for source, workers in ((near, 0), (far, 2))
+    ]
+    for one, other in zip(*batches, strict=True):
+        assert torch.equal(one["index"], other["index"]) and torch.equal(one["crops"][0], other["crops"][0])
+    assert not far.bad
+
+
+def test_a_folder_behind_a_url_has_splits_and_is_indexed_again_if_it_changes(tmp_path):
+    store = fsspec.filesystem("memory")
+    for split, count in (("train", 8), ("val", 3)):
+        for file in write_shards(tmp_path, count, split=split).glob(f"{split}-*.tar"):
+            store.pipe_file(f"/bucket/test-set/{split}/{file.name}", file.read_bytes())
+    train, validation = load("memory://bucket/test-set")
+    assert (len(train), len(validation)) == (8, 3) and train.open(7).fp.getvalue() == encode(7, (41, 30))
+    write_tar(tmp_path / "new.tar", {"0": {"jpg": encode(9), "cls": b"1"}})
+    store.pipe_file("/bucket/test-set/train/train-000.tar", (tmp_path / "new.tar").read_bytes())
+    train, _ = load("memory://bucket/test-set")
+    assert len(train) == 5 and train.open(0).fp.getvalue() == encode(9)
+    with pytest.raises(ValueError, match="and there are none: leave it out"):
+        load("memory://nothing")
 
 
 # The order

@@ -39,15 +39,15 @@ def test_a_resumed_run_on_tar_files_is_the_undisturbed_one(tars, tmp_path, monke
             os.kill(os.getpid(), signal.SIGTERM)
         return true_step(self, model, inputs, *args, **kwargs)
 
-    whole = launch(tars, tmp_path / "whole", "streaming=true", "num_workers=0")
+    whole = launch(tars, tmp_path / "whole", "streaming=true", "cache=none", "num_workers=0")
     with monkeypatch.context() as patch:
         patch.setattr(PretrainTrainer, "training_step", stopped_step)
-        output = launch_until_stopped(tars, tmp_path / "run", "streaming=true", "num_workers=0")
-    launch(tars, output, "streaming=true", "num_workers=2")
+        output = launch_until_stopped(tars, tmp_path / "run", "streaming=true", "cache=none", "num_workers=0")
+    launch(tars, output, "streaming=true", "cache=none", "num_workers=2")
     assert losses(output) == losses(whole) and read(whole / "results.json")["knn_top1"] > 0.5
     assert_same_weights(whole, output)
     with pytest.raises(SystemExit, match=r"streaming=False: .* holds a run with streaming=True"):
-        launch(tars, output, "streaming=false")
+        launch(tars, output, "streaming=false", "cache=none")
 
 
 def test_streaming_is_refused_where_it_has_no_meaning(tmp_path):

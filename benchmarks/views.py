@@ -47,8 +47,8 @@ def as_on_a_gpu() -> Iterator[None]:
     """The whole batch at once, also on a CPU, where it is otherwise made in parts that fit into the cache."""
     cache: dict[str, Any] = {"CACHE_BYTES": 2**62}
     product: dict[str, Any] = {"LARGEST_PRODUCT": 2**62}
-    both: dict[str, Any] = {**cache, **product, "REPEAT_AHEAD": False}
-    with patch.multiple(augment, **cache), patch.multiple(crops, **product), patch.multiple(fused, **both):
+    whole: dict[str, Any] = {**product, "IN_RUNS": False}
+    with patch.multiple(augment, **cache), patch.multiple(crops, **product), patch.multiple(fused, **whole):
         yield
 
 

@@ -131,13 +131,19 @@ def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """
     offsets = torch.arange(-radius, radius + 1, device=images.device)
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True))[:, :, None, None, None]
+    kernel = (kernel / kernel.sum(1, keepdim=True))[:, radius:, None, None, None]
+    return blur_by(images, kernel)
+
+
+def blur_by(images: Tensor, kernel: Tensor) -> Tensor:
+    """Blur both ways by half a symmetric `kernel` (B, radius + 1, 1, 1, 1) from its centre, with edges repeated."""
+    radius = kernel.shape[1] - 1
     for axis, padding in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
         padded, length = F.pad(images, padding, mode="replicate"), images.shape[axis]
-        images = padded.narrow(axis, radius, length) * kernel[:, radius]
-        for tap in range(radius):  # the kernel is symmetric, so both neighbours at a distance have the same weight
-            pair = padded.narrow(axis, tap, length) + padded.narrow(axis, 2 * radius - tap, length)
-            images.addcmul_(pair, kernel[:, tap])
+        images = padded.narrow(axis, radius, length) * kernel[:, 0]
+        for distance in range(radius, 0, -1):  # both neighbours at a distance have the same weight
+            before, behind = (padded.narrow(axis, radius + side * distance, length) for side in (-1, 1))
+            images.addcmul_(before + behind, kernel[:, distance])
     return images
 
 

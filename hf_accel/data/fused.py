@@ -8,7 +8,9 @@ the mean of what precedes it and cuts the chain into two halves. A half holds tw
 Brightness and saturation each take one slot, `clip(gain * x + gray_gain * gray(x))`.
 """
 
+import contextlib
 import math
+import mmap
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed.transfer import send
-from .augment import CACHE_BYTES, DrawnView, ViewConfig, rotate_and_shear
+from .augment import CACHE_BYTES, DrawnView, ViewConfig, blur_by, rotate_and_shear
 from .crops import LARGEST_PRODUCT, crop_and_resize, crop_one_by_one
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -30,10 +32,17 @@ GRAPHS = 256
 LEAST_RUN = 16
 """On a CPU, images of one run, also of those whose views are so large that they do not fit into the cache."""
 
-REPEAT_AHEAD = True
-"""On a CPU, edges are repeated before a graph that blurs. The graph then computes no indices, and is twice as fast."""
+IN_RUNS = True
+"""On a CPU, views are made in runs of images, by stages that write into tensors that all runs share."""
 
-INDUCTOR: dict[str, Any] = {"realize_opcount_threshold": 1000, "realize_reads_threshold": 100}
+FRESH_BYTES = 2**22
+"""On a CPU, the memory of larger views is new to the process each time, and is asked for in huge pages."""
+
+CONTRACT: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
+"""A CPU multiplies and adds by one instruction."""
+
+INDUCTOR = CONTRACT | dict.fromkeys(("realize_reads_threshold", "realize_acc_reads_threshold"), 100)
+INDUCTOR["realize_opcount_threshold"] = 1000
 """Otherwise inductor writes half of a blur's sum to memory, and reads it again for the other half."""
 
 
@@ -89,15 +98,16 @@ Planes = tuple[Tensor, ...]
 """The channels of images, (B, S, S) each."""
 
 
-# The chain: three stages, each of which torch.compile makes one pass, or two where a mean or a product is in between
+# The chain: three stages, each of which torch.compile makes one pass, or two where a mean or a product is in between.
+# Each writes its result into `out`, if given.
 
 
-def mix_colours(images: Tensor, parameters: dict[str, Tensor], size: int) -> Tensor:
+def mix_colours(images: Tensor, parameters: dict[str, Tensor], size: int, out: Tensor | None = None) -> Tensor:
     """Crop uint8 `images` (B, C, H, W) if "boxes" are given, and change their colours: float (B, C, size, size)."""
     if "boxes" in parameters:
         images = crop_and_resize(images, parameters["boxes"], size)
     elif not images.is_floating_point():
-        images = images / 255
+        images = images * (1 / 255)
     if "angles" in parameters:
         images = rotate_and_shear(images, *parameters["angles"].unbind(1))
     planes = _half(images.unbind(1), parameters, 0)
@@ -105,7 +115,11 @@ def mix_colours(images: Tensor, parameters: dict[str, Tensor], size: int) -> Ten
     planes = tuple(_clip(average + contrast * (plane - average)) for plane in planes)
     planes = _half(planes, parameters, 1)
     gray = _gray(planes)
-    return torch.stack([plane + parameters["gray"] * (gray - plane) for plane in planes], 1)
+    return _write(torch.stack([plane + parameters["gray"] * (gray - plane) for plane in planes], 1), out)
+
+
+def _write(images: Tensor, out: Tensor | None) -> Tensor:
+    return images if out is None else out.copy_(images)
 
 
 def repeat_edges(axis: int, images: Tensor, radius: int) -> Tensor:
@@ -113,10 +127,10 @@ def repeat_edges(axis: int, images: Tensor, radius: int) -> Tensor:
     return F.pad(images, (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0), mode="replicate")
 
 
-def blur_along(axis: int, images: Tensor, kernel: Tensor) -> Tensor:
+def blur_along(axis: int, images: Tensor, kernel: Tensor, out: Tensor | None = None) -> Tensor:
     """Blur by half a symmetric `kernel` (B, radius + 1, 1, 1, 1) from its centre, edges repeated.
 
-    The images are square, or `repeat_edges` has made them longer along the axis.
+    The images are square, or longer along the axis by edges that have been repeated already.
     """
     radius, length = kernel.shape[1] - 1, images.shape[5 - axis]
     padded = images if images.shape[axis] > length else repeat_edges(axis, images, radius)
@@ -124,18 +138,24 @@ def blur_along(axis: int, images: Tensor, kernel: Tensor) -> Tensor:
     for tap in range(1, radius + 1):
         pair = padded.narrow(axis, radius - tap, length) + padded.narrow(axis, radius + tap, length)
         images = images + pair * kernel[:, tap]
-    return images
+    return _write(images, out)
 
 
 def finish(
-    images: Tensor, parameters: dict[str, Tensor], mean: Tensor, std: Tensor, dtype: torch.dtype, blur: bool
+    images: Tensor,
+    parameters: dict[str, Tensor],
+    mean: Tensor,
+    std: Tensor,
+    dtype: torch.dtype,
+    blur: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Blur along the last axis, solarize, and normalise by (3, 1, 1) `mean` and `std`: `dtype` (B, 3, S, S)."""
     if blur:
         images = blur_along(3, images, parameters["kernel"])
     if "solarize" in parameters:
         images = images + parameters["solarize"] * (torch.minimum(images, 1 - images) - images)
-    return ((images - mean) / std).to(dtype)
+    return _write(((images - mean) / std).to(dtype), out)
 
 
 def _half(planes: Planes, parameters: dict[str, Tensor], half: int) -> Planes:
@@ -155,16 +175,16 @@ def _turn_hue(planes: Planes, turns: Tensor) -> Planes:
     red, green, blue = planes
     value, least = torch.maximum(red, torch.maximum(green, blue)), torch.minimum(red, torch.minimum(green, blue))
     chroma = 6 * (value - least)
-    scale = 1 / chroma.clamp(min=1e-12)
+    scale = 1 / (chroma + 1e-12)
     hue = torch.where(value == green, (blue - red) * scale + 2 / 6, (red - green) * scale + 4 / 6)
-    hue = torch.where(value == red, (green - blue) * scale, hue) + turns + 1
+    hue = torch.where(value == red, (green - blue) * scale, hue) + (turns + 1)
     hue = hue - hue.floor()
-    low, high = least - chroma / 6, least + chroma / 3
-    return (
-        _clip(low + chroma * (hue - 3 / 6).abs().clamp(1 / 6, 2 / 6)),
-        _clip(high - chroma * (hue - 2 / 6).abs().clamp(1 / 6, 2 / 6)),
-        _clip(high - chroma * (hue - 4 / 6).abs().clamp(1 / 6, 2 / 6)),
-    )
+
+    def distance(centre: float) -> Tensor:
+        """(B, S, S): from `hue` to `centre`, clipped to a sixth and a third of a turn, less a sixth."""
+        return 1 / 6 - F.relu(1 / 6 - F.relu((hue - centre).abs() - 1 / 6))
+
+    return least + chroma * distance(3 / 6), value - chroma * distance(2 / 6), value - chroma * distance(4 / 6)
 
 
 def _gray(planes: Planes) -> Tensor:
@@ -176,7 +196,8 @@ def _gray(planes: Planes) -> Tensor:
 
 
 def _clip(plane: Tensor) -> Tensor:
-    return plane.clamp(0, 1)
+    """Clip to [0, 1]. By inductor, `clamp` takes twice as many instructions, since it passes NaN on."""
+    return 1 - F.relu(1 - F.relu(plane))
 
 
 class FusedViews:
@@ -200,7 +221,7 @@ class FusedViews:
                 return stage
             return torch.compile(stage, dynamic=False, fullgraph=True, backend=backend, options=options)
 
-        self.mix_colours = compiled(mix_colours)
+        self.mix_colours = compiled(mix_colours, CONTRACT if backend == "inductor" else None)
         self.blur_down = compiled(partial(blur_along, 2), options)
         self.finish = compiled(finish, options)
 
@@ -221,34 +242,66 @@ class FusedViews:
             return [self._render(*part, *normalisation) for part in zip(views, parts, strict=True)]
 
     def _render(self, view: DrawnView, parameters: dict[str, Tensor], mean: Tensor, std: Tensor) -> Tensor:
-        source, on_cpu = view.source, view.source.device.type == "cpu"
-        length = run_length(len(source), 4 * source.shape[1] * view.size**2) if on_cpu else len(source)
+        if IN_RUNS and view.source.device.type == "cpu":
+            return self._render_in_runs(view, parameters, mean, std)
+        images = view.source
+        if "turned" in parameters:
+            images = crop_and_resize(images, parameters.pop("boxes"), view.size, parameters.pop("turned"))
+        images = self.mix_colours(images, parameters, view.size)
+        if "kernel" in parameters:
+            images = self.blur_down(images, parameters["kernel"])
+        return self.finish(images, parameters, mean, std, self.dtype, "kernel" in parameters)
 
-        def prepare(axis: int, images: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-            ahead = on_cpu and REPEAT_AHEAD
-            return repeat_edges(axis, images, parameters["kernel"].shape[1] - 1) if ahead else images
-
-        some_blurred = on_cpu and 0 < view.config.blur < 1
-        outputs = []
+    def _render_in_runs(self, view: DrawnView, parameters: dict[str, Tensor], mean: Tensor, std: Tensor) -> Tensor:
+        source, size, channels = view.source, view.size, view.source.shape[1]
+        length = run_length(len(source), 4 * channels * size**2)
+        some_blurred = 0 < view.config.blur < 1
+        blur = "kernel" in parameters and not some_blurred
+        edge = parameters["kernel"].shape[1] - 1 if blur else 0
+        high = torch.empty(length, channels, size + 2 * edge, size)
+        wide = high if not blur else torch.empty(length, channels, size, size + 2 * edge)
+        mixed, output = high.narrow(2, edge, size), empty_views(len(source), size, self.dtype)
         for start in range(0, len(source), length):
             part = slice(start, start + length)
             images, mine = source[part], {name: values[part] for name, values in parameters.items()}
             # Stored images come in many shapes, of which each would have a graph of its own.
-            one_by_one = on_cpu and view.size > LARGEST_PRODUCT
+            one_by_one = size > LARGEST_PRODUCT
             if "turned" in mine or (one_by_one and "boxes" in mine):
                 crop = crop_one_by_one if one_by_one else crop_and_resize
-                images = crop(images, mine.pop("boxes"), view.size, mine.pop("turned", None))
-            images = self.mix_colours(images, mine, view.size)
-            if some_blurred:
-                rows = (view.draws["blur"][part, 0] < view.config.blur).nonzero()[:, 0]
-                for axis in (2, 3):
-                    images[rows] = blur_along(axis, images[rows], mine["kernel"][rows])
-            elif "kernel" in mine:
-                images = self.blur_down(prepare(2, images, mine), mine["kernel"])
-            blur = "kernel" in mine and not some_blurred
-            images = prepare(3, images, mine) if blur else images
-            outputs.append(self.finish(images, mine, mean, std, self.dtype, blur))
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+                images = crop(images, mine.pop("boxes"), size, mine.pop("turned", None))
+            self.mix_colours(images, mine, size, mixed)
+            if blur:
+                fill_edges(2, high, edge)
+                self.blur_down(high, mine["kernel"], wide.narrow(3, edge, size))
+                fill_edges(3, wide, edge)
+            elif some_blurred:
+                for row in (view.draws["blur"][part, 0] < view.config.blur).nonzero()[:, 0].tolist():
+                    mixed[row] = blur_by(mixed[row : row + 1], mine["kernel"][row : row + 1])[0]
+            self.finish(wide, mine, mean, std, self.dtype, blur, output[part])
+        return output
+
+
+def empty_views(count: int, size: int, dtype: torch.dtype) -> Tensor:
+    """(count, 3, size, size) in memory of the CPU, without values.
+
+    Writing to large tensors that are new to a process takes longer by the page faults than by the writing: Linux gives
+    memory in pages of 4 kB unless larger ones are asked for.
+    """
+    shape = (count, 3, size, size)
+    needed = math.prod(shape) * dtype.itemsize
+    if needed < FRESH_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, needed, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def fill_edges(axis: int, images: Tensor, edge: int) -> None:
+    """Fill the first and the last `edge` rows (axis 2) or columns (axis 3) with their nearest neighbours."""
+    length = images.shape[axis]
+    for start, nearest in ((0, edge), (length - edge, length - edge - 1)):
+        images.narrow(axis, start, edge).copy_(images.narrow(axis, nearest, 1))
 
 
 def run_length(count: int, image_bytes: int) -> int:

@@ -199,8 +199,8 @@ class TrainImages(Dataset):
 
 def _shrink(boxes: Tensor, sizes: Sequence[int]) -> float:
     """Return how much smaller an image may be decoded before one of its boxes (views, 4) is smaller than its view."""
-    sides = torch.stack([boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]]).abs()
-    return float((sides / torch.tensor(sizes)).min())
+    pairs = zip(boxes.tolist(), sizes, strict=True)
+    return min(min(abs(right - left), abs(bottom - top)) / size for (left, top, right, bottom), size in pairs)
 
 
 def _crop(image: Tensor, full: tuple[int, int], wanted: list[float], size: int) -> Tensor:

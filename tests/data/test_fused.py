@@ -62,6 +62,34 @@ def test_runs_of_fused_views_change_nothing(count: int, monkeypatch: pytest.Monk
     assert set(seen) == {{16: 8, 12: 6, 11: 11}[count]}
 
 
+def test_large_views_keep_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "FRESH_BYTES", 1)
+    render, made = FusedViews(backend=None), []
+    for step in range(2):
+        batch = {"images": random_images(16, 20, 20, seed=step)}
+        both(batch, "moco", 16, render)
+        made.append(make_views(batch, AUGMENTATIONS["moco"], 16, 3, 7, render=render))
+    assert not any(torch.equal(first, second) for first, second in zip(*made, strict=True))
+    for step, views in enumerate(made):  # the second views were not written over the first
+        batch = {"images": random_images(16, 20, 20, seed=step)}
+        again = make_views(batch, AUGMENTATIONS["moco"], 16, 3, 7, render=render)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(views, again, strict=True))
+
+
+def test_views_whole_and_in_runs_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU makes them as a GPU does if it is not to make runs, with a blur of several pixels."""
+    monkeypatch.setattr(fused, "LEAST_RUN", 8)
+    monkeypatch.setattr(fused, "CACHE_BYTES", 1)
+    images = random_images(16, 110, 120)
+    for name in AUGMENTATIONS:
+        made = []
+        for in_runs in (True, False):
+            monkeypatch.setattr(fused, "IN_RUNS", in_runs)
+            made.append(make_views({"images": images}, AUGMENTATIONS[name], 100, 3, 7, render=FusedViews(backend=None)))
+        for mine, theirs in zip(*made, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=5e-3, rtol=0)  # crops of runs have 8 bits
+
+
 def test_fused_views_in_the_precision_of_the_model() -> None:
     batch = {"images": random_images(4, 20, 20)}
     made = make_views(batch, AUGMENTATIONS["moco"], 16, 3, 7, render=FusedViews(torch.bfloat16, backend=None))

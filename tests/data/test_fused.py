@@ -87,7 +87,7 @@ def test_views_whole_and_in_runs_agree(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(fused, "IN_RUNS", in_runs)
             made.append(make_views({"images": images}, AUGMENTATIONS[name], 100, 3, 7, render=FusedViews(backend=None)))
         for mine, theirs in zip(*made, strict=True):
-            torch.testing.assert_close(mine, theirs, atol=5e-3, rtol=0)  # crops of runs have 8 bits
+            torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=0)
 
 
 def test_fused_views_in_the_precision_of_the_model() -> None:

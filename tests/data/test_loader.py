@@ -153,6 +153,12 @@ def test_own_sizes_of_views_hold_for_files_and_memory(tmp_path):
         assert (one - other).abs().max() < 1.1 / 255
 
 
+def test_images_shrink_as_far_as_all_their_crops_allow():
+    mirrored_and_low, wide = [30.0, 0.0, 10.0, 40.0], [0.0, 0.0, 90.0, 50.0]
+    assert loader._shrink(torch.tensor([mirrored_and_low, wide]), (5, 10)) == 4.0
+    assert loader._shrink(torch.tensor([mirrored_and_low, wide]), (5, 20)) == 2.5
+
+
 def test_large_jpegs_are_decoded_small(tmp_path, monkeypatch):
     source = folder(tmp_path / "set", 4, sizes=((640, 480),), extension="jpg")
     whole = ViewConfig(crop_scale=(0.5, 1.0))

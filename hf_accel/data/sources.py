@@ -37,6 +37,11 @@ DEEP_SAMPLE = 8
 MAX_BAD = 0.01
 """Share of the images that may be unreadable. One image always may be, because a held-out tenth can be small."""
 
+NO_COMMON_CLASSES = (
+    "%s: the split %s has no labels of the training split's classes, so no accuracy will be measured: set "
+    "validation_split to one that has"
+)
+
 Bad = tuple[int, str, str]
 """An image that could not be read: index, name, reason."""
 
@@ -320,12 +325,7 @@ def load_sources(
         if label_column in held.column_names:
             held_labels = read_labels(held, label_column, names, f"{data}/{validation_split}")[0]
         if labels is not None and held_labels is None:
-            logger.warning(
-                "%s: the split %s has no labels of the training split's classes, so no accuracy will be measured: set "
-                "validation_split to one that has",
-                data,
-                validation_split,
-            )
+            logger.warning(NO_COMMON_CLASSES, data, validation_split)
         parts = [(train, labels, train_split), (held, held_labels, validation_split)]
     elif labels is not None:
         parts = _hold_out_rows(data, train, labels, train_split, seed)

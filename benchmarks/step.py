@@ -27,7 +27,7 @@ from benchmarks.options import DTYPES, add_shared_options, parse, parser_of, set
 from benchmarks.peers import PEERS, Components, peer_components
 from hf_accel.compression import Compression, Strategy, forward_cost
 from hf_accel.compression.cost import forward_flops
-from hf_accel.models import AccelViTModel
+from hf_accel.objectives import ObjectiveForPreTraining
 from hf_accel.report import environment, format_table
 from hf_accel.utils.writing import write_json
 
@@ -74,9 +74,10 @@ class Runner:
     def __init__(self, who: str, args: argparse.Namespace, components: Components, compiled: bool = False):
         self.args = args
         self.step, model = both_steps(args.objective, args, components)[who]
-        if compiled:
-            encoders = [m for m in model.modules() if isinstance(m, AccelViTModel) or type(m).__name__ == "ViTModel"]
-            for encoder in encoders:
+        if compiled and isinstance(model, ObjectiveForPreTraining):  # as a run compiles it
+            model.compile_encoders(mode="reduce-overhead" if args.device.type == "cuda" else None)
+        elif compiled:
+            for encoder in [module for module in model.modules() if type(module).__name__ == "ViTModel"]:
                 encoder.compile()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)

@@ -98,14 +98,17 @@ class AccelViTEmbeddings(nn.Module):
         self.grid_size = config.grid_size
         self.position_tables = TensorCache(POSITION_BYTES)
 
-    def patch_positions(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    def patch_positions(
+        self, height: int, width: int, like: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         """(height * width, hidden_size): positions of a grid that spans the image, whatever the image's size.
 
-        Fixed positions get the device and dtype of `like`. It is not a parameter, as offloaded ones have no device.
+        Fixed positions get the device of `like` and `dtype`, or that of `like`. It is not a parameter, as offloaded
+        ones have no device.
         """
         grid_size, hidden_size = self.grid_size, self.config.hidden_size
         if self.position_embeddings is None:
-            key = (grid_size, height, width, hidden_size, like.device, like.dtype)
+            key = (grid_size, height, width, hidden_size, like.device, dtype or like.dtype)
             if torch.compiler.is_compiling():
                 return sincos_position_table(*key)
             return self.position_tables.get(key, lambda: sincos_position_table(*key))
@@ -138,7 +141,8 @@ class AccelViTEmbeddings(nn.Module):
         """(B, C, H, W) -> (B, num_prefix_tokens + L, hidden_size), or K for L if `kept_tokens` (B, K) are given."""
         patch_size = check_patch_size(patch_size)
         batch_size, (height, width) = pixel_values.shape[0], pixel_values.shape[-2:]
-        positions = self.patch_positions(height // patch_size, width // patch_size, like=pixel_values)
+        dtype = self.patch_embeddings.projection.weight.dtype  # pixels may be in that of autocast
+        positions = self.patch_positions(height // patch_size, width // patch_size, pixel_values, dtype)
         if kept_tokens is not None:
             positions = positions[kept_tokens]
         tokens = self.patch_embeddings(pixel_values, patch_size, kept_tokens) + positions

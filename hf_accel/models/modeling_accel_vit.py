@@ -217,6 +217,7 @@ class AccelViTModel(AccelViTPreTrainedModel):
         patch_size: int | None = None,
         token_dropout: float = 0.0,
         generator: torch.Generator | None = None,
+        kept_tokens: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
@@ -229,6 +230,9 @@ class AccelViTModel(AccelViTPreTrainedModel):
             Ratio of patch tokens to drop, in [0, 1). CLS and registers stay.
         generator (`torch.Generator`, *optional*):
             Draws the tokens that are kept. `None` means the default generator of the pixels' device.
+        kept_tokens (`torch.Tensor` of shape `(batch_size, K)`, *optional*):
+            Indices of the patch tokens to keep, in place of a draw. They are no part of a compiled graph, so a call
+            with them is one graph.
         output_hidden_states, output_attentions (`bool`, *optional*):
             Also return the input and the output of every layer, or the attention weights (eager attention has them).
 
@@ -238,21 +242,35 @@ class AccelViTModel(AccelViTPreTrainedModel):
         Raises `ValueError` if `patch_size` or `token_dropout` is impossible.
         """
         pixel_values, patch_size = self.fit_to_patches(pixel_values, patch_size)
-        num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
-        kept_tokens = None
-        if token_dropout != 0 and num_kept_tokens(num_patches, token_dropout) < num_patches:
-            kept_tokens = sample_kept_tokens(
-                pixel_values.shape[0], num_patches, token_dropout, generator, pixel_values.device
-            )
+        if kept_tokens is None:
+            kept_tokens = self.draw_kept_tokens(pixel_values, patch_size, token_dropout, generator)
         return self.encode(pixel_values, patch_size, kept_tokens, **kwargs)
 
+    def draw_kept_tokens(
+        self,
+        pixel_values: torch.Tensor,
+        patch_size: int,
+        token_dropout: float,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor | None:
+        """Draw the `kept_tokens` of `forward`, (batch_size, K) for pixels that fit the patches; None keeps all."""
+        num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
+        if token_dropout == 0 or num_kept_tokens(num_patches, token_dropout) == num_patches:
+            return None
+        return sample_kept_tokens(pixel_values.shape[0], num_patches, token_dropout, generator, pixel_values.device)
+
     def fit_to_patches(self, pixel_values: torch.Tensor, patch_size: int | None) -> tuple[torch.Tensor, int]:
-        """Return the pixels in the weights' dtype, resized so that the patch size divides them, and that patch size."""
+        """Return the pixels in the dtype of the weights or of autocast, and the patch size, which divides their sides.
+
+        Pixels that are in autocast's dtype already stay so, as the projection casts to it.
+        """
         if patch_size is None:
             patch_size = self.config.default_patch_size or self.config.patch_size
         patch_size = check_patch_size(patch_size)
-        dtype = self.embeddings.patch_embeddings.projection.weight.dtype
-        return resize_to_multiple(pixel_values.to(dtype), patch_size), patch_size
+        device = pixel_values.device.type
+        if not (torch.is_autocast_enabled(device) and pixel_values.dtype == torch.get_autocast_dtype(device)):
+            pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
+        return resize_to_multiple(pixel_values, patch_size), patch_size
 
     # A generator breaks a compiled graph. This method is apart from `forward` so that the break lies outside of the
     # capturing of outputs. Inside, it would break the graph again at every layer.

@@ -16,9 +16,11 @@ from ..compression.cost import ForwardCost
 from ..compression.strategy import Compression, Strategy
 from ..data import ViewConfig
 from ..distributed import rank
+from ..distributed.sharding import is_sharded
 from ..models import AccelViTConfig, AccelViTModel
 from ..models.modeling_accel_vit import AccelViTPreTrainedModel
 from ..utils.seeding import rows_generator
+from .casting import weights_cast_together
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,13 @@ POINT = 0.02
 
 POINT_REMEDY = "a lower learning_rate, a longer warmup, model_config.freeze_patch_projection=true"
 """What usually helps (arXiv 2104.02057, section 4.2)."""
+
+
+GRAPHS = 256
+"""Graphs that compiled encoders may have in one process."""
+
+REPLAYED = ("reduce-overhead", "max-autotune")
+"""Modes of `torch.compile` in which a GPU replays CUDA graphs."""
 
 
 class Draw(NamedTuple):
@@ -59,6 +68,7 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = None
     encoder: AccelViTModel
     settings: dict[str, Any]
+    _replays_graphs = False
     name: ClassVar[str] = ""
     """The name in recipes and results; default: the class's."""
     display_name: ClassVar[str] = ""
@@ -157,11 +167,33 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
         size, base = self.config.image_size, self.config.patch_size
         return size if online != target else size // online * base
 
-    def compile_encoders(self) -> None:
-        """Compile in place: names in checkpoints stay, and the draws around the encoders are no part of the graphs."""
-        for module in self.modules():
-            if isinstance(module, AccelViTModel):
-                module.compile()
+    def compile_encoders(self, backend: Any = "inductor", mode: str | None = None) -> None:
+        """Compile in place, one graph for each shape: names in checkpoints stay, and draws are no part of the graphs.
+
+        Args:
+            backend, mode: those of `torch.compile`. In the mode "reduce-overhead" a GPU replays whole graphs, and
+                gradients stay valid until the next forward: it cannot accumulate them over micro-batches.
+        """
+        import torch._dynamo  # takes seconds
+
+        # The shapes of a schedule are few, and each is worth its graph. Beyond the limit a call would be eager.
+        limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+        torch._dynamo.config.recompile_limit = limit
+        torch._dynamo.config.accumulated_recompile_limit = max(limit, torch._dynamo.config.accumulated_recompile_limit)
+        for encoder in self._encoders():
+            encoder.compile(dynamic=False, backend=backend, mode=mode)
+        self._replays_graphs = mode in REPLAYED
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._replays_graphs:  # What the graphs returned at the last call may be overwritten.
+            torch.compiler.cudagraph_mark_step_begin()
+        # Weights that an engine shards are cast by the engine, and those of a graph within the graph.
+        eager = [encoder for encoder in self._encoders() if encoder._compiled_call_impl is None]
+        with weights_cast_together([] if is_sharded(self) else eager):
+            return super().__call__(*args, **kwargs)
+
+    def _encoders(self) -> list[AccelViTModel]:
+        return [module for module in self.modules() if isinstance(module, AccelViTModel)]
 
     def forward(
         self, views: list[torch.Tensor], strategy: Strategy, draw: Draw, progress: float = 0.0
@@ -199,7 +231,7 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
 
     def encode(
         self,
-        encoder: nn.Module,
+        encoder: AccelViTModel,
         view: torch.Tensor,
         compression: Compression,
         draw: Draw,
@@ -213,16 +245,18 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
         keep the ones that one process with the same global batch would.
         """
         grid = (image_size or self.config.image_size) // compression.patch_size
+        # The pixels are fitted and the tokens drawn here, so that a compiled encoder is one graph without a break.
+        view, patch_size = encoder.fit_to_patches(view, view.shape[-1] // grid)
         generator = None
         if compression.token_dropout > 0:
             first_row = rank() * view.shape[0]
             generator = rows_generator(first_row, grid**2, draw.seed, "tokens", draw.step, draw.micro_step, branch)
-        options = {**compression.to_dict(), "patch_size": view.shape[-1] // grid}
-        return encoder(view, generator=generator, **options).pooler_output
+        kept_tokens = encoder.draw_kept_tokens(view, patch_size, compression.token_dropout, generator)
+        return encoder(view, patch_size, kept_tokens=kept_tokens).pooler_output
 
     def encode_views(
         self,
-        encoder: nn.Module,
+        encoder: AccelViTModel,
         views: Sequence[torch.Tensor],
         compression: Compression,
         draw: Draw,

@@ -72,7 +72,7 @@ def search_checkpoints(recipe: Recipe, config: PretrainConfig, checkpoints: list
     output = Path(recipe.output_dir)
     objective = build_objective(recipe)
     if config.torch_compile:
-        objective.compile_encoders()
+        objective.compile_encoders(**config.compile_options)
     with naming("the grid of the search"):
         of_grid = recipe.search_token_dropout, recipe.search_patch_size, recipe.search_symmetry
         strategies = build_grid(recipe.image_size, recipe.patch_size, *of_grid)

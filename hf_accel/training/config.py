@@ -8,11 +8,14 @@ from types import MappingProxyType
 from typing import Any, get_type_hints
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 from ..compression import Schedule
 from ..data import AUGMENTATIONS
 from ..distributed.launch import DTYPES, autocast_arguments, check_launch, choose_precision, on_cpu
+from ..objectives.base import REPLAYED
 from ..run_folder import RunFolder
 from ..utils.errors import SettingError, fail
 from ..utils.pretrain_settings import PretrainSettings, take_types
@@ -47,8 +50,6 @@ INSTEAD = {
     "ignore_data_skip": "the loader starts at the step that is next; leave it out",
     "label_smoothing_factor": "labels are never trained on; leave it out",
     "label_names": "labels are found in each item; leave it out",
-    "torch_compile_backend": "set torch_compile",
-    "torch_compile_mode": "set torch_compile",
     **dict.fromkeys(EVALUATION, "kNN accuracy is measured at eval_points; leave it out"),
     **dict.fromkeys(LOADER, "the loader has one setting, dataloader_num_workers; leave it out"),
     **dict.fromkeys(TEXT, "it is for text; leave it out"),
@@ -98,7 +99,8 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
         keep_points (`list[float]`): Progress at which a checkpoint is kept for good, for a search.
         knn_k (`int`, defaults to 20), knn_temperature (`float`, defaults to 0.07): Neighbours, and their votes.
         bf16 (`bool`, *optional*): Autocast in bf16. Default: on a GPU that has it.
-        torch_compile (`bool`, defaults to `False`): Compile the encoders, once for each shape of the schedule.
+        torch_compile (`bool`, defaults to `False`): Compile the encoders, once for each shape of the schedule. One GPU
+            without accumulation also replays CUDA graphs, unless `torch_compile_mode="default"`.
 
     Raises:
         SettingError: a value or a combination that is not possible. It is a `ValueError`.
@@ -142,6 +144,9 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
         self._check_schedule()
         self._refuse_foreign()
         self._check_numbers()
+        if self.torch_compile_mode in REPLAYED and self.gradient_accumulation_steps > 1:
+            problem = "CUDA graphs overwrite the gradients of earlier micro-batches; take default, or no accumulation"
+            fail("torch_compile_mode", self.torch_compile_mode, problem)
         if self.bf16 and self.fp16:
             fail("fp16", True, "bf16 is true as well; choose one of the two")
         share = self._images_per_process()
@@ -159,14 +164,29 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
         self.ddp_find_unused_parameters = self.ddp_broadcast_buffers = False
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
-        compiled, self.torch_compile = self.torch_compile, False  # Accelerate would compile the random draws as well.
+        compilation = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
+        # Accelerate would compile the random draws as well.
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         super().__post_init__()
-        self.torch_compile = compiled
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = compilation
+        self.torch_compile = any(compilation)  # as in `TrainingArguments`
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
         """What autocast computes in; None in fp32."""
         return DTYPES[self.precision]
+
+    @property
+    def compile_options(self) -> dict[str, Any]:
+        """The arguments of `compile_encoders`. A GPU that works alone replays the graphs, if nothing speaks against it.
+
+        Replayed graphs overwrite gradients at the next forward, and would be kept for every strategy that is probed.
+        """
+        mode = self.torch_compile_mode
+        plain = self.gradient_accumulation_steps == 1 and not self.activation_checkpointing and self.schedule != "auto"
+        if self.device.type == "cuda" and PartialState().distributed_type == DistributedType.NO:
+            mode = mode or ("reduce-overhead" if plain and self.torch_compile_backend is None else None)
+        return {"backend": self.torch_compile_backend or "inductor", "mode": mode}
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments that the run uses, for trackers."""

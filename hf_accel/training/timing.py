@@ -81,7 +81,7 @@ class _Timer:
             kwargs = self.args.activation_checkpointing_kwargs
             self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
         if self.args.torch_compile:
-            self.model.compile_encoders()
+            self.model.compile_encoders(**self.args.compile_options)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         kind, settings = trainer.get_optimizer_cls_and_kwargs(self.args)
         self.optimizer = kind(self.parameters, **settings)
@@ -148,12 +148,13 @@ def format_duration(seconds: float) -> str:
 def name_bound(logs: Mapping[str, float]) -> str:
     """Name the part that took most of the time of the logged steps: "data", "views" or "model", the whole rest.
 
-    The host does not wait for a GPU, so its clock does not tell views, model and launches apart. Together they are the
-    "device".
+    The host does not wait for a GPU, so its clock does not tell views and model apart. Together they are the "device".
+    "launches" bound the steps for most of which the GPU waited for the host.
     """
     data = logs["data_wait_fraction"]
     if "views_fraction" not in logs:
-        return "data" if data > 0.5 else "device"
+        launches = "launches" if logs.get("device_idle_fraction", 0.0) > 0.5 else "device"
+        return "data" if data > 0.5 else launches
     parts = {"data": data, "views": logs["views_fraction"]}
     parts["model"] = 1.0 - sum(parts.values())
     return max(parts, key=lambda part: parts[part])

@@ -41,6 +41,7 @@ from .record import RULES, describe_optimizer, describe_settings, sample_colours
 from .resuming import choose_checkpoint, find_costs, load_complete, take_over
 from .saving import SavingTrainer
 from .step_costs import prepare_steps
+from .streams import GpuSteps
 from .timing import PredictedTime, name_bound
 
 
@@ -100,7 +101,7 @@ class PretrainTrainer(SavingTrainer):
             least = f"{model.name} needs at least {model.least_batch} images in each micro-batch"
             fail("batch_size", args.batch_size, least)
         if args.torch_compile:
-            model.compile_encoders()
+            model.compile_encoders(**args.compile_options)
         self.view_configs = model.view_configs(AUGMENTATIONS[args.augmentation])
         self.schedule = read_schedule(args, config, next((view.size for view in self.view_configs if view.size), None))
         self._make_plan = partial(plan_run, args, model, self.schedule, len(self.source))
@@ -116,6 +117,7 @@ class PretrainTrainer(SavingTrainer):
         self._metric_count = self._first_step = 0
         self._seconds_of_views = 0.0
         self._window = (time.perf_counter(), 0, 0.0, 0.0)
+        self._gpu_steps: GpuSteps | None = None
         datasets: dict[str, Any] = {"train_dataset": self.source, "eval_dataset": self.validation}
         processor = image_processor(self.source, config.image_size)  # Pipelines open checkpoints with it.
         super().__init__(model=model, args=args, processing_class=processor, **datasets, **kwargs)
@@ -240,6 +242,7 @@ class PretrainTrainer(SavingTrainer):
                     for line in describe_plan(self.args, self.objective, self.plan):
                         distributed.say(line)
                 self._window = (time.perf_counter(), self._first_step, self.seconds["data"], self._seconds_of_views)
+                self._gpu_steps = GpuSteps(self.args.device) if self.args.device.type == "cuda" else None
                 output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
                 self.stopped |= stop_agreed()  # A signal may come after the last step.
                 return output
@@ -250,7 +253,8 @@ class PretrainTrainer(SavingTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Gives the micro-batches of a step one by one: a list of hundreds would hold their memory and open files."""
-        return cast(Any, StepBatches(epoch_iterator, num_batches, self._count_wait)), None
+        batches = self._gpu_steps.begin_step(epoch_iterator) if self._gpu_steps else epoch_iterator
+        return cast(Any, StepBatches(batches, num_batches, self._count_wait)), None
 
     def _count_wait(self, seconds: float) -> None:
         self.seconds["data"] += seconds
@@ -270,14 +274,19 @@ class PretrainTrainer(SavingTrainer):
         key = (inputs["step"], inputs["micro_step"], distributed.rank())
         torch.manual_seed(generator(self.args.seed, "model", *key).initial_seed())
         with explained_memory(self.args, self.objective):
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            # A name for the dictionary would keep the views during the backward pass.
+            loss = super().training_step(
+                model, self._gpu_steps.with_views(self, inputs) if self._gpu_steps else inputs, num_items_in_batch
+            )
+        if self._gpu_steps:
+            self._gpu_steps.end_backward()
         self.seconds["forward_backward"] += time.perf_counter() - start
         return loss
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
         step, micro_step = inputs["step"], inputs["micro_step"]
         now, start = self.plan[step], time.perf_counter()
-        views = self.views_of(inputs, self.view_size(step))
+        views = inputs.pop("views", None) or self.views_of(inputs, self.view_size(step))
         self._seconds_of_views += time.perf_counter() - start
         output = model(views, now.strategy, Draw(self.args.seed, step, micro_step), now.progress)
         for name, value in output.metrics.items():
@@ -336,6 +345,8 @@ class PretrainTrainer(SavingTrainer):
         logs["data_wait_fraction"] = (data - data_before) / taken
         if self.args.device.type == "cpu":
             logs["views_fraction"] = (views - views_before) / taken
+        if self._gpu_steps:
+            logs["device_idle_fraction"] = self._gpu_steps.take_idle_fraction()
         if self.args.torch_compile:
             from torch._dynamo.utils import counters  # an import of seconds
 

@@ -280,3 +280,19 @@ def test_classifier_without_labels_is_the_pooled_output() -> None:
     output = model(images, output_hidden_states=True)
     assert torch.equal(output.logits, model.encoder(images).pooler_output)
     assert output.loss is None and len(output.hidden_states) == 4
+
+
+@pytest.mark.parametrize(("patch_size", "token_dropout"), [(8, 0.0), (16, 0.5), (12, 0.0)])
+@pytest.mark.parametrize("kind", ["sincos", "learned"])
+def test_pixels_in_autocasts_dtype_are_not_cast(kind: str, patch_size: int, token_dropout: float) -> None:
+    """bf16 pixels give the bits of the same numbers in fp32, and no copy of them in fp32 is made."""
+    model = AccelViTModel(config(position_embedding_type=kind)).eval()
+    pixels = torch.randn(2, 3, 32, 32).bfloat16()
+    results = []
+    for images in (pixels, pixels.float()):
+        generator = torch.Generator().manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            fitted, _ = model.fit_to_patches(images, patch_size)
+            assert fitted.dtype == images.dtype
+            results.append(model(images, patch_size, token_dropout, generator).last_hidden_state)
+    assert torch.equal(*results) and model.fit_to_patches(pixels, patch_size)[0].dtype == torch.float32

@@ -67,7 +67,6 @@ def test_a_wrong_word_or_type_is_refused(name, value, problem):
         ("per_device_eval_batch_size", 64, "eval_points"),
         ("include_for_metrics", ["loss"], "eval_points"),
         ("dataloader_prefetch_factor", 4, "dataloader_num_workers"),
-        ("torch_compile_mode", "default", "set torch_compile"),
     ],
 )
 def test_an_argument_without_effect_is_refused(name, value, instead):

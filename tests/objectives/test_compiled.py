@@ -130,7 +130,8 @@ def test_inductor_trains_as_eager_code():
 @pytest.mark.parametrize("objective", ["moco", "dino"])
 def test_replayed_graphs_train_as_eager_code(objective, precise):
     """Each stage is long enough to warm up, to record and to replay, and the first one comes again."""
-    model = make(objective).cuda()
+    model: Any = make(objective)
+    model.to("cuda")
     eager = copy.deepcopy(model)
     model.compile_encoders(mode="reduce-overhead")
     for number in range(5 * len(STAGES) + 5):

@@ -174,7 +174,8 @@ class TrainImages(Dataset):
                 full, mine = image.size, self._boxes([items[position]], [image])[:, 0]
                 pixels = image_tensor(image)
             for view, box in enumerate(mine.tolist()):
-                crops[view][position] = _crop(pixels, full, box, sizes[view])
+                # NumPy takes half of torch's time to bring channels to the front.
+                crops[view].numpy()[position] = _crop(pixels, full, box, sizes[view]).numpy()
         return crops, torch.tensor(cut)
 
     def _open(self, item: Item, bad: list[Bad]) -> tuple[int, Image]:

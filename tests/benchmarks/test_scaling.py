@@ -22,7 +22,7 @@ def test_a_recipe_is_counted_without_its_weights(tmp_path, capsys):
     output = tmp_path / "scaling.json"
     assert scaling.main(["recipes/moco.yaml", "--ms-per-unit", "2.0", "--gpus", "1", "2", "--output", str(output)]) == 0
     rows = json.loads(output.read_text())["rows"]
-    assert "613 steps" in capsys.readouterr().out
+    assert "688 steps" in capsys.readouterr().out
     alone, two = (next(r for r in rows if r["engine"] == "ddp" and r["gpus"] == gpus) for gpus in (1, 2))
     assert alone["hours"] == pytest.approx(240_000 * 0.002 / 3600, rel=0.01)
     assert two["hours"] == pytest.approx(alone["hours"] / 2 + two["waiting_hours"])

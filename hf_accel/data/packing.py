@@ -40,13 +40,17 @@ class PackedFile(NamedTuple):
 
     index: int
     name: str
-    content: bytes
+    size: int
     original_bytes: int
     shrunk: bool
 
 
 class PackedImages(Dataset):
-    """Batches of images by index, as dictionaries with "files" (`PackedFile`) and "bad"."""
+    """Batches of images by index, as dictionaries with "files" (`PackedFile`), their "contents" and "bad".
+
+    The contents of all files are one tensor, which reaches the run through shared memory: a worker that writes much
+    into a pipe would never end if the run was killed.
+    """
 
     def __init__(self, source: ImageSource, side: int):
         self.source, self.side = source, side
@@ -56,25 +60,30 @@ class PackedImages(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
         files: list[PackedFile] = []
+        contents = bytearray()
         bad: list[Bad] = []
         for index in indices:
             try:
-                files.append(self._pack(index))
+                file, content = self._pack(index)
             except CorruptImage as error:
                 bad.append(error.bad)
-        return {"files": files, "bad": bad}
+                continue
+            files.append(file)
+            contents += content
+        made = torch.frombuffer(contents, dtype=torch.uint8) if contents else torch.empty(0, dtype=torch.uint8)
+        return {"files": files, "contents": made, "bad": bad}
 
-    def _pack(self, index: int) -> PackedFile:
+    def _pack(self, index: int) -> tuple[PackedFile, bytes]:
         image = self.source.open(index)
         name, content = image.info["name"], cast(io.BytesIO, cast(Any, image).fp).getvalue()
         width, height = upright_size(image)
         wanted = stored_sizes(torch.tensor([[height, width]]), self.side)[0].tolist()
         pixels = decode_at(self.source, index, image, *wanted)  # also of a kept file, to see whether it can be read
         if wanted == [height, width]:
-            return PackedFile(index, name, content, len(content), shrunk=False)
+            return PackedFile(index, name, len(content), len(content), shrunk=False), content
         packed = io.BytesIO()
         PIL.Image.fromarray(pixels.contiguous().numpy()).save(packed, "JPEG", quality=JPEG_QUALITY)
-        return PackedFile(index, name, packed.getvalue(), len(content), shrunk=True)
+        return PackedFile(index, name, packed.tell(), len(content), shrunk=True), packed.getvalue()
 
 
 class PackedFolder:
@@ -190,8 +199,9 @@ class _Shard:
         import pyarrow as pa
 
         files: list[PackedFile] = batch["files"]
+        contents = io.BytesIO(batch["contents"].numpy().tobytes())
         columns: dict[str, Any] = {
-            "image": [{"bytes": file.content, "path": self._shorten(file.name)} for file in files]
+            "image": [{"bytes": contents.read(file.size), "path": self._shorten(file.name)} for file in files]
         }
         if self._source.class_names is not None:
             labels = self._source.labels
@@ -199,7 +209,7 @@ class _Shard:
             columns["label"] = [None if label == UNLABELLED else label for label in found]
         self._writer.write_table(pa.table(columns, self._schema))
         self.images += len(files)
-        self.content_bytes += sum(len(file.content) for file in files)
+        self.content_bytes += sum(file.size for file in files)
         self.original_bytes += sum(file.original_bytes for file in files)
         self.shrunk += sum(file.shrunk for file in files)
         self.unreadable += batch["bad"]

@@ -8,7 +8,7 @@ import torch
 
 from ..data import AUGMENTATIONS, ImageSource, count_workers
 from ..data.cache import storage_side
-from ..data.packing import JPEG_QUALITY, PackedFolder
+from ..data.packing import JPEG_QUALITY, ROWS, PackedFolder
 from ..distributed import say
 from ..models import AccelViTConfig
 from ..objectives import OBJECTIVES
@@ -94,7 +94,7 @@ def _pack(recipe: Recipe, folder: RunFolder, splits: dict[str, ImageSource]) -> 
     before, start = packed.total("images"), time.perf_counter()
     if packed.shards:
         say(f"Going on after {len(packed.shards)} complete shards, which hold {before:,} images")
-    workers = count_workers(1) if recipe.num_workers == "auto" else recipe.num_workers
+    workers = count_workers(ROWS * about["short_side"] ** 2) if recipe.num_workers == "auto" else recipe.num_workers
     for split, source in splits.items():
         packed.add(split, source, about["short_side"], os.path.realpath(recipe.data), workers)
     taken, images = time.perf_counter() - start, packed.total("images")

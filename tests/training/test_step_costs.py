@@ -317,7 +317,7 @@ def test_plan_shows_a_budget_in_time(timed, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "units (10 minutes)" in text and "| whole run" in text
     total = next(line for line in text.splitlines() if line.startswith("| whole run")).split("|")[7].strip()
-    assert 8 <= float(total.removesuffix(" min")) <= 10
+    assert 5 <= float(total.removesuffix(" min")) <= 10  # A busy machine takes more of it for timing and evaluations.
     assert not (tmp_path / "run").exists()
 
 

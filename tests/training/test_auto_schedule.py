@@ -342,7 +342,7 @@ def test_matched_views_follow_a_schedule_that_changes(eager, tmp_path, monkeypat
     """Crops of workers that were cut before a probe are as good as those cut after it."""
     # Images of two sizes are read from files.
     folder, sizes = image_folder(tmp_path / "images", side=lambda index: 36 + index % 2), list[tuple[int, int]]()
-    matched = [*AUTO, "view_resolution=matched"]
+    matched = [*AUTO, "view_resolution=matched", "cache=none"]
     make = PretrainTrainer.views_of
 
     def watched(trainer: Any, inputs: dict[str, Any], size: int):

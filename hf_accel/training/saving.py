@@ -31,6 +31,8 @@ class SavingTrainer(PublishingTrainer):
     @property
     def objective(self) -> ObjectiveForPreTraining:
         """The model itself, out of what an engine wraps around it."""
+        if isinstance(self.model, ObjectiveForPreTraining):  # Each step asks, and accelerate reads files to unwrap.
+            return self.model
         return cast(ObjectiveForPreTraining, self.accelerator.unwrap_model(cast(Any, self.model)))
 
     def whole_objective(self) -> ObjectiveForPreTraining:

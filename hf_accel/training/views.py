@@ -72,9 +72,12 @@ def _first_line(error: Exception) -> str:
 def _steps_by_size(trainer: Any) -> dict[int, int]:
     """How many of the steps that are left have views of each size."""
     steps: dict[int, int] = {}
-    for step in range(trainer._first_step, trainer.plan.num_steps):
-        size = trainer.view_size(step)
-        steps[size] = steps.get(size, 0) + 1
+    end = 0
+    for strategy, count in trainer.plan.stage_steps():
+        begin, end = max(end, trainer._first_step), end + count
+        if begin < end:
+            size = trainer.size_under(strategy)
+            steps[size] = steps.get(size, 0) + end - begin
     return steps
 
 

@@ -1,6 +1,7 @@
 """How a run chooses the way to make its views, and keeps it."""
 
 import json
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -106,3 +107,15 @@ def test_views_are_timed_as_they_come(tmp_path):
     assert views._seconds(trainer, 8) > 0
     trainer.source.pixels = None
     assert [crop.shape for crop in views._example(trainer, 8)["crops"]] == [torch.Size([16, 3, 8, 8])] * 2
+
+
+@pytest.mark.parametrize("begun", [0, 3, 20])
+def test_steps_that_are_left_are_counted_by_size(begun, tmp_path, monkeypatch):
+    stages = [{"until": 0.4, "patch_size": 8}, {"until": 1.0, "patch_size": 4}]
+    trainer = PretrainTrainer(moco(), config(tmp_path, budget=3000, schedule=stages), Tensors())
+    trainer._first_step = begun
+    left = Counter(map(trainer.view_size, range(begun, trainer.plan.num_steps)))
+    assert begun < trainer.plan.num_steps and set(left) <= {8, 16}
+    # Unwrapping reads the metadata of packages: a plan of many steps took minutes.
+    monkeypatch.setattr(trainer.accelerator, "unwrap_model", lambda *_, **__: 1 / 0)
+    assert views._steps_by_size(trainer) == left and trainer.objective is trainer.model

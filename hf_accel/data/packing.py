@@ -143,13 +143,15 @@ class PackedFolder:
         loader = ReportingLoader(source, PackedImages(source, side), 0, num_workers, batch_size=ROWS, sampler=order)
         options: Any = {"total": len(source), "initial": start, "unit": "image", "leave": False, "file": sys.stderr}
         with tqdm(desc=f"packing {split}", **options) as bar:
-            batches = iter(loader)
-            while bar.n < len(source):
+            batches, at = iter(loader), start  # A bar that the user has turned off does not count.
+            while at < len(source):
                 with _Shard(self._hidden / f"{split}-{len(done):05}.parquet", source, root) as shard:
-                    while bar.n < len(source) and shard.content_bytes < SHARD_BYTES:
+                    while at < len(source) and shard.content_bytes < SHARD_BYTES:
                         shard.add(next(batches))
-                        bar.update(min(ROWS, len(source) - bar.n))
-                done.append({"split": split, "end": bar.n, **shard.describe()})
+                        count = min(ROWS, len(source) - at)
+                        at += count
+                        bar.update(count)
+                done.append({"split": split, "end": at, **shard.describe()})
                 self.shards.append(done[-1])
                 self._save()
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -85,6 +86,13 @@ def test_a_set_without_labels_has_no_column_of_labels(tmp_path):
     source.labels = source.class_names = None
     pack(tmp_path / "out", {"train": source})
     assert [*rows(tmp_path / "out")[0]] == ["image"]
+
+
+def test_without_a_bar_all_images_are_packed(small_shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "tqdm", partial(packing.tqdm, disable=True))  # as TQDM_DISABLE=1 does
+    source = folder(tmp_path / "set", 10, SIZES, "jpg")
+    packed = pack(tmp_path / "packed", {"train": source})
+    assert len(rows(tmp_path / "packed")) == 10 and packed.shards[-1]["end"] == 10
 
 
 @pytest.mark.usefixtures("small_shards")

@@ -15,3 +15,4 @@ from .knn import knn_accuracy, knn_predict
 from .linear import LinearConfig, linear_probe, logistic_regression
 from .metrics import TopKAccuracy, topk_accuracy, topk_hits
 from .pooling import is_hierarchical
+from .spectrum import alpha_req, lidar, rank_me

@@ -28,7 +28,7 @@ def first_losses(name: str, output: Path) -> list[float]:
     return [line["loss"] for line in history if "loss" in line][:STEPS]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "moco")) for name in NAMES])
 def test_a_run_gives_the_losses_that_were_recorded(name, tmp_path):
     losses = first_losses(name, tmp_path / "run")
     assert len(losses) == STEPS

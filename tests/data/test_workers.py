@@ -89,6 +89,7 @@ def test_a_late_worker_is_an_error_with_a_remedy():
         load(lambda number: time.sleep(1.5) if number == 0 else BATCH, timeout=1)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_an_error_with_a_remedy():
     with pytest.raises(WorkersFailed, match=r"failed: DataLoader worker \(pid.*--shm-size.*num_workers: 0"):
         load(lambda number: os.kill(os.getpid(), signal.SIGKILL))

@@ -40,6 +40,7 @@ def whole(folder, tmp_path_factory, registered, own_cache_and_threads, blank_fig
     return launch(folder, tmp_path_factory.mktemp("fourth") / "run", *CHOSEN)
 
 
+@pytest.mark.slow
 def test_it_trains_and_resumes_exactly(whole, folder, tmp_path, monkeypatch):
     seen = losses(whole)
     assert len(seen) > 6 and seen[-1] < seen[0] and read(whole / "results.json")["objective"] == "simsiam"

@@ -136,6 +136,7 @@ def losses(trainer: PretrainTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_views_that_were_made_before_train_as_any(tmp_path, monkeypatch):
     """On the CPU, with a pretended stream in place of the GPU's."""
     with monkeypatch.context() as patch:

@@ -1,6 +1,7 @@
 """How a run chooses the way to make its views, and keeps it."""
 
 import json
+import time
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -60,6 +61,12 @@ def test_the_faster_way_is_taken_where_views_take_long(fused_takes, chosen, rend
     assert trained(tmp_path / "shorter").view_backend == "eager"
 
 
+def test_seconds_of_views_leave_out_other_programs(monkeypatch, tmp_path):
+    trainer = PretrainTrainer(moco(), config(tmp_path), Tensors())
+    monkeypatch.setattr(trainer, "views_of", lambda *_: time.sleep(0.05))  # what a busy core looks like to the run
+    assert views._seconds(trainer, 16, {}, 1) < 0.025
+
+
 def test_fused_views_give_the_same_losses(rendered, tmp_path):
     stages = [{"until": 0.4, "patch_size": 8}, {"until": 1.0, "patch_size": 4}]
     settings = {"schedule": stages, "view_resolution": "matched"}
@@ -69,6 +76,7 @@ def test_fused_views_give_the_same_losses(rendered, tmp_path):
     assert rendered[2:] == [fused.view_size(step) for step in range(len(fused.plan))]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_views(rendered, monkeypatch, tmp_path):
     monkeypatch.setattr(views, "WORTH", 0.0)
     take_seconds(monkeypatch, 0.5)

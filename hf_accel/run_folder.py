@@ -45,6 +45,7 @@ class RunFolder:
         log_history: the Trainer's log.
         cost_table: measured costs of compressions.
         curves: the figure of the training.
+        views: the contact sheet of its views.
         final: the folder of the exported encoder.
         kept: the folder of the checkpoints at `keep_points`, which are never removed.
         hub: the folder of what waits to be uploaded, and of the note of what was uploaded.
@@ -57,6 +58,7 @@ class RunFolder:
         self.log_history = self.path / "log_history.json"
         self.cost_table = self.path / "cost_table.json"
         self.curves = self.path / "curves.png"
+        self.views = self.path / "views.png"
         self.final = self.path / "final"
         self.kept = self.path / "kept"
         self.hub = self.path / ".hub"

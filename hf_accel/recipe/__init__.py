@@ -11,6 +11,7 @@ from .keys import (
     PretrainRecipe,
     Recipe,
     SearchRecipe,
+    ViewsRecipe,
     tasks_that_read,
 )
 from .loading import describe_keys, load_recipe, overrides_for, split_words

@@ -224,7 +224,18 @@ class PackRecipe(
     task: ClassVar[str] = "pack"
 
 
-_KINDS = (PretrainRecipe, SearchRecipe, EvaluateRecipe, ExportRecipe, CardRecipe, CostRecipe, PackRecipe)
+@dataclass
+class ViewsRecipe(PretrainRecipe):
+    """Draw the views of a pretraining run, and the patches that each stage keeps of them."""
+
+    task: ClassVar[str] = "views"
+
+    def run(self) -> PretrainRecipe:
+        """The recipe of the run itself."""
+        return PretrainRecipe(**asdict(self))
+
+
+_KINDS = (PretrainRecipe, SearchRecipe, EvaluateRecipe, ExportRecipe, CardRecipe, CostRecipe, PackRecipe, ViewsRecipe)
 RECIPES: dict[str, type[Recipe]] = {kind.task: kind for kind in _KINDS}
 
 

@@ -8,6 +8,7 @@ TASKS = {
     "card": ("tasks.card", "card"),
     "cost": ("tasks.cost", "cost_report"),
     "pack": ("tasks.pack", "pack"),
+    "views": ("tasks.views", "views"),
 }
 """For each recipe's task the module of hf_accel and the function in it, which takes the recipe."""
 

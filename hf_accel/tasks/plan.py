@@ -3,6 +3,8 @@
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from transformers import set_seed
@@ -37,8 +39,9 @@ CACHED = (
 )
 
 
-def plan(recipe: Recipe) -> None:
-    """Time a few steps of every strategy of a run, and print a table of its stages. `output_dir` stays as it is."""
+@contextmanager
+def preview_run(recipe: Recipe) -> Iterator[PretrainTrainer]:
+    """Make the trainer of a run, to look at it. Its measured costs are taken over, and `output_dir` stays as it is."""
     run = RunFolder(recipe.output_dir)
     precision = choose_precision(recipe.mixed_precision, run.read_recipe().get("mixed_precision"))
     with tempfile.TemporaryDirectory() as folder:
@@ -51,12 +54,18 @@ def plan(recipe: Recipe) -> None:
         trainer = PretrainTrainer(build_objective(recipe), config, *load_images(recipe))
         try:
             with explained_memory(config, trainer.objective):
-                times = prepare_steps(trainer, time.perf_counter())
-                times = times or time_steps(trainer, [strategy for strategy, _ in trainer.plan.stage_steps()])
-            say("\n".join([*describe_run(trainer), ""]))
-            say(describe_stages(trainer, times))
+                yield trainer
         finally:
             trainer.end()
+
+
+def plan(recipe: Recipe) -> None:
+    """Time a few steps of every strategy of a run, and print a table of its stages."""
+    with preview_run(recipe) as trainer:
+        times = prepare_steps(trainer, time.perf_counter())
+        times = times or time_steps(trainer, [strategy for strategy, _ in trainer.plan.stage_steps()])
+        say("\n".join([*describe_run(trainer), ""]))
+        say(describe_stages(trainer, times))
 
 
 def describe_stages(trainer: PretrainTrainer, times: dict) -> str:

@@ -31,6 +31,7 @@ SHIPPED = sorted(set(FOLDER.rglob("*.yaml")) - set(SCHEDULES))
 
 NEEDED = {task: [f"task={task}", "checkpoint=folder"] for task in ("evaluate", "export", "card")}
 NEEDED |= {"pretrain": [], "search": ["task=search", "pilot=folder"], "cost": ["task=cost"], "pack": ["task=pack"]}
+NEEDED |= {"views": ["task=views"]}
 """For each task, what must be said beside a recipe of pretraining."""
 
 

@@ -5,8 +5,9 @@
 A plan is a YAML file in `benchmarks/plans/`. Each of its runs is one of the entry point's, with its own full decay, in
 RUNS/OBJECTIVE-NAME-BUDGET-SEED. A finished run is recorded at once in `docs/results/PLAN/`, in a JSON file of its own,
 and is not trained again while the plan's settings of it stay the same. A benchmark that is stopped, by `--minutes` or
-by a signal, saves the runs that are under way, and the same command goes on with them. The tables, the figure and
-`docs/results/PLAN.json` are made from the finished runs (`benchmarks.speedup_report`).
+by a signal, saves the runs that are under way, and the same command goes on with them. The tables, the figure,
+`docs/results/PLAN.json` (`benchmarks.speedup_report`) and the numbers in README and docs (`benchmarks.generated`) are
+made from the finished runs.
 
 `key=value` overrides keys of the recipe in every run, such as `data=FOLDER` for images that are on this machine.
 """
@@ -28,6 +29,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.generated import pages, write_pages
 from benchmarks.options import parser_of
 from benchmarks.speedup_report import write_report
 from hf_accel.recipe import overrides_for
@@ -260,6 +262,8 @@ def main(arguments: list[str] | None = None) -> int:
     known = [run for run in every if bench.is_known(run)]
     print(write_report(path.stem, plan, [json.loads(bench.record_path(run).read_text()) for run in known], results))
     print(f"{len(known)} of {len(every)} runs are known")
+    if not args.toy:
+        write_pages(path.stem, json.loads((results / f"{path.stem}.json").read_text()), pages())
     return 1 if failures else 0
 
 

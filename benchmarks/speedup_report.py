@@ -178,7 +178,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     seconds = "seconds of one core" if report["clock"] == "cpu" else "seconds"
     lines = [f"# {report['title']}"]
     for entry in report["objectives"]:
-        lines += ["", f"## {entry['objective']}", "", _speedup_line(entry)]
+        lines += ["", f"## {entry['objective']}", "", format_speedups(entry)]
         baselines = [entry["baseline"]] if entry["baseline"] else []
         rows = [_line("uncompressed", row) for row in [*baselines, *entry["smaller_baselines"]]]
         rows += [_line("accelerated", row) for row in entry["accelerated"]]
@@ -192,7 +192,8 @@ def format_report(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _speedup_line(entry: Mapping[str, Any]) -> str:
+def format_speedups(entry: Mapping[str, Any]) -> str:
+    """One sentence about an objective's speedups in units and in seconds."""
     if not (entry["baseline"] and entry["accelerated"]):
         return "No speedup yet: it takes a finished baseline of the whole budget and a finished accelerated run."
     units, time = (_speedup_text(entry[f"speedup_{amount}"]) for amount in ("units", "seconds"))

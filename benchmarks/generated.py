@@ -1,0 +1,77 @@
+"""Numbers in README and docs that are generated from `docs/results/PLAN.json`.
+
+A page marks the place with `<!-- PLAN -->` and `<!-- end PLAN -->`, each on a line of its own. What stands between them
+is written by `python -m benchmarks.speedup PLAN`, and a test fails when it differs from the JSON.
+"""
+
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speedup_report import format_speedups
+from hf_accel.utils.writing import write_text
+
+ROOT = Path(__file__).parents[1]
+NAMES = {"moco": "MoCo-v3", "simclr": "SimCLR", "dino": "DINO"}
+
+
+def pages() -> list[Path]:
+    """The pages that may hold marks."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def fill(text: str, plan: str, block: str) -> str:
+    """Put `block` between the marks of `plan`, if the text has any."""
+    return re.sub(_marks(plan), lambda match: f"{match[1]}{block}\n{match[3]}", text, flags=re.DOTALL)
+
+
+def _marks(plan: str) -> str:
+    return rf"(<!-- {re.escape(plan)} -->\n)(.*?)(<!-- end {re.escape(plan)} -->)"
+
+
+def plans_of(text: str) -> list[str]:
+    """The plans that a page has marks of, in order."""
+    return re.findall(r"^<!-- end (\S+) -->$", text, flags=re.MULTILINE)
+
+
+def write_pages(plan: str, report: Mapping[str, Any], paths: Sequence[Path]) -> None:
+    """Write the summary of a plan into every page that has its marks."""
+    for path in paths:
+        text = path.read_text()
+        if plan in plans_of(text) and (filled := fill(text, plan, summarize(report))) != text:
+            write_text(path, filled)
+
+
+def summarize(report: Mapping[str, Any]) -> str:
+    """A table of mean accuracies, with budgets as columns, and a line that says each objective's speedup."""
+    entries = report["objectives"]
+    rows = {
+        (entry["objective"], kind): _means(entry, kind) for entry in entries for kind in ("accelerated", "baseline")
+    }
+    budgets = sorted({budget for row in rows.values() for budget in row})
+    lines = ["| kNN top-1, % | " + " | ".join(f"{budget:,.0f} units" for budget in budgets) + " |"]
+    lines.append("|---|" + "---:|" * len(budgets))
+    for (objective, kind), means in rows.items():
+        if means:
+            label = "short sequences first" if kind == "accelerated" else "uncompressed"
+            numbers = (f"{means[budget]:.1f}" if budget in means else "" for budget in budgets)
+            lines.append(f"| {NAMES[objective]}, {label} | " + " | ".join(numbers) + " |")
+    lines.append("")
+    return "\n".join([*lines, *(_sentence(entry) for entry in entries if entry["baseline"] and entry["accelerated"])])
+
+
+def _means(entry: Mapping[str, Any], kind: str) -> dict[float, float]:
+    whole = [entry["baseline"]] if entry["baseline"] else []
+    rows = entry["accelerated"] if kind == "accelerated" else [*whole, *entry["smaller_baselines"]]
+    return {row["budget"]: statistics.fmean(row["knn"]) for row in rows}
+
+
+def _sentence(entry: Mapping[str, Any]) -> str:
+    seeds = len(entry["seeds"])
+    told = (
+        f"{NAMES[entry['objective']]}, {'one seed' if seeds == 1 else f'up to {seeds} seeds'}: {format_speedups(entry)}"
+    )
+    raw = entry["raw_pixels_knn"]
+    return told if raw is None else f"{told} Raw pixels reach {raw:.1f}%."

@@ -1,0 +1,67 @@
+"""Numbers in README and docs are those of docs/results/PLAN.json."""
+
+import json
+
+import pytest
+
+from benchmarks import generated, speedup_report
+
+RESULTS = generated.ROOT / "docs" / "results"
+PLANS = sorted(path.stem for path in RESULTS.glob("*.json") if (RESULTS / f"{path.stem}.md").exists())
+
+
+def entry(**changes):
+    row = {
+        "budget": 800.0,
+        "knn": [50.0, 52.0],
+        "linear": [None, None],
+        "seconds": [80, 80],
+        "steps": [1, 1],
+        "seed": [0, 1],
+    }
+    speed = {"value": 4.04, "low": 3.5, "high": 4.5}
+    whole = {"objective": "moco", "baseline": row, "smaller_baselines": [{**row, "budget": 200.0, "knn": [40.0, 41.0]}]}
+    whole |= {"accelerated": [{**row, "budget": 200.0, "knn": [51.0, 52.0]}], "seeds": [0, 1], "raw_pixels_knn": 36.1}
+    return {**whole, "speedup_units": speed, "speedup_seconds": {**speed, "value": 3.0}, **changes}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_pages_have_the_numbers_of_the_json(plan):
+    report = json.loads((RESULTS / f"{plan}.json").read_text())
+    assert (RESULTS / f"{plan}.md").read_text() == speedup_report.format_report(report) + "\n"
+    for path in generated.pages():
+        text = path.read_text()
+        if plan in generated.plans_of(text):
+            assert generated.fill(text, plan, generated.summarize(report)) == text, (
+                f"python -m benchmarks.speedup {plan}"
+            )
+
+
+def test_marks_name_plans_that_exist():
+    marked = {plan for path in generated.pages() for plan in generated.plans_of(path.read_text())}
+    assert marked and marked <= set(PLANS)
+
+
+def test_a_summary_has_a_row_for_each_kind_of_run():
+    assert generated.summarize({"objectives": [entry()]}).splitlines() == [
+        "| kNN top-1, % | 200 units | 800 units |",
+        "|---|---:|---:|",
+        "| MoCo-v3, short sequences first | 51.5 |  |",
+        "| MoCo-v3, uncompressed | 40.5 | 51.0 |",
+        "",
+        "MoCo-v3, up to 2 seeds: Speedup at equal kNN accuracy: 4.04x (3.50 to 4.50 over seeds) in units, "
+        "3.00x (3.50 to 4.50 over seeds) in seconds. Raw pixels reach 36.1%.",
+    ]
+    unfinished = generated.summarize({"objectives": [entry(baseline=None)]})
+    assert "Speedup" not in unfinished and "| MoCo-v3, uncompressed | 40.5 |" in unfinished
+
+
+def test_only_what_stands_between_marks_is_written(tmp_path):
+    page, other = tmp_path / "page.md", tmp_path / "other.md"
+    page.write_text("before\n\n<!-- toy -->\nold\n<!-- end toy -->\n\nafter\n")
+    other.write_text("no marks\n")
+    report = {"objectives": [entry()]}
+    generated.write_pages("toy", report, [page, other])
+    text = page.read_text()
+    assert text == f"before\n\n<!-- toy -->\n{generated.summarize(report)}\n<!-- end toy -->\n\nafter\n"
+    assert other.read_text() == "no marks\n" and generated.plans_of(text) == ["toy"]

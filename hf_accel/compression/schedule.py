@@ -1,5 +1,6 @@
 """The schedule of compressions: progress -> Strategy."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,10 @@ import yaml
 
 from ..utils.shipped import find_file
 from ..utils.strict_yaml import as_number, load_yaml
-from .strategy import BRANCHES, Compression, Strategy, check_compression, check_type
+from .strategy import BRANCHES, Compression, Strategy, check_compression, check_type, possible_patch_sizes
+
+STANDARD = ((0.4, 4), (0.8, 2), (1.0, 1))
+"""The stages of `schedule: standard`: where each ends, and how many base patches the side of its patches measures."""
 
 
 def list_stage_keys() -> list[str]:
@@ -61,6 +65,23 @@ class Schedule:
     def constant(cls, strategy: Strategy) -> "Schedule":
         return cls((Stage(1.0, strategy),))
 
+    @classmethod
+    def standard(cls, image_size: int, base_patch_size: int) -> "Schedule":
+        """Build the schedule of `schedule: standard`: patches four times as large, then twice, then the base patch.
+
+        Where a size does not divide the image, the one with the closest ratio does, among those that leave 4 patches.
+
+        Example:
+            >>> [stage.strategy.online.patch_size for stage in Schedule.standard(224, 16).stages]
+            [56, 32, 16]
+        """
+        possible = possible_patch_sizes(image_size, base_patch_size) or [base_patch_size]
+        patches: dict[int, float] = {}
+        for until, factor in STANDARD:
+            ratios = {size: abs(math.log(size / (factor * base_patch_size))) for size in possible}
+            patches[min(possible, key=ratios.__getitem__)] = until
+        return cls(tuple(Stage(until, Strategy(Compression(size))) for size, until in patches.items()))
+
     def __call__(self, progress: float) -> Strategy:
         if not 0 <= progress <= 1:
             raise ValueError(f"progress must lie in [0, 1], got {progress}")
@@ -91,25 +112,31 @@ class Schedule:
                 raise ValueError(f"stage {number} of the schedule: {error}") from None
 
     @classmethod
-    def parse(cls, value: Any, base_patch_size: int | None, folder: Path | None = None) -> "Schedule":
-        """Read the form that recipes use: a list of stages, or the path of a YAML file that holds such a list.
+    def parse(
+        cls, value: Any, base_patch_size: int | None, folder: Path | None = None, image_size: int | None = None
+    ) -> "Schedule":
+        """Read the form that recipes use: a list of stages, the path of a YAML file that holds one, or "standard".
 
         A stage is a mapping with the keys of `list_stage_keys`. All but `until` are optional and have the defaults of
         `Strategy.from_dict`. A file may hold `{patch_size, stages}`: stages meant for another base patch size are
-        transferred to this one. None is no compression. Without a `base_patch_size` only the form is checked, and
-        patches stay as they are written.
+        transferred to this one. None is no compression, and "standard" needs an `image_size` (see `standard`). Without
+        a `base_patch_size` only the form is checked, and patches stay as they are written.
 
         Raises:
             ValueError: it is no such list and no path of one.
         """
         if value == "auto":
             raise ValueError("schedule='auto' is searched while a run trains: it has no stages before")
-        if value is None:
+        if value == "standard" and base_patch_size:
+            if image_size is None:
+                raise ValueError("schedule='standard' depends on the size of the images: give image_size, too")
+            return cls.standard(image_size, base_patch_size)
+        if value is None or value == "standard":
             return cls.constant(Strategy(Compression(base_patch_size or 1)))
         if isinstance(value, str):
             path = find_file(value if folder is None or Path(value).exists() else folder / value, "recipes")
             if not path.is_file():
-                forms = "a list of stages, the path of a YAML file, or auto"
+                forms = "a list of stages, the path of a YAML file, standard or auto"
                 raise ValueError(f"schedule: no file {value!r}; give {forms}")
             try:
                 value = load_yaml(path.read_text(encoding="utf-8"))

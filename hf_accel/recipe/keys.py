@@ -90,7 +90,8 @@ class Recipe:
         return PRESETS[self.model](**{**defaults, **sizes, **self.model_config})
 
     def compression_schedule(self) -> Schedule:
-        return Schedule.parse(None if self.schedule == "auto" else self.schedule, self.patch_size)
+        value = None if self.schedule == "auto" else self.schedule
+        return Schedule.parse(value, self.patch_size, image_size=self.image_size)
 
     def local_crop_size(self) -> int | None:
         """Pixels of the local crops, None where the objective makes none."""

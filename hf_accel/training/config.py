@@ -79,7 +79,8 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
             forward pass of the encoder on one uncompressed image. Or `"N minutes"` or `"N hours"`, from `train` to the
             last step. Required.
         schedule (`list`, `str`, [`Schedule`], *optional*): Stages of compression, the path of a YAML file that holds
-            them, or `"auto"`, which finds them while training runs. Default: no compression.
+            them, `"standard"`, patches four times as large until 40% of the budget and twice until 80%, or `"auto"`,
+            which finds stages while training runs. Default: no compression.
         cost (`str`, *optional*): Whether units are `"analytic"`, counted in FLOPs, or `"measured"`, timed on this
             device. Default: analytic, and measured where the budget is a time.
         auto_share (`float`, defaults to 0.03): Share of the budget that the probes of `schedule="auto"` may spend.

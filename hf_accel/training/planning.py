@@ -24,7 +24,8 @@ Costs = CostTable | StepCosts
 def read_schedule(args: PretrainConfig, config: AccelViTConfig, local_crop_size: int | None) -> Schedule:
     """Return the schedule of `args` for this encoder. Raises SettingError for one that the encoder cannot follow."""
     try:
-        schedule = Schedule.parse(None if args.schedule == "auto" else args.schedule, config.patch_size)
+        value = None if args.schedule == "auto" else args.schedule
+        schedule = Schedule.parse(value, config.patch_size, image_size=config.image_size)
         schedule.validate(config.image_size, config.patch_size, local_crop_size)
     except ValueError as error:
         raise SettingError(f"schedule={args.schedule!r}: {error}") from None

@@ -49,7 +49,9 @@ class PretrainSettings:
         "budget",
     )
     schedule: list[Any] | str | None = fixed(
-        None, "list of stages, path of a YAML file of them, or auto; default: no compression"
+        None,
+        "list of stages, path of a YAML file of them, standard (patches four times as large until 40% of the budget, "
+        "twice until 80%), or auto (found while the run trains); default: no compression",
     )
     cost: Literal["analytic", "measured"] | None = fixed(
         None,

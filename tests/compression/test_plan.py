@@ -255,6 +255,27 @@ def test_schedule_reads_back_what_it_writes_and_refuses_gaps():
         Schedule.parse("auto", 8)
 
 
+@pytest.mark.parametrize(
+    "image_size, patches, ends",
+    [
+        ((224, 16), [56, 32, 16], [0.4, 0.8, 1.0]),
+        ((64, 8), [32, 16, 8], [0.4, 0.8, 1.0]),
+        ((28, 4), [14, 7, 4], [0.4, 0.8, 1.0]),
+        ((112, 8), [28, 16, 8], [0.4, 0.8, 1.0]),
+        ((32, 16), [16], [1.0]),
+        ((48, 16), [24, 16], [0.8, 1.0]),
+        ((62, 31), [31], [1.0]),
+    ],
+)
+def test_standard_schedule_takes_the_closest_patches(image_size, patches, ends):
+    schedule = Schedule.parse("standard", image_size[1], image_size=image_size[0])
+    schedule.validate(*image_size)
+    assert [stage.strategy for stage in schedule.stages] == [Strategy(Compression(patch)) for patch in patches]
+    assert [stage.until for stage in schedule.stages] == ends
+    with pytest.raises(ValueError, match="give image_size"):
+        Schedule.parse("standard", image_size[1])
+
+
 @pytest.mark.parametrize("compression", [Compression(8), Compression(16), Compression(8, 0.5), Compression(12, 0.75)])
 def test_analytic_flops_are_those_that_a_forward_performs(compression):
     model = AccelViTModel(CONFIG).eval()

@@ -39,7 +39,7 @@ STAGE = {"until": 1.0, "patch_size": 8}
         ("gradient_accumulation_steps", 0, "must be above 0"),
         ("seed", -1, "must be a whole number"),
         ("schedule", {}, "expected list or str or null"),
-        ("schedule", "aut", "no file 'aut'; give a list of stages, the path of a YAML file, or auto"),
+        ("schedule", "aut", "no file 'aut'; give a list of stages, the path of a YAML file, standard or auto"),
         ("schedule", [], "needs at least one stage"),
         ("schedule", [{"until": 1.0, "patch": 8}], "stage 1 of the schedule: unknown key 'patch'"),
         ("schedule", [{"until": 0.5, "patch_size": 8}], "the last stage must have"),

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from hf_accel.compression import Compression, CostTable, Plan, Strategy
+from hf_accel.compression import Compression, CostTable, Plan, Schedule, Strategy
 from hf_accel.recipe import describe_keys, load_recipe
 from hf_accel.tasks.setup import build_objective, pretrain_config
 from hf_accel.training.planning import describe_plan, make_forward_cost, make_plan, read_schedule
@@ -31,6 +31,13 @@ def test_costs_are_measured_as_the_run_will_compute(device, precision, expected,
     wanted = [Strategy(Compression(7))]
     costs = make_forward_cost(pretrain_config(recipe), recipe.encoder_config(), torch.device(device), wanted)
     assert asked == [expected] and costs(Compression(7)) == 1.0
+
+
+def test_recipe_and_config_follow_the_standard_schedule():
+    recipe = load_recipe("recipes/moco.yaml", ["schedule=standard"])
+    expected = Schedule.standard(28, 4)
+    assert recipe.compression_schedule() == expected and len(expected.stages) == 3
+    assert read_schedule(pretrain_config(recipe), recipe.encoder_config(), None) == expected
 
 
 def lines(objective: str, *overrides: str) -> list[str]:

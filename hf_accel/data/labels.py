@@ -25,6 +25,12 @@ UNLABELLED = -1
 """The label of an image without a label, here and in many datasets."""
 
 
+def given_labels(labels: Tensor | None, indices: list[int]) -> list[int | None]:
+    """Return the label of each of these images, and None for an image without one."""
+    found = [UNLABELLED] * len(indices) if labels is None else labels[indices].tolist()
+    return [None if label == UNLABELLED else label for label in found]
+
+
 def read_labels(
     table: "Dataset", column: str, class_names: list[str] | None = None, name: str = "", in_python: bool = False
 ) -> tuple[Tensor | None, list[str] | None]:

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,10 +19,10 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..utils.writing import write_json
+from ..utils.writing import replacing, write_json
 from .cache import decode_at, stored_sizes
 from .decoding import upright_size
-from .labels import UNLABELLED
+from .labels import given_labels
 from .loader import ReportingLoader
 from .sources import Bad, CorruptImage, ImageSource
 
@@ -33,6 +34,12 @@ ROWS = 64
 
 JPEG_QUALITY = 90
 """Of images that are shrunk. Other images keep the bytes of their files."""
+
+
+def relative_name(name: str, root: str) -> str:
+    """Return the name of a file relative to the folder `root`, or without its folder if it lies elsewhere."""
+    path = os.path.relpath(name, root) if os.path.isabs(name) else name
+    return os.path.basename(name) if path.startswith("..") else path
 
 
 class PackedFile(NamedTuple):
@@ -178,23 +185,18 @@ class _Shard:
         if source.class_names is not None:
             features["label"] = datasets.ClassLabel(names=source.class_names)
         self._schema = features.arrow_schema
-        self._file = path.with_suffix(".tmp").open("wb")
-        self._writer = pq.ParquetWriter(self._file, self._schema, compression="none", use_dictionary=False)
+        self._opened = ExitStack()
+        options: Any = {"compression": "none", "use_dictionary": False}
+        file = self._opened.enter_context(replacing(path))
+        self._writer = self._opened.enter_context(pq.ParquetWriter(file, self._schema, **options))
         self.images = self.content_bytes = self.original_bytes = self.shrunk = 0
         self.unreadable: list[Bad] = []
 
     def __enter__(self) -> "_Shard":
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        try:
-            self._writer.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
-        if kind is None:
-            os.replace(self._file.name, self._path)
+    def __exit__(self, *error: Any) -> None:
+        self._opened.__exit__(*error)
 
     def add(self, batch: dict[str, Any]) -> None:
         """Write a batch of `PackedImages` as one row group."""
@@ -203,23 +205,18 @@ class _Shard:
         files: list[PackedFile] = batch["files"]
         contents = io.BytesIO(batch["contents"].numpy().tobytes())
         columns: dict[str, Any] = {
-            "image": [{"bytes": contents.read(file.size), "path": self._shorten(file.name)} for file in files]
+            "image": [
+                {"bytes": contents.read(file.size), "path": relative_name(file.name, self._root)} for file in files
+            ]
         }
         if self._source.class_names is not None:
-            labels = self._source.labels
-            found = [UNLABELLED if labels is None else int(labels[file.index]) for file in files]
-            columns["label"] = [None if label == UNLABELLED else label for label in found]
+            columns["label"] = given_labels(self._source.labels, [file.index for file in files])
         self._writer.write_table(pa.table(columns, self._schema))
         self.images += len(files)
         self.content_bytes += sum(file.size for file in files)
         self.original_bytes += sum(file.original_bytes for file in files)
         self.shrunk += sum(file.shrunk for file in files)
         self.unreadable += batch["bad"]
-
-    def _shorten(self, name: str) -> str:
-        """Return the name of a file relative to the dataset's folder, or without the folder that it is in."""
-        path = os.path.relpath(name, self._root) if os.path.isabs(name) else name
-        return os.path.basename(name) if path.startswith("..") else path
 
     def describe(self) -> dict[str, Any]:
         """Return what pack.json holds of a complete shard."""

@@ -120,6 +120,10 @@ class ImageSource:
         part.bad, part._whole = self.bad, (self, rows)
         return part
 
+    def has_paths(self) -> bool:
+        """Whether the images have the names of files, by the first one."""
+        return self._table is not None and bool((next(iter(self._table[0].values())) or {}).get("path"))
+
     def open(self, index: int) -> Image:
         """Open an image, of which only the header is read. Raises CorruptImage."""
         if self.pixels is not None:
@@ -294,6 +298,7 @@ def load_sources(
     config: str | None = None,
     in_memory: bool = True,
     streaming: bool = False,
+    only_train: bool = False,
 ) -> tuple[ImageSource, ImageSource | None]:
     """Load the training and validation images of `data`.
 
@@ -306,13 +311,14 @@ def load_sources(
     a label, and validation images of a class that the training split lacks. `label_column="none"` reads no labels and
     takes no folders as classes. With `in_memory`, images of one size that are few enough are decoded at once.
     With `streaming`, `data` is a tar file in the layout of webdataset or a folder or URL of them, read where it lies.
+    With `only_train`, no image is held out, and there are no validation images.
 
     Raises:
         FileNotFoundError: a path does not exist.
         ValueError: data that cannot be read; missing or ambiguous splits or columns.
     """
     if data == "bundled":
-        return _bundled(seed, label_column != NO_LABELS)
+        return _bundled(seed, label_column != NO_LABELS, only_train)
     tables = load_shards(data, image_column, label_column) if streaming else load_tables(data, config)
     train_split, validation_split = choose_splits(data, list(tables), train_split, validation_split)
     train = take_part(tables, train_split)
@@ -320,7 +326,9 @@ def load_sources(
         image_column, label_column = "image", "label" if "label" in train.column_names else NO_LABELS
     image_column, label_column = choose_columns(data, train, image_column, label_column)
     labels, names = read_labels(train, label_column) if label_column else (None, None)
-    if validation_split is not None:
+    if only_train:
+        parts = [(train, labels, train_split)]
+    elif validation_split is not None:
         held, held_labels = take_part(tables, validation_split), None
         if label_column in held.column_names:
             held_labels = read_labels(held, label_column, names, f"{data}/{validation_split}")[0]
@@ -375,12 +383,13 @@ def describe_labels(source: ImageSource, validation: ImageSource | None) -> str:
     return text
 
 
-def _bundled(seed: int, with_labels: bool = True) -> tuple[ImageSource, ImageSource]:
+def _bundled(seed: int, with_labels: bool, only_train: bool) -> tuple[ImageSource, ImageSource | None]:
     pixels, labels = digits()
     sources, names = [], [str(digit) for digit in range(10)]
-    for rows, part in zip(hold_out(labels, seed, one_in=5), ("train", "validation"), strict=True):
+    parts = dict(zip(("bundled/train", "bundled/validation"), hold_out(labels, seed, one_in=5), strict=True))
+    for name, rows in ({"bundled": torch.arange(len(labels))} if only_train else parts).items():
         colour = pixels[rows][:, None].expand(-1, 3, -1, -1)
         about = (labels[rows], names) if with_labels else (None, None)
         origin = "the bundled digits" if with_labels else None
-        sources.append(ImageSource(f"bundled/{part}", None, colour, *about, MNIST_MEAN, MNIST_STD, origin))
-    return sources[0], sources[1]
+        sources.append(ImageSource(name, None, colour, *about, MNIST_MEAN, MNIST_STD, origin))
+    return sources[0], sources[1] if len(sources) == 2 else None

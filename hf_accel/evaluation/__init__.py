@@ -1,18 +1,21 @@
 """Measure an encoder: features, weighted kNN, linear probe, logistic regression, fine-tuning; top-1 and top-5."""
 
+from .embeddings import EmbeddingTable
 from .encoders import (
+    base_patch_size,
+    describe_input,
     input_of,
     load_encoder,
     load_processor,
+    open_encoder,
     processed_loader,
     refuse_run_folder,
     takes_patch_size,
     weights_digest,
 )
-from .features import extract_features, raw_pixel_features
+from .features import encoding, extract_features, raw_pixel_features
 from .finetune import FineTuneConfig, NotFineTunable, finetune
 from .knn import knn_accuracy, knn_predict
 from .linear import LinearConfig, linear_probe, logistic_regression
 from .metrics import TopKAccuracy, topk_accuracy, topk_hits
-from .pooling import is_hierarchical
 from .spectrum import alpha_req, lidar, rank_me

@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from ..data import ImageSource
+from ..data import ImageSource, image_processor
 from ..data.loader import ReportingLoader
 from ..data.sources import Bad
 from ..utils.causes import reason
 from ..utils.weight_files import FAILURES, opening
-from .pooling import turn_masking_off
+from .pooling import is_hierarchical, turn_masking_off
 
 
 def refuse_run_folder(checkpoint: str) -> None:
@@ -73,6 +73,28 @@ def load_processor(checkpoint: str) -> Any | None:
         raise ValueError(f"its image processor cannot be opened: {reason(error)}") from error
 
 
+def open_encoder(checkpoint: str, source: ImageSource, image_size: int) -> tuple[PreTrainedModel, Any]:
+    """Load the encoder of a checkpoint and its image processor, or make one for the images of `source`.
+
+    Args:
+        image_size: pixels of the images of a processor that is made, if the encoder does not state them.
+
+    Raises:
+        ValueError: the checkpoint is no vision encoder.
+    """
+    encoder, processor = load_encoder(checkpoint), load_processor(checkpoint)
+    if processor is None:
+        size = getattr(encoder.config, "image_size", None)
+        processor = image_processor(source, size if isinstance(size, int) else image_size)
+    return encoder, processor
+
+
+def base_patch_size(encoder: PreTrainedModel) -> int | None:
+    """Return the patch size in pixels that an encoder has without choosing one, or None if it has none."""
+    size = getattr(encoder.config, "patch_size", None)
+    return size if isinstance(size, int) and not is_hierarchical(encoder.config) else None
+
+
 def takes_patch_size(model: torch.nn.Module) -> bool:
     """Whether the patch size can be chosen with each call."""
     return "patch_size" in inspect.signature(model.forward).parameters
@@ -103,6 +125,12 @@ def input_of(processor: Any) -> tuple[int, Sequence[float], Sequence[float]]:
     low, high = (image.mean((1, 2), dtype=np.float64) for image in made)
     std = 1 / (high - low)
     return made[0].shape[-1], (-low * std).tolist(), std.tolist()
+
+
+def describe_input(processor: Any) -> dict[str, Any]:
+    """Describe what `input_of` finds in plain values, rounded, for a record of what an encoder has seen."""
+    size, mean, std = input_of(processor)
+    return {"image_size": size, "mean": [round(x, 4) for x in mean], "std": [round(x, 4) for x in std]}
 
 
 class ProcessedImages(Dataset):

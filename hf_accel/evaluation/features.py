@@ -54,15 +54,25 @@ def extract_features(
         TypeError: a loader that accelerate has sharded already.
     """
     device = torch.device(device)
+    with encoding(model, device, patch_size, dtype) as encode:
+        return _collect(encode, loader, device, partial(check_encoder, encode, model))
+
+
+@contextmanager
+def encoding(
+    model: nn.Module, device: torch.device, patch_size: int | None = None, dtype: torch.dtype | None = None
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Give a function of images (B, C, H, W) on the device that returns features (B, D), as `extract_features` does."""
     options = {} if patch_size is None else {"patch_size": patch_size}
 
+    @torch.no_grad()
     def encode(pixel_values: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             outputs = model(pixel_values=pixel_values, **options)
             return pool(outputs, model, (pixel_values.shape[-2], pixel_values.shape[-1]))
 
     with _eval_mode(model):
-        return _collect(encode, loader, device, partial(check_encoder, encode, model))
+        yield encode
 
 
 def raw_pixel_features(loader: Iterable[Batch], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

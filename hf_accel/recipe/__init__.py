@@ -5,6 +5,7 @@ from .keys import (
     RECIPES,
     CardRecipe,
     CostRecipe,
+    EmbedRecipe,
     EvaluateRecipe,
     ExportRecipe,
     PackRecipe,

@@ -134,6 +134,10 @@ def _check_numbers(recipe: Any) -> None:
         value = getattr(recipe, key) if recipe.reads(key) else least
         if not isinstance(value, str) and value < least:
             fail(key, value, problem)
+    for key, least in (("eval_patch_sizes", 1), ("eval_seeds", 0)):
+        values = getattr(recipe, key) if recipe.reads(key) else []
+        if any(type(value) is not int or not least <= value < 2**32 for value in values):
+            fail(key, values, f"must be a list of whole numbers from {least} on")
     if recipe.reads("seed") and not 0 <= recipe.seed < 2**32:
         fail("seed", recipe.seed, "must be a whole number from 0 to 2^32 - 1")
     if recipe.reads("patch_size") and recipe.image_size % recipe.patch_size:
@@ -161,9 +165,6 @@ def _check_evaluation(recipe: Any) -> None:
         if name not in EVALUATIONS:
             hint = did_you_mean(name, EVALUATIONS)
             fail("evaluations", recipe.evaluations, f"must be a list of {', '.join(EVALUATIONS)}{hint}")
-    for key, least in (("eval_patch_sizes", 1), ("eval_seeds", 0)):
-        if any(type(value) is not int or not least <= value < 2**32 for value in getattr(recipe, key)):
-            fail(key, getattr(recipe, key), f"must be a list of whole numbers from {least} on")
 
 
 def _check_schedule(recipe: Any) -> None:

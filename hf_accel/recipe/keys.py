@@ -211,6 +211,26 @@ class CostRecipe(Recipe, take(StepKeys, "mixed_precision"), ModelKeys, take(RunK
 
 
 @dataclass
+class EmbedRecipe(
+    Recipe,
+    take(ModelKeys, "image_size"),
+    WorkerKeys,
+    take(DataKeys, "data", "data_config", "streaming", "image_column", "label_column"),
+    take(RunKeys, "output_dir"),
+):
+    """Write the features of images to a Parquet file, for other programs."""
+
+    task: ClassVar[str] = "embed"
+
+    checkpoint: str | None = free(None, "folder or Hub id of the encoder to embed images with", "embed")
+    train_split: str | None = fixed(
+        None, "split to embed, or a part of it as train[:1000] or train[:10%]; default: train"
+    )
+    eval_patch_sizes: list[int] = free([], "patch size in pixels to embed at; default: the base patch size")
+    embedding_dtype: Literal["fp32", "fp16"] = fixed("fp32", "precision of the numbers that are stored")
+
+
+@dataclass
 class PackRecipe(
     Recipe,
     take(PretrainSettings, "augmentation"),
@@ -236,7 +256,10 @@ class ViewsRecipe(PretrainRecipe):
         return PretrainRecipe(**asdict(self))
 
 
-_KINDS = (PretrainRecipe, SearchRecipe, EvaluateRecipe, ExportRecipe, CardRecipe, CostRecipe, PackRecipe, ViewsRecipe)
+_KINDS = (
+    *(PretrainRecipe, SearchRecipe, EvaluateRecipe, ExportRecipe, CardRecipe, CostRecipe, EmbedRecipe, PackRecipe),
+    ViewsRecipe,
+)
 RECIPES: dict[str, type[Recipe]] = {kind.task: kind for kind in _KINDS}
 
 

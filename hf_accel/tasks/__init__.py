@@ -7,6 +7,7 @@ TASKS = {
     "export": ("tasks.export", "export"),
     "card": ("tasks.card", "card"),
     "cost": ("tasks.cost", "cost_report"),
+    "embed": ("tasks.embed", "embed"),
     "pack": ("tasks.pack", "pack"),
     "views": ("tasks.views", "views"),
 }

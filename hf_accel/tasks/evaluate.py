@@ -20,15 +20,14 @@ from ..evaluation import (
     FineTuneConfig,
     LinearConfig,
     NotFineTunable,
+    base_patch_size,
+    describe_input,
     extract_features,
     finetune,
-    input_of,
-    is_hierarchical,
     knn_accuracy,
     linear_probe,
-    load_encoder,
-    load_processor,
     logistic_regression,
+    open_encoder,
     processed_loader,
     takes_patch_size,
     topk_accuracy,
@@ -94,8 +93,7 @@ def evaluate(recipe: Recipe) -> None:
     source, validation = labelled_images(recipe)
     with naming(f"checkpoint={recipe.checkpoint!r}"):
         encoder, processor = encoder_of(recipe, source)
-        size, mean, std = input_of(processor)
-    shown = {"image_size": size, "mean": [round(x, 4) for x in mean], "std": [round(x, 4) for x in std]}
+        shown = describe_input(processor)
     encoder.to(arguments.device)  # pyright: ignore[reportArgumentType]
     bench = Bench(recipe, arguments, encoder, processor, weights_digest(encoder), shown, source, validation)
     chosen, skipped = combinations(recipe, encoder)
@@ -262,12 +260,7 @@ def encoder_of(recipe: Recipe, source: ImageSource) -> tuple[PreTrainedModel, An
     if recipe.checkpoint == RANDOM:
         set_seed(recipe.seed)
         return build_objective(recipe).encoder, image_processor(source, recipe.image_size)
-    encoder = load_encoder(str(recipe.checkpoint))
-    processor = load_processor(str(recipe.checkpoint))
-    if processor is None:
-        size = getattr(encoder.config, "image_size", None)
-        processor = image_processor(source, size if isinstance(size, int) else recipe.image_size)
-    return encoder, processor
+    return open_encoder(str(recipe.checkpoint), source, recipe.image_size)
 
 
 def combinations(
@@ -278,8 +271,7 @@ def combinations(
     An evaluation that supports none of the recipe's patch sizes runs at the encoder's own patch size, which is None if
     it has none. One command thus serves encoders of every kind.
     """
-    own = getattr(encoder.config, "patch_size", None)
-    base = own if isinstance(own, int) and not is_hierarchical(encoder.config) else None
+    base = base_patch_size(encoder)
     only = f"the encoder has one patch size, {base}" if base else "the encoder has no patch size to choose"
     if takes_patch_size(encoder):
         only = f"fine-tuning is at the base patch size, {base}"

@@ -50,15 +50,17 @@ def output_of(recipe: Recipe) -> Path:
 def start(recipe: Recipe) -> TrainingArguments:
     """Return the arguments of a Trainer for a task that does not pretrain, and set up processes and random state."""
     check_launch()
-    recipe.mixed_precision = choose_precision(recipe.mixed_precision)  # pyright: ignore
+    precision = "no"
+    if recipe.reads("mixed_precision"):
+        recipe.mixed_precision = precision = choose_precision(recipe.mixed_precision)  # pyright: ignore
     arguments = TrainingArguments(
         output_dir=recipe.output_dir,
         use_cpu=on_cpu(),
-        seed=recipe.seed,
+        seed=recipe.seed if recipe.reads("seed") else 0,
         report_to=recipe.report_to if recipe.reads("report_to") else "none",
-        **autocast_arguments(recipe.mixed_precision),
+        **autocast_arguments(precision),
     )
-    start_processes(arguments, recipe.mixed_precision)
+    start_processes(arguments, precision)
     return arguments
 
 
@@ -133,21 +135,24 @@ def images_of(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
 def load_images(recipe: Recipe, in_memory: bool = True) -> tuple[ImageSource, ImageSource | None]:
     """Load training and validation images, and decode small sets `in_memory`.
 
+    A task that reads no `validation_split` gets all images of `train_split`, and no validation images.
+
     Raises:
         RecipeError: what cannot be read, or fewer images than a batch takes.
     """
     for key in ("data_config", "train_split", "validation_split", "image_column", "label_column"):
-        value = getattr(recipe, key)
+        value = getattr(recipe, key) if recipe.reads(key) else None
         if recipe.data == "bundled" and value and (key, value) != ("label_column", NO_LABELS):
             kind = "no columns to choose from" if key.endswith("column") else "only their split by seed"
             raise RecipeError(f"{key}={value!r}: the bundled digits have {kind}; leave it out")
     if recipe.streaming and (recipe.data == "bundled" or recipe.data_config):
         fail("streaming", True, "it reads tar files, which data names and which have no data_config; leave it out")
-    splits, columns = (recipe.train_split, recipe.validation_split), (recipe.image_column, recipe.label_column)
+    only_train = not recipe.reads("validation_split")
+    validation_split, seed = (None, 0) if only_train else (recipe.validation_split, recipe.seed)
+    splits, columns = (recipe.train_split, validation_split), (recipe.image_column, recipe.label_column)
+    options = recipe.data_config, in_memory, recipe.streaming, only_train
     try:
-        return load_sources(
-            recipe.data, *splits, *columns, recipe.seed, recipe.data_config, in_memory, recipe.streaming
-        )
+        return load_sources(recipe.data, *splits, *columns, seed, *options)
     except CorruptDataError:  # says enough
         raise
     except (ValueError, OSError, RuntimeError) as error:  # datasets' own errors become one of these

@@ -29,7 +29,7 @@ SCHEDULES = sorted((FOLDER / "schedules").glob("*.yaml"))
 SHIPPED = sorted(set(FOLDER.rglob("*.yaml")) - set(SCHEDULES))
 
 
-NEEDED = {task: [f"task={task}", "checkpoint=folder"] for task in ("evaluate", "export", "card")}
+NEEDED = {task: [f"task={task}", "checkpoint=folder"] for task in ("evaluate", "embed", "export", "card")}
 NEEDED |= {"pretrain": [], "search": ["task=search", "pilot=folder"], "cost": ["task=cost"], "pack": ["task=pack"]}
 NEEDED |= {"views": ["task=views"]}
 """For each task, what must be said beside a recipe of pretraining."""
@@ -269,7 +269,7 @@ RULES = {
         patch_size attn_implementation torch_compile objective objective_config budget schedule cost auto_share
         auto_draws search_criterion batch_size lr_schedule weight_decay weight_decay_end augmentation view_resolution
         gradient_accumulation_steps gradient_checkpointing pilot search_draws search_token_dropout search_patch_size
-        search_symmetry streaming
+        search_symmetry streaming embedding_dtype
     """,
     "correction": "learning_rate warmup max_grad_norm mixed_precision view_backend cache",
     "free": """

@@ -14,6 +14,7 @@ LEVELS = [
     {"utils"},
     {"distributed"},
     {"models"},
+    {"checkpoints"},
     {"compression"},
     {"data"},
     {"objectives"},

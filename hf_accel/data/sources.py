@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from typing import TYPE_CHECKING
 
 import PIL.Image
@@ -123,6 +124,14 @@ class ImageSource:
     def has_paths(self) -> bool:
         """Whether the images have the names of files, by the first one."""
         return self._table is not None and bool((next(iter(self._table[0].values())) or {}).get("path"))
+
+    def renormalised(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> "ImageSource":
+        """Return the same images, which are normalised otherwise; with None as they are."""
+        if mean is None or std is None:
+            return self
+        other = copy(self)
+        other.mean, other.std = tuple(mean), tuple(std)
+        return other
 
     def open(self, index: int) -> Image:
         """Open an image, of which only the header is read. Raises CorruptImage."""

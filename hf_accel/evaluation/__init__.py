@@ -1,15 +1,13 @@
 """Measure an encoder: features, weighted kNN, linear probe, logistic regression, fine-tuning; top-1 and top-5."""
 
+from ..checkpoints import input_of, load_processor, refuse_run_folder
 from .embeddings import EmbeddingTable
 from .encoders import (
     base_patch_size,
     describe_input,
-    input_of,
     load_encoder,
-    load_processor,
     open_encoder,
     processed_loader,
-    refuse_run_folder,
     takes_patch_size,
     weights_digest,
 )

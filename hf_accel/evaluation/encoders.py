@@ -2,33 +2,20 @@
 
 import hashlib
 import inspect
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
-from transformers.utils.hub import cached_file
+from transformers import AutoModel, PreTrainedModel
 
+from ..checkpoints import input_of, load_processor, refuse_run_folder
+from ..checkpoints.reading import turn_masking_off
 from ..data import ImageSource, image_processor
 from ..data.loader import ReportingLoader
 from ..data.sources import Bad
-from ..utils.causes import reason
-from ..utils.weight_files import FAILURES, opening
-from .pooling import is_hierarchical, turn_masking_off
-
-
-def refuse_run_folder(checkpoint: str) -> None:
-    """Raise ValueError for a folder that is not a checkpoint, whether or not it contains one."""
-    folder = Path(checkpoint)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        final = folder / "final"
-        fix = f"the encoder of this run is {final}" if final.is_dir() else "name the folder of an encoder"
-        raise ValueError(f"it cannot be opened: there is no config.json in it; {fix}")
+from ..utils.weight_files import opening
+from .pooling import is_hierarchical
 
 
 def load_encoder(checkpoint: str) -> PreTrainedModel:
@@ -61,16 +48,6 @@ def load_encoder(checkpoint: str) -> PreTrainedModel:
         )
     turn_masking_off(model)
     return model.eval()
-
-
-def load_processor(checkpoint: str) -> Any | None:
-    """Load the checkpoint's image processor, or None if it has none. Raises ValueError if it cannot be opened."""
-    try:
-        if cached_file(checkpoint, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is None:
-            return None
-        return AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
-    except FAILURES as error:
-        raise ValueError(f"its image processor cannot be opened: {reason(error)}") from error
 
 
 def open_encoder(checkpoint: str, source: ImageSource, image_size: int) -> tuple[PreTrainedModel, Any]:
@@ -107,24 +84,6 @@ def weights_digest(model: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def input_of(processor: Any) -> tuple[int, Sequence[float], Sequence[float]]:
-    """Return the side in pixels of the images that a processor makes, and the channels' mean and std that it removes.
-
-    They are inferred from its output for a black and a white image, whatever its settings are called.
-    Raises ValueError if the images are not square, or if their size depends on the shape of the photograph.
-    """
-    black, white = (PIL.Image.new("RGB", size, colour) for size, colour in (((96, 64), "black"), ((64, 96), "white")))
-    made = [np.asarray(processor(images=image)["pixel_values"][0]) for image in (black, white)]
-    if made[0].shape != made[1].shape or made[0].shape[1] != made[0].shape[2]:
-        raise ValueError(
-            f"its image processor makes {made[0].shape[1:]} of a wide image and {made[1].shape[1:]} of a tall one; "
-            "a batch needs one square size: set crop_size and do_center_crop in its preprocessor_config.json"
-        )
-    low, high = (image.mean((1, 2), dtype=np.float64) for image in made)
-    std = 1 / (high - low)
-    return made[0].shape[-1], (-low * std).tolist(), std.tolist()
 
 
 def describe_input(processor: Any) -> dict[str, Any]:

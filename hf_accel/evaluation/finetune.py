@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from .. import distributed
+from ..checkpoints import input_of
 from ..data import ImageSource, TrainSampler, ViewConfig, make_views, train_loader
 from ..distributed.stopping import stop_together
 from ..utils.causes import reason
 from ..utils.seeding import generator
-from .encoders import input_of, processed_loader
+from .encoders import processed_loader
 from .metrics import topk_hits
 from .mixing import mix_batch
 

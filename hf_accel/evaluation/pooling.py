@@ -79,13 +79,6 @@ def _count_patches(config: Any, image_size: tuple[int, int]) -> int | None:
     return (image_size[0] // sides[0]) * (image_size[1] // sides[1])
 
 
-def turn_masking_off(model: nn.Module) -> None:
-    """Turn off the masking of an encoder that drops patches at random even in eval mode, such as ViT-MAE."""
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "mask_ratio", None):
-        config.mask_ratio = 0.0
-
-
 def check_encoder(encode: Any, model: nn.Module, pixel_values: Tensor) -> None:
     """Check that `encode(pixel_values)`, with (1, C, H, W), works and returns the same feature twice.
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..checkpoints import CARD_NAME
 from ..models import AccelViTConfig
-from .card import CARD_NAME, Run, card_text
+from .card import Run, card_text
 from .publish import Publication, public_yaml
 from .repository import Files, stage
 

@@ -22,7 +22,6 @@ from ..utils.redact import without_local_paths
 from ..utils.weight_files import opening
 from .accuracy import Accuracy, accuracies, eval_results
 
-CARD_NAME = "README.md"
 MARK = "<!-- Written by hf_accel. Remove this line, and it leaves the file alone. -->"
 FIGURES = ("schedule.png", "curves.png")
 BUNDLED = "bundled digits"

@@ -1,23 +1,15 @@
 """The README of an exported encoder: its origin, its licence, what its feature is, and code that runs."""
 
 import json
-import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from huggingface_hub import ModelCardData
-from transformers.utils.hub import cached_file
 
 from ..models import AccelViTConfig
-from .card import CARD_NAME, HERE, folder_name, render
-
-logger = logging.getLogger(__name__)
-
-LICENCE_KEYS = ("license", "license_name", "license_link")
+from .card import HERE, folder_name, render
 
 LIBRARIES = {"accel_vit": "transformers", "vit": "transformers", "dinov2": "transformers", "timm": "timm"}
 CLASSES = {"accel_vit": "AccelViT", "vit": "transformers' ViT", "dinov2": "transformers' DINOv2", "timm": "timm's ViT"}
@@ -54,46 +46,6 @@ class Export:
     has_processor: bool
     difference: float
     folder: Path
-
-
-def stated_licence(checkpoint: str, config: Mapping[str, Any]) -> dict[str, str | list[str]]:
-    """Return the licence that the card of a folder or Hub id states, or else the configuration of a timm model.
-
-    A link to a file of a Hub repository becomes a URL. The result is empty if no licence is stated.
-    """
-    card = Path(checkpoint) / CARD_NAME
-    is_on_hub = not Path(checkpoint).exists()
-    if is_on_hub:
-        options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        card = Path(cached_file(checkpoint, CARD_NAME, **options) or card)
-    metadata = _read_metadata(card) if card.is_file() else {}
-    for source in (metadata, config.get("pretrained_cfg"), config):
-        stated = {key: source[key] for key in LICENCE_KEYS if source.get(key)} if isinstance(source, Mapping) else {}
-        if not stated:
-            continue
-        link = str(stated.get("license_link", ""))
-        if link and is_on_hub and "://" not in link:
-            stated["license_link"] = f"https://huggingface.co/{checkpoint}/blob/main/{link}"
-        return {key: [*map(str, value)] if isinstance(value, list) else str(value) for key, value in stated.items()}
-    return {}
-
-
-def _read_metadata(card: Path) -> dict[str, Any]:
-    """Return the metadata of a card. If they are not valid YAML, return their lines on the licence."""
-    text = card.read_text(encoding="utf-8-sig", errors="replace")
-    if "\N{REPLACEMENT CHARACTER}" in text:
-        logger.warning("%s is not in UTF-8: check the licence that the export states", card)
-    header = re.match(r"\s*---[ \t]*\n(.*?)\n---", text, re.DOTALL)
-    if header is None:
-        return {}
-    try:
-        metadata = yaml.safe_load(header[1])
-    except yaml.YAMLError as error:
-        logger.warning(
-            "The metadata of %s are not valid YAML: check the licence that the export states (%s)", card, error
-        )
-        return dict(re.findall(r"^(license\w*):[ \t]*['\"]?([\w.:/-]+)['\"]?[ \t]*$", header[1], re.MULTILINE))
-    return metadata if isinstance(metadata, dict) else {}
 
 
 def agreement(difference: float) -> str:

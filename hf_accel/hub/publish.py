@@ -15,13 +15,14 @@ import yaml
 from huggingface_hub import ModelCard, constants, get_token
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..checkpoints import CARD_NAME
 from ..distributed import broadcast_object, is_main, say
 from ..models import AccelViTConfig
 from ..report import plot_schedule
 from ..run_folder import RunFolder
 from ..utils.errors import SettingError
 from ..utils.redact import without_local_paths
-from .card import CARD_NAME, FIGURES, HERE, read_run, schedule_of, write_card
+from .card import FIGURES, HERE, read_run, schedule_of, write_card
 from .repository import STATE_FOLDER, Files, HubRepository, PushFailed, PushRefused, patiently, push_failure
 
 logger = logging.getLogger(__name__)

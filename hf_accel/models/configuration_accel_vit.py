@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-CHANGEABLE_AT_LOAD = ("default_patch_size", "pooling", "drop_path_rate", "freeze_patch_projection", "initializer_range")
+CHANGEABLE_AT_LOAD = (
+    *("default_patch_size", "pooling", "drop_path_rate", "freeze_patch_projection", "initializer_range", "init_from"),
+)
 """Fields of a checkpoint that `from_pretrained` may change. None of them alters what the weights compute."""
 
 AUTO_MAP = {
@@ -62,6 +64,10 @@ class AccelViTConfig(BackboneConfigMixin, PreTrainedConfig):  # pyright: ignore[
             Stochastic depth (arXiv 1603.09382) of the last layer in [0, 1); it grows linearly from 0 at the first.
         freeze_patch_projection (`bool`, *optional*, defaults to `False`):
             Keep the patch projection at its random initialisation, which is MoCo-v3's remedy for unstable training.
+        image_mean (`list[float]`, *optional*), image_std (`list[float]`, *optional*):
+            What pixels in [0, 1] are normalised with in training, for each channel. `None` leaves it to the data.
+        init_from (`dict`, *optional*):
+            The released encoder that training started from: its `name`, `is_on_hub`, `kind` and `license`.
         out_features (`list[str]`, *optional*), out_indices (`list[int]`, *optional*):
             Stages that a backbone returns, out of `"stem"`, `"stage1"`, ... `"stageN"`. The default is the last.
 
@@ -94,6 +100,9 @@ class AccelViTConfig(BackboneConfigMixin, PreTrainedConfig):  # pyright: ignore[
     layerscale_value: float | int | None = None
     drop_path_rate: float | int = 0.0
     freeze_patch_projection: bool = False
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+    init_from: dict[str, Any] | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -145,6 +154,14 @@ class AccelViTConfig(BackboneConfigMixin, PreTrainedConfig):  # pyright: ignore[
             raise ValueError(f"num_register_tokens must be 0 or more, got {self.num_register_tokens}")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must lie in [0, 1), got {self.drop_path_rate}")
+        given = [values for values in (self.image_mean, self.image_std) if values is not None]
+        if given and [len(values) for values in given] != [self.num_channels] * 2:
+            raise ValueError(
+                f"image_mean={self.image_mean} and image_std={self.image_std} must both have num_channels="
+                f"{self.num_channels} numbers, or both be left out"
+            )
+        if min(self.image_std or [1.0]) <= 0:
+            raise ValueError(f"image_std={self.image_std} must be above 0")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "AccelViTConfig":
@@ -195,6 +212,12 @@ class AccelViTConfig(BackboneConfigMixin, PreTrainedConfig):  # pyright: ignore[
             shutil.copyfile(path, folder / path.name)
         self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+
+def changed_fields(config: AccelViTConfig) -> dict[str, Any]:
+    """Return the fields that differ from their defaults, without the sizes of image and patch."""
+    others = ("model_type", "transformers_version", "architectures", "auto_map", "dtype", "image_size", "patch_size")
+    return {name: value for name, value in config.to_diff_dict().items() if name not in others}
 
 
 def make_config(**settings: Any) -> AccelViTConfig:

@@ -8,10 +8,10 @@ training only (dropout, stochastic depth) are not converted.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import Dinov2Config, ViTConfig
+from transformers import Dinov2Config, Dinov2WithRegistersConfig, ViTConfig, ViTMAEConfig
 from transformers.utils import logging
 
 from .configuration_accel_vit import AccelViTConfig
@@ -22,6 +22,8 @@ from .shortening_accel_vit import resize_patch_kernel
 logger = logging.get_logger(__name__)
 
 State = dict[str, torch.Tensor]
+
+Interpolation = Literal["bilinear", "bicubic", "antialiased bicubic"]
 
 SHARED_FIELDS = (
     "hidden_size",
@@ -102,7 +104,9 @@ def _shared_fields(config: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in SHARED_FIELDS}
 
 
-def _from_transformers(config: ViTConfig | Dinov2Config, **fields: Any) -> AccelViTConfig:
+def _from_transformers(
+    config: ViTConfig | ViTMAEConfig | Dinov2Config | Dinov2WithRegistersConfig, **fields: Any
+) -> AccelViTConfig:
     sizes: dict[str, Any] = {name: _read_side(name, getattr(config, name)) for name in ("image_size", "patch_size")}
     return AccelViTConfig(**_shared_fields(config), **sizes, position_embedding_type="learned", **fields)
 
@@ -116,12 +120,19 @@ def _warn_of_pooling(config: AccelViTConfig, target: str) -> None:
 
 
 def with_learned_positions(
-    config: AccelViTConfig, state: Mapping[str, torch.Tensor], patch_size: int | None = None
+    config: AccelViTConfig,
+    state: Mapping[str, torch.Tensor],
+    patch_size: int | None = None,
+    image_size: int | None = None,
+    interpolation: Interpolation = "bilinear",
 ) -> tuple[AccelViTConfig, State]:
     """Convert an encoder to one patch size, with the kernel resized to it and its positions as a learned table.
 
-    The features are those of the given encoder under `patch_size` (default: its base) at `config.image_size`. Other
-    libraries have this form.
+    The features are those of the given encoder under `patch_size` (default: its base) at `image_size` (default:
+    `config.image_size`). Other libraries have this form.
+
+    Args:
+        interpolation: what samples a learned table for another grid; AccelViT itself samples bilinearly.
 
     Raises:
         ValueError: a tensor is not accounted for, or `patch_size` does not divide the image size.
@@ -129,19 +140,32 @@ def with_learned_positions(
     encoder, head = split_state(config, state)
     patch_size = config.patch_size if patch_size is None else patch_size
     changes = {"patch_size": patch_size, "default_patch_size": None, "position_embedding_type": "learned"}
+    changes |= {"image_size": config.image_size if image_size is None else image_size}
     plain = AccelViTConfig.from_dict({**config.to_dict(), **changes})
-    embeddings = AccelViTEmbeddings(config).to(encoder[KERNEL].dtype)
-    embeddings.load_state_dict(
-        {name.removeprefix("embeddings."): x for name, x in encoder.items() if name.startswith("embeddings.")}
-    )
     with torch.no_grad():
-        patches = embeddings.patch_positions(plain.grid_size, plain.grid_size, like=encoder[KERNEL].cpu())[None]
+        patches = _sample_positions(config, encoder, plain.grid_size, interpolation)
         kernel = resize_patch_kernel(encoder[KERNEL], patch_size)
     prefix = torch.zeros(1, int(config.use_cls_token), config.hidden_size, dtype=patches.dtype)
     if POSITIONS in encoder:
         prefix = encoder[POSITIONS][:, : prefix.shape[1]].cpu()
     positions = torch.cat([prefix, patches.cpu()], dim=1).to(encoder[KERNEL].device)
     return plain, join_state({**encoder, KERNEL: kernel, POSITIONS: positions}, head)
+
+
+def _sample_positions(config: AccelViTConfig, encoder: State, side: int, interpolation: Interpolation) -> torch.Tensor:
+    """(1, side * side, hidden_size)."""
+    if interpolation == "bilinear" or POSITIONS not in encoder or side == config.grid_size:
+        embeddings = AccelViTEmbeddings(config).to(encoder[KERNEL].dtype)
+        embeddings.load_state_dict(
+            {name.removeprefix("embeddings."): x for name, x in encoder.items() if name.startswith("embeddings.")}
+        )
+        return embeddings.patch_positions(side, side, like=encoder[KERNEL].cpu())[None]
+    table = encoder[POSITIONS][0, int(config.use_cls_token) :].unflatten(0, (config.grid_size, config.grid_size))
+    antialias = interpolation == "antialiased bicubic"
+    sampled = torch.nn.functional.interpolate(
+        table.float().permute(2, 0, 1)[None], (side, side), mode="bicubic", antialias=antialias
+    )
+    return sampled.flatten(2).transpose(1, 2).to(table.dtype)
 
 
 # transformers' ViT
@@ -183,8 +207,8 @@ def to_vit(
     return vit, {**encoder, "pooler.dense.weight": identity, "pooler.dense.bias": identity.new_zeros(len(identity))}
 
 
-def from_vit(config: ViTConfig, state: Mapping[str, torch.Tensor]) -> tuple[AccelViTConfig, State]:
-    """Convert from `ViTModel` or `ViTForImageClassification`.
+def from_vit(config: ViTConfig | ViTMAEConfig, state: Mapping[str, torch.Tensor]) -> tuple[AccelViTConfig, State]:
+    """Convert from `ViTModel`, `ViTForImageClassification` or `ViTMAEModel`, the encoder of a masked autoencoder.
 
     The mask token and a pooler other than the identity are left out. Neither affects `last_hidden_state`, and
     `pooler_output` becomes CLS, which the classifier uses. A warning says so about the pooler.
@@ -199,9 +223,11 @@ def from_vit(config: ViTConfig, state: Mapping[str, torch.Tensor]) -> tuple[Acce
     if pooler:
         eye = torch.eye(config.hidden_size)
         identity = {f"{prefix}pooler.dense.weight": eye, f"{prefix}pooler.dense.bias": eye.new_zeros(len(eye))}
-        if config.pooler_output_size == config.hidden_size:
+        if getattr(config, "pooler_output_size", None) == config.hidden_size:
             check_tensors("ViT's pooler", pooler, identity)
-        if config.pooler_act != "linear" or any(not torch.equal(identity[n].to(x), x) for n, x in pooler.items()):
+        if getattr(config, "pooler_act", None) != "linear" or any(
+            not torch.equal(identity[n].to(x), x) for n, x in pooler.items()
+        ):
             logger.warning("pooler.dense.* is left out: AccelViT's pooler_output is the CLS token itself")
     ours = expected_tensors(accel, classifier=any(name.startswith("classifier.") for name in state))
     theirs = {name: name if "classifier." in name else prefix + name.removeprefix("encoder.") for name in ours}
@@ -248,8 +274,10 @@ def to_dinov2(
     return dinov2, {rename(name, DINOV2_NAMES): tensor for name, tensor in encoder.items()}
 
 
-def from_dinov2(config: Dinov2Config, state: Mapping[str, torch.Tensor]) -> tuple[AccelViTConfig, State]:
-    """Convert from `Dinov2Model`. The mask token, which only masked pretraining uses, is left out.
+def from_dinov2(
+    config: Dinov2Config | Dinov2WithRegistersConfig, state: Mapping[str, torch.Tensor]
+) -> tuple[AccelViTConfig, State]:
+    """Convert from `Dinov2Model` or `Dinov2WithRegistersModel`, without the mask token of their pretraining.
 
     Raises:
         ValueError: SwiGLU, patches or images that are not square, or a tensor is not accounted for.
@@ -257,7 +285,10 @@ def from_dinov2(config: Dinov2Config, state: Mapping[str, torch.Tensor]) -> tupl
     if config.use_swiglu_ffn:
         raise ValueError("use_swiglu_ffn=True: AccelViT has a plain MLP; DINOv2's giant model cannot be converted")
     accel = _from_transformers(
-        config, intermediate_size=int(config.hidden_size * config.mlp_ratio), layerscale_value=config.layerscale_value
+        config,
+        intermediate_size=int(config.hidden_size * config.mlp_ratio),
+        layerscale_value=config.layerscale_value,
+        num_register_tokens=getattr(config, "num_register_tokens", 0),
     )
     state = {name: tensor for name, tensor in state.items() if name != "embeddings.mask_token"}
     ours = expected_tensors(accel)

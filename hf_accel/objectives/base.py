@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -12,10 +13,11 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 from transformers.utils.generic import ModelOutput
 
+from ..checkpoints import read_start
 from ..compression.cost import ForwardCost
 from ..compression.strategy import Compression, Strategy
 from ..data import ViewConfig
-from ..distributed import rank
+from ..distributed import rank, say
 from ..distributed.sharding import is_sharded
 from ..models import AccelViTConfig, AccelViTModel
 from ..models.modeling_accel_vit import AccelViTPreTrainedModel
@@ -152,6 +154,36 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
             logger.warning("%s holds %s: %s takes its encoder, and the heads are new", checkpoint, kind, cls.__name__)
         model = model.to(device=whole.device, dtype=whole.dtype).eval()
         return (model, report) if with_report else model
+
+    @classmethod
+    def from_encoder(
+        cls, model: str | Path, objective_config: Mapping[str, Any] | None = None, **config_overrides: Any
+    ):
+        """Start the objective at a released encoder: every branch gets its weights, and the heads are new.
+
+        A line says what was read and what was left out, such as a classifier. Views are normalised as the encoder's
+        image processor does it.
+
+        Args:
+            model: Folder or Hub id of an AccelViT, a ViT, DINO, ViT-MAE or DINOv2 of transformers, or a plain ViT of
+                timm, or a file of timm's weights.
+            objective_config: The keyword arguments of this class.
+            config_overrides: Fields of [`AccelViTConfig`]. `image_size` (default: the encoder's own, at most 224) and
+                `patch_size` (default: the encoder's own) resize positions and patch kernel. Others must not change
+                what the weights compute, as `pooling`, `drop_path_rate` and `freeze_patch_projection` do not.
+
+        Raises:
+            ValueError: a model that cannot be read, or an override that its weights do not allow.
+
+        Example:
+            >>> model = MoCoForPreTraining.from_encoder("facebook/dinov2-small", {"temperature": 0.2}, image_size=112)
+        """
+        start = read_start(str(model), **config_overrides)
+        objective: Any = cls(start.config, **(objective_config or {}))
+        for encoder in objective._encoders():
+            encoder.load_state_dict(start.state)
+        say(start.description)
+        return objective
 
     def view_configs(self, augmentation: Sequence[ViewConfig]) -> list[ViewConfig]:
         """The views to be made of an image; `augmentation` holds how the first and the second one are drawn."""

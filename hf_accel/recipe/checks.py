@@ -104,7 +104,8 @@ def _check_presence(recipe: Any) -> None:
 def _check_choices(recipe: Any) -> None:
     tables = {"model": PRESETS, "objective": objectives(), "augmentation": AUGMENTATIONS}
     for key, table in tables.items():
-        if recipe.reads(key) and getattr(recipe, key) not in table:
+        optional = (None,) if key == "model" else ()
+        if recipe.reads(key) and getattr(recipe, key) not in (*table, *optional):
             value = getattr(recipe, key)
             fail(key, value, f"must be one of {list(table)}{did_you_mean(value, table, 0.4)}")
     if recipe.reads("model_config"):

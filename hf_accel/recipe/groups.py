@@ -76,7 +76,16 @@ class WorkerKeys:
 
 @dataclass
 class ModelKeys:
-    model: str = fixed("vit_small", f"size of the encoder: one of {', '.join(PRESETS)}", "model")
+    init_from: str | None = fixed(
+        None,
+        "folder or Hub id of an encoder to continue from: an AccelViT, a ViT, DINO, ViT-MAE or DINOv2 of transformers, "
+        "a plain ViT of timm, or a file of timm's weights; it brings model, patch_size, pooling and normalisation, and "
+        "image_size up to 224 pixels",
+        "model",
+    )
+    model: str | None = fixed(
+        "vit_small", f"size of the encoder: one of {', '.join(PRESETS)}; null: that of init_from, or of model_config"
+    )
     model_config: dict[str, Any] = fixed(
         {}, "fields of AccelViTConfig that replace the preset's, e.g. model_config.num_hidden_layers=6"
     )

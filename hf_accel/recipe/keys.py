@@ -42,7 +42,7 @@ class Recipe:
     """The keys that a file or a command gives. The others have their defaults."""
 
     def __post_init__(self):
-        for key in ("output_dir", "checkpoint", "pilot", "baseline"):  # no shell has seen what a file says
+        for key in ("output_dir", "init_from", "checkpoint", "pilot", "baseline"):  # no shell has seen what a file says
             if self.reads(key) and str(getattr(self, key)).startswith("~"):
                 setattr(self, key, os.path.expanduser(getattr(self, key)))
         check_recipe(self)
@@ -82,12 +82,13 @@ class Recipe:
         return yaml.safe_dump(self.used(), sort_keys=False)
 
     def encoder_config(self) -> "AccelViTConfig":
-        from ..models import PRESETS
+        from ..models import PRESETS, AccelViTConfig
         from ..objectives import OBJECTIVES
 
         defaults = OBJECTIVES[self.objective].encoder_defaults if self.reads("objective") else {}
         sizes = {"image_size": self.image_size, "patch_size": self.patch_size}
-        return PRESETS[self.model](**{**defaults, **sizes, **self.model_config})
+        make: Any = PRESETS[self.model] if self.model else AccelViTConfig
+        return make(**{**defaults, **sizes, **self.model_config})
 
     def compression_schedule(self) -> Schedule:
         value = None if self.schedule == "auto" else self.schedule
@@ -157,7 +158,7 @@ class EvaluateRecipe(
     take(PretrainSettings, "knn_k", "knn_temperature"),
     take(StepKeys, "mixed_precision"),
     ObjectiveKeys,
-    ModelKeys,
+    take(ModelKeys, "model", "model_config", "image_size", "patch_size"),
     WorkerKeys,
     DataKeys,
     RunKeys,

@@ -13,6 +13,7 @@ from ..utils.shipped import find_file, list_recipes
 from ..utils.strict_yaml import load_yaml
 from ..utils.values import as_type, type_name
 from .checks import configured_classes
+from .init_from import settle_start
 from .keys import RECIPES, Recipe, default_of, tasks_that_read
 from .values import did_you_mean
 
@@ -50,7 +51,8 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
             others = ", ".join(tasks_that_read(key))
             fail(key, value, f"task={task} does not read this key; leave it out (task={others} would read it)")
     types = kind.types()
-    recipe = kind(**{key: as_type(key, value, types[key]) for key, value in values.items() if key in types})
+    taken = {key: as_type(key, value, types[key]) for key, value in values.items() if key in types}
+    recipe = kind(**(settle_start(kind, taken) if taken.get("init_from") else taken))
     recipe.named = frozenset(values)
     return recipe
 

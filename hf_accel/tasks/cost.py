@@ -19,6 +19,8 @@ def cost_report(recipe: Recipe) -> None:
     table = measure_costs(config, build_cost_grid(config), device, dtype=DTYPES[recipe.mixed_precision])
     rows = build_cost_rows(config, table)
     write_json(output / "cost.json", {"rows": rows, "environment": environment()})
-    plot_cost(rows, output / "cost.png", title=f"{recipe.model}, {recipe.image_size} px, {table.device}")
+    plot_cost(
+        rows, output / "cost.png", title=f"{recipe.model or recipe.init_from}, {recipe.image_size} px, {table.device}"
+    )
     print(format_cost_table(rows))
     print(f"saved to {output / 'cost.json'} and {output / 'cost.png'}")

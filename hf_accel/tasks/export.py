@@ -2,11 +2,9 @@
 
 import importlib.util
 import json
-import re
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
@@ -14,25 +12,17 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForImageClassification,
-    Dinov2Model,
-    ViTForImageClassification,
-    ViTModel,
-)
+from transformers import Dinov2Model, ViTForImageClassification, ViTMAEModel, ViTModel
 from transformers.image_utils import PILImageResampling
-from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
-from transformers.utils.hub import cached_file
 
+from ..checkpoints import Checkpoint, accel_model, read_checkpoint
 from ..distributed import say
-from ..evaluation import load_processor, refuse_run_folder, weights_digest
-from ..hub import CARD_NAME, Export, agreement, export_card, stated_licence
+from ..evaluation import weights_digest
+from ..hub import CARD_NAME, Export, agreement, export_card
 from ..models import AccelViTConfig, AccelViTForImageClassification, AccelViTModel
-from ..models.conversion import State, from_dinov2, from_vit, to_dinov2, to_vit, with_learned_positions
+from ..models.conversion import State, to_dinov2, to_vit, with_learned_positions
 from ..models.conversion_timm import from_timm, to_timm
 from ..recipe import Recipe, RecipeError
-from ..utils.weight_files import opening, read_tensors
 from .setup import naming, output_of
 
 TOLERANCE = 1e-5
@@ -40,35 +30,8 @@ TOLERANCE = 1e-5
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
-TIMM_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16}
-TIMM_ARCHITECTURE = r"vit_(tiny|small|base|large)_patch\d+(_reg\d+_dinov2|_dinov2|_\d+)(\..*)?"
-"""timm's plain ViTs. For others, neither the weights nor config.json state activations and epsilons."""
-
 Features = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 """Pixels (B, C, S, S) -> what is compared, by name."""
-
-
-@dataclass
-class Source:
-    """The checkpoint to export: its tensors as AccelViT has them, and a model that computes the true features."""
-
-    kind: str
-    config: AccelViTConfig
-    state: State
-    model: nn.Module
-    processor: Any = None
-    licence: dict[str, str | list[str]] = field(default_factory=dict)
-
-    def features(self, patch_size: int) -> Features:
-        ours = isinstance(self.model, AccelViTModel | AccelViTForImageClassification)
-        return features_of(self.model, **({"patch_size": patch_size} if ours else {}))
-
-    def shares_pooler(self, export_format: str) -> bool:
-        """Return whether both sides mean the same by `pooler_output`.
-
-        ViT's comes from a layer that AccelViT lacks, and that of the other formats is never a mean.
-        """
-        return self.kind != "vit" and (self.config.pooling == "cls" or export_format not in ("vit", "dinov2"))
 
 
 def export(recipe: Recipe) -> None:
@@ -83,7 +46,8 @@ def export(recipe: Recipe) -> None:
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if recipe.export_format == "onnx" and missing:
         raise RecipeError(f"export_format='onnx': {', '.join(missing)} not installed; pip install 'hf-accel[onnx]'")
-    source = read_source(recipe)
+    with naming(f"checkpoint={recipe.checkpoint!r}"):
+        source = read_checkpoint(str(recipe.checkpoint), recipe.model_config.get("num_attention_heads"))
     patch_size = exported_patch_size(recipe, source.config)
     output_of(recipe)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as scratch:
@@ -93,8 +57,8 @@ def export(recipe: Recipe) -> None:
             read_back = WRITERS[recipe.export_format](source, patch_size, folder)
         if source.processor is not None:
             source.processor.save_pretrained(folder)
-        names = ["last_hidden_state", "logits", *["pooler_output"] * source.shares_pooler(recipe.export_format)]
-        difference = largest_difference(source.features(patch_size), read_back, source.config, names)
+        names = ["last_hidden_state", "logits", *["pooler_output"] * shares_pooler(source, recipe.export_format)]
+        difference = largest_difference(original_features(source, patch_size), read_back, source.config, names)
         if not difference <= TOLERANCE:
             raise RecipeError(
                 f"export_format={recipe.export_format!r}: the features of what was written differ by {difference:.1e} "
@@ -117,9 +81,10 @@ def export(recipe: Recipe) -> None:
         (folder / CARD_NAME).write_text(export_card(about), encoding="utf-8")
         folder.rename(target)
     processor = "with" if source.processor is not None else "without"
+    left_out = f" Left out: {', '.join(source.left_out)}." if source.left_out else ""
     say(
         f"{recipe.checkpoint} ({source.kind}) as {recipe.export_format} at patch {patch_size}, {processor} image "
-        f"processor: {target}. Read back, its features {agreement(difference)}"
+        f"processor: {target}.{left_out} Read back, its features {agreement(difference)}"
     )
 
 
@@ -147,6 +112,22 @@ def features_of(model: nn.Module, **options: Any) -> Features:
     return features
 
 
+def original_features(source: Checkpoint, patch_size: int) -> Features:
+    if isinstance(source.model, ViTMAEModel):  # which shuffles the tokens by a noise
+        noise = torch.arange(source.config.grid_size**2)[None]
+        return lambda pixels: features_of(source.model, noise=noise.expand(len(pixels), -1))(pixels)
+    ours = isinstance(source.model, AccelViTModel | AccelViTForImageClassification)
+    return features_of(source.model, **({"patch_size": patch_size} if ours else {}))
+
+
+def shares_pooler(source: Checkpoint, export_format: str) -> bool:
+    """Return whether both sides mean the same by `pooler_output`.
+
+    ViT's comes from a layer that AccelViT lacks, and that of the other formats is never a mean.
+    """
+    return source.kind != "vit" and (source.config.pooling == "cls" or export_format not in ("vit", "dinov2"))
+
+
 def largest_difference(one: Features, other: Features, config: AccelViTConfig, names: list[str]) -> float:
     """Return the largest difference of the features in `names`, relative to the largest feature, on random images."""
     differences = []
@@ -159,107 +140,22 @@ def largest_difference(one: Features, other: Features, config: AccelViTConfig, n
     return float(torch.stack(differences).max())  # NaN if any is
 
 
-# Where a checkpoint comes from
-
-
-def read_source(recipe: Recipe) -> Source:
-    """Read an encoder, classifier or training checkpoint of ours, or a ViT or DINOv2 of transformers or timm."""
-    checkpoint, config = str(recipe.checkpoint), {}
-    folder = weights = checkpoint
-    with naming(f"checkpoint={checkpoint!r}"):
-        if Path(checkpoint).is_file():
-            folder = str(Path(checkpoint).parent)
-        else:
-            refuse_run_folder(checkpoint)
-            with opening(checkpoint):
-                config = json.loads(Path(cast(str, cached_file(checkpoint, "config.json"))).read_text())
-                weights = cached_file(checkpoint, "model.safetensors") if "architecture" in config else None
-        source = timm_source(recipe, Path(weights), config) if weights else transformers_source(checkpoint, config)
-        source.licence = stated_licence(folder, config)
-        return source
-
-
-def transformers_source(checkpoint: str, config: dict[str, Any]) -> Source:
-    kind = config.get("model_type")
-    if kind not in ("accel_vit", "vit", "dinov2"):
-        raise ValueError(f"its model_type is {kind!r}; there are accel_vit, vit, dinov2 and timm's ViTs")
-    classifies = any(name.endswith("ForImageClassification") for name in config.get("architectures") or [])
-    load: Any = (AutoModelForImageClassification if classifies else AutoModel).from_pretrained
-    # no foreign code, for which transformers would otherwise ask on a terminal; mismatches are reported below
-    options: dict[str, Any] = {"output_loading_info": True, "dtype": torch.float32}
-    options |= {"trust_remote_code": False, "ignore_mismatched_sizes": True}
-    with opening(checkpoint):
-        model, report = load(checkpoint, **options)
-        if kind == "vit" and {name.rpartition(".")[0] for name in report["missing_keys"]} == {"pooler.dense"}:
-            model, report = load(checkpoint, **options, add_pooling_layer=False)
-    left_over = [] if kind == "accel_vit" else report["unexpected_keys"]  # a training checkpoint has heads and targets
-    if bad := sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"]), *left_over]):
-        raise ValueError(f"tensors are missing, unknown or of another shape: {', '.join(bad)}")
-    state = model.state_dict()
-    ours, state = {"vit": from_vit, "dinov2": from_dinov2}.get(kind, lambda *pair: pair)(model.config, state)
-    return Source(kind, ours, state, model, load_processor(checkpoint))
-
-
-def timm_source(recipe: Recipe, weights: Path, config: dict[str, Any]) -> Source:
-    """Convert timm's tensors. timm is not needed, so the features to compare with are those of the converted model."""
-    state = read_tensors(weights)
-    arguments = config.get("model_args", {})
-    heads = recipe.model_config.get("num_attention_heads") or arguments.get("num_heads")
-    matched = re.fullmatch(TIMM_ARCHITECTURE, config.get("architecture", ""))
-    if config and not matched:
-        raise ValueError(
-            f"architecture {config['architecture']!r} may have other activations or norms than AccelViT; there are "
-            "vit_{tiny,small,base,large}_patchP_SIZE, ..._dinov2 and ..._regN_dinov2"
-        )
-    if not heads and not matched:
-        raise ValueError("the weights do not state the number of heads: give model_config.num_attention_heads=")
-    ours, state = from_timm(
-        {name: tensor.float() for name, tensor in state.items()},
-        heads or TIMM_HEADS[cast(re.Match, matched)[1]],
-        arguments.get("global_pool") or config.get("global_pool") or "token",
-        arguments.get("no_embed_class"),
-    )
-    return Source("timm", ours, state, accel_model(ours, state), timm_processor(config))
-
-
-def timm_processor(config: dict[str, Any]) -> BitImageProcessorPil | None:
-    """Build the image processor of a timm configuration, if the configuration describes its images."""
-    values = config.get("pretrained_cfg", config)
-    if not {"input_size", "mean", "std"} <= values.keys():
-        return None
-    side = values["input_size"][-1]
-    return BitImageProcessorPil(
-        size={"shortest_edge": int(side / values.get("crop_pct", 1.0) + 1e-6)},  # timm rounds down
-        crop_size={"height": side, "width": side},
-        resample=PILImageResampling[values.get("interpolation", "bicubic").upper()].value,
-        image_mean=list(values["mean"]),
-        image_std=list(values["std"]),
-    )
-
-
 # Where it goes. Each function writes into a folder and returns the features of what it reads back.
 
 
-def accel_model(config: AccelViTConfig, state: State) -> AccelViTModel | AccelViTForImageClassification:
-    classifies = any(name.startswith("classifier.") for name in state)
-    model: Any = (AccelViTForImageClassification if classifies else AccelViTModel)(config)
-    model.load_state_dict(state)
-    return model.eval()
-
-
-def write_accel_vit(source: Source, patch_size: int, folder: Path) -> Features:
+def write_accel_vit(source: Checkpoint, patch_size: int, folder: Path) -> Features:
     model: Any = accel_model(source.config, source.state)
     model.save_pretrained(folder)
     return features_of(type(model).from_pretrained(folder), patch_size=patch_size)
 
 
-def write_vit(source: Source, patch_size: int, folder: Path) -> Features:
+def write_vit(source: Checkpoint, patch_size: int, folder: Path) -> Features:
     config, state = to_vit(source.config, source.state, patch_size)
     model: Any = (ViTForImageClassification if "classifier.weight" in state else ViTModel)(config)
     return write_theirs(model, state, folder)
 
 
-def write_dinov2(source: Source, patch_size: int, folder: Path) -> Features:
+def write_dinov2(source: Checkpoint, patch_size: int, folder: Path) -> Features:
     config, state = to_dinov2(source.config, source.state, patch_size)
     return write_theirs(Dinov2Model(config), state, folder)
 
@@ -273,7 +169,7 @@ def write_theirs(model: Any, state: State, folder: Path) -> Features:
     return features_of(loaded)
 
 
-def write_timm(source: Source, patch_size: int, folder: Path) -> Features:
+def write_timm(source: Checkpoint, patch_size: int, folder: Path) -> Features:
     """`timm.create_model("local-dir:FOLDER", pretrained=True)` opens it. Read back by the inverse conversion."""
     arguments, state = to_timm(source.config, source.state, patch_size)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
@@ -309,7 +205,7 @@ def write_timm(source: Source, patch_size: int, folder: Path) -> Features:
     return features_of(accel_model(*from_timm(written, arguments["num_heads"], arguments["global_pool"])))
 
 
-def write_onnx(source: Source, patch_size: int, folder: Path) -> Features:
+def write_onnx(source: Checkpoint, patch_size: int, folder: Path) -> Features:
     """Write `model.onnx`, which takes any number of images of the base size."""
     model = accel_model(*with_learned_positions(source.config, source.state, patch_size))
     size = (2, source.config.num_channels, source.config.image_size, source.config.image_size)
@@ -336,7 +232,7 @@ def write_onnx(source: Source, patch_size: int, folder: Path) -> Features:
     }
 
 
-WRITERS: dict[str, Callable[[Source, int, Path], Features]] = {
+WRITERS: dict[str, Callable[[Checkpoint, int, Path], Features]] = {
     "accel_vit": write_accel_vit,
     "vit": write_vit,
     "dinov2": write_dinov2,

@@ -34,7 +34,7 @@ SCHEDULE_NAME = "schedule.yaml"
 
 OF_THE_PILOT = (
     *("data", "train_split", "augmentation", "view_resolution"),
-    *("image_size", "patch_size", "model_config", "objective", "objective_config"),
+    *("init_from", "image_size", "patch_size", "model_config", "objective", "objective_config"),
 )
 """The settings under which the gradients of a search are those of its pilot's training."""
 
@@ -81,6 +81,7 @@ def search_checkpoints(recipe: Recipe, config: PretrainConfig, checkpoints: list
     base = objective.units_per_image(strategies[0], forward_cost)
     cost = {strategy: objective.units_per_image(strategy, forward_cost) / base for strategy in strategies}
     source, _ = images_of(recipe)
+    source = source.renormalised(objective.config.image_mean, objective.config.image_std)
     if len(source) < recipe.batch_size:
         raise RecipeError(f"batch_size={recipe.batch_size}: {source.name} has only {len(source)} images")
     objective.to(config.device)  # pyright: ignore[reportArgumentType]

@@ -121,7 +121,13 @@ def build_objective(recipe: Recipe) -> ObjectiveForPreTraining:
         except (ValueError, ImportError) as error:
             raise RecipeError(f"attn_implementation={recipe.attn_implementation!r}: {error}") from None
     objective: Any = OBJECTIVES[recipe.objective]
+    starts = recipe.task == "pretrain" and recipe.init_from
     with naming(f"objective_config={recipe.objective_config!r}"):
+        if starts and RunFolder(recipe.output_dir).last_complete_checkpoint() is None:
+            fields = {"image_size": recipe.image_size, "patch_size": recipe.patch_size, **recipe.model_config}
+            if recipe.attn_implementation:
+                fields["attn_implementation"] = recipe.attn_implementation
+            return objective.from_encoder(recipe.init_from, recipe.objective_config, **fields)
         return objective(config, **recipe.objective_config)
 
 

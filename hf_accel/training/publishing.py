@@ -1,7 +1,7 @@
 """The part of `PretrainTrainer` that describes and publishes a run, in place of what transformers' Trainer pushes."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
@@ -36,15 +36,20 @@ class PublishingTrainer(Trainer):
         """The run and its repository. Pushes while training runs and the one at the end share one queue."""
         if self._pushed_to and license in (None, self._pushed_to.license):
             return self._pushed_to
-        args = self.args
+        args, recorded = self.args, (self.given_record or {}).get("license")
         return Publication(
             str(args.output_dir),
             args.hub_model_id,
             private=bool(args.hub_private_repo),
-            license=license or (self.given_record or {}).get("license", Publication.license),
+            license=license or recorded or self._licence_of_start() or Publication.license,
             optimizer=args.hub_strategy == HubStrategy.CHECKPOINT,
             in_python=self.given_record is None,
         )
+
+    def _licence_of_start(self) -> str | None:
+        """The licence of the encoder that training started from, which a card states in one word."""
+        stated = (cast(Any, self.model).config.init_from or {}).get("license")
+        return stated if isinstance(stated, str) else None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Find out before training why nothing could be pushed to the Hub."""
@@ -67,7 +72,8 @@ class PublishingTrainer(Trainer):
         """Upload the finished run: encoder, processor, code, card, settings and results. Nothing that is there already.
 
         Args:
-            license (`str`, *optional*): The model's, for its card. Default: apache-2.0.
+            license (`str`, *optional*): The model's, for its card. Default: what the encoder that training started from
+                states, or apache-2.0.
 
         Raises:
             SettingError: the run is not finished.

@@ -11,6 +11,7 @@ import torch
 from ..compression import Compression, Strategy
 from ..data import CorruptImage, ImageSource
 from ..distributed.launch import engine_of
+from ..models.configuration_accel_vit import changed_fields
 from ..utils.pretrain_settings import PretrainSettings, Rule
 
 RULES: dict[str, Rule] = {
@@ -52,11 +53,6 @@ def describe_optimizer(trainer: Any) -> dict[str, Any] | None:
 def describe_settings(trainer: Any) -> dict[str, Any]:
     """The settings of a run that a program has started, by the names that recipes give them."""
     args, model = trainer.args, trainer.objective
-    config = {
-        key: value
-        for key, value in model.config.to_diff_dict().items()
-        if key not in ("model_type", "transformers_version", "architectures", "auto_map", "dtype")
-    }
     sizes = {key: getattr(model.config, key) for key in ("image_size", "patch_size")}
     same = (
         *("output_dir", "seed", *(key.name for key in fields(PretrainSettings)), "gradient_accumulation_steps"),
@@ -66,7 +62,7 @@ def describe_settings(trainer: Any) -> dict[str, Any]:
     return {
         "task": "pretrain",
         "data": trainer.source.name,
-        "model_config": {key: value for key, value in config.items() if key not in sizes},
+        "model_config": changed_fields(model.config),
         **sizes,
         "objective": model.name,
         "objective_config": model.settings,

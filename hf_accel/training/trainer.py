@@ -95,6 +95,9 @@ class PretrainTrainer(SavingTrainer):
         self.args, self.folder, config = args, RunFolder(str(args.output_dir)), model.config
         self.source = image_source(train_dataset, "train_dataset")
         self.validation = None if eval_dataset is None else image_source(eval_dataset, "eval_dataset", self.source)
+        normalisation = config.image_mean, config.image_std
+        self.source = self.source.renormalised(*normalisation)
+        self.validation = self.validation and self.validation.renormalised(*normalisation)
         if len(self.source) < args.batch_size:
             fail("batch_size", args.batch_size, f"{self.source.name} has only {len(self.source)} images")
         if args.batch_size < model.least_batch * args.gradient_accumulation_steps:

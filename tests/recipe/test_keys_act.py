@@ -13,7 +13,7 @@ import torch
 
 from hf_accel.compression import Compression, Strategy
 from hf_accel.data import load_sources
-from hf_accel.objectives import SimCLRForPreTraining
+from hf_accel.objectives import MoCoForPreTraining, SimCLRForPreTraining
 from hf_accel.recipe import EvaluateRecipe, PretrainRecipe, SearchRecipe
 from hf_accel.tasks import evaluate, search, setup
 from hf_accel.tasks.card import publication_of
@@ -85,6 +85,7 @@ PRETRAIN: dict[str, tuple[Any, ...]] = {
     "label_column": ("other", images),
     "streaming": (True, images),
     "num_workers": (97, setting("dataloader_num_workers")),
+    "init_from": ("encoder", lambda recipe, key: started(recipe), "encoder"),
     "model": ("vit_small", lambda recipe, key: replace_config(recipe).encoder_config().hidden_size, 384),
     "model_config": (TINY | {"hidden_size": 16}, lambda recipe, key: encoder(recipe, "hidden_size"), 16),
     "image_size": (32, encoder),
@@ -118,6 +119,13 @@ PRETRAIN: dict[str, tuple[Any, ...]] = {
     "hub_optimizer": (True, publication("optimizer")),
     "license": ("mit", publication("license")),
 }
+
+
+def started(recipe: Any) -> Any:
+    """What the objective of the recipe starts from."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MoCoForPreTraining, "from_encoder", lambda model, *_, **__: model)
+        return build_objective(replace(recipe, objective="moco"))
 
 
 def replace_config(recipe: Any) -> Any:

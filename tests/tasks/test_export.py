@@ -228,7 +228,7 @@ def test_a_source_that_is_not_understood_is_named(tmp_path: Path) -> None:
         (tmp_path / "source/config.json").write_text(json.dumps(text))
         return tmp_path / "source"
 
-    with pytest.raises(SystemExit, match="its model_type is 'resnet'; there are accel_vit, vit, dinov2"):
+    with pytest.raises(SystemExit, match="its model_type is 'resnet'; there are accel_vit, vit, vit_mae, dinov2"):
         export(config_of({"model_type": "resnet"}), tmp_path / "out", "vit")
     save_file({"pos_embed": torch.zeros(1, 2, 3)}, tmp_path / "source/model.safetensors")
     with pytest.raises(SystemExit, match="architecture 'vit_base_patch16_clip_224' may have other activations"):

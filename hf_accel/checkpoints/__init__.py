@@ -1,0 +1,21 @@
+"""Read the encoders that others have released: weights, image processor and licence."""
+
+from .licence import CARD_NAME, LICENCE_KEYS, stated_licence
+from .processor import input_of, load_processor, normalisation_of
+from .reading import Checkpoint, accel_model, read_checkpoint, refuse_run_folder
+from .starting import Start, read_start
+
+__all__ = [
+    "CARD_NAME",
+    "LICENCE_KEYS",
+    "Checkpoint",
+    "Start",
+    "accel_model",
+    "input_of",
+    "load_processor",
+    "normalisation_of",
+    "read_checkpoint",
+    "read_start",
+    "refuse_run_folder",
+    "stated_licence",
+]

@@ -47,6 +47,7 @@ class RunFolder:
         curves: the figure of the training.
         views: the contact sheet of its views.
         final: the folder of the exported encoder.
+        best: the folder of the best encoder of a run that started from released weights.
         kept: the folder of the checkpoints at `keep_points`, which are never removed.
         hub: the folder of what waits to be uploaded, and of the note of what was uploaded.
     """
@@ -60,6 +61,7 @@ class RunFolder:
         self.curves = self.path / "curves.png"
         self.views = self.path / "views.png"
         self.final = self.path / "final"
+        self.best = self.path / "best"
         self.kept = self.path / "kept"
         self.hub = self.path / ".hub"
         self.lock_file = self.path / ".lock"

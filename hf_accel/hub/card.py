@@ -103,6 +103,8 @@ def card_text(run: Run, repo_id: str | None) -> str:
         recipe_text=yaml.safe_dump(without_local_paths(run.recipe), sort_keys=False, allow_unicode=True, width=100),
         results=run.results,
         baseline=run.results.get("baseline"),
+        start=run.results.get("init_from"),
+        best=run.results.get("best"),
         data=run.results.get("data"),
         origin=without_local_paths(run.results.get("environment", {})),
         objective=objective.display_name if objective else run.results["objective"],
@@ -161,11 +163,12 @@ def _architecture(run: Run) -> str:
 
 
 def _metadata(run: Run, rows: list[Accuracy]) -> ModelCardData:
-    index = eval_results(rows)
+    index, start = eval_results(rows), run.results.get("init_from")
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
         license=run.recipe.get("license"),
+        base_model=start["name"] if start and start["is_on_hub"] else None,
         tags=["hf_accel", "self-supervised-learning", "vision-transformer", run.results["objective"]],
         datasets=[run.dataset] if run.dataset else None,
         metrics=["accuracy"] if index else None,

@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 
 from ..distributed import say
 from ..distributed.stopping import stop_agreed
-from ..utils.progress import cosine, learning_rate_factor
+from ..utils.progress import cosine, learning_rate_factor, thaw_factor
 from .config import PretrainConfig
 
 
@@ -34,8 +34,11 @@ class ProgressCallback(TrainerCallback):
         end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
         decay = cosine(args.weight_decay, end, progress)
         frozen = bool(self.trainer.objective.frozen_parameters(progress))
+        thawed = thaw_factor(progress, self.trainer.pace.freeze_encoder, args.warmup)
         for group in cast(Any, self.trainer.optimizer).param_groups:
             group["lr"] = rate * group.get("lr_factor", 1.0)  # Checkpoints of earlier versions hold no factors.
+            if group.get("of_encoder"):
+                group["lr"] *= thawed
             if frozen and group.get("freezable"):
                 group["lr"] = 0.0
             group["weight_decay"] = decay * group.get("weight_decay_factor", float(group["weight_decay"] > 0))

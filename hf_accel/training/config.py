@@ -90,6 +90,10 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
         lr_schedule (`str`, defaults to `"cosine"`): Learning rate after the warm-up, `"cosine"` or `"poly"`.
         warmup (`float`, defaults to 0.1): Progress over which the learning rate rises.
         weight_decay_end (`float`, *optional*): Weight decay at the end, reached along a cosine.
+        freeze_encoder (`float`, *optional*): Progress until which only the heads learn. Default: 0.1 for a model from
+            `from_encoder`, otherwise 0.
+        layer_decay (`float`, *optional*): Factor on the learning rate from each layer of the encoder to the one below.
+            Default: 0.75 for a model from `from_encoder`, otherwise 1.
         augmentation (`str`, defaults to `"moco"`): How views are drawn.
         view_resolution (`str`, defaults to `"matched"`): Makes the views of larger patches smaller. `"full"` does not.
         view_backend (`str`, defaults to `"auto"`): `"eager"` makes views operation by operation, `"fused"` by compiled

@@ -35,15 +35,19 @@ def finish_run(trainer: Any) -> None:
         lack = "for lack of labels or of images kept for it"
         say(f"Results in {folder}; no accuracy, {'as eval_points asks for none' if trainer.has_labels() else lack}")
         return
-    start = results["knn_top1_random_init"]
-    start = "" if start is None else f" (random initialisation {start:.2%})"
-    say(f"kNN accuracy {results['knn_top1']:.2%}{start}; results in {folder}")
+    said = {"random initialisation": results["knn_top1_random_init"], "at the start": results.get("knn_top1_init_from")}
+    start = "".join(f" ({name} {value:.2%})" for name, value in said.items() if value is not None)
+    best, kept = results.get("best"), ""
+    if best and best["step"] < results["steps"]:
+        kept = f"; best/ holds the best, {best['knn_top1']:.2%} at {best['progress']:.0%} of the budget"
+    say(f"kNN accuracy {results['knn_top1']:.2%}{start}{kept}; results in {folder}")
 
 
 def write_results(trainer: Any, results: dict[str, Any]) -> None:
     """Beside the encoder in `final/`, which is written: figures, card, log and, last, `results.json`."""
     folder, plan, history = trainer.folder, trainer.plan, trainer.state.log_history
     named = {"raw pixels": results["knn_top1_raw_pixels"], "random init": results["knn_top1_random_init"]}
+    named["start"] = results.get("knn_top1_init_from")
     baselines = {name: value for name, value in named.items() if value is not None}
     title = f"{results['objective']} on {results['data']['name']}"
     size = trainer.objective.config.image_size

@@ -67,6 +67,7 @@ def describe_settings(trainer: Any) -> dict[str, Any]:
         "objective": model.name,
         "objective_config": model.settings,
         **{key: getattr(args, key) for key in same},
+        **trainer.pace._asdict(),
         "optim": args.optim.value,
         **{key: getattr(args, key) for key in OPTIMIZER_SETTINGS},
         "optimizer": trainer.own_optimizer,
@@ -128,11 +129,20 @@ def training_results(trainer: Any) -> dict[str, Any]:
     seconds = state["seconds"]
     in_parts = seconds["data"] + seconds["forward_backward"] + seconds["evaluation"]
     schedule = plan.followed()
+    start = trainer.objective.config.init_from
+    before = next((entry["eval_knn_top1"] for entry in accuracies if entry["step"] == 0), None)
+    best = max(accuracies, key=lambda entry: entry["eval_knn_top1"]) if start and accuracies else None
     uncompressed = Strategy(Compression(trainer.objective.config.patch_size))
     return {
         "knn_top1": accuracies[-1]["eval_knn_top1"] if accuracies else None,
         "knn_top5": accuracies[-1].get("eval_knn_top5") if accuracies else None,
-        "knn_top1_random_init": next((e["eval_knn_top1"] for e in accuracies if e["step"] == 0), None),
+        "knn_top1_random_init": None if start else before,
+        "knn_top1_init_from": before if start else None,
+        "init_from": start,
+        "best": best
+        and {
+            **{"step": best["step"], "progress": best["progress"], "knn_top1": best["eval_knn_top1"]},
+        },
         "units": state["units"],
         "budget": plan.budget,
         "budget_requested": trainer.args.budget,

@@ -33,6 +33,7 @@ from .caching import start_cache
 from .callbacks import ProgressCallback, note_factors
 from .config import Derived, PretrainConfig
 from .console import ConsoleCallback, describe_run, quiet
+from .continuing import BestCallback, Pace, choose_pace, separate_encoder
 from .finish import finish_run
 from .memory import explained_memory
 from .monitoring import CollapseMonitor
@@ -123,6 +124,8 @@ class PretrainTrainer(SavingTrainer):
         self._gpu_steps: GpuSteps | None = None
         datasets: dict[str, Any] = {"train_dataset": self.source, "eval_dataset": self.validation}
         processor = image_processor(self.source, config.image_size)  # Pipelines open checkpoints with it.
+        own_optimizer = any(kwargs.get("optimizers") or ())
+        self.pace = choose_pace(args, model, own_optimizer)
         super().__init__(model=model, args=args, processing_class=processor, **datasets, **kwargs)
         if self.optimizer is not None:
             note_factors(cast(Any, self.optimizer), args)
@@ -136,6 +139,8 @@ class PretrainTrainer(SavingTrainer):
         self.add_callback(self.console)
         self.add_callback(CollapseMonitor(model.collapse_symptoms))
         self.add_callback(PredictedTime(self))
+        if config.init_from:
+            self.add_callback(BestCallback(self))
 
     # Costs
 
@@ -218,7 +223,8 @@ class PretrainTrainer(SavingTrainer):
             if self.args.should_save:
                 with writing(self.folder.recipe, AGAIN):
                     write_text(self.folder.recipe, yaml.safe_dump(record, sort_keys=False))
-            self.args.eval_on_start = 0.0 in self.args.eval_points and checkpoint is None
+            from_start = 0.0 in self.args.eval_points or bool(self.objective.config.init_from)
+            self.args.eval_on_start = from_start and checkpoint is None
             for line in describe_run(self):
                 distributed.say(line)
             if checkpoint:
@@ -308,7 +314,10 @@ class PretrainTrainer(SavingTrainer):
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.pace != Pace():
+            separate_encoder(optimizer, self.objective, self.pace)
         if self.is_deepspeed_enabled:  # there only lr 0 keeps what is frozen for now out of a step
             separate_group(optimizer, self.objective.frozen_parameters(0.0))
         note_factors(optimizer, self.args)

@@ -73,6 +73,16 @@ class PretrainSettings:
     weight_decay_end: float | None = fixed(
         None, "weight decay at the end, reached along a cosine of progress; default: weight_decay throughout"
     )
+    freeze_encoder: float | None = fixed(
+        None,
+        "progress until which the encoder stays as it is while the heads learn, at the cost of any other step; its "
+        "learning rate then rises over warmup; default: 0.1 with init_from, otherwise 0",
+    )
+    layer_decay: float | None = fixed(
+        None,
+        "factor on the learning rate from each layer of the encoder to the one below it; default: 0.75 with init_from, "
+        "otherwise 1",
+    )
     augmentation: str = fixed(
         "moco", "how views are drawn: moco, or digits, which neither mirrors nor colours them", "views"
     )
@@ -112,6 +122,10 @@ class PretrainSettings:
             fail("warmup", self.warmup, "must lie in [0, 1]")
         if self.weight_decay_end is not None and self.weight_decay_end < 0:
             fail("weight_decay_end", self.weight_decay_end, "must not be negative")
+        if self.freeze_encoder is not None and not 0 <= self.freeze_encoder < 1:
+            fail("freeze_encoder", self.freeze_encoder, "must be a share of the budget, from 0 to below 1")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            fail("layer_decay", self.layer_decay, "must be above 0 and at most 1")
         if not 0 < self.auto_share < 1:
             fail("auto_share", self.auto_share, "must lie between 0 and 1")
         if self.auto_draws < 3:

@@ -20,3 +20,10 @@ def learning_rate_factor(progress: float, schedule: str, warmup: float) -> float
         return rise * (1 - progress**2)
     after = max(0.0, progress - warmup) / max(1 - warmup, 1e-12)
     return rise * cosine(1.0, 0.0, min(1.0, after))
+
+
+def thaw_factor(progress: float, frozen: float, warmup: float) -> float:
+    """What is 0 up to progress `frozen`, rises to 1 over `warmup` from there, and is 1 if nothing is ever frozen."""
+    if frozen <= 0 or progress >= frozen + warmup:
+        return 1.0
+    return (progress - frozen) / warmup if progress > frozen else 0.0

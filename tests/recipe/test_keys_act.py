@@ -101,6 +101,7 @@ PRETRAIN: dict[str, tuple[Any, ...]] = {
     **{key: (value, setting()) for key, value in {"search_criterion": "gain", "lr_schedule": "poly"}.items()},
     **{key: (value, setting()) for key, value in {"warmup": 0.3, "weight_decay_end": 0.6, "knn_k": 3}.items()},
     **{key: (value, setting()) for key, value in {"augmentation": "digits", "view_resolution": "full"}.items()},
+    **{key: (value, setting()) for key, value in {"freeze_encoder": 0.2, "layer_decay": 0.5}.items()},
     "view_backend": ("fused", setting()),
     "cache": ("ram", setting()),
     **{key: (value, setting()) for key, value in {"eval_points": [0.5], "keep_points": [0.5]}.items()},

@@ -172,6 +172,8 @@ IN_THE_RUN = {
     "view_backend",  # in test_views.py
     "cache",  # in test_caching.py
     "warmup",
+    "freeze_encoder",  # in test_continuing.py
+    "layer_decay",  # in test_continuing.py
     "weight_decay_end",
     "eval_points",
     "keep_points",

@@ -46,6 +46,7 @@ class RunFolder:
         cost_table: measured costs of compressions.
         curves: the figure of the training.
         views: the contact sheet of its views.
+        explore: the page of pictures of what its encoder has learnt.
         final: the folder of the exported encoder.
         best: the folder of the best encoder of a run that started from released weights.
         kept: the folder of the checkpoints at `keep_points`, which are never removed.
@@ -60,6 +61,7 @@ class RunFolder:
         self.cost_table = self.path / "cost_table.json"
         self.curves = self.path / "curves.png"
         self.views = self.path / "views.png"
+        self.explore = self.path / "explore.md"
         self.final = self.path / "final"
         self.best = self.path / "best"
         self.kept = self.path / "kept"

@@ -112,12 +112,20 @@ class ImageSource:
         rows = () if self.labels is None else (self.labels != UNLABELLED).nonzero()[:, 0]
         if self.labels is None or len(rows) == 0:
             raise ValueError(f"{self.name} has no labels")
-        if len(rows) == len(self):
-            return self
+        return self if len(rows) == len(self) else self.take(rows)
+
+    @property
+    def rows(self) -> Tensor | None:
+        """The rows (N,) of the whole source, which `bad` counts, where this is a part of one."""
+        return self._whole[1] if self._whole else None
+
+    def take(self, rows: Tensor) -> "ImageSource":
+        """Return the images of these rows. The result shares `bad` with this source, and reports to it."""
         table = self._table.select(rows) if self._table is not None else None
         pixels = self.pixels[rows] if self.pixels is not None else None
+        labels = self.labels[rows] if self.labels is not None else None
         about = (self.class_names, self.mean, self.std, self.labels_from)
-        part = ImageSource(self.name, table, pixels, self.labels[rows], *about)
+        part = ImageSource(self.name, table, pixels, labels, *about)
         part.bad, part._whole = self.bad, (self, rows)
         return part
 

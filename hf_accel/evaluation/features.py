@@ -71,7 +71,7 @@ def encoding(
             outputs = model(pixel_values=pixel_values, **options)
             return pool(outputs, model, (pixel_values.shape[-2], pixel_values.shape[-1]))
 
-    with _eval_mode(model):
+    with eval_mode(model):
         yield encode
 
 
@@ -89,7 +89,8 @@ def raw_pixel_features(loader: Iterable[Batch], device: torch.device | str = "cp
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in eval mode. Afterwards each of its modules is in the mode of before."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

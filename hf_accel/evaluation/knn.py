@@ -70,6 +70,24 @@ def knn_accuracy(
     return {name: hit / len(labels) for name, hit in zip(hits, total.tolist(), strict=True)}
 
 
+@torch.no_grad()
+def nearest_others(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return cosine similarities and rows, both (N, min(k, N - 1)), of the other features nearest to each of (N, D).
+
+    A block of rows is compared at a time, so that memory grows with N and not with its square.
+    """
+    found = []
+    for start in range(0, len(features), QUERY_BLOCK):
+        block = F.normalize(features[start : start + QUERY_BLOCK], dim=1)
+        similarity, index = _find_nearest(block, features, k + 1)
+        itself = index == torch.arange(start, start + len(block), device=index.device)[:, None]
+        itself[:, -1] |= ~itself.any(1)  # It is not among its own nearest where so many others are the same.
+        others = itself.int().argsort(dim=1, stable=True)[:, :-1]
+        found.append((similarity.gather(1, others), index.gather(1, others)))
+    similarity, index = (torch.cat(part) for part in zip(*found, strict=True))
+    return similarity, index
+
+
 def _choose_dtype(bank: Tensor, queries: Tensor) -> torch.dtype:
     """Return the dtype in which features are compared."""
     return torch.promote_types(torch.promote_types(bank.dtype, queries.dtype), torch.float32)

@@ -44,7 +44,7 @@ def pool(outputs: Any, model: nn.Module, image_size: tuple[int, int]) -> Tensor:
     if not getattr(config, "use_cls_token", True):
         return hidden.mean(1)
     patches = None if (merges := is_hierarchical(config)) else _count_patches(config, image_size)
-    has_cls = any(parameter.endswith(CLS_NAMES) for parameter, _ in model.named_parameters())
+    has_cls = has_cls_token(model)
     if has_cls and (patches is None or hidden.shape[1] > patches):
         return hidden[:, 0]
     if not has_cls and (merges or patches == hidden.shape[1]):
@@ -59,6 +59,12 @@ ENCODERS_ONLY = (
     "evaluation takes encoders with a pooler_output, a feature map, a CLS token, or one token for each patch; name "
     "one, or save a model whose pooler_output is the feature"
 )
+
+
+def has_cls_token(model: nn.Module) -> bool:
+    """Whether an encoder's sequence begins with a learnt CLS token."""
+    used = getattr(getattr(model, "config", None), "use_cls_token", True)
+    return used and any(parameter.endswith(CLS_NAMES) for parameter, _ in model.named_parameters())
 
 
 def is_hierarchical(config: Any) -> bool:

@@ -7,6 +7,7 @@ from .keys import (
     CostRecipe,
     EmbedRecipe,
     EvaluateRecipe,
+    ExploreRecipe,
     ExportRecipe,
     PackRecipe,
     PretrainRecipe,

@@ -257,9 +257,30 @@ class ViewsRecipe(PretrainRecipe):
         return PretrainRecipe(**asdict(self))
 
 
+@dataclass
+class ExploreRecipe(
+    Recipe,
+    take(ModelKeys, "image_size"),
+    WorkerKeys,
+    take(DataKeys, "data", "data_config", "streaming", "image_column", "label_column"),
+    take(RunKeys, "output_dir", "seed"),
+):
+    """Draw what an encoder has learnt: neighbours, patches, attention, a map, duplicates and outliers."""
+
+    task: ClassVar[str] = "explore"
+
+    checkpoint: str | None = free(None, "folder or Hub id of the encoder to explore", "exploration")
+    train_split: str | None = fixed(
+        None, "split to explore, or a part of it as train[:1000] or train[:10%]; default: train"
+    )
+    eval_patch_sizes: list[int] = free(
+        [], "patch sizes in pixels to look at, the first for all features; default: the base patch size and the next"
+    )
+
+
 _KINDS = (
     *(PretrainRecipe, SearchRecipe, EvaluateRecipe, ExportRecipe, CardRecipe, CostRecipe, EmbedRecipe, PackRecipe),
-    ViewsRecipe,
+    *(ViewsRecipe, ExploreRecipe),
 )
 RECIPES: dict[str, type[Recipe]] = {kind.task: kind for kind in _KINDS}
 

@@ -10,6 +10,7 @@ TASKS = {
     "embed": ("tasks.embed", "embed"),
     "pack": ("tasks.pack", "pack"),
     "views": ("tasks.views", "views"),
+    "explore": ("tasks.explore", "explore"),
 }
 """For each recipe's task the module of hf_accel and the function in it, which takes the recipe."""
 

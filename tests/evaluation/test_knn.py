@@ -143,3 +143,16 @@ def test_accuracies_are_shares_of_the_votes_first_and_first_five() -> None:
 def test_classes_that_the_bank_lacks_are_missed() -> None:
     accuracy = knn_accuracy(torch.eye(4), torch.arange(4), torch.eye(4), torch.tensor([0, 1, 2, 9]), k=1)
     assert accuracy["top1"] == 0.75
+
+
+def test_nearest_others_are_those_of_all_pairs(monkeypatch):
+    monkeypatch.setattr(knn, "QUERY_BLOCK", 7)
+    monkeypatch.setattr(knn, "BANK_BLOCK", 5)
+    features = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    features[11:14] = features[3]  # four images that are the same
+    similarity, index = knn.nearest_others(features, 2)
+    unit = torch.nn.functional.normalize(features, dim=1)
+    expected = (unit @ unit.T).fill_diagonal_(-2).topk(2).values
+    assert torch.allclose(similarity, expected, atol=1e-6)
+    assert (index != torch.arange(20)[:, None]).all() and {*index[3].tolist()} <= {11, 12, 13}
+    assert knn.nearest_others(features[:2], 5)[1].tolist() == [[1], [0]]

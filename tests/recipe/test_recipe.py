@@ -29,7 +29,7 @@ SCHEDULES = sorted((FOLDER / "schedules").glob("*.yaml"))
 SHIPPED = sorted(set(FOLDER.rglob("*.yaml")) - set(SCHEDULES))
 
 
-NEEDED = {task: [f"task={task}", "checkpoint=folder"] for task in ("evaluate", "embed", "export", "card")}
+NEEDED = {task: [f"task={task}", "checkpoint=folder"] for task in ("evaluate", "embed", "explore", "export", "card")}
 NEEDED |= {"pretrain": [], "search": ["task=search", "pilot=folder"], "cost": ["task=cost"], "pack": ["task=pack"]}
 NEEDED |= {"views": ["task=views"]}
 """For each task, what must be said beside a recipe of pretraining."""

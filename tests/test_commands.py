@@ -15,7 +15,8 @@ from accelerate.commands.launch import launch_command_parser
 from packaging.requirements import Requirement
 
 import hf_accel.run as entry
-from hf_accel import cli
+from hf_accel import AccelViTConfig, cli
+from hf_accel.checkpoints import Start
 from hf_accel.recipe import RECIPES, Recipe, load_recipe, overrides_for
 from hf_accel.tasks import COMMANDS as COMMANDS_WITHOUT_RECIPE
 from hf_accel.tasks import PREVIEWS
@@ -46,6 +47,13 @@ NEEDED = {
 """Overrides that a shorthand such as `task=search search_draws=64` leaves to the reader."""
 
 COMMANDS = all_commands()
+
+
+@pytest.fixture(autouse=True)
+def released(monkeypatch):
+    """What `init_from` names is on the Hub: a configuration as that of DINOv2 stands for it."""
+    config = AccelViTConfig(patch_size=14, init_from={"name": "released", "is_on_hub": True, "license": None})
+    monkeypatch.setattr("hf_accel.checkpoints.read_start", lambda *_, **__: Start(config, {}, ""))
 
 
 @pytest.fixture

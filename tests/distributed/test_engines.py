@@ -8,13 +8,16 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import hf_accel.run as entry
+from hf_accel import AccelViTConfig, AccelViTModel
 from hf_accel.run_folder import find_damage
 from tests.engine_runs import (
     OBJECTIVES,
@@ -26,7 +29,7 @@ from tests.engine_runs import (
     start_with,
     write_recipes,
 )
-from tests.tiny_runs import WEIGHTS, read
+from tests.tiny_runs import RECIPE, WEIGHTS, read
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")]
 
@@ -69,6 +72,31 @@ def test_two_processes_train_as_one(engine, objective, recipes, alone, tmp_path)
             (again / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace(str(run), str(again)))
             tear(last_checkpoint(again))
         go_on(engine, recipe, run, again)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_a_frozen_then_slower_encoder_trains_as_in_one(engine, recipes, tmp_path):
+    """Weight decay must not move what is frozen, whatever the engine makes of the groups."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {**RECIPE["model_config"], "image_size": 16, "patch_size": 4}
+    AccelViTModel(AccelViTConfig(**sizes)).save_pretrained(tmp_path / "released")
+    settings = yaml.safe_load((recipes / "moco.yaml").read_text())
+    del settings["model"], settings["model_config"]
+    pace: dict[str, Any] = {"freeze_encoder": 0.5, "layer_decay": 0.5, "weight_decay": 0.4}
+    start: dict[str, Any] = {"init_from": str(tmp_path / "released"), "keep_points": [0.4], **pace}
+    (tmp_path / "moco.yaml").write_text(yaml.safe_dump({**settings, **start}))
+    entry.main([str(tmp_path / "moco.yaml"), f"output_dir={tmp_path / 'alone'}"])
+    launch_with(ENGINES[engine], tmp_path / "moco.yaml", tmp_path / "run")
+    assert_trained_alike(tmp_path / "run", tmp_path / "alone")
+    released = load_file(tmp_path / "released" / WEIGHTS)
+    for run in ("alone", "run"):
+        (kept,) = (tmp_path / run / "kept").iterdir()
+        weights, best = load_file(kept / WEIGHTS), load_file(tmp_path / run / "best" / WEIGHTS)
+        for name, value in released.items():
+            assert torch.equal(weights[f"encoder.{name}"], value) and torch.equal(
+                weights[f"momentum_encoder.{name}"], value
+            ), name
+        assert best.keys() == released.keys()
 
 
 @pytest.mark.parametrize("launcher", ["cpu", "cpu_2proc"])

@@ -344,13 +344,15 @@ class StepBatches:
             del batch  # otherwise its memory would be held while the next one is made
 
 
-def eval_loader(source: ImageSource, size: int, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """Load the images in order, as `image_processor` makes them.
+def eval_loader(
+    source: ImageSource, size: int, batch_size: int, num_workers: int = 0, rows: Sequence[int] | None = None
+) -> DataLoader:
+    """Load the images, or those of `rows`, in order, as `image_processor` makes them.
 
     Each batch is a dictionary with "pixel_values", float (B, 3, size, size); "labels", int64 (B,), if there are any;
     "index", int64 (B,); and "bad".
     """
-    return ReportingLoader(source, EvalImages(source, size), 0, num_workers, batch_size=batch_size)
+    return ReportingLoader(source, EvalImages(source, size), 0, num_workers, batch_size=batch_size, sampler=rows)
 
 
 def resize_edge(source: ImageSource, size: int) -> int:

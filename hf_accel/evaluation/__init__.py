@@ -16,4 +16,5 @@ from .finetune import FineTuneConfig, NotFineTunable, finetune
 from .knn import knn_accuracy, knn_predict
 from .linear import LinearConfig, linear_probe, logistic_regression
 from .metrics import TopKAccuracy, topk_accuracy, topk_hits
-from .spectrum import alpha_req, lidar, rank_me
+from .ridge import ridge_accuracy
+from .spectrum import alpha_req, lidar, measure_spectrum, rank_me

@@ -12,6 +12,7 @@ from accelerate.data_loader import DataLoaderStateMixin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..data.labels import UNLABELLED
 from ..data.loader import ReportingLoader
 from ..distributed import all_gather, rank, world_size
 from ..distributed.stopping import until_stopped
@@ -36,6 +37,8 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Return features (N, D) in fp32 and labels (N,) of every sample of the loader, once each, in order, on the CPU.
 
+    Labels are -1 where the batches have none.
+
     The feature is `pooler_output`, or the CLS token, or the mean over patches or map (see `pooling.pool`). The model
     must be on `device`. It is in eval mode meanwhile and restored afterwards; no random state changes.
 
@@ -43,14 +46,15 @@ def extract_features(
     get all features.
 
     Args:
-        loader: dictionaries with "pixel_values" (B, C, H, W), as the model expects them, and "labels" (B,).
+        loader: dictionaries with "pixel_values" (B, C, H, W), as the model expects them, and "labels" (B,)
+            if there are any.
         patch_size: pixels, for encoders that take a patch size; None means the encoder's own.
         dtype: bf16 or fp16 for autocast; None means no autocast.
 
     Raises:
         ValueError: no samples, or a model whose outputs hold no feature of an image, or a different one each time.
         Stopped: a stop was requested.
-        KeyError: a batch without "pixel_values" or "labels".
+        KeyError: a batch without "pixel_values".
         TypeError: a loader that accelerate has sharded already.
     """
     device = torch.device(device)
@@ -132,10 +136,10 @@ def _collect(
 def _split_batches(batches: Iterable[tuple[int, Batch]], most: int | None) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield (number, pixels, labels) of each batch, in parts of at most this many rows."""
     for number, batch in batches:
-        for key in ("pixel_values", "labels"):
-            if key not in batch:
-                raise KeyError(f"evaluation needs {key!r} in every batch, got {sorted(batch)}")
-        pixels, labels = batch["pixel_values"], torch.as_tensor(batch["labels"]).cpu().long()
+        if "pixel_values" not in batch:
+            raise KeyError(f"evaluation needs 'pixel_values' in every batch, got {sorted(batch)}")
+        pixels = batch["pixel_values"]
+        labels = torch.as_tensor(batch.get("labels", [UNLABELLED] * len(pixels))).cpu().long()
         size = most or max(1, len(pixels))
         for rows, classes in zip(pixels.split(size), labels.split(size), strict=True):
             yield number, rows, classes

@@ -1,5 +1,7 @@
 """How good features are, told without labels by the spectrum of a matrix of them: RankMe, alpha-ReQ and LiDAR."""
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,7 @@ def rank_me(features: Tensor) -> float:
         >>> round(rank_me(torch.eye(4)), 3)
         4.0
     """
-    values = torch.linalg.svdvals(_checked(features))
-    return _effective_rank(values)
+    return _effective_rank(_singular_values(_checked(features)))
 
 
 @torch.no_grad()
@@ -44,7 +45,7 @@ def alpha_req(features: Tensor) -> float:
         ValueError: no two rows, features that are not finite, or less than two directions that vary.
     """
     features = _checked(features)
-    values = torch.linalg.svdvals(features - features.mean(0)).square() / (len(features) - 1)
+    values = _singular_values(features - features.mean(0)).square() / (len(features) - 1)
     values = values[values > values[0] * torch.finfo(torch.float32).eps]
     if len(values) < 2:
         raise ValueError("the features vary in less than two directions, so their spectrum has no slope")
@@ -81,6 +82,28 @@ def lidar(features: Tensor) -> float:
     values, vectors = torch.linalg.eigh(within)
     whiten = vectors * values.rsqrt() @ vectors.T
     return _effective_rank(torch.linalg.eigvalsh(whiten @ between @ whiten).clamp(min=0))
+
+
+def measure_spectrum(features: Tensor) -> dict[str, float]:
+    """Return "rank_me" and "alpha_req" of features (N, D), each where it is defined.
+
+    A collapsed encoder, whose features do not vary, has no alpha-ReQ, and one that has diverged has neither.
+    """
+    found = {}
+    for name, measure in (("rank_me", rank_me), ("alpha_req", alpha_req)):
+        with suppress(ValueError):
+            found[name] = measure(features)
+    return found
+
+
+def _singular_values(features: Tensor) -> Tensor:
+    """Return the singular values of features (N, D) in fp64, the largest first.
+
+    They come from the smaller one of both Gram matrices. This takes a small part of the time of a decomposition, and
+    fp64 leaves values above 1e-8 of the largest exact enough.
+    """
+    gram = features.T @ features if features.shape[0] > features.shape[1] else features @ features.T
+    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
 
 
 def _effective_rank(values: Tensor) -> float:

@@ -43,12 +43,12 @@ def plot_curves(
     title: str = "",
     baselines: Mapping[str, float] | None = None,
 ) -> None:
-    """Draw kNN accuracy, loss, patch tokens per image, patch size and token dropout against the units spent.
+    """Draw accuracy, RankMe, alpha-ReQ, loss, patch tokens, patch size and token dropout against the units spent.
 
-    Accuracy and loss are left out if there is none, as are NaN values.
+    What was not logged is left out, as are NaN values.
 
     Args:
-        log_history: that of the Trainer, with "units" and, in some logs, "eval_knn_top1" or "loss".
+        log_history: that of the Trainer, with "units" and, in some logs, "loss" or what an evaluation measures.
         path: image to write; its suffix says the format (png, pdf, svg).
         plan: that of the run. Compression is drawn exactly where it changes.
         image_size: pixels of a view.
@@ -57,7 +57,11 @@ def plot_curves(
     panels: list[tuple[float, Callable[[Axes], None]]] = []
     accuracy, loss = (_series(log_history, key) for key in ("eval_knn_top1", "loss"))
     if len(accuracy[0]):
-        panels.append((3, lambda axes: _accuracy(axes, accuracy, baselines or {})))
+        linear = _series(log_history, "eval_ridge_top1")
+        panels.append((3, lambda axes: _accuracy(axes, accuracy, linear, baselines or {})))
+    for key, label in (("eval_rank_me", "RankMe"), ("eval_alpha_req", "alpha-ReQ")):
+        if len((series := _series(log_history, key))[0]):
+            panels.append((1.2, lambda axes, series=series, label=label: _measure(axes, series, label)))
     if len(loss[0]):
         panels.append((3, lambda axes: _loss(axes, loss)))
     stages = _planned(plan, image_size)
@@ -145,9 +149,17 @@ def _finite(value: Any) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _accuracy(axes: Axes, accuracy: Series, baselines: Mapping[str, float]) -> None:
+def _measure(axes: Axes, series: Series, label: str) -> None:
+    axes.plot(*series, color=BLUE, marker="o", markersize=4)
+    axes.margins(y=0.2)
+    axes.set_ylabel(label)
+
+
+def _accuracy(axes: Axes, accuracy: Series, linear: Series, baselines: Mapping[str, float]) -> None:
     units, values = accuracy
-    axes.plot(units, 100 * values, color=BLUE, marker="o", markersize=4)
+    axes.plot(units, 100 * values, color=BLUE, marker="o", markersize=4, label="kNN" if len(linear[0]) else None)
+    if len(linear[0]):
+        axes.plot(linear[0], 100 * linear[1], color=ORANGE, marker="s", markersize=3, label="linear (ridge regression)")
     axes.annotate(
         f"{100 * values[-1]:.1f}",
         (units[-1], 100 * values[-1]),
@@ -165,7 +177,7 @@ def _accuracy(axes: Axes, accuracy: Series, baselines: Mapping[str, float]) -> N
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="best", fontsize=8)
     axes.margins(y=0.15)
-    axes.set_ylabel("kNN top-1 (%)")
+    axes.set_ylabel("top-1 (%)" if len(linear[0]) else "kNN top-1 (%)")
 
 
 def _loss(axes: Axes, loss: Series) -> None:

@@ -88,8 +88,14 @@ def describe_logs(logs: Mapping[str, Any], step: int, steps: int) -> str | None:
         )
     if "probe_moved" in logs:
         return f"{start}probe: the compression {'changes' if logs['probe_moved'] else 'stays'}"
-    accuracy = next((value for name, value in logs.items() if name.endswith("knn_top1")), None)
-    return None if accuracy is None else f"{start}kNN  {accuracy:>7.2%}"
+    measured = {name: value for name, value in logs.items() if name.endswith(("knn_top1", "ridge_top1", "rank_me"))}
+    if not measured:
+        return None
+    shown = {"knn_top1": "kNN  {:>7.2%}", "ridge_top1": "linear {:>7.2%}", "rank_me": "RankMe {:>6.1f}"}
+    texts = [
+        text.format(value) for end, text in shown.items() for name, value in measured.items() if name.endswith(end)
+    ]
+    return start + "  ".join(texts)
 
 
 class ConsoleCallback(TrainerCallback):

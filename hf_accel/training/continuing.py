@@ -18,8 +18,14 @@ from .config import PretrainConfig
 
 logger = logging.getLogger(__name__)
 
-WATCHED: dict[str, Callable[[float], float]] = {"eval_knn_top1": lambda start: start - 0.01}
-"""What tells whether training does good: for a metric of evaluations, what it is not to fall below, by its start."""
+WATCHED: dict[str, Callable[[float], float]] = {
+    "eval_knn_top1": lambda start: start - 0.01,
+    "eval_rank_me": lambda start: 0.9 * start,
+}
+"""What tells whether training does good: for a metric of evaluations, what it is not to fall below, by its start.
+
+The first one that an evaluation has is watched: RankMe where there are no labels.
+"""
 
 
 class Pace(NamedTuple):

@@ -33,7 +33,9 @@ def finish_run(trainer: Any) -> None:
         write_results(trainer, results)
     if results["knn_top1"] is None:
         lack = "for lack of labels or of images kept for it"
-        say(f"Results in {folder}; no accuracy, {'as eval_points asks for none' if trainer.has_labels() else lack}")
+        rank = "" if results["rank_me"] is None else f"; RankMe {results['rank_me']:.1f}"
+        why = "as eval_points asks for none" if trainer.has_labels() else lack
+        say(f"Results in {folder}; no accuracy, {why}{rank}")
         return
     said = {"random initialisation": results["knn_top1_random_init"], "at the start": results.get("knn_top1_init_from")}
     start = "".join(f" ({name} {value:.2%})" for name, value in said.items() if value is not None)

@@ -126,6 +126,7 @@ def training_results(trainer: Any) -> dict[str, Any]:
     """What results.json holds about the training so far."""
     state, plan = run_state(trainer), trainer.plan
     accuracies = [entry for entry in trainer.state.log_history if "eval_knn_top1" in entry]
+    measured = next((entry for entry in reversed(trainer.state.log_history) if "eval_rank_me" in entry), {})
     seconds = state["seconds"]
     in_parts = seconds["data"] + seconds["forward_backward"] + seconds["evaluation"]
     schedule = plan.followed()
@@ -143,6 +144,7 @@ def training_results(trainer: Any) -> dict[str, Any]:
         and {
             **{"step": best["step"], "progress": best["progress"], "knn_top1": best["eval_knn_top1"]},
         },
+        **{name: measured.get(f"eval_{name}") for name in ("ridge_top1", "rank_me", "alpha_req")},
         "units": state["units"],
         "budget": plan.budget,
         "budget_requested": trainer.args.budget,

@@ -136,8 +136,8 @@ def _with_budget(trainer: Any, costs: StepCosts, started: float) -> StepCosts:
 def _evaluation_seconds(trainer: Any) -> float:
     """Time one evaluation. Each of the run counts with as much."""
     start = time.perf_counter()
-    if trainer.args.eval_points and trainer.has_labels():  # An engine may place the model on its device later.
-        trainer.measure_accuracy(copy.deepcopy(trainer.whole_objective().encoder).to(trainer.args.device))
+    if trainer.args.eval_points:  # An engine may place the model on its device later.
+        trainer.measure_encoder(copy.deepcopy(trainer.whole_objective().encoder).to(trainer.args.device))
     return time.perf_counter() - start
 
 

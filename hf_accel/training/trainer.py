@@ -26,7 +26,7 @@ from ..utils.errors import fail
 from ..utils.pretrain_settings import Rule
 from ..utils.seeding import generator
 from ..utils.writing import AGAIN, write_text, writing
-from .accuracy import measure_knn
+from .accuracy import measure_encoder
 from .arguments import check_arguments
 from .auto_schedule import AutoScheduleCallback
 from .caching import start_cache
@@ -57,7 +57,7 @@ class PretrainTrainer(SavingTrainer):
         model ([`ObjectiveForPreTraining`]): For example a [`MoCoForPreTraining`].
         args ([`PretrainConfig`]): The settings.
         train_dataset: A `datasets.Dataset` or a torch `Dataset` of PIL images or uint8 tensors (C, H, W), bare or in
-            dicts or tuples. Labels are optional; they serve kNN accuracy only.
+            dicts or tuples. Labels are optional; they serve accuracy only.
         eval_dataset (*optional*): Labelled images of the same kind, on which kNN accuracy is measured.
         record (`dict`, *optional*): The settings that `recipe.yaml` records, in place of those of `model` and `args`.
         rules (`dict`, *optional*): For each of these whether a resumed run may change it: "fixed" (the default),
@@ -372,13 +372,13 @@ class PretrainTrainer(SavingTrainer):
         """Whether kNN accuracy can be measured."""
         return all(images is not None and images.labels is not None for images in (self.source, self.validation))
 
-    def measure_accuracy(self, encoder: Any) -> dict[str, float]:
-        """Return the kNN accuracies of an encoder as an evaluation of this run does."""
+    def measure_encoder(self, encoder: Any) -> dict[str, float]:
+        """Return what an evaluation of this run measures of an encoder."""
         with torch.compiler.set_stance("force_eager"):  # its shapes are not worth a compilation
-            return measure_knn(encoder, self.source, cast(Any, self.validation), self.args)
+            return measure_encoder(encoder, self.source, self.validation, self.args)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """kNN accuracy of the exported encoder, as a fraction; nothing without labels.
+        """RankMe and alpha-ReQ of the exported encoder and, with labels, its kNN and linear accuracy, as fractions.
 
         After a stop there is nothing, either, and the launch that resumes evaluates first of all.
 
@@ -389,9 +389,9 @@ class PretrainTrainer(SavingTrainer):
         metrics: dict[str, float] = {}
         self.evaluation_due = False
         try:
-            if self.has_labels():
-                accuracy = self.measure_accuracy(self.whole_objective().encoder)
-                metrics = {f"{metric_key_prefix}_knn_{name}": value for name, value in accuracy.items()}
+            measured = self.measure_encoder(self.whole_objective().encoder)
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+            if metrics:
                 self.log(dict(metrics))
         except Stopped:
             if self.state.global_step == self._first_step:

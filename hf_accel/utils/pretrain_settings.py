@@ -102,7 +102,9 @@ class PretrainSettings:
         "memory), or auto, which takes at most half of the free memory",
     )
     eval_points: list[float] = free(
-        [0.0, 0.25, 0.5, 0.75, 1.0], "progress at which kNN accuracy is measured", "evaluation"
+        [0.0, 0.25, 0.5, 0.75, 1.0],
+        "progress at which the features are measured: RankMe, alpha-ReQ and, with labels, accuracy",
+        "evaluation",
     )
     keep_points: list[float] = free([], "progress at which a checkpoint is kept for good, in kept/ of output_dir")
     knn_k: int = free(20, "neighbours of the kNN accuracy")

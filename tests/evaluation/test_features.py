@@ -81,9 +81,16 @@ def test_modes_gradients_and_random_state_are_as_before() -> None:
 
 def test_mode_is_restored_after_an_error() -> None:
     model = Encoder().train()
-    with pytest.raises(KeyError, match="labels"):
-        extract_features(model, [{"pixel_values": torch.zeros(1, 3, 4, 4)}], "cpu")
+    with pytest.raises(KeyError, match="pixel_values"):
+        extract_features(model, [{"labels": torch.zeros(1)}], "cpu")
     assert model.training and model.drop.training
+
+
+def test_images_without_labels_have_features() -> None:
+    bare = [{"pixel_values": item["pixel_values"]} for item in samples()]
+    found, labels = extract_features(small_vit(), DataLoader(bare, batch_size=4), "cpu")
+    expected, _ = extract_features(small_vit(), DataLoader(samples(), batch_size=4), "cpu")
+    assert torch.equal(found, expected) and set(labels.tolist()) == {-1}
 
 
 def test_patch_size_is_left_to_the_model_unless_given() -> None:

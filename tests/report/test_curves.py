@@ -44,6 +44,19 @@ def logs(n: int) -> list[dict]:
     return [{"step": 10 * (i + 1), "units": units[i], "loss": rng.normal()} for i in range(n)]
 
 
+def test_what_evaluations_measure_is_drawn(panels) -> None:
+    history = [{"units": 4.0 * n, "eval_knn_top1": n / 4, "eval_ridge_top1": n / 3} for n in (1, 2)]
+    history += [{"units": 4.0 * n, "eval_rank_me": 10.0 * n, "eval_alpha_req": 1 / n} for n in (1, 2)]
+    drawn = panels(history)
+    assert list(drawn)[:3] == ["top-1 (%)", "RankMe", "alpha-ReQ"]
+    accuracy = lines(drawn["top-1 (%)"])
+    np.testing.assert_allclose(accuracy["kNN"][1], [25, 50])
+    np.testing.assert_allclose(accuracy["linear (ridge regression)"], [[4, 8], [100 / 3, 200 / 3]])
+    for label, values in (("RankMe", [10, 20]), ("alpha-ReQ", [1, 0.5])):
+        ((x, y),) = lines(drawn[label]).values()
+        assert (list(x), list(y)) == ([4, 8], values)
+
+
 def test_loss_and_accuracy_against_units(panels) -> None:
     history = logs(8)
     losses = list(history)

@@ -131,8 +131,9 @@ def test_a_run_in_a_thread(whole, folder, tmp_path):
 def test_pretrain(whole):
     results = read(whole / "results.json")
     assert results["steps"] == STEPS and results["units"] == pytest.approx(results["budget"])
-    for key in ("knn_top1", "knn_top1_random_init", "knn_top1_raw_pixels"):
+    for key in ("knn_top1", "knn_top1_random_init", "knn_top1_raw_pixels", "ridge_top1"):
         assert 0 <= results[key] <= 1, key
+    assert 1 < results["rank_me"] <= 32 and results["alpha_req"] > 0
     assert len(losses(whole)) == STEPS and all(math.isfinite(loss) for loss in losses(whole))
     assert set(path.name for path in whole.glob("checkpoint-*")) == {"checkpoint-6", "checkpoint-8"}
     for name in ("modeling_accel_vit.py", "preprocessor_config.json"):  # so that each opens by itself
@@ -321,8 +322,18 @@ def test_images_without_labels_are_trained_on(tmp_path, capsys):
     assert results["steps"] == STEPS and (output / "final" / "model.safetensors").exists()
     assert [results[key] for key in ("knn_top1", "knn_top1_random_init", "knn_top1_raw_pixels")] == [None] * 3
     assert (output / "curves.png").exists()
+    history = [log for log in read(output / "log_history.json")["log_history"] if "eval_rank_me" in log]
+    assert [log["step"] for log in history] == [0, 4, STEPS] and all(log["eval_alpha_req"] > 0 for log in history)
+    assert history[-1]["eval_rank_me"] == results["rank_me"] > 1 and results["ridge_top1"] is None
+    assert (
+        results["alpha_req"] == history[-1]["eval_alpha_req"] and "RankMe" in (output / "final/README.md").read_text()
+    )
     said = capsys.readouterr().out
-    assert "\nDevice: cpu; processes: 1; threads: " in said and f"Results in {output}; no accuracy" in said
+    assert (
+        "\nDevice: cpu; processes: 1; threads: " in said
+        and f"Results in {output}; no accuracy" in said
+        and "; RankMe " in said
+    )
 
 
 @pytest.mark.parametrize(

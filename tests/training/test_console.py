@@ -75,6 +75,9 @@ def test_log_lines_are_aligned_and_hold_what_one_watches(tmp_path, capsys):
     assert late and len(early) == len(late)
     evaluated = {"eval_knn_top1": 0.4567, "eval_knn_top5": 0.9, "progress": 0.5}
     assert describe_logs(evaluated, 295, 590) == "step 295/590   50%  kNN   45.67%"
+    evaluated |= {"eval_ridge_top1": 0.5, "eval_rank_me": 41.23, "eval_alpha_req": 1.5}
+    assert describe_logs(evaluated, 295, 590) == "step 295/590   50%  kNN   45.67%  linear  50.00%  RankMe   41.2"
+    assert describe_logs({"eval_rank_me": 9.0}, 295, 590) == "step 295/590    0%  RankMe    9.0"
     assert describe_logs({"train_runtime": 3.0, "progress": 1.0}, 590, 590) is None
     console = callback(tmp_path)
     console.on_log(None, state(1), None, logs=LOGS)

@@ -127,9 +127,9 @@ def test_the_best_is_kept_and_a_fall_is_said_once(tmp_path, encoder, monkeypatch
 
     def measure(self, model):
         digests.append({name: value.clone() for name, value in model.state_dict().items()})
-        return {"top1": next(values), "top5": 1.0}
+        return {"knn_top1": next(values), "knn_top5": 1.0}
 
-    monkeypatch.setattr(PretrainTrainer, "measure_accuracy", measure)
+    monkeypatch.setattr(PretrainTrainer, "measure_encoder", measure)
     args = config(tmp_path / "run", **QUIET | {"eval_points": [0.5, 1.0]}, freeze_encoder=0.0, budget=4 * STEP)
     trainer = PretrainTrainer(started(encoder), args, Tensors(), Tensors(30))
     with caplog.at_level(logging.WARNING, "hf_accel"):

@@ -197,7 +197,7 @@ def test_a_budget_in_time_is_measured_and_others_are_not(tmp_path):
 def test_a_budget_in_time_counts_timing_evaluations_and_saves(save_steps, timed, monkeypatch, tmp_path):
     clock = [1000.0]
     monkeypatch.setattr(step_costs, "time", type("", (), {"perf_counter": lambda: clock[0]}))
-    monkeypatch.setattr(PretrainTrainer, "measure_accuracy", lambda *_: clock.__setitem__(0, clock[0] + 3.0))
+    monkeypatch.setattr(PretrainTrainer, "measure_encoder", lambda *_: clock.__setitem__(0, clock[0] + 3.0))
     monkeypatch.setattr(step_costs.torch, "save", lambda *_: clock.__setitem__(0, clock[0] + 0.5))
     points = {"eval_points": [0.0, 0.5, 1.0], "keep_points": [0.5], "save_steps": save_steps}
     trainer = trainer_of(tmp_path, budget="2 minutes", **points)

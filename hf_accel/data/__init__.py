@@ -4,6 +4,7 @@ from .augment import AUGMENTATIONS, Renderer, ViewConfig, make_views
 from .crops import crop_and_resize, crop_boxes
 from .fused import FusedViews
 from .items import image_source
+from .labels import describe_labels
 from .loader import TrainSampler, eval_loader, image_processor, resize_edge, train_loader
-from .sources import CorruptDataError, CorruptImage, ImageSource, describe_labels, load_sources
+from .sources import CorruptDataError, CorruptImage, ImageSource, load_sources
 from .workers import WorkersFailed, count_workers, explained_failures

@@ -15,6 +15,7 @@ import PIL.Image
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 
 from ..distributed import is_main, say
@@ -61,10 +62,12 @@ def image_source(dataset: Any, name: str, like: ImageSource | None = None) -> Im
     if isinstance(dataset, ImageSource):
         return dataset
     _refuse_other_data(dataset, name)
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    by_number = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if isinstance(dataset, IterableDataset) or not by_number:
         raise TypeError(
-            f"{name}: a {type(dataset).__name__} has no length or no items by number, so no order can be drawn: pass a "
-            "datasets.Dataset or a torch Dataset; a stream has to be saved first"
+            f"{name}: a {type(dataset).__name__} has no length or no items by number, so its order cannot be drawn or "
+            "resumed exactly: pass a datasets.Dataset or a torch Dataset. To read Parquet or tar files where they lie, "
+            "pass what hf_accel.data.load_sources(PATH, streaming=True) returns, where PATH may be a Hub id"
         )
     if len(dataset) == 0:
         raise ValueError(f"{name}: the dataset is empty")

@@ -13,6 +13,8 @@ from .class_folders import shorten
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from .sources import ImageSource
+
 logger = logging.getLogger(__name__)
 
 HELD_OUT = 10
@@ -96,6 +98,19 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str):  # as in .csv files
         return None if value.strip() in ("", str(UNLABELLED)) else value
     return None if type(value) is int and value == UNLABELLED else value
+
+
+def describe_labels(source: "ImageSource", validation: "ImageSource | None") -> str:
+    """Say in one line where the labels come from, and how many images have none."""
+    if source.labels is None or source.class_names is None:
+        return "Labels: none"
+    listed = ", ".join(source.class_names[:5]) + ", ..." * (len(source.class_names) > 5)
+    text = f"Labels: {source.labels_from}, {len(source.class_names)} classes ({listed})"
+    for images in filter(None, (source, validation)):
+        labelled = 0 if images.labels is None else int((images.labels != UNLABELLED).sum())
+        if labelled < len(images):
+            text += f"; {labelled:,} of {len(images):,} images of {images.name} have one"
+    return text
 
 
 def hold_out(labels: Tensor, seed: int, one_in: int = HELD_OUT) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from ..utils.seeding import generator
 from .augment import ViewConfig, view_boxes
 from .crops import cut_and_resize
 from .decoding import image_tensor, upright_size
+from .shards import Shards
 from .sources import Bad, CorruptImage, ImageSource
 from .workers import BATCH_SECONDS, block_sigterm_in_children, explained_failures, outlive_sigterm, pass_on
 
@@ -38,23 +39,19 @@ class Item(NamedTuple):
     row: int
 
 
-PIECE, PIECES = 256, 32
-"""Consecutive images of a shard that are read one after another, and how many such pieces are shuffled together."""
-
-
-def draw_order(num_images: int, seed: int, epoch: int, shards: Tensor | None = None) -> Tensor:
+def draw_order(num_images: int, seed: int, epoch: int, shards: Shards | None = None) -> Tensor:
     """Draw the (N,) order of the images of an epoch.
 
-    Without shards it is a permutation. With the length of each shard, pieces of shards come in a random order, and the
-    images of a block of pieces are shuffled: so files are read nearly in sequence, and a shard of one class is mixed
-    with others.
+    Without shards it is a permutation. With shards, pieces of them come in a random order, and the images of a block of
+    pieces are shuffled: so files are read nearly in sequence, and a shard of one class is mixed with others.
     """
     generate = generator(seed, "order", epoch)
     if shards is None:
         return torch.randperm(num_images, generator=generate)
-    pieces = [piece for shard in torch.arange(num_images).split(shards.tolist()) for piece in shard.split(PIECE)]
-    order = torch.randperm(len(pieces), generator=generate).tolist()
-    blocks = [torch.cat([pieces[i] for i in order[at : at + PIECES]]) for at in range(0, len(order), PIECES)]
+    parts = torch.arange(num_images).split(shards.lengths.tolist())
+    pieces = [piece for part in parts for piece in part.split(shards.piece)]
+    drawn = torch.randperm(len(pieces), generator=generate).split(shards.pieces)
+    blocks = [torch.cat([pieces[i] for i in block.tolist()]) for block in drawn]
     return torch.cat([block[torch.randperm(len(block), generator=generate)] for block in blocks])
 
 
@@ -78,7 +75,7 @@ class TrainSampler(Sampler[list[Item]]):
         seed: int = 0,
         first_step: int = 0,
         last_step: int = 1,
-        shards: Tensor | None = None,
+        shards: Shards | None = None,
     ):
         self.shards = shards
         self.num_images, self.batch_size, self.accumulation = num_images, batch_size_per_process, accumulation

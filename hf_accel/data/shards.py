@@ -1,122 +1,261 @@
-"""Tar files in the layout of webdataset, whose images are read where they lie.
+"""Images that are read where they lie: in tar files in the layout of webdataset, or in Parquet files.
 
-A sample is a run of members with one key: KEY.jpg beside KEY.cls or KEY.json. One pass over the headers makes a table
-of where each image lies, which `datasets` keeps in its cache. So any image can be read at any time, and the order of a
-stream, its resume and its workers are those of every other dataset.
+One pass makes an index, a table of where each image lies, which `datasets` keeps in its cache. So any image can be read
+at any time, and the order of a stream, its resume and its workers are those of every other dataset.
 """
 
-import contextlib
-import itertools
-import json
 import os
 import posixpath
 import re
-import tarfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from .folders import find_layout, image_suffixes, scan_folder
-from .labels import LABEL_KEYS
-from .tables import NO_LABELS, explained
+from ..utils.weight_files import may_be_hub_id
+from .folders import find_layout, scan_folder
+from .parquet_files import RowGroups, find_contents, read_features, scan_parquet
+from .remote import Place, Row, file_state, is_remote
+from .tables import NO_LABELS, choose_columns, explained, explained_hub
+from .tar_files import TarMembers, scan_tars
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
-SAMPLE = re.compile(r"((?:.*/)?[^./][^/.]*)\.([^/]*)", re.DOTALL)
-"""The key of a member and its extension, which begins at the first dot of the file's name."""
-
-PART = re.compile(r"(.+?\.tar)\?(\d+)\+(\d+)#(.*)", re.DOTALL)
-"""Where an image lies, in place of the path of its file: tar file, offset, size and name of the member."""
-
+    from datasets import Dataset, Features
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 """Numbers in a URL that stands for several files, as in train-{000..146}.tar."""
 
-PATIENCE = (1.0, 4.0, 16.0)
-"""Seconds to wait before a part of a remote file is asked for again."""
+PLACE = re.compile(r"(.+?)\?(\d+)\+(\d+)#(.*)", re.DOTALL)
+"""A `Place`, as an index holds it instead of the path of an image's file."""
+
+IMAGE, SHARD = "_image", "_shard"
+"""Columns of an index: the places of the images, and the numbers of their shards. Labels are a third one, if any."""
+
+PIECE, PIECES = 256, 32
+"""Consecutive images of a tar file that are read one after another, and how many such pieces are shuffled together."""
+
+NOTHING_TO_STREAM = (
+    "streaming reads Parquet files, or .tar files in the layout of webdataset, and there are none: leave it out"
+)
+
+SAMPLED_GROUPS = 4
+"""From how many row groups a sample of images is taken."""
 
 
-def read_file(path: str) -> bytes:
-    """Read the file of an image, or the part of a tar file that holds it."""
-    part = PART.fullmatch(path)
-    if part is None:
-        return Path(path).read_bytes()
-    start, size = int(part[2]), int(part[3])
-    if _is_remote(part[1]):
-        content = _fetch(part[1], start, start + size)
-    else:
-        with open(part[1], "rb") as file:
-            file.seek(start)
-            content = file.read(size)
-    if len(content) != size:
-        raise OSError(f"{part[1]} gave {len(content)} bytes in place of {size}: it has changed, or takes no ranges")
-    return content
+class Shards:
+    """The shards that the images of a dataset lie in: tar files, or row groups of Parquet files.
+
+    Attributes:
+        number: (N,) the number of the shard of each image. It never decreases.
+        piece: how many consecutive images of a shard are read one after another. A row group is one piece.
+        pieces: how many pieces are shuffled together, which are about PIECE * PIECES images.
+        reader: what reads the images.
+    """
+
+    def __init__(self, number: Tensor, are_row_groups: bool):
+        self.number, self.are_row_groups = number, are_row_groups
+        if are_row_groups:
+            self.piece = int(self.lengths.max())
+            self.pieces = max(1, PIECE * PIECES * len(self.lengths) // len(number))
+            self.reader = RowGroups(self.pieces + 1)  # A batch may lie in two blocks.
+        else:
+            self.piece, self.pieces, self.reader = PIECE, PIECES, TarMembers()
+
+    @classmethod
+    def of_index(cls, index: "Dataset") -> "Shards":
+        """Return the shards of an index, or of a part of one. Raises ValueError if it is empty."""
+        if len(index) == 0:
+            raise ValueError("a split, or the part of it that is asked for, holds no images")
+        return cls(torch.tensor(index[SHARD][:]), not is_tar(_parse(index[0][IMAGE]["path"])[0]))
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many consecutive images lie in each shard."""
+        return self.number.unique_consecutive(return_counts=True)[1]
+
+    def select(self, rows: Tensor) -> "Shards":
+        """Return the shards of some of the images."""
+        return Shards(self.number[rows], self.are_row_groups)
+
+    def sample(self, count: int) -> list[int]:
+        """Return up to `count` images that are spread over the dataset, but lie in few row groups."""
+        if not self.are_row_groups:
+            return spread(0, len(self.number), count)
+        lengths = self.lengths
+        groups = spread(0, len(lengths), SAMPLED_GROUPS)
+        starts = lengths.cumsum(0) - lengths
+        each = count // len(groups)
+        return [image for g in groups for image in spread(int(starts[g]), int(starts[g] + lengths[g]), each)]
+
+    def read(self, place: str) -> bytes:
+        """Return the file of an image."""
+        return self.reader.read(*_parse(place))
+
+    def name(self, place: str) -> str:
+        """Return the name of an image, for messages."""
+        return self.reader.name(*_parse(place))
 
 
-def _is_remote(path: str) -> bool:
-    return "://" in path
+def index_columns(index: "Dataset") -> tuple[str, str]:
+    """Return the column of images and that of labels, or "none"."""
+    return IMAGE, next((name for name in index.column_names if name not in (IMAGE, SHARD)), NO_LABELS)
 
 
-def _fetch(url: str, start: int, end: int) -> bytes:
-    import fsspec
-
-    system, path = fsspec.url_to_fs(url)
-    for seconds in PATIENCE:
-        with contextlib.suppress(Exception):  # Each file system has its own errors.
-            return system.cat_file(path, start=start, end=end)
-        time.sleep(seconds)
-    return system.cat_file(path, start=start, end=end)
+def spread(start: int, end: int, count: int) -> list[int]:
+    """Return up to `count` numbers that are spread from `start` to `end` (exclusive)."""
+    return torch.linspace(start, end - 1, min(end - start, count)).long().tolist()
 
 
-def name_file(path: str) -> str:
-    """Return the name of an image's file. One in a tar file is named as if that was a folder."""
-    return PART.sub(r"\1/\4", path)
+def _parse(place: str) -> Place:
+    path, first, second, name = PLACE.fullmatch(place).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    return path, int(first), int(second), name
 
 
-def load_shards(data: str, image_column: str | None, label_column: str | None) -> "dict[str, Dataset]":
-    """Index the tar files of `data`, a file, folder or URL, by split: a row for each sample with an image.
+def is_tar(path: str) -> bool:
+    return path.endswith(".tar")
 
-    The tables have the columns "image", "shard", which is the number of the tar file, and "label" if there are labels.
+
+class ShardTables(Mapping[str, "Dataset"]):
+    """The indices of a dataset by split. Each is made when it is first asked for.
+
+    A row stands for an image. Its columns are IMAGE, SHARD and, if there are labels, one more.
 
     Args:
-        image_column: the extension of the images, where samples have several.
-        label_column: the extension or the JSON key of the labels, or "none". Default: cls, or a usual key.
+        data: a file, a folder, a URL or a dataset on the Hub.
+        config: a configuration of the dataset, where it has several.
+        image_column: of tar files the extension of the images, where samples have several.
+        label_column: of tar files the extension or the JSON key of the labels. Default: cls, or a usual key. "none"
+            reads no labels.
 
     Raises:
         FileNotFoundError: the path does not exist.
         OSError: a URL cannot be read.
-        ValueError: there are no tar files, or they cannot be read.
+        ValueError: there are no tar or Parquet files, or they cannot be read.
     """
-    splits: dict[str | None, list[str]] = {}
-    files = _find_files(data)
-    for path, split in zip(files.values(), find_layout(data, [*files]).split if files else (), strict=True):
-        splits.setdefault(split, []).append(path)
-    splits.pop(None, None)
-    if not splits:
-        raise ValueError("streaming reads .tar files in the layout of webdataset, and there are none: leave it out")
-    with explained():
-        return {str(split): _index(paths, image_column, label_column) for split, paths in splits.items()}
+
+    def __init__(self, data: str, config: str | None, image_column: str | None, label_column: str | None):
+        self.data, self.columns = data, (image_column, label_column)
+        self.files, self._declared = _find_files(data, config)
+        self._indices: dict[str, Dataset] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, split: str) -> "Dataset":
+        if split not in self._indices:
+            make = self._index_tars if is_tar(self.files[split][0]) else self._index_parquet
+            with explained():
+                self._indices[split] = make(self.files[split])
+        return self._indices[split]
+
+    def _index_tars(self, files: list[str]) -> "Dataset":
+        import datasets
+
+        (image, label), labels = self.columns, {}
+        if label != NO_LABELS:
+            first = next((value for _, _, value in _scan(files[:1], image, label)), None)
+            if first is not None:
+                labels = {label or "label": datasets.Value("int64" if isinstance(first, int) else "string")}
+            elif label is not None:
+                raise ValueError(f"label_column={label}: the first sample of {files[0]} has none")
+        return _index(files, image, label, labels)
+
+    def _index_parquet(self, files: list[str]) -> "Dataset":
+        """Index Parquet files. The first split that is asked for, which is trained on, decides about the columns."""
+        import datasets
+
+        features, schema = read_features(files[0], self._declared)
+        empty = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
+        if not self._indices:
+            image, label = choose_columns(self.data, empty, *self.columns)
+            self.columns = image, label or NO_LABELS
+        image, label = cast(tuple[str, str], self.columns)
+        labels = {label: features[label]} if label in features else {}
+        return _index(files, find_contents(schema, image), label if labels else NO_LABELS, labels)
 
 
-def _find_files(data: str) -> dict[str, str]:
-    """Find the tar files of a file, a folder or a URL, by their names relative to the folder."""
-    if _is_remote(data):
+def _index(files: list[str], image: str | None, label: str | None, labels: dict[str, Any]) -> "Dataset":
+    """Make the index of a split, or take it from the cache of `datasets` if the files are those that it was made of.
+
+    `labels` holds the name and the type of the column of labels, if there is one.
+    """
+    import datasets
+
+    features = datasets.Features({IMAGE: datasets.Image(decode=False), SHARD: datasets.Value("int32"), **labels})
+    # `datasets` takes a list for one that several processes may share.
+    states = tuple(map(file_state, files))
+    given = {"files": tuple(files), "image": image, "label": label, "columns": tuple(features), "states": states}
+    return datasets.Dataset.from_generator(_rows, features=features, gen_kwargs=given)  # pyright: ignore
+
+
+def _rows(
+    files: Sequence[str], image: str | None, label: str | None, columns: Sequence[str], states: Any
+) -> Iterator[dict]:
+    """Yield the rows of an index. `datasets` keeps one for each combination of arguments, and so of `states`."""
+    for (path, first, second, name), shard, value in _scan(files, image, label):
+        place = {"bytes": None, "path": f"{path}?{first}+{second}#{name}"}
+        yield dict(zip(columns, (place, shard, value), strict=False))
+
+
+def _scan(files: Sequence[str], image: str | None, label: str | None) -> Iterator[Row]:
+    """Yield a row for each image of these files."""
+    return cast(Any, scan_tars if is_tar(files[0]) else scan_parquet)(files, image, label)
+
+
+# Files
+
+
+def _find_files(data: str, config: str | None) -> "tuple[dict[str, list[str]], Features | None]":
+    """Find the files of each split, and the types of columns that the README of the dataset declares."""
+    path, files = Path(data).expanduser(), {}
+    if is_remote(data):
         with explained():
-            return _find_remote_files(data)
-    path = Path(data).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(
-            f"data={data}: no such file or folder; streaming reads tar files in a folder or at a URL"
-        )
-    root = os.path.realpath(path)
-    if path.is_file():
-        return {path.name: root} if path.suffix == ".tar" else {}
-    return {name: os.path.join(root, name) for name in scan_folder(root).tables if name.endswith(".tar")}
+            files = _find_remote_files(data)
+    elif path.is_dir():
+        root = os.path.realpath(path)
+        files = {name: os.path.join(root, name) for name in _of_one_kind(scan_folder(root).tables)}
+        if files and not any(map(is_tar, files)):
+            with explained():
+                return _ask_datasets(data, str(path), config)
+    elif path.exists():
+        files = {name: os.path.realpath(path) for name in _of_one_kind([path.name])}
+    elif may_be_hub_id(data):
+        with explained_hub():
+            return _ask_datasets(data, data, config)
+    else:
+        raise FileNotFoundError(f"data={data}: no such file or folder")
+    if config is not None:
+        raise ValueError(f"data_config={config}: {data} has no configurations; leave it out")
+    splits: dict[str, list[str]] = {}
+    for name, split in zip(files, find_layout(data, [*files]).split if files else (), strict=True):
+        if split is not None:
+            splits.setdefault(split, []).append(files[name])
+    if not splits:
+        raise ValueError(NOTHING_TO_STREAM)
+    return splits, None
+
+
+def _ask_datasets(data: str, name: str, config: str | None) -> "tuple[dict[str, list[str]], Features | None]":
+    """Do as `_find_files` for a dataset on the Hub, or for a folder with the layout of one."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(name, config)
+    kind = builder.info.builder_name
+    if kind not in ("parquet", "webdataset"):
+        raise ValueError(f"{NOTHING_TO_STREAM} ({data} is of the kind {kind})")
+    files: Any = builder.config.data_files
+    return {str(split): list(map(str, names)) for split, names in files.items()}, builder.info.features
+
+
+def _of_one_kind(names: Iterable[str]) -> list[str]:
+    """Return the tar files among `names`, or the Parquet files if there are none."""
+    names = list(names)
+    return [*filter(is_tar, names)] or [name for name in names if name.endswith(".parquet")]
 
 
 def _find_remote_files(url: str) -> dict[str, str]:
@@ -126,102 +265,10 @@ def _find_remote_files(url: str) -> dict[str, str]:
         first, last = numbers.groups()
         names = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
         urls = [url[: numbers.start()] + name + url[numbers.end() :] for name in names]
-    elif url.endswith(".tar"):
+    elif _of_one_kind([url]):
         urls = [url]
     else:
         system, folder = fsspec.url_to_fs(url)
-        names = sorted(name for name in system.find(folder) if name.endswith(".tar"))
+        names = sorted(_of_one_kind(system.find(folder)))
         return {posixpath.relpath(name, folder): system.unstrip_protocol(name) for name in names}
     return {posixpath.basename(url): url for url in urls}
-
-
-def _state(path: str) -> tuple[int, Any]:
-    """Return the size of a tar file, and what else tells that it has changed."""
-    if not _is_remote(path):
-        return os.path.getsize(path), os.stat(path).st_mtime_ns
-    import fsspec
-
-    system, name = fsspec.url_to_fs(path)
-    return system.size(name), system.ukey(name)
-
-
-def _open_tar(path: str) -> Any:
-    if not _is_remote(path):
-        return open(path, "rb")
-    import fsspec
-
-    return cast(Any, fsspec.open(path)).open()
-
-
-def _index(files: list[str], image: str | None, label: str | None) -> "Dataset":
-    """Make the table of a split, or take it from the cache of `datasets` if the files are those that it was made of."""
-    import datasets
-
-    features = datasets.Features({"image": datasets.Image(), "shard": datasets.Value("int32")})
-    if label != NO_LABELS:
-        first = next((row["label"] for row in _scan(files[:1], image, label)), None)
-        if first is not None:
-            features["label"] = datasets.Value("int64" if isinstance(first, int) else "string")
-        elif label is not None:
-            raise ValueError(f"label_column={label}: the first sample of {files[0]} has none")
-    # `datasets` takes a list for one that several processes may share.
-    states = tuple(map(_state, files))
-    given = {"files": tuple(files), "image": image, "label": label, "columns": tuple(features), "states": states}
-    return datasets.Dataset.from_generator(_rows, features=features, gen_kwargs=given)  # pyright: ignore
-
-
-def _rows(
-    files: Sequence[str], image: str | None, label: str | None, columns: Sequence[str], states: Any
-) -> Iterator[dict]:
-    """Yield the rows of a table. `datasets` keeps one for each combination of arguments, and so of `states`."""
-    for row in _scan(files, image, label):
-        yield {column: row[column] for column in columns}
-
-
-def _scan(files: Sequence[str], image: str | None, label: str | None) -> Iterator[dict[str, Any]]:
-    """Yield a row for each sample that has an image, from the headers of the tar files."""
-    for shard, path in enumerate(files):
-        try:
-            with _open_tar(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-                for key, members in itertools.groupby(filter(_key, archive), _key):
-                    by_extension = {SAMPLE.fullmatch(member.name)[2].lower(): member for member in members}  # pyright: ignore
-                    found = _choose_image(f"{path}: {key}", by_extension, image)
-                    if found is not None:
-                        place = f"{path}?{found.offset_data}+{found.size}#{found.name}"
-                        value = None if label == NO_LABELS else _read_label(archive, by_extension, label)
-                        yield {"image": {"bytes": None, "path": place}, "shard": shard, "label": value}
-        except tarfile.TarError as error:
-            raise ValueError(f"{path} is no whole, uncompressed tar file: {error}; copy or write it again") from None
-
-
-def _key(member: tarfile.TarInfo) -> str | None:
-    match = SAMPLE.fullmatch(member.name) if member.isfile() else None
-    return match and match[1]
-
-
-def _choose_image(sample: str, members: dict[str, tarfile.TarInfo], wanted: str | None) -> tarfile.TarInfo | None:
-    if wanted is not None:
-        return members.get(wanted)
-    found = [extension for extension in members if f".{extension.rpartition('.')[2]}" in image_suffixes()]
-    if len(found) > 1:
-        raise ValueError(f"{sample} has several images: set image_column to one of {', '.join(found)}")
-    return members[found[0]] if found else None
-
-
-def _read_label(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], wanted: str | None) -> Any:
-    """Return the label of a sample, an integer or text, or None if it has none."""
-
-    def read(extension: str) -> str:
-        return archive.extractfile(members[extension]).read().decode().strip()  # pyright: ignore
-
-    extension = wanted or "cls"
-    if extension in members:
-        text = read(extension)
-        return int(text) if re.fullmatch(r"-?\d+", text) else text
-    values = json.loads(read("json")) if "json" in members else {}
-    return next((values[key] for key in ([wanted] if wanted else LABEL_KEYS) if key in values), None)
-
-
-def shard_lengths(table: "Dataset") -> Tensor:
-    """Return how many consecutive rows of a table each shard has."""
-    return torch.tensor(table["shard"][:]).unique_consecutive(return_counts=True)[1]

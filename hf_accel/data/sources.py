@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import PIL.Image
@@ -19,7 +20,8 @@ from ..distributed import all_gather_objects
 from .bundled import MNIST_MEAN, MNIST_STD, digits
 from .decoding import DEEP_RANGE, image_pixels, image_tensor, is_deep, loses_contrast, upright_rgb, upright_size
 from .labels import UNLABELLED, hold_out, read_labels
-from .shards import load_shards, name_file, read_file, shard_lengths
+from .parquet_files import UnreadableRowGroup
+from .shards import Shards, ShardTables, index_columns, spread
 from .tables import NO_LABELS, choose_columns, choose_splits, load_tables, name_origin, select_undecoded, take_part
 
 if TYPE_CHECKING:
@@ -73,8 +75,8 @@ class ImageSource:
     """
 
     made_of: str | None = None
-    shards: Tensor | None = None
-    """How many consecutive images lie in each shard, if they are trained on in an order by shards."""
+    shards: Shards | None = None
+    """The shards that the images lie in, if they are read where they lie and trained on in an order by shards."""
 
     def __init__(
         self,
@@ -127,11 +129,13 @@ class ImageSource:
         about = (self.class_names, self.mean, self.std, self.labels_from)
         part = ImageSource(self.name, table, pixels, labels, *about)
         part.bad, part._whole = self.bad, (self, rows)
+        part.shards = self.shards and self.shards.select(rows)
         return part
 
     def has_paths(self) -> bool:
-        """Whether the images have the names of files, by the first one."""
-        return self._table is not None and bool((next(iter(self._table[0].values())) or {}).get("path"))
+        """Whether the images have the names of files, by the first one. Rows of Parquet files have none."""
+        first = {} if self._table is None else next(iter(self._table[0].values())) or {}
+        return bool(first.get("path")) and not (self.shards and self.shards.are_row_groups)
 
     def renormalised(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> "ImageSource":
         """Return the same images, which are normalised otherwise; with None as they are."""
@@ -151,7 +155,8 @@ class ImageSource:
     def _open(self, index: int, record: dict | None) -> Image:
         record = record or {"path": None}
         row = index if self._whole is None else int(self._whole[1][index])
-        name = name_file(record.get("path") or f"{self.name}[{row}]")
+        path = record.get("path")
+        name = self.shards.name(path) if self.shards and path else path or f"{self.name}[{row}]"
         try:
             if "image" in record:  # of a program's own dataset, or the error that it raised
                 if isinstance(record["image"], Exception):
@@ -159,9 +164,13 @@ class ImageSource:
                 record["image"].info["name"] = name
                 return record["image"]
             content = record.get("bytes")
-            image = PIL.Image.open(io.BytesIO(read_file(record["path"]) if content is None else content))
+            if content is None:
+                content = self.shards.read(record["path"]) if self.shards else Path(record["path"]).read_bytes()
+            image = PIL.Image.open(io.BytesIO(content))
             image.info["name"] = name
             return image
+        except UnreadableRowGroup as error:
+            raise CorruptDataError(f"{self.name}: {error}") from error
         except Exception as error:  # Pillow's decoders raise errors of many types
             raise CorruptImage(index, name, error) from error
 
@@ -234,7 +243,7 @@ class ImageSource:
 
     def _sample(self) -> Iterator[Image]:
         """Open up to HEADER_SAMPLE images, spread over the dataset, without reading their pixels."""
-        for index in torch.linspace(0, len(self) - 1, min(len(self), HEADER_SAMPLE)).long().tolist():
+        for index in self.shards.sample(HEADER_SAMPLE) if self.shards else spread(0, len(self), HEADER_SAMPLE):
             with contextlib.suppress(CorruptImage):
                 yield self.open(index)
 
@@ -327,7 +336,8 @@ def load_sources(
     labels there are no validation images. Classes are matched by name between splits. The label -1 marks images without
     a label, and validation images of a class that the training split lacks. `label_column="none"` reads no labels and
     takes no folders as classes. With `in_memory`, images of one size that are few enough are decoded at once.
-    With `streaming`, `data` is a tar file in the layout of webdataset or a folder or URL of them, read where it lies.
+    With `streaming`, the images of Parquet files, or of tar files in the layout of webdataset, are read where they lie:
+    `data` is then such a file, a folder or URL of them, or a dataset on the Hub.
     With `only_train`, no image is held out, and there are no validation images.
 
     Raises:
@@ -336,11 +346,11 @@ def load_sources(
     """
     if data == "bundled":
         return _bundled(seed, label_column != NO_LABELS, only_train)
-    tables = load_shards(data, image_column, label_column) if streaming else load_tables(data, config)
+    tables = ShardTables(data, config, image_column, label_column) if streaming else load_tables(data, config)
     train_split, validation_split = choose_splits(data, list(tables), train_split, validation_split)
     train = take_part(tables, train_split)
     if streaming:
-        image_column, label_column = "image", "label" if "label" in train.column_names else NO_LABELS
+        image_column, label_column = index_columns(train)
     image_column, label_column = choose_columns(data, train, image_column, label_column)
     labels, names = read_labels(train, label_column) if label_column else (None, None)
     if only_train:
@@ -362,10 +372,9 @@ def load_sources(
     for table, part_labels, part in parts:
         name = "/".join(filter(None, (data, config, part)))
         source = ImageSource(name, select_undecoded(table, image_column), None, part_labels, names, labels_from=origin)
+        source.shards = Shards.of_index(table) if streaming else None
         warned = warned or source.warn_of_lost_contrast()
-        if streaming:
-            source.shards = shard_lengths(table)
-        elif in_memory:
+        if in_memory and not streaming:
             source.hold_in_memory()
         sources.append(source)
     return sources[0], sources[1] if len(sources) == 2 else None
@@ -385,19 +394,6 @@ def _hold_out_rows(
         return [(train, labels, split)]
     logger.warning("%s has no validation split: %d of %d images are held out", data, len(out), len(labels))
     return [(train.select(rows), labels[rows], part) for rows, part in ((kept, "train"), (out, "held-out"))]
-
-
-def describe_labels(source: ImageSource, validation: ImageSource | None) -> str:
-    """Say in one line where the labels come from, and how many images have none."""
-    if source.labels is None or source.class_names is None:
-        return "Labels: none"
-    listed = ", ".join(source.class_names[:5]) + ", ..." * (len(source.class_names) > 5)
-    text = f"Labels: {source.labels_from}, {len(source.class_names)} classes ({listed})"
-    for images in filter(None, (source, validation)):
-        labelled = 0 if images.labels is None else int((images.labels != UNLABELLED).sum())
-        if labelled < len(images):
-            text += f"; {labelled:,} of {len(images):,} images of {images.name} have one"
-    return text
 
 
 def _bundled(seed: int, with_labels: bool, only_train: bool) -> tuple[ImageSource, ImageSource | None]:

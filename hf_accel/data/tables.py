@@ -4,7 +4,7 @@ import contextlib
 import glob
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +49,8 @@ def load_tables(data: str, config: str | None) -> "dict[str, Dataset]":
     elif not may_be_hub_id(data):
         raise FileNotFoundError(f"data={data}: no such file or folder")
     else:
-        try:
-            with explained():
-                loaded = datasets.load_dataset(data, config)
-        except OSError as error:
-            raise FileNotFoundError(f"no such folder, and as a Hub id it cannot be opened: {error}") from error
+        with explained_hub():
+            loaded = datasets.load_dataset(data, config)
     return {"train": loaded} if isinstance(loaded, datasets.Dataset) else {str(name): loaded[name] for name in loaded}
 
 
@@ -69,6 +66,16 @@ def explained() -> Iterator[None]:
         if lacks_room(error):
             text += f"; make room in {config.HF_DATASETS_CACHE}, or set HF_DATASETS_CACHE to a folder on another disk"
         raise (OSError if isinstance(error, OSError) else ValueError)(text) from error
+
+
+@contextlib.contextmanager
+def explained_hub() -> Iterator[None]:
+    """Do as `explained` for a dataset on the Hub, and turn an OSError into a FileNotFoundError."""
+    try:
+        with explained():
+            yield
+    except OSError as error:
+        raise FileNotFoundError(f"no such folder, and as a Hub id it cannot be opened: {error}") from error
 
 
 def _load_folder(path: Path, config: str | None) -> "dict[str, Dataset]":
@@ -207,7 +214,7 @@ def choose_splits(data: str, splits: list[str], train: str | None, validation: s
     return train, validation
 
 
-def take_part(tables: "dict[str, Dataset]", split: str) -> "Dataset":
+def take_part(tables: "Mapping[str, Dataset]", split: str) -> "Dataset":
     """Return a split, or a part of one in the syntax of `datasets`: "train[:1000]", "train[10%:20%]"."""
     import datasets
 

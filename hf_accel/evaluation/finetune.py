@@ -194,7 +194,8 @@ class FineTuneTrainer(Trainer):
         """One pass is the whole run."""
         args = self.args
         shard = (args.per_device_train_batch_size, args.world_size, args.process_index)
-        sampler = TrainSampler(len(self.source), *shard, seed=args.seed, last_step=args.max_steps)
+        order: dict[str, Any] = {"seed": args.seed, "last_step": args.max_steps, "shards": self.source.shards}
+        sampler = TrainSampler(len(self.source), *shard, **order)
         options: dict[str, Any] = {"seed": args.seed, "pin_memory": args.device.type == "cuda"}
         workers = args.dataloader_num_workers
         return train_loader(self.source, sampler, self.views, lambda step: self.size, workers, **options)

@@ -47,8 +47,9 @@ class DataKeys:
     )
     streaming: bool = fixed(
         False,
-        "read tar files in the layout of webdataset where they lie, in a random order by pieces of files; image_column "
-        "and label_column then name extensions or JSON keys",
+        "read Parquet files (in a folder, behind a URL, on the Hub) or tar files in the layout of webdataset where "
+        "they lie, in a random order by pieces of files; for tar files, image_column and label_column name extensions "
+        "or JSON keys",
     )
     train_split: str | None = fixed(
         None, "split to train on, or a part of it as train[:1000] or train[:10%]; default: train"

@@ -151,8 +151,8 @@ def load_images(recipe: Recipe, in_memory: bool = True) -> tuple[ImageSource, Im
         if recipe.data == "bundled" and value and (key, value) != ("label_column", NO_LABELS):
             kind = "no columns to choose from" if key.endswith("column") else "only their split by seed"
             raise RecipeError(f"{key}={value!r}: the bundled digits have {kind}; leave it out")
-    if recipe.streaming and (recipe.data == "bundled" or recipe.data_config):
-        fail("streaming", True, "it reads tar files, which data names and which have no data_config; leave it out")
+    if recipe.streaming and recipe.data == "bundled":
+        fail("streaming", True, "it reads Parquet and tar files, and the bundled digits are none; leave it out")
     only_train = not recipe.reads("validation_split")
     validation_split, seed = (None, 0) if only_train else (recipe.validation_split, recipe.seed)
     splits, columns = (recipe.train_split, validation_split), (recipe.image_column, recipe.label_column)

@@ -62,6 +62,7 @@ def describe_settings(trainer: Any) -> dict[str, Any]:
     return {
         "task": "pretrain",
         "data": trainer.source.name,
+        "streaming": trainer.source.shards is not None,
         "model_config": changed_fields(model.config),
         **sizes,
         "objective": model.name,

@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from hf_accel.data import image_source
 
@@ -275,3 +275,17 @@ def test_messages_about_columns_say_what_a_program_can_do(caplog):
         image_source(two, "mine")
     with pytest.raises(ValueError, match=r"^mine: labels must all be integers or all text, and are int and str"):
         image_source(Items(lambda i: (pil(i), i if i % 2 else "x")), "mine")
+
+
+class Stream(IterableDataset):
+    def __len__(self) -> int:
+        return 6
+
+    def __iter__(self):
+        return map(pil, range(6))
+
+
+@pytest.mark.parametrize("stream", [Stream(), table().to_iterable_dataset(), table().to_iterable_dataset().shuffle(0)])
+def test_a_stream_is_refused_with_what_to_do_instead(stream):
+    with pytest.raises(TypeError, match=r"cannot be drawn or resumed exactly: .*load_sources\(.*streaming=True\)"):
+        image_source(stream, "mine")

@@ -1,4 +1,4 @@
-"""Test that the images of tar files are read where they lie, and that their order goes by pieces of files."""
+"""Test that images of tar and Parquet files are read where they lie, and that their order goes by pieces of files."""
 
 import io
 import json
@@ -10,12 +10,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
 
+import datasets
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hf_accel.data import AUGMENTATIONS, TrainSampler, load_sources, shards, train_loader
-from hf_accel.data.loader import PIECE, PIECES, draw_order
+from hf_accel.data import AUGMENTATIONS, TrainSampler, load_sources, remote, shards, train_loader
+from hf_accel.data.loader import draw_order
+from hf_accel.data.shards import PIECE, PIECES, Shards
 from tests.data.test_loader import noise
 
 
@@ -47,20 +51,41 @@ def write_shards(folder: Path, count: int = 12, each: int = 4, split: str = "tra
     return folder
 
 
+def write_parquet(folder: Path, count: int = 12, each: int = 4, split: str = "train") -> Path:
+    """Write the images of `write_shards` to Parquet files of one or two row groups of `each` images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, start in enumerate(range(0, count, 2 * each)):
+        numbers = range(start, min(start + 2 * each, count))
+        images = [{"bytes": encode(number, (40 + number % 3, 30)), "path": f"{number:04}.jpg"} for number in numbers]
+        columns = {"image": images, "label": [number % 3 for number in numbers]}
+        features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["0", "1", "2"]))
+        table = pa.table(columns, features.arrow_schema)
+        pq.write_table(table, folder / f"{split}-{file:03}.parquet", row_group_size=each)
+    return folder
+
+
+WRITERS = {"tar": write_shards, "parquet": write_parquet}
+both_kinds = pytest.mark.parametrize("kind", WRITERS)
+
+
 def load(data: Path | str, **choices: Any) -> Any:
     return cast(Any, load_sources(str(data), streaming=True, **choices))
 
 
-def test_images_and_labels_are_those_of_the_tar_files(tmp_path):
-    write_shards(tmp_path, 10)
-    write_shards(tmp_path, 3, split="val")
+@both_kinds
+def test_images_and_labels_are_those_of_the_files(kind, tmp_path):
+    WRITERS[kind](tmp_path, 10)
+    WRITERS[kind](tmp_path, 3, split="validation")
     train, validation = load(tmp_path)
-    assert (len(train), len(validation)) == (10, 3) and train.shards.tolist() == [4, 4, 2]
+    assert (len(train), len(validation)) == (10, 3) and train.shards.lengths.tolist() == [4, 4, 2]
     assert train.labels.tolist() == [number % 3 for number in range(10)] and train.class_names == ["0", "1", "2"]
     for number in (0, 5, 9):
         image = train.open(number)
         assert image.fp.getvalue() == encode(number, (40 + number % 3, 30))
-        assert image.info["name"] == f"{tmp_path}/train-{number // 4:03}.tar/n/{number:04}.jpg"
+        name = f"train-{number // 4:03}.tar/n/{number:04}.jpg"
+        if kind == "parquet":
+            name = f"train-{number // 8:03}.parquet, row {number % 4} of row group {number // 4 % 2}"
+        assert image.info["name"] == f"{tmp_path}/{name}"
     assert validation.read(2).size == (42, 30) and train.pixels is None
 
 
@@ -114,12 +139,12 @@ def test_a_split_may_lack_labels(tmp_path):
 
 
 def test_what_cannot_be_streamed_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="streaming reads tar files in a folder or at a URL"):
+    with pytest.raises(FileNotFoundError, match="missing: no such file or folder"):
         load(tmp_path / "missing")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.jpg").write_bytes(encode(0))
     for data in (tmp_path / "photos", tmp_path / "photos/a.jpg"):
-        with pytest.raises(ValueError, match="and there are none: leave it out"):
+        with pytest.raises(ValueError, match=r"streaming reads Parquet files, or \.tar .*, and there are none"):
             load(data)
     write_shards(tmp_path / "cut", 8, each=8)
     os.truncate(tmp_path / "cut/train-000.tar", 5000)
@@ -183,16 +208,18 @@ def site(tmp_path):
     server.server_close()
 
 
-def test_images_behind_a_url_are_those_of_the_files(site, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "PATIENCE", (0.0, 0.0, 0.0))
-    write_shards(tmp_path, 12)
+@both_kinds
+def test_images_behind_a_url_are_those_of_the_files(kind, site, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "PATIENCE", (0.0, 0.0, 0.0))
+    WRITERS[kind](tmp_path, 12)
     near, _ = load(tmp_path, validation_split="train[:2]")
-    far, _ = load(f"{site}/train-{{000..002}}.tar", validation_split="train[:2]")
-    assert far.shards.tolist() == [4, 4, 4] and torch.equal(far.labels, near.labels)
+    files = "train-{000..002}.tar" if kind == "tar" else "train-{000..001}.parquet"
+    far, _ = load(f"{site}/{files}", validation_split="train[:2]")
+    assert far.shards.lengths.tolist() == [4, 4, 4] and torch.equal(far.labels, near.labels)
     assert [far.open(number).fp.getvalue() for number in range(12)] == [
         near.open(number).fp.getvalue() for number in range(12)
     ]
-    assert far.open(5).info["name"] == f"{site}/train-001.tar/n/0005.jpg"
+    assert far.open(5).info["name"] == near.open(5).info["name"].replace(str(tmp_path), site)
     views = AUGMENTATIONS["moco"], lambda step: 16
     batches = [
         list(
@@ -207,17 +234,18 @@ def test_images_behind_a_url_are_those_of_the_files(site, tmp_path, monkeypatch)
     assert not far.bad
 
 
-def test_a_folder_behind_a_url_has_splits_and_is_indexed_again_if_it_changes(tmp_path):
+@both_kinds
+def test_a_folder_behind_a_url_has_splits_and_is_indexed_again_if_it_changes(kind, tmp_path):
     store = fsspec.filesystem("memory")
-    for split, count in (("train", 8), ("val", 3)):
-        for file in write_shards(tmp_path, count, split=split).glob(f"{split}-*.tar"):
-            store.pipe_file(f"/bucket/test-set/{split}/{file.name}", file.read_bytes())
-    train, validation = load("memory://bucket/test-set")
-    assert (len(train), len(validation)) == (8, 3) and train.open(7).fp.getvalue() == encode(7, (41, 30))
-    write_tar(tmp_path / "new.tar", {"0": {"jpg": encode(9), "cls": b"1"}})
-    store.pipe_file("/bucket/test-set/train/train-000.tar", (tmp_path / "new.tar").read_bytes())
-    train, _ = load("memory://bucket/test-set")
-    assert len(train) == 5 and train.open(0).fp.getvalue() == encode(9)
+    for split, count in (("train", 16), ("val", 3)):
+        for file in WRITERS[kind](tmp_path, count, 8, split).glob(f"{split}-*.{kind}"):
+            store.pipe_file(f"/{kind}/test-set/{split}/{file.name}", file.read_bytes())
+    train, validation = load(f"memory://{kind}/test-set")
+    assert (len(train), len(validation)) == (16, 3) and train.open(7).fp.getvalue() == encode(7, (41, 30))
+    (new,) = WRITERS[kind](tmp_path / "new", 3, split="new").glob("*")
+    store.pipe_file(f"/{kind}/test-set/train/train-000.{kind}", new.read_bytes())
+    train, _ = load(f"memory://{kind}/test-set")
+    assert len(train) == (11 if kind == "tar" else 3) and train.open(1).fp.getvalue() == encode(1, (41, 30))
     with pytest.raises(ValueError, match="and there are none: leave it out"):
         load("memory://nothing")
 
@@ -228,13 +256,13 @@ def test_a_folder_behind_a_url_has_splits_and_is_indexed_again_if_it_changes(tmp
 def test_an_order_by_shards_reads_pieces_of_files_together():
     lengths = torch.tensor([1000, 3000, 17, 5 * PIECE, 6000])
     count = int(lengths.sum())
-    order = draw_order(count, 3, 1, lengths)
-    assert torch.equal(order.sort().values, torch.arange(count))
-    assert torch.equal(order, draw_order(count, 3, 1, lengths))
-    assert not torch.equal(order, draw_order(count, 3, 2, lengths)) and not torch.equal(
-        order, draw_order(count, 4, 1, lengths)
-    )
     shard = torch.arange(5).repeat_interleave(lengths)
+    tars = Shards(shard, are_row_groups=False)
+    order = draw_order(count, 3, 1, tars)
+    assert torch.equal(order.sort().values, torch.arange(count))
+    assert torch.equal(order, draw_order(count, 3, 1, tars))
+    assert not torch.equal(order, draw_order(count, 3, 2, tars))
+    assert not torch.equal(order, draw_order(count, 4, 1, tars))
     starts = (lengths.cumsum(0) - lengths)[shard]
     piece = shard * 1000 + (torch.arange(count) - starts) // PIECE
     first = order[: PIECES * PIECE // 2]
@@ -242,13 +270,16 @@ def test_an_order_by_shards_reads_pieces_of_files_together():
     assert (first[1:] - first[:-1] == 1).float().mean() < 0.01  # and their images are shuffled
 
 
-def test_shards_of_one_class_are_mixed():
-    order = draw_order(64 * 1024, 0, 0, torch.full((64,), 1024))
-    assert all(len((batch // 1024).unique()) > 16 for batch in order.split(512))
+@pytest.mark.parametrize("are_row_groups, length", [(False, 1024), (True, 256)])
+def test_shards_of_one_class_are_mixed(are_row_groups, length):
+    number = torch.arange(64).repeat_interleave(length)
+    order = draw_order(64 * length, 0, 0, Shards(number, are_row_groups))
+    assert all(len((batch // length).unique()) > 16 for batch in order.split(512))
 
 
-def test_steps_hold_the_same_images_for_any_workers_and_start(tmp_path):
-    train, _ = load(write_shards(tmp_path, 24), validation_split="train[:2]")
+@both_kinds
+def test_steps_hold_the_same_images_for_any_workers_and_start(kind, tmp_path):
+    train, _ = load(WRITERS[kind](tmp_path, 24), validation_split="train[:2]")
     views = AUGMENTATIONS["moco"], lambda step: 16
 
     def batches(first: int, workers: int) -> list[dict[str, Any]]:
@@ -262,7 +293,22 @@ def test_steps_hold_the_same_images_for_any_workers_and_start(tmp_path):
     assert not torch.equal(whole[0]["index"], whole[3]["index"])  # the first step of each epoch
 
 
-def test_held_out_images_are_no_part_of_the_shards(tmp_path):
-    train, held = load(write_shards(tmp_path, 60, each=20))
-    assert len(train) == int(train.shards.sum()) == 54 and len(held) == 6 and len(train.shards) == 3
-    assert train.shards.max() <= 20
+@both_kinds
+def test_held_out_images_are_no_part_of_the_shards(kind, tmp_path):
+    train, held = load(WRITERS[kind](tmp_path, 60, each=20))
+    lengths = train.shards.lengths
+    assert len(train) == int(lengths.sum()) == 54 and len(held) == 6 and len(lengths) == 3 and lengths.max() <= 20
+
+
+@both_kinds
+def test_ranks_share_the_batches_of_one_process(kind, tmp_path):
+    WRITERS[kind](tmp_path, 24)
+
+    def batches(world: int, rank: int) -> list[dict[str, Any]]:
+        train, _ = load(tmp_path, validation_split="train[:2]")
+        sampler = TrainSampler(24, 8 // world, world, rank, seed=5, last_step=6, shards=train.shards)
+        return list(train_loader(train, sampler, AUGMENTATIONS["moco"], lambda step: 16, num_workers=rank, seed=5))
+
+    for one, *parts in zip(batches(1, 0), batches(2, 0), batches(2, 1), strict=True):
+        assert torch.equal(one["index"], torch.cat([part["index"] for part in parts]))
+        assert torch.equal(one["crops"][1], torch.cat([part["crops"][1] for part in parts]))

@@ -60,12 +60,18 @@ def launch(url: str, data: Path, output: Path, *overrides: str, status: int = 0,
     return ended(start(url, data, output, *overrides, **changes), status)
 
 
-def python(url: str, code: str, folder: Path) -> str:
-    """What `code` prints, run in `folder` by someone with an empty cache."""
+def python(url: str, code: str, folder: Path, **changes: str) -> str:
+    """What `code` prints, run in `folder` by someone with an empty cache; `changes` are of the environment."""
     home = folder / "elsewhere"
     command = [sys.executable, "-c", code]
     done = subprocess.run(
-        command, cwd=folder, env=environment(url, home), capture_output=True, text=True, timeout=300, check=False
+        command,
+        cwd=folder,
+        env=environment(url, home, **changes),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

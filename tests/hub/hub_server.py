@@ -45,6 +45,7 @@ class Hub:
     Attributes:
         repositories: by id.
         blobs: uploaded large files, by repository and sha256.
+        parts: the file of each request for a part of one.
         uploads: for each attempt to upload one, "whole" or "dropped".
         drop: as many of the next uploads lose their connection in the middle.
         hold: while it is not set, uploads hang.
@@ -56,6 +57,7 @@ class Hub:
     def __init__(self, port: int = 0):
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[tuple[str, str], bytes] = {}
+        self.parts: list[str] = []
         self.uploads: list[str] = []
         self.drop, self.creations = 0, 0
         self.hold, self.uploading = threading.Event(), threading.Event()
@@ -119,16 +121,27 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if found := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self.resolve(found[1], found[3])
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/tree/[^/]+)?(/revision/[^/]+)?", path):
+        pattern = r"/api/(?:model|dataset)s/([^/]+/[^/]+)(?:(/tree/[^/]+)/?(.*)|(?:/revision/[^/]+)?)"
+        if found := re.fullmatch(pattern, path):
             if repository := self.repository(found[1]):
-                entries = [self.entry(repository, name) for name in sorted(repository.files)]
-                siblings = [{"rfilename": entry["path"]} for entry in entries]
+                if found[2]:
+                    return self.answer(200, self.tree(repository, found[3] and f"{found[3]}/"))
+                siblings = [{"rfilename": name} for name in sorted(repository.files)]
                 about = {"id": found[1], "sha": repository.sha, "private": repository.private, "siblings": siblings}
-                self.answer(200, entries if found[2] else {**about, "tags": [], "downloads": 0, "likes": 0})
+                self.answer(200, {**about, "tags": [], "downloads": 0, "likes": 0})
             return None
         return self.answer(404, {"error": f"no {path}"}, X_Error_Code="EntryNotFound")
+
+    def tree(self, repository: Repository, folder: str) -> list[dict[str, Any]]:
+        """The entries of a folder ("" or with a slash at its end), and of the folders in it if they are asked for."""
+        names = [name for name in sorted(repository.files) if name.startswith(folder)]
+        inside = {name.removeprefix(folder).partition("/")[0] for name in names if "/" in name.removeprefix(folder)}
+        folders = [{"type": "directory", "path": folder + name, "size": 0, "oid": "0"} for name in sorted(inside)]
+        if "recursive=true" not in self.path.lower():
+            names = [name for name in names if "/" not in name.removeprefix(folder)]
+        return folders + [self.entry(repository, name) for name in names]
 
     def entry(self, repository: Repository, name: str) -> dict[str, Any]:
         size, oid = len(repository.files[name]), repository.oid(name)
@@ -140,8 +153,11 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         if name not in repository.files:
             return self.answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
-        oid = repository.oid(name)
-        return self.answer(200, repository.files[name], ETag=f'"{oid}"', X_Repo_Commit=repository.sha)
+        about = {"ETag": f'"{repository.oid(name)}"', "X_Repo_Commit": repository.sha}
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            self.hub.parts.append(name)
+            return self.answer(206, repository.files[name][int(asked[1]) : int(asked[2]) + 1], **about)
+        return self.answer(200, repository.files[name], **about)
 
     def do_POST(self) -> None:
         path, body = unquote(urlsplit(self.path).path), self.read()

@@ -1,5 +1,6 @@
 """Test how Parquet files are read where they lie: by row groups, with the columns and labels of loaded tables."""
 
+import pickle
 from typing import Any, cast
 
 import datasets
@@ -89,16 +90,17 @@ def test_columns_and_labels_are_those_of_the_loaded_tables(tmp_path):
         return dict(zip(("fine", "photo", "place"), kinds, strict=True))
 
     columns = {"fine": [0, 1, 2, None, 0, 1], "photo": images(*range(6)), "place": ["x", "y", "x", "", "z", "x"]}
-    save(tmp_path / "train-0.parquet", columns, features(["cat", "dog", "owl"]), row_group_size=4)
+    both = tmp_path / "both"
+    save(both / "train-0.parquet", columns, features(["cat", "dog", "owl"]), row_group_size=4)
     held = {key: values[1:] for key, values in columns.items()}
-    save(tmp_path / "test-0.parquet", held, features(["owl", "cat", "dog"]))
+    save(both / "test-0.parquet", held, features(["owl", "cat", "dog"]))
     save(tmp_path / "alone/train-0.parquet", columns, features(["cat", "dog", "owl"]))
     for data, choice in (
-        (tmp_path, {}),
-        (tmp_path, {"label_column": "place"}),
-        (tmp_path, {"label_column": "none"}),
+        (both, {}),
+        (both, {"label_column": "place"}),
+        (both, {"label_column": "none"}),
         (tmp_path / "alone", {}),
-        (tmp_path / "train-0.parquet", {"train_split": "train[:4]"}),
+        (both / "train-0.parquet", {"train_split": "train[:4]"}),
     ):
         pairs: Any = zip(
             load(data, **choice), cast(Any, load_sources)(str(data), in_memory=False, **choice), strict=True
@@ -110,6 +112,10 @@ def test_columns_and_labels_are_those_of_the_loaded_tables(tmp_path):
             assert streamed.class_names == loaded.class_names and streamed.labels_from == loaded.labels_from
             assert str(streamed.labels) == str(loaded.labels)
             assert all(streamed.read(i).tobytes() == loaded.read(i).tobytes() for i in range(len(loaded)))
+            assert not streamed.has_paths()
+    labelled, whole = load(both)[0].labelled(), load(both)[0]
+    assert labelled.read(3).tobytes() == whole.read(4).tobytes() and labelled.shards.lengths.tolist() == [3, 2]
+    assert pickle.loads(pickle.dumps(whole)).read(4).tobytes() == whole.read(4).tobytes()
 
 
 def test_a_readme_declares_splits_types_and_configurations(tmp_path):

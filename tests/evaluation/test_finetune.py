@@ -1,5 +1,6 @@
 """Test fine-tuning: learning rates by depth, weights of the classifier, learning, saving, and refusals."""
 
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
 
 import hf_accel
 from hf_accel.data import ImageSource, image_processor, load_sources
+from hf_accel.data.shards import Shards
 from hf_accel.distributed.stopping import Stopped, request_stop
 from hf_accel.evaluation import FineTuneConfig, NotFineTunable, finetune
 from hf_accel.evaluation.finetune import FineTuneTrainer, build_classifier, compute_layer_scales, parameter_groups
@@ -202,6 +204,22 @@ def test_a_step_gets_augmented_images_and_its_learning_rate(sources, tmp_path, m
     head = [max(rate) for rate in rates]
     assert head[0] < 1e-9 and head[4] == pytest.approx(1e-3) and head[-1] < 1e-5
     assert max(rates[4]) / min(rates[4]) == pytest.approx(0.65**-3)
+
+
+def test_images_of_row_groups_come_in_an_order_by_groups(sources, tmp_path, monkeypatch):
+    source, validation = copy(sources[0]), sources[1]
+    source.shards = Shards(torch.arange(len(source)) // 10, are_row_groups=True)
+    source.shards.pieces = 2
+    seen, step = [], FineTuneTrainer.training_step
+
+    def recording(self, model, inputs, num_items_in_batch=None):
+        seen.extend(inputs["index"].tolist())
+        return step(self, model, inputs, num_items_in_batch)
+
+    monkeypatch.setattr(FineTuneTrainer, "training_step", recording)
+    config = FineTuneConfig(epochs=1, batch_size=30)
+    finetune(encoder("ours"), image_processor(source, 16), source, validation, config, 0, tmp_path, **QUICK)
+    assert [len({index // 10 for index in seen[start : start + 20]}) for start in range(0, 120, 20)] == [2] * 6
 
 
 def test_targets_are_smoothed_and_mixed(sources, tmp_path, monkeypatch):

@@ -173,6 +173,8 @@ def describe(
         f"{images.features.shape[1]} numbers from images of {size} px{patches}). Images: {len(images.features):,} of "
         f"`{recipe.data}`, seed {recipe.seed}. {date.today()}.",
     ]
+    if (views := RunFolder(recipe.output_dir).views).exists():
+        lines.append(f"The views of its training: [{views.name}]({views.name}).")
     for section in sections:
         lines += [f"## {section.heading}", f"![{section.heading}]({section.figure})", section.text]
     return "\n\n".join(lines) + "\n"

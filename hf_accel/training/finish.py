@@ -1,10 +1,12 @@
 """The end of a run: the encoder with its card in `final/`, figures, and `results.json`, which marks it as complete."""
 
+import shlex
 from typing import Any
 
 from ..distributed import is_main, say
 from ..evaluation import raw_pixel_features, weights_digest
 from ..report import environment, plot_curves
+from ..run_folder import RunFolder
 from ..utils.writing import AGAIN, write_json, writing
 from .accuracy import measure_knn
 
@@ -31,18 +33,40 @@ def finish_run(trainer: Any) -> None:
         encoder.save_pretrained(folder.final)
         trainer.processing_class.save_pretrained(folder.final)
         write_results(trainer, results)
+    say(describe_result(trainer, results))
+    for line in describe_pictures(folder, by_recipe=trainer.given_record is not None):
+        say(line)
+
+
+def describe_result(trainer: Any, results: dict[str, Any]) -> str:
+    """Say what accuracy the run has reached and where its results are."""
+    folder = trainer.folder
     if results["knn_top1"] is None:
         lack = "for lack of labels or of images kept for it"
         rank = "" if results["rank_me"] is None else f"; RankMe {results['rank_me']:.1f}"
         why = "as eval_points asks for none" if trainer.has_labels() else lack
-        say(f"Results in {folder}; no accuracy, {why}{rank}")
-        return
+        return f"Results in {folder}; no accuracy, {why}{rank}"
     said = {"random initialisation": results["knn_top1_random_init"], "at the start": results.get("knn_top1_init_from")}
     start = "".join(f" ({name} {value:.2%})" for name, value in said.items() if value is not None)
     best, kept = results.get("best"), ""
     if best and best["step"] < results["steps"]:
         kept = f"; best/ holds the best, {best['knn_top1']:.2%} at {best['progress']:.0%} of the budget"
-    say(f"kNN accuracy {results['knn_top1']:.2%}{start}{kept}; results in {folder}")
+    return f"kNN accuracy {results['knn_top1']:.2%}{start}{kept}; results in {folder}"
+
+
+def describe_pictures(folder: RunFolder, by_recipe: bool) -> list[str]:
+    """Say where the pictures of a finished run are, or which command draws them.
+
+    Args:
+        by_recipe: whether `recipe.yaml` of the run names its images, as it does not after a run in Python.
+    """
+    recipe = [str(folder.recipe)] if by_recipe else []
+    given = [f"checkpoint={folder.final}", *([] if by_recipe else ["data=FOLDER", f"output_dir={folder}"])]
+    page = folder.explore.with_suffix(".html")
+    views = folder.views if folder.views.exists() else shlex.join(["hf-accel", "views", *recipe])
+    learnt = page if page.exists() else shlex.join(["hf-accel", "explore", *recipe, *given])
+    lines = [f"See what it has learnt: {learnt}"]
+    return [f"See its views: {views}", *lines] if by_recipe or folder.views.exists() else lines
 
 
 def write_results(trainer: Any, results: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """`task=explore`: what the page shows of an encoder, with labels and without, and what it refuses."""
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from hf_accel.models import AccelViTConfig, AccelViTModel
 from hf_accel.recipe import ExploreRecipe, RecipeError, load_recipe
 from hf_accel.report import exploration
 from hf_accel.report.exploration import Explored, draw_map, list_pairs, measure_agreement
+from hf_accel.run_folder import RunFolder
 from hf_accel.tasks import explore as task
-from tests.tiny_runs import image_folder
+from hf_accel.training.finish import describe_pictures
+from tests.tiny_runs import image_folder, launch
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads")
 
@@ -141,6 +144,28 @@ def test_every_key_of_exploring_is_tested():
         *images,
         *("checkpoint", "eval_patch_sizes", "image_size", "num_workers", "output_dir", "seed"),
     }
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
+def test_a_finished_run_names_both_pictures(folder, tmp_path, capsys, quick_map):
+    output = launch(folder, tmp_path / "a run", "model_config.pooling=mean")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("See ")]
+    assert [line.partition(":")[0] for line in said] == ["See its views", "See what it has learnt"]
+    for line in said:
+        name, *words = shlex.split(line.partition(": ")[2])
+        assert name == "hf-accel"
+        cli.main(words)
+    assert headings(output) == [name for name in SECTIONS if "CLS" not in name]
+    assert "[views.png](views.png)" in (output / "explore.md").read_text()
+    paths = [line.partition(": ")[2] for line in describe_pictures(RunFolder(output), by_recipe=True)]
+    assert paths == [str(output / "views.png"), str(output / "explore.html")]
+
+
+def test_after_a_run_in_python_the_images_are_to_be_named(tmp_path):
+    lines = describe_pictures(RunFolder(tmp_path), by_recipe=False)
+    command = f"hf-accel explore checkpoint={tmp_path}/final data=FOLDER output_dir={tmp_path}"
+    assert lines == [f"See what it has learnt: {command}"]
 
 
 # What the sections say

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..distributed.sharding import loading_whole
 from ..models import AccelViTConfig
 from ..models.conversion import Interpolation, State, split_state, with_learned_positions
 from .processor import normalisation_of
@@ -46,7 +47,8 @@ def read_start(checkpoint: str, image_size: int | None = None, patch_size: int |
     Raises:
         ValueError: nothing that can be read, sizes that do not fit, or a field that the weights do not allow.
     """
-    read = read_checkpoint(checkpoint, fields.get("num_attention_heads"), encoder_only=True)
+    with loading_whole():
+        read = read_checkpoint(checkpoint, fields.get("num_attention_heads"), encoder_only=True)
     encoder, head = split_state(read.config, read.state)
     base, left_out = read.config, [*read.left_out, *["classifier"] * bool(head)]
     patch_size = patch_size or base.patch_size

@@ -4,7 +4,8 @@ This is the only module that knows how DeepSpeed stores weights, gradients and o
 the functions that need it, because other engines run without that package.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -45,6 +46,19 @@ def writable_shards(parameters: Parameters) -> list[Tensor]:
     if whole:
         whole[0].partition(param_list=whole, has_been_updated=False)
     return shards(parameters)
+
+
+@contextmanager
+def loading_whole() -> Iterator[None]:
+    """Let `from_pretrained` open whole models inside, which it would otherwise shard at once under ZeRO-3."""
+    from transformers.integrations import deepspeed
+
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 @torch.no_grad()

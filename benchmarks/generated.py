@@ -45,33 +45,38 @@ def write_pages(plan: str, report: Mapping[str, Any], paths: Sequence[Path]) -> 
 
 
 def summarize(report: Mapping[str, Any]) -> str:
-    """A table of mean accuracies, with budgets as columns, and a line that says each objective's speedup."""
+    """Format a table of mean accuracies, with budgets as columns, and a line that says each objective's speedup."""
     entries = report["objectives"]
     rows = {
         (entry["objective"], kind): _means(entry, kind) for entry in entries for kind in ("accelerated", "baseline")
     }
     budgets = sorted({budget for row in rows.values() for budget in row})
-    lines = ["| kNN top-1, % | " + " | ".join(f"{budget:,.0f} units" for budget in budgets) + " |"]
+    lines = ["| kNN top-1 (linear probe), % | " + " | ".join(f"{budget:,.0f} units" for budget in budgets) + " |"]
     lines.append("|---|" + "---:|" * len(budgets))
     for (objective, kind), means in rows.items():
         if means:
             label = "short sequences first" if kind == "accelerated" else "uncompressed"
-            numbers = (f"{means[budget]:.1f}" if budget in means else "" for budget in budgets)
+            numbers = (means.get(budget, "") for budget in budgets)
             lines.append(f"| {NAMES[objective]}, {label} | " + " | ".join(numbers) + " |")
     lines.append("")
     return "\n".join([*lines, *(_sentence(entry) for entry in entries if entry["baseline"] and entry["accelerated"])])
 
 
-def _means(entry: Mapping[str, Any], kind: str) -> dict[float, float]:
+def _means(entry: Mapping[str, Any], kind: str) -> dict[float, str]:
+    """The cell of each budget."""
     whole = [entry["baseline"]] if entry["baseline"] else []
     rows = entry["accelerated"] if kind == "accelerated" else [*whole, *entry["smaller_baselines"]]
-    return {row["budget"]: statistics.fmean(row["knn"]) for row in rows}
+    return {row["budget"]: _cell(row) for row in rows}
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    linear = [value for value in row["linear"] if value is not None]
+    return f"{statistics.fmean(row['knn']):.1f}" + (f" ({statistics.fmean(linear):.1f})" if linear else "")
 
 
 def _sentence(entry: Mapping[str, Any]) -> str:
-    seeds = len(entry["seeds"])
-    told = (
-        f"{NAMES[entry['objective']]}, {'one seed' if seeds == 1 else f'up to {seeds} seeds'}: {format_speedups(entry)}"
-    )
+    seeds = entry["seeds"]
+    of = f"seed {seeds[0]}" if len(seeds) == 1 else f"means over seeds {', '.join(map(str, seeds))}"
+    told = f"{NAMES[entry['objective']]}, {of}. {format_speedups(entry)}"
     raw = entry["raw_pixels_knn"]
     return told if raw is None else f"{told} Raw pixels reach {raw:.1f}%."

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from hf_accel.report.curves import BLUE, GRAY, STYLE
 from hf_accel.utils.writing import write_json, write_text
@@ -225,7 +225,9 @@ def _speedup_text(value: Mapping[str, float | None]) -> str:
     if value["value"] is None:
         return "not reached"
     low, high = (value[key] for key in ("low", "high"))
-    ends = f" ({'not reached' if low is None else f'{low:.2f}'} to {high:.2f} over seeds)" if high else ""
+    ends = (
+        f" ({'not reached' if low is None else f'{low:.2f}'} to {high:.2f} over seeds)" if high and low != high else ""
+    )
     return f"{value['value']:.2f}x{ends}"
 
 
@@ -280,8 +282,9 @@ def _panel(axes: Any, entry: Mapping[str, Any], amount: str) -> None:
         ends = [(min(row["knn"]), max(row["knn"])) for row in rows]
         axes.fill_between(amounts, *zip(*ends, strict=True), color=color, alpha=0.15, linewidth=0)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_minor_formatter("")
+    axes.xaxis.set_minor_locator(NullLocator())
     accuracy = statistics.fmean(entry["baseline"]["knn"])
     axes.axhline(accuracy, color=GRAY, linestyle=(0, (5, 2)), linewidth=1)
     if entry["raw_pixels_knn"] is not None:

@@ -8,7 +8,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from hf_accel.distributed.stopping import clear_stop
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_request_to_stop():
+    """A stop that a test has requested, in this process, is none to the next test."""
+    clear_stop()
+    yield
+    clear_stop()
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,10 @@ def stopping_on_sigterm() -> Iterator[None]:
     """
     clear_stop()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        try:
+            yield
+        finally:
+            clear_stop()
         return
     watch = _Watch()
     before = signal.signal(signal.SIGTERM, lambda *_: request_stop())

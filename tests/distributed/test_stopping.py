@@ -2,15 +2,8 @@
 
 import pytest
 
-from hf_accel.distributed.stopping import Stopped, clear_stop, request_stop, stop_requested, until_stopped
+from hf_accel.distributed.stopping import Stopped, request_stop, stop_requested, until_stopped
 from tests.two_processes import run_two
-
-
-@pytest.fixture(autouse=True)
-def no_request():
-    clear_stop()
-    yield
-    clear_stop()
 
 
 def test_without_a_request_all_items_come():

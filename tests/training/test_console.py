@@ -131,7 +131,9 @@ def test_the_console_and_trackers_of_a_run(tmp_path, monkeypatch, capfd):
     folder = image_folder(tmp_path / "data")
     output = launch(folder, tmp_path / "run", "report_to=[tensorboard]", "model_config.num_hidden_layers=1")
     out, err = capfd.readouterr()
-    *lines, _ = out.splitlines()
+    *lines, accuracy, views, learnt = out.splitlines()
+    assert accuracy.startswith("kNN accuracy") and views.startswith("See its views: ")
+    assert learnt.startswith("See what it has learnt: ")
     (predicted,) = [lines.pop(number) for number, line in enumerate(lines) if line.startswith("About ")]
     assert predicted.endswith("for the remaining 4 steps")
     assert [line[:7] for line in lines[:6]] == ["Images:", "Labels:", "Model: ", "Device:", "Stages:", "Budget:"]

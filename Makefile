@@ -17,8 +17,8 @@ help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
 
 quickstart: $(INSTALLED) ## pretrain a small ViT on bundled images, in minutes on a CPU
-	$(BIN)/accelerate launch hf_accel/run.py recipes/moco.yaml
-	@out=$$(sed -nE 's/^output_dir: *([^ #]+).*/\1/p' recipes/moco.yaml); \
+	$(BIN)/accelerate launch hf_accel/run.py recipes/simclr.yaml
+	@out=$$(sed -nE 's/^output_dir: *([^ #]+).*/\1/p' recipes/simclr.yaml); \
 	echo; \
 	echo "results      $$out/results.json"; \
 	echo "curves       $$out/curves.png"; \

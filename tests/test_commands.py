@@ -301,7 +301,7 @@ def launches_of_readme() -> list[list[str]]:
     words = [given(command) for command in COMMANDS if command.where == "README.md" and len(command.words) > 2]
     runs = [recipe_of(words) for words in words if words[0] in ("hf-accel", "accelerate")]
     started = [[overrides[0].removeprefix("task="), recipe, *overrides[1:]] for recipe, overrides in runs]
-    return [["pretrain", "recipes/moco.yaml"], *started]
+    return [["pretrain", "recipes/simclr.yaml"], *started]
 
 
 @pytest.mark.slow
@@ -314,7 +314,7 @@ def test_what_readme_launches_runs_at_toy_size(workplace, capsys):
     for task, recipe, *overrides in launches:
         toy = [] if task == "export" else overrides_for(task, [*TOY, f"data={images}"])
         cli.main([task, recipe, *overrides, *toy])
-    for path in ("moco/final", "photos/final", "search/schedule.yaml", "searched/final", "exported/vit/README.md"):
+    for path in ("simclr/final", "photos/final", "search/schedule.yaml", "searched/final", "exported/vit/README.md"):
         assert (workplace / "runs" / path).exists(), path
     evaluations = read(workplace / "runs/evaluated/results.json")["evaluations"]
     assert {entry["evaluation"] for entry in evaluations} == {"knn", "linear", "logistic", "finetune"}

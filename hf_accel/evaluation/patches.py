@@ -29,7 +29,7 @@ def look_at_patches(model: PreTrainedModel, pixel_values: Tensor, patch_size: in
     """
     options: dict[str, Any] = {} if patch_size is None else {"patch_size": patch_size}
     attends = has_cls_token(model) and not is_hierarchical(model.config)
-    before = model.config._attn_implementation
+    before = model.config._attn_implementation or "sdpa"
     if attends:
         model.set_attn_implementation("eager")  # The only one that returns its weights.
         options["output_attentions"] = True

@@ -158,7 +158,7 @@ def draw_map(images: Explored, folder: Path) -> Section:
     points = TSNE(init="pca", perplexity=perplexity, random_state=images.seed).fit_transform(reduced)
     if images.labels is None:
         count = min(CLUSTERS, len(rows))
-        groups = KMeans(count, n_init=3, random_state=images.seed).fit_predict(reduced)
+        groups = KMeans(count, random_state=images.seed).fit_predict(reduced)
         names, kind = (
             [f"cluster {number + 1}" for number in range(count)],
             "clusters that k-means finds in the features",
@@ -182,7 +182,7 @@ def group_by_class(labels: Tensor, class_names: Sequence[str]) -> tuple[np.ndarr
     largest = [label for label in counts.argsort(descending=True, stable=True).tolist() if counts[label]][:GROUPS]
     place = {label: number for number, label in enumerate(sorted(largest))}
     groups = np.array([place.get(label, len(place)) for label in labels.tolist()])
-    return groups, [class_names[label] for label in sorted(largest)]
+    return groups, [class_names[int(label)] for label in sorted(largest)]
 
 
 def draw_duplicates(images: Explored, folder: Path) -> Section:

@@ -87,7 +87,7 @@ def test_mode_is_restored_after_an_error() -> None:
 
 
 def test_images_without_labels_have_features() -> None:
-    bare = [{"pixel_values": item["pixel_values"]} for item in samples()]
+    bare: Any = [{"pixel_values": item["pixel_values"]} for item in samples()]
     found, labels = extract_features(small_vit(), DataLoader(bare, batch_size=4), "cpu")
     expected, _ = extract_features(small_vit(), DataLoader(samples(), batch_size=4), "cpu")
     assert torch.equal(found, expected) and set(labels.tolist()) == {-1}

@@ -84,6 +84,7 @@ def test_full_shared_memory_is_an_error_with_a_remedy(monkeypatch):
     assert all(remedy in line for remedy in ("--shm-size", "--ipc=host", "num_workers: 0"))
 
 
+@pytest.mark.slow
 def test_a_late_worker_is_an_error_with_a_remedy():
     with pytest.raises(WorkersFailed, match=r"DataLoader timed out after 1 seconds\. .*--shm-size.*num_workers: 0"):
         load(lambda number: time.sleep(1.5) if number == 0 else BATCH, timeout=1)

@@ -167,6 +167,7 @@ def test_it_learns_and_saves_a_classifier(name, sources, tmp_path):
     assert (tmp_path / "tuned" / "preprocessor_config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_a_function_of_its_seed(sources, tmp_path):
     source, validation = sources
     config = FineTuneConfig(epochs=1, batch_size=30, drop_path_rate=0.5)

@@ -373,6 +373,7 @@ def test_head_starts_as_the_original():
     assert set(dino.collapse_symptoms({"loss": math.log(300)})) == {"uniform"}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_centre_and_opens_as_the_teacher(tmp_path):
     dino = model()
     dino(views_of(dino), WHOLE, Draw(0, 0)).loss.backward()

@@ -173,6 +173,7 @@ def grid_of(recipe: Any) -> list[Strategy]:
     return costs.call_args.args[-1][1:]
 
 
+@pytest.mark.slow
 def test_keys_of_the_grid_act():
     base = SearchRecipe(pilot="pilot", **SIZES)
     for key, (value, expected) in GRID.items():

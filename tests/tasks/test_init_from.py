@@ -122,6 +122,7 @@ def test_views_are_normalised_as_the_encoder_was(released, images, monkeypatch, 
     assert source.mean != seen[0][0]  # of the data alone
 
 
+@pytest.mark.slow
 def test_a_resume_is_exact_and_does_not_read_the_encoder_again(released, images, whole, tmp_path, monkeypatch):
     copy = shutil.copytree(released, tmp_path / "released")
     output, true_begin = tmp_path / "run", ProgressCallback.on_step_begin

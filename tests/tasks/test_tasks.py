@@ -371,6 +371,7 @@ def test_a_training_set_smaller_than_the_batch(tmp_path):
     assert read(output / "results.json")["steps"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bad", "logging_steps"), [(math.nan, 1), (math.inf, 100)], ids=["on logging", "on saving"])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
     bad, logging_steps, whole, folder, tmp_path, monkeypatch
@@ -456,6 +457,7 @@ class NaNGradient(torch.autograd.Function):
         return gradients[0] * math.nan
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_never_the_last_good_checkpoint(whole, folder, tmp_path, monkeypatch):
     # the loss of step 6 is fine, its update is not: only step 7 has a loss that shows it
     output, settings = tmp_path / "run", ["eval_points=[0.0, 1.0]"]

@@ -47,6 +47,7 @@ def cache_of(trainer: PretrainTrainer) -> Any:
     return json.loads((trainer.folder.results).read_text())["cache"]
 
 
+@pytest.mark.slow
 def test_stored_images_are_read_once(tmp_path, capsys):
     plain, stored = trained(tmp_path / "none", cache="none"), trained(tmp_path / "ram", cache="ram")
     reads = [trainer.source._table.dataset.reads for trainer in (plain, stored)]  # pyright: ignore
@@ -57,6 +58,7 @@ def test_stored_images_are_read_once(tmp_path, capsys):
     assert "Images are stored in 0.00 GB, short side at most 22 pixels" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_on_a_cpu_the_device_is_the_memory(tmp_path):
     ram, device = trained(tmp_path / "ram", cache="ram"), trained(tmp_path / "device", cache="device")
     assert_same_weights(tmp_path / "ram", tmp_path / "device")
@@ -106,6 +108,7 @@ def test_a_resumed_run_keeps_its_cache(begun, tmp_path, monkeypatch):
     assert read_state(state)["cache"] == begun
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_change_its_cache(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path, [StopAt(5)], cache="ram")

@@ -307,6 +307,7 @@ class Ask(TrainerCallback):
             setattr(control, self.what, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("event", ["on_step_end", "on_log", "on_step_begin", "should_epoch_stop"])
 def test_a_run_that_a_callback_stops_is_not_finished(tmp_path, capsys, event):
     """The budget pays for 6 steps."""
@@ -464,6 +465,7 @@ def test_a_resume_on_other_images_warns(tmp_path, capsys, shift, warned):
     assert ("was trained on images of other colours than" in capsys.readouterr().out) == warned
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_colours_resumes_in_silence(tmp_path, capsys):
     """Those of earlier versions."""
     trainer = PretrainTrainer(moco(), config(tmp_path / "run"), Tensors(), callbacks=[StopAt(5)])

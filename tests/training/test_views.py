@@ -48,6 +48,7 @@ def losses(trainer: PretrainTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused_takes, chosen", [(0.5, "fused"), (2.0, "eager")])
 def test_the_faster_way_is_taken_where_views_take_long(fused_takes, chosen, rendered, monkeypatch, tmp_path):
     take_seconds(monkeypatch, fused_takes)
@@ -67,6 +68,7 @@ def test_seconds_of_views_leave_out_other_programs(monkeypatch, tmp_path):
     assert views._seconds(trainer, 16, {}, 1) < 0.025
 
 
+@pytest.mark.slow
 def test_fused_views_give_the_same_losses(rendered, tmp_path):
     stages = [{"until": 0.4, "patch_size": 8}, {"until": 1.0, "patch_size": 4}]
     settings = {"schedule": stages, "view_resolution": "matched"}

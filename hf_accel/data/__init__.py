@@ -6,5 +6,6 @@ from .fused import FusedViews
 from .items import image_source
 from .labels import describe_labels
 from .loader import TrainSampler, eval_loader, image_processor, resize_edge, train_loader
-from .sources import CorruptDataError, CorruptImage, ImageSource, load_sources
+from .loading import load_sources
+from .sources import CorruptDataError, CorruptImage, ImageSource
 from .workers import WorkersFailed, count_workers, explained_failures

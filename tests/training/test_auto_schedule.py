@@ -271,6 +271,7 @@ def test_measured_costs_hold_the_whole_ladder(folder, tmp_path, monkeypatch):
 
 
 SMALL = [
+    "patch_size=4",
     "model_config.hidden_size=16",
     "model_config.num_hidden_layers=1",
     "model_config.intermediate_size=32",

@@ -93,29 +93,24 @@ def test_a_schedule_in_words_names_unusual_targets_only():
     assert "; (7 more); " in in_words(many) and in_words(many).endswith("dropout 0 until 100%")
 
 
-def test_quiet_hides_chatter_and_restores_everything(capsys):
+def test_quiet_hides_chatter_and_restores_everything(capsys, monkeypatch):
     logger, child = logging.getLogger("DeepSpeed"), logging.getLogger("accelerate.accelerator")
-    handler = logging.StreamHandler(sys.stdout)
-    for chatty in (logger, child):
-        chatty.addHandler(handler)
+    for chatty in (logger, child):  # In place of DeepSpeed's own handler, which keeps the stdout of its first import.
+        monkeypatch.setattr(chatty, "handlers", [logging.StreamHandler(sys.stdout)])
     before = (logger.level, list(logger.filters), child.getEffectiveLevel())
-    try:
-        with pytest.raises(RuntimeError), quiet():
-            logger.setLevel(logging.INFO)  # as DeepSpeed does when it is imported
-            logger.warning("chatter")
-            child.warning("chatter")
-            logger.error("a real error")
-            list(transformers_logging.tqdm([1], desc="Writing model shards"))
-            warnings.warn_explicit("known", FutureWarning, "x.py", 1, module="torch.distributed.fsdp")
-            raise RuntimeError
-        said = capsys.readouterr()
-        assert said.out == "a real error\n" and said.err == ""
-        assert before == (logger.level, list(logger.filters), child.getEffectiveLevel())
+    with pytest.raises(RuntimeError), quiet():
+        logger.setLevel(logging.INFO)  # as DeepSpeed does when it is imported
+        logger.warning("chatter")
+        child.warning("chatter")
+        logger.error("a real error")
         list(transformers_logging.tqdm([1], desc="Writing model shards"))
-        assert "Writing" in capsys.readouterr().err
-    finally:
-        for chatty in (logger, child):
-            chatty.removeHandler(handler)
+        warnings.warn_explicit("known", FutureWarning, "x.py", 1, module="torch.distributed.fsdp")
+        raise RuntimeError
+    said = capsys.readouterr()
+    assert said.out == "a real error\n" and said.err == ""
+    assert before == (logger.level, list(logger.filters), child.getEffectiveLevel())
+    list(transformers_logging.tqdm([1], desc="Writing model shards"))
+    assert "Writing" in capsys.readouterr().err
 
 
 def test_trackers_get_no_argument_that_a_run_does_not_use(tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def plot_curves(
     image_size: int,
     title: str = "",
     baselines: Mapping[str, float] | None = None,
+    rank_me_start: float | None = None,
 ) -> None:
     """Draw accuracy, RankMe, alpha-ReQ, loss, patch tokens, patch size and token dropout against the units spent.
 
@@ -53,15 +55,16 @@ def plot_curves(
         plan: that of the run. Compression is drawn exactly where it changes.
         image_size: pixels of a view.
         baselines: kNN accuracies in [0, 1] to draw as dashed lines, such as {"random initialisation": 0.4}.
+        rank_me_start: RankMe of the released weights that training started from, to draw as a dashed line.
     """
     panels: list[tuple[float, Callable[[Axes], None]]] = []
     accuracy, loss = (_series(log_history, key) for key in ("eval_knn_top1", "loss"))
     if len(accuracy[0]):
         linear = _series(log_history, "eval_ridge_top1")
         panels.append((3, lambda axes: _accuracy(axes, accuracy, linear, baselines or {})))
-    for key, label in (("eval_rank_me", "RankMe"), ("eval_alpha_req", "alpha-ReQ")):
+    for key, label, start in (("eval_rank_me", "RankMe", rank_me_start), ("eval_alpha_req", "alpha-ReQ", None)):
         if len((series := _series(log_history, key))[0]):
-            panels.append((1.2, lambda axes, series=series, label=label: _measure(axes, series, label)))
+            panels.append((1.2, partial(_measure, series=series, label=label, start=start)))
     if len(loss[0]):
         panels.append((3, lambda axes: _loss(axes, loss)))
     stages = _planned(plan, image_size)
@@ -149,8 +152,11 @@ def _finite(value: Any) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _measure(axes: Axes, series: Series, label: str) -> None:
+def _measure(axes: Axes, series: Series, label: str, start: float | None) -> None:
     axes.plot(*series, color=BLUE, marker="o", markersize=4)
+    if start is not None:
+        axes.axhline(start, color=GRAY, linestyle=DASHES[0], label=f"start: {start:.1f}")
+        axes.legend(loc="best", fontsize=8)
     axes.margins(y=0.2)
     axes.set_ylabel(label)
 

@@ -81,6 +81,19 @@ def watched_values(history: list[dict[str, Any]], name: str) -> list[dict[str, A
     return [entry for entry in history if name in entry]
 
 
+def describe_best(history: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the evaluation whose encoder `best/` holds, the metric it was chosen by ("measure") and its "start"."""
+    name = next((name for name in WATCHED if watched_values(history, name)), None)
+    if name is None:
+        return None
+    measured, measure = watched_values(history, name), name.removeprefix("eval_")
+    best, first = max(measured, key=lambda entry: entry[name]), measured[0]
+    return {
+        **{"measure": measure, "step": best["step"], "progress": best["progress"], measure: best[name]},
+        "start": first[name] if first["step"] == 0 else None,
+    }
+
+
 class BestCallback(TrainerCallback):
     """Keeps the best encoder in `best/`, and warns once if training makes it worse than the one it started from."""
 

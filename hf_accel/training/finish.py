@@ -40,17 +40,19 @@ def finish_run(trainer: Any) -> None:
 
 def describe_result(trainer: Any, results: dict[str, Any]) -> str:
     """Say what accuracy the run has reached and where its results are."""
-    folder = trainer.folder
+    folder, best, kept = trainer.folder, results["best"], ""
+    in_words = "RankMe {:.1f}" if results["knn_top1"] is None else "{:.2%}"
+    if best and best["step"] < results["steps"]:
+        value = in_words.format(best[best["measure"]])
+        kept = f"; best/ holds the best, {value} at {best['progress']:.0%} of the budget"
     if results["knn_top1"] is None:
         lack = "for lack of labels or of images kept for it"
-        rank = "" if results["rank_me"] is None else f"; RankMe {results['rank_me']:.1f}"
         why = "as eval_points asks for none" if trainer.has_labels() else lack
-        return f"Results in {folder}; no accuracy, {why}{rank}"
-    said = {"random initialisation": results["knn_top1_random_init"], "at the start": results.get("knn_top1_init_from")}
+        rank = "" if results["rank_me"] is None else f"; {in_words.format(results['rank_me'])}"
+        start = "" if not best or best["start"] is None else f" (at the start {best['start']:.1f})"
+        return f"Results in {folder}; no accuracy, {why}{rank}{start}{kept}"
+    said = {"random initialisation": results["knn_top1_random_init"], "at the start": results["knn_top1_init_from"]}
     start = "".join(f" ({name} {value:.2%})" for name, value in said.items() if value is not None)
-    best, kept = results.get("best"), ""
-    if best and best["step"] < results["steps"]:
-        kept = f"; best/ holds the best, {best['knn_top1']:.2%} at {best['progress']:.0%} of the budget"
     return f"kNN accuracy {results['knn_top1']:.2%}{start}{kept}; results in {folder}"
 
 
@@ -76,8 +78,10 @@ def write_results(trainer: Any, results: dict[str, Any]) -> None:
     named["start"] = results.get("knn_top1_init_from")
     baselines = {name: value for name, value in named.items() if value is not None}
     title = f"{results['objective']} on {results['data']['name']}"
-    size = trainer.objective.config.image_size
-    plot_curves(history, folder.curves, title=title, baselines=baselines, plan=plan, image_size=size)
+    size, best = trainer.objective.config.image_size, results.get("best") or {}
+    rank = best["start"] if best.get("measure") == "rank_me" else None
+    drawn: dict[str, Any] = {"baselines": baselines, "rank_me_start": rank}
+    plot_curves(history, folder.curves, title=title, plan=plan, image_size=size, **drawn)
     write_json(folder.log_history, {"log_history": history})
     with folder.update_results() as written:  # It may hold evaluations of a checkpoint.
         written |= results

@@ -13,6 +13,7 @@ from ..data import CorruptImage, ImageSource
 from ..distributed.launch import engine_of
 from ..models.configuration_accel_vit import changed_fields
 from ..utils.pretrain_settings import PretrainSettings, Rule
+from .continuing import describe_best
 
 RULES: dict[str, Rule] = {
     **{key.name: key.metadata["resume"] for key in fields(PretrainSettings)},
@@ -133,7 +134,6 @@ def training_results(trainer: Any) -> dict[str, Any]:
     schedule = plan.followed()
     start = trainer.objective.config.init_from
     before = next((entry["eval_knn_top1"] for entry in accuracies if entry["step"] == 0), None)
-    best = max(accuracies, key=lambda entry: entry["eval_knn_top1"]) if start and accuracies else None
     uncompressed = Strategy(Compression(trainer.objective.config.patch_size))
     return {
         "knn_top1": accuracies[-1]["eval_knn_top1"] if accuracies else None,
@@ -141,10 +141,7 @@ def training_results(trainer: Any) -> dict[str, Any]:
         "knn_top1_random_init": None if start else before,
         "knn_top1_init_from": before if start else None,
         "init_from": start,
-        "best": best
-        and {
-            **{"step": best["step"], "progress": best["progress"], "knn_top1": best["eval_knn_top1"]},
-        },
+        "best": describe_best(trainer.state.log_history) if start else None,
         **{name: measured.get(f"eval_{name}") for name in ("ridge_top1", "rank_me", "alpha_req")},
         "units": state["units"],
         "budget": plan.budget,

@@ -55,6 +55,8 @@ def test_what_evaluations_measure_is_drawn(panels) -> None:
     for label, values in (("RankMe", [10, 20]), ("alpha-ReQ", [1, 0.5])):
         ((x, y),) = lines(drawn[label]).values()
         assert (list(x), list(y)) == ([4, 8], values)
+    compared = panels(history, rank_me_start=12.34)
+    assert set(lines(compared["RankMe"])["start: 12.3"][1]) == {12.34} and len(compared["alpha-ReQ"].lines) == 1
 
 
 def test_loss_and_accuracy_against_units(panels) -> None:

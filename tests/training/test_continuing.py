@@ -139,7 +139,8 @@ def test_the_best_is_kept_and_a_fall_is_said_once(tmp_path, encoder, monkeypatch
     assert kept.keys() == digests[best].keys() and all(torch.equal(kept[name], digests[best][name]) for name in kept)
     assert (tmp_path / "run/best/preprocessor_config.json").exists() and not (tmp_path / "run/.best").exists()
     results = json.loads((tmp_path / "run/results.json").read_text())
-    assert results["best"]["knn_top1"] == accuracies[best] and results["best"]["step"] == [0, 2, 4][best]
+    chosen = {"measure": "knn_top1", "knn_top1": accuracies[best], "start": 0.5}
+    assert results["best"] == {**chosen, "step": [0, 2, 4][best], "progress": [0.0, 0.5, 1.0][best]}
     assert (results["knn_top1_init_from"], results["knn_top1"]) == (0.5, accuracies[-1])
     assert results["knn_top1_random_init"] is None and results["init_from"]["name"] == "/".join(encoder.parts[-2:])
     assert ("best/ holds the best" in capsys.readouterr().out) == (best < 2)
@@ -147,6 +148,24 @@ def test_the_best_is_kept_and_a_fall_is_said_once(tmp_path, encoder, monkeypatch
     assert f"started from the weights of `{results['init_from']['name']}`" in card
     assert "was 50.0%, and that of this model is" in card and ("The best of the run" in card) == (best < 2)
     shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.parametrize("ranks, best", [([20.0, 30.0, 25.0], 1), ([20.0, 15.0, 30.0], 2)])
+def test_without_labels_the_best_is_chosen_by_rank(tmp_path, encoder, monkeypatch, capsys, ranks, best):
+    values, drawn = iter(ranks), {}
+    monkeypatch.setattr(PretrainTrainer, "measure_encoder", lambda self, model: {"rank_me": next(values)})
+    monkeypatch.setattr("hf_accel.training.finish.plot_curves", lambda *_, **options: drawn.update(options))
+    args = config(tmp_path / "run", **QUIET | {"eval_points": [0.5, 1.0]}, freeze_encoder=0.0, budget=4 * STEP)
+    PretrainTrainer(started(encoder), args, Tensors()).train()
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    chosen = {"measure": "rank_me", "rank_me": ranks[best], "start": 20.0}
+    assert results["best"] == {**chosen, "step": [0, 2, 4][best], "progress": [0.0, 0.5, 1.0][best]}
+    assert drawn["rank_me_start"] == 20.0
+    said, card = capsys.readouterr().out, (tmp_path / "run/final/README.md").read_text()
+    assert f"; RankMe {ranks[-1]:.1f} (at the start 20.0)" in said
+    assert ("; best/ holds the best, RankMe 30.0 at 50% of the budget" in said) == (best == 1)
+    assert f"Their RankMe on training images was 20.0, and that of this model is {ranks[-1]:.1f}." in card
+    assert ("The best of the run, 30.0, was reached at 50% of the budget." in card) == (best == 1)
 
 
 def test_a_run_from_random_weights_keeps_no_best(tmp_path):

@@ -26,7 +26,6 @@ from ..utils.errors import fail
 from ..utils.pretrain_settings import Rule
 from ..utils.seeding import generator
 from ..utils.writing import AGAIN, write_text, writing
-from .accuracy import measure_encoder
 from .arguments import check_arguments
 from .auto_schedule import AutoScheduleCallback
 from .caching import start_cache
@@ -34,19 +33,19 @@ from .callbacks import ProgressCallback, note_factors
 from .config import Derived, PretrainConfig
 from .console import ConsoleCallback, describe_run, quiet
 from .continuing import BestCallback, Pace, choose_pace, separate_encoder
+from .evaluating import EvaluatingTrainer
 from .finish import finish_run
 from .memory import explained_memory
 from .monitoring import CollapseMonitor
 from .planning import Costs, describe_plan, plan_run, read_costs, read_schedule
 from .record import RULES, describe_optimizer, describe_settings, sample_colours
 from .resuming import choose_checkpoint, find_costs, load_complete, take_over
-from .saving import SavingTrainer
 from .step_costs import prepare_steps
 from .streams import GpuSteps
 from .timing import PredictedTime, name_bound
 
 
-class PretrainTrainer(SavingTrainer):
+class PretrainTrainer(EvaluatingTrainer):
     """
     Trains an objective until its budget is spent.
 
@@ -329,7 +328,7 @@ class PretrainTrainer(SavingTrainer):
     def floating_point_ops(self, inputs) -> int:
         return 0  # the ledger is in units
 
-    # Logging and evaluation
+    # Logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         steps = self.state.global_step
@@ -367,42 +366,3 @@ class PretrainTrainer(SavingTrainer):
             logs[name] = float(total) / self._metric_count
         self._metric_sums, self._metric_count = {}, 0
         return logs
-
-    def has_labels(self) -> bool:
-        """Whether kNN accuracy can be measured."""
-        return all(images is not None and images.labels is not None for images in (self.source, self.validation))
-
-    def measure_encoder(self, encoder: Any) -> dict[str, float]:
-        """Return what an evaluation of this run measures of an encoder."""
-        with torch.compiler.set_stance("force_eager"):  # its shapes are not worth a compilation
-            return measure_encoder(encoder, self.source, self.validation, self.args)
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """RankMe and alpha-ReQ of the exported encoder and, with labels, its kNN and linear accuracy, as fractions.
-
-        After a stop there is nothing, either, and the launch that resumes evaluates first of all.
-
-        Raises:
-            Stopped: the stop came before the first step of this launch, so that there is nothing to save.
-        """
-        start, cpu_start = time.perf_counter(), time.process_time()
-        metrics: dict[str, float] = {}
-        self.evaluation_due = False
-        try:
-            measured = self.measure_encoder(self.whole_objective().encoder)
-            metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
-            if metrics:
-                self.log(dict(metrics))
-        except Stopped:
-            if self.state.global_step == self._first_step:
-                raise
-            self.stopped = self.evaluation_due = True
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if self.stopped:
-            self.control.should_save = self.control.should_training_stop = True
-        taken = time.perf_counter() - start
-        self.seconds["evaluation"] += taken
-        self._cpu_before -= time.process_time() - cpu_start
-        since, *others = self._window
-        self._window = (since + taken, *others)
-        return metrics

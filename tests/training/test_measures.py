@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from hf_accel import AccelViTConfig, AccelViTModel
+from hf_accel import AccelViTConfig, AccelViTModel, PretrainTrainer
 from hf_accel.data import ImageSource, eval_loader
 from hf_accel.evaluation import alpha_req, extract_features, rank_me
 from hf_accel.training import accuracy
 from hf_accel.training.accuracy import measure_encoder
 from hf_accel.training.continuing import BestCallback
+from tests.training.test_front_door import Tensors, config, moco
 
 ARGS: Any = SimpleNamespace(knn_k=5, knn_temperature=0.07, dataloader_num_workers=0, device="cpu")
 
@@ -61,6 +62,14 @@ def test_a_collapsed_encoder_has_no_slope_and_ends_no_run(encoder):
     same = ImageSource("x", pixels=torch.full((40, 3, 8, 8), 9, dtype=torch.uint8))
     found = measure_encoder(encoder, same, None, ARGS)
     assert found["rank_me"] == pytest.approx(1, abs=0.01)
+
+
+def test_measure_accuracy_warns_and_returns_what_it_did(tmp_path):
+    trainer = PretrainTrainer(moco(), config(tmp_path), Tensors(), Tensors(30))
+    new = trainer.measure_encoder(trainer.objective.encoder)
+    with pytest.warns(FutureWarning, match=r"is deprecated .*: use measure_encoder\(\)") as warnings:
+        old = trainer.measure_accuracy(trainer.objective.encoder)
+    assert old == {"top1": new["knn_top1"], "top5": new["knn_top5"]} and warnings[0].filename == __file__
 
 
 def warned(metric: str, values: list[float], caplog, monkeypatch) -> list[str]:

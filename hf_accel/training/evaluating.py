@@ -1,0 +1,65 @@
+"""The part of `PretrainTrainer` that evaluates: what it measures of the encoder, and when a stop puts that off."""
+
+import time
+import warnings
+from typing import Any, cast
+
+import torch
+
+from ..distributed.stopping import Stopped
+from .accuracy import measure_encoder, measure_knn
+from .saving import SavingTrainer
+
+
+class EvaluatingTrainer(SavingTrainer):
+    """A Trainer that measures the exported encoder, and counts the time of this apart from that of training."""
+
+    evaluation_due: bool
+    seconds: dict[str, float]
+    _cpu_before: float
+    _window: tuple[float, int, float, float]
+
+    def has_labels(self) -> bool:
+        """Whether kNN accuracy can be measured."""
+        return all(images is not None and images.labels is not None for images in (self.source, self.validation))
+
+    def measure_encoder(self, encoder: Any) -> dict[str, float]:
+        """Return what an evaluation of this run measures of an encoder."""
+        with torch.compiler.set_stance("force_eager"):  # its shapes are not worth a compilation
+            return measure_encoder(encoder, self.source, self.validation, self.args)
+
+    def measure_accuracy(self, encoder: Any) -> dict[str, float]:
+        """Return the kNN accuracies "top1" and "top5" of an encoder. Deprecated: `measure_encoder` measures more."""
+        instead = "use measure_encoder(), which returns them as knn_top1 and knn_top5"
+        warnings.warn(f"measure_accuracy() is deprecated and will be removed: {instead}", FutureWarning, stacklevel=2)
+        with torch.compiler.set_stance("force_eager"):
+            return measure_knn(encoder, self.source, cast(Any, self.validation), self.args)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """RankMe and alpha-ReQ of the exported encoder and, with labels, its kNN and linear accuracy, as fractions.
+
+        After a stop there is nothing, either, and the launch that resumes evaluates first of all.
+
+        Raises:
+            Stopped: the stop came before the first step of this launch, so that there is nothing to save.
+        """
+        start, cpu_start = time.perf_counter(), time.process_time()
+        metrics: dict[str, float] = {}
+        self.evaluation_due = False
+        try:
+            measured = self.measure_encoder(self.whole_objective().encoder)
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+            if metrics:
+                self.log(dict(metrics))
+        except Stopped:
+            if self.state.global_step == self._first_step:
+                raise
+            self.stopped = self.evaluation_due = True
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.stopped:
+            self.control.should_save = self.control.should_training_stop = True
+        taken = time.perf_counter() - start
+        self.seconds["evaluation"] += taken
+        self._cpu_before -= time.process_time() - cpu_start
+        self._window = (self._window[0] + taken, *self._window[1:])
+        return metrics

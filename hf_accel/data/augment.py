@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..distributed.transfer import send
 from ..utils.seeding import generator
-from .crops import CROP_ATTEMPTS, crop_and_resize, crop_boxes
+from .crops import CROP_ATTEMPTS, crop_and_resize, crop_boxes, to_unit
 
 CACHE_BYTES = 2**22
 """On a CPU, images are augmented in runs of this size, which stay in the cache between operations."""
@@ -79,7 +79,7 @@ def brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the image's mean gray."""
+    """Blend with the image's mean gray or, where channels are no colours, each with its own mean."""
     mean = images.mean((2, 3), keepdim=True)
     return torch.lerp(_gray(mean) if images.shape[1] == 3 else mean, images, factor).clamp_(0, 1)
 
@@ -181,15 +181,15 @@ def _select_change(chosen: Tensor, operation: Callable[..., Tensor], *parameters
     return [_Change(operation, rows, tuple(parameter[rows] for parameter in parameters))] if len(rows) else []
 
 
-def _jitter(config: ViewConfig, draws: Tensor, gray: bool) -> list[_Change]:
-    """List the colour operations in an order drawn per image, from uniform `draws` (B, 9). Gray keeps its hue."""
+def _jitter(config: ViewConfig, draws: Tensor, colours: bool) -> list[_Change]:
+    """List the operations in an order drawn per image, from uniform `draws` (B, 9). Without `colours` hues stay."""
     chosen, order, factors = draws[:, 0] < config.jitter, draws[:, 1:5].argsort(1), 2 * draws[:, 5:] - 1
     operations = (brightness, contrast, saturation, hue)
     strengths = (config.brightness, config.contrast, config.saturation, config.hue)
     changes: list[_Change] = []
     for position in range(4):
         for number, (operation, strength) in enumerate(zip(operations, strengths, strict=True)):
-            if strength == 0 or (gray and operation in (saturation, hue)):
+            if strength == 0 or (not colours and operation in (saturation, hue)):
                 continue
             amount = factors[:, number] * strength + (0 if operation is hue else 1)
             rows = chosen & (order[:, position] == number)
@@ -204,7 +204,7 @@ def _list_changes(config: ViewConfig, draws: dict[str, Tensor], channels: int, s
         limits = torch.tensor([math.radians(config.rotation), math.radians(config.shear)])
         angle, shear = ((2 * draws["rotate"] - 1) * limits).unbind(1)
         changes += _select_change(torch.ones(len(angle), dtype=torch.bool), rotate_and_shear, angle, shear)
-    changes += _jitter(config, draws["jitter"], gray=channels == 1)
+    changes += _jitter(config, draws["jitter"], colours=channels == 3)
     if channels == 3:
         changes += _select_change(draws["grayscale"][:, 0] < config.grayscale, grayscale)
     low, high = (sigma * size / 224 for sigma in config.blur_sigma)
@@ -247,11 +247,12 @@ def make_views(
     std: Sequence[float] = (1.0, 1.0, 1.0),
     render: "Renderer | None" = None,
 ) -> list[Tensor]:
-    """Make one normalised float (B, 3, S, S) per config on the device of the batch. S is the config's size or `size`.
+    """Make one normalised float (B, C, S, S) per config on the device of the batch. S is the config's size or `size`.
 
-    `batch` holds "images", uint8 (B, C, H, W), which are cropped here, or "crops", a list of uint8 (B, C, S, S) that a
-    loader has cut with the same draws, which are resized where they are larger than the view. C is 3, or 1 for gray
-    images, which are augmented once and then repeated. "stored" (`cache.StoredSizes`), if given, says where in "images"
+    `batch` holds "images", (B, C, H, W) of uint8 or uint16, which are cropped here, or "crops", a list of (B, C, S, S)
+    that a loader has cut with the same draws, which are resized where they are larger than the view. Gray images, of
+    one channel, are augmented once and then repeated to the channels of `mean`. Only 3 channels are colours, with hue,
+    saturation and a gray version. "stored" (`cache.StoredSizes`), if given, says where in "images"
     the images lie.
     `rows` are this process's among the `global_batch` rows of the micro-batch (default: the batch is the whole).
     The result is a pure function of the arguments. `render` makes the views of what was drawn (default: operation by
@@ -280,7 +281,7 @@ def make_views(
 
 
 class DrawnView(NamedTuple):
-    """A view before it is made: its images, uint8 (B, C, H, W), and what each of them drew, (B, ...) by name.
+    """A view before it is made: its images (B, C, H, W), and what each of them drew, (B, ...) by name.
 
     Without "boxes" among the draws the images are the crops. "turned", beside boxes, is explained at `crop_and_resize`.
     """
@@ -296,19 +297,20 @@ Renderer = Callable[[Sequence[DrawnView], Sequence[float], Sequence[float]], lis
 
 
 def render_by_operation(views: Sequence[DrawnView], mean: Sequence[float], std: Sequence[float]) -> list[Tensor]:
-    """Apply each operation to the images that drew it: float32 (B, 3, S, S) for each view."""
-    made = [torch.empty(len(view.source), 3, view.size, view.size, device=view.source.device) for view in views]
+    """Apply each operation to the images that drew it: float32 (B, C, S, S) for each view, C channels as in `mean`."""
+    shapes = [(len(view.source), len(mean), view.size, view.size) for view in views]
+    made = [torch.empty(shape, device=view.source.device) for shape, view in zip(shapes, views, strict=True)]
     _render_runs([run for pair in zip(views, made, strict=True) for run in _split_into_runs(*pair)], mean, std)
     return made
 
 
 class _Run(NamedTuple):
-    """Consecutive images of a view, for which `boxes`, if given, are cut out of uint8 `source` (B, C, H, W)."""
+    """Consecutive images of a view, for which `boxes`, if given, are cut out of `source` (B, C, H, W)."""
 
     source: Tensor
     boxes: tuple[Tensor, Tensor | None] | None  # with what is turned
     changes: list[_Change]
-    output: Tensor  # (B, 3, S, S), a part of the view
+    output: Tensor  # (B, C, S, S), a part of the view
 
 
 def _split_into_runs(drawn: DrawnView, view: Tensor) -> list[_Run]:
@@ -328,14 +330,14 @@ def _split_into_runs(drawn: DrawnView, view: Tensor) -> list[_Run]:
 def _render_runs(runs: list[_Run], mean: Sequence[float], std: Sequence[float]) -> None:
     """Write the outputs of these runs, on the device of their source."""
     device = runs[0].source.device
-    scale = (torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1))
+    scale = (torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1))
     leaves, structure = tree_flatten((*scale, [(run.boxes, run.changes) for run in runs]))
     sent = iter(send([leaf for leaf in leaves if isinstance(leaf, Tensor)], device))
     there = [next(sent) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     mean_there, std_there, parts = tree_unflatten(there, structure)
     for run, (boxes, changes) in zip(runs, parts, strict=True):
         size = run.output.shape[-1]
-        images = run.source / 255 if boxes is None else crop_and_resize(run.source, boxes[0], size, boxes[1])
+        images = to_unit(run.source) if boxes is None else crop_and_resize(run.source, boxes[0], size, boxes[1])
         for change in changes:
             images = change(images)
         torch.sub(images, mean_there, out=run.output).div_(std_there)

@@ -17,12 +17,13 @@ from typing import Any
 import PIL.Image
 import psutil
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..distributed import is_main, processes_on_node
+from .arrays import AnyImage
 from .augment import ViewConfig
+from .crops import resize
 from .decoding import image_tensor, upright_size
 from .sources import Bad, CorruptImage, ImageSource
 from .workers import cores_of_process
@@ -53,18 +54,22 @@ def stored_sizes(own: Tensor, side: int) -> Tensor:
     return (own * scale[:, None]).round().long().clamp(min=1)
 
 
-def storage_bytes(own: Tensor, side: int) -> int:
+def storage_bytes(own: Tensor, side: int, pixel_bytes: int = 3) -> int:
     """Return the memory in bytes that images of the sizes `own` (N, 2) take."""
     sizes = stored_sizes(own, side)
-    return int(sizes.amax(1).sum()) * int(sizes.amin(1).max()) * 3
+    return int(sizes.amax(1).sum()) * int(sizes.amin(1).max()) * pixel_bytes
+
+
+def _pixel_bytes(source: ImageSource) -> int:
+    return source.channels * source.dtype.itemsize
 
 
 def estimate_bytes(source: ImageSource, side: int) -> int:
     """Estimate the memory in bytes that all images take, from the headers of a few of them."""
     if source.pixels is not None:
-        return source.pixels[:, :1].numel() if source.pixels.stride(1) == 0 else source.pixels.numel()
+        return source.pixels[:, :1].nbytes if source.pixels.stride(1) == 0 else source.pixels.nbytes
     sample = torch.tensor(source.sample_sizes() or [(1, 1)])
-    return storage_bytes(sample, side) * len(source) // len(sample)
+    return storage_bytes(sample, side, _pixel_bytes(source)) * len(source) // len(sample)
 
 
 def free_memory(device: torch.device) -> int:
@@ -107,7 +112,7 @@ class StoredImages:
     """All images of a dataset in one table of pixels, on the CPU or on an accelerator.
 
     Args:
-        rows: uint8 (R, W, C), the rows of all images one after another.
+        rows: uint8 or uint16 (R, W, C), the rows of all images one after another.
         own: (N, 2) heights and widths of the images themselves; 0 for those that cannot be read.
         sizes: (N, 2) heights and widths as they are stored.
         turned: (N,) whether their rows and columns are exchanged.
@@ -127,14 +132,17 @@ class StoredImages:
     def take(self, indices: Tensor) -> dict[str, Any]:
         """Return the part of a batch that holds these images.
 
-        "images" is uint8 (B, C, H, W), below and beside which images that are smaller than others are padded. "stored"
+        "images" is (B, C, H, W), below and beside which images that are smaller than others are padded. "stored"
         (`StoredSizes`) says where they lie, unless all images have one size. "index" holds the images that they are.
         """
         index = self.kept[indices]
         lengths, starts = self.lengths[index], self.starts[index]
         inside = torch.minimum(torch.arange(int(lengths.max())), lengths[:, None] - 1)
         chosen = (starts[:, None] + inside).flatten().to(self.device, non_blocking=True)
-        images = self.rows.index_select(0, chosen).view(len(index), -1, *self.rows.shape[1:]).permute(0, 3, 1, 2)
+        # Accelerators select no uint16.
+        rows = self.rows.view(torch.int16) if self.rows.dtype == torch.uint16 else self.rows
+        taken = rows.index_select(0, chosen).view(self.rows.dtype)
+        images = taken.view(len(index), -1, *self.rows.shape[1:]).permute(0, 3, 1, 2)
         if self.alike:
             return {"images": images, "index": index}
         stored = StoredSizes(self.own[index], self.sizes[index], self.turned[index])
@@ -154,10 +162,11 @@ def store_images(source: ImageSource, side: int, device: torch.device) -> Stored
         return _store_pixels(source.pixels, device)
     with ThreadPoolExecutor(max(1, cores_of_process())) as pool:
         own = torch.tensor(list(_run(pool, lambda index: _read_size(source, index), len(source), "reading sizes")))
-        _check_memory(storage_bytes(own, side), device)
+        _check_memory(storage_bytes(own, side, _pixel_bytes(source)), device)
         sizes = stored_sizes(own, side)
         lengths, width = sizes.amax(1), int(sizes.amin(1).max())
-        rows, start = torch.empty(int(lengths.sum()), width, 3, dtype=torch.uint8, device=device), 0
+        shape = int(lengths.sum()), width, source.channels
+        rows, start = torch.empty(shape, dtype=source.dtype, device=device), 0
         failures: list[Bad] = []
         heights_and_widths = sizes.tolist()
 
@@ -179,7 +188,7 @@ def _store_pixels(pixels: Tensor, device: torch.device) -> StoredImages:
     """Store images that are held in memory already, as they are."""
     pixels = pixels[:, :1] if pixels.stride(1) == 0 else pixels  # a gray set, repeated three times
     count, channels, height, width = pixels.shape
-    _check_memory(pixels.numel(), device)
+    _check_memory(pixels.nbytes, device)
     rows = pixels.to(device).permute(0, 2, 3, 1).reshape(count * height, width, channels)
     sizes = torch.tensor([[height, width]]).expand(count, 2)
     return StoredImages(rows, sizes, sizes, torch.zeros(count, dtype=torch.bool), torch.arange(count))
@@ -207,18 +216,20 @@ def _read_size(source: ImageSource, index: int) -> tuple[int, int]:
     return height, width
 
 
-def decode_at(source: ImageSource, index: int, image: Image, height: int, width: int) -> Tensor:
-    """Decode an opened image at this size: uint8 (height, width, 3). Raises CorruptImage."""
+def decode_at(source: ImageSource, index: int, image: AnyImage, height: int, width: int) -> Tensor:
+    """Decode an opened image at this size: (height, width, C) of 8 or 16 bits. Raises CorruptImage."""
     short = min(upright_size(image)) / min(height, width)
     pixels = source.decode_pixels(index, image, shrink=short).permute(1, 2, 0)
     if pixels.shape[:2] == (height, width):
         return pixels
+    if source.channels != 3 or source.deep:
+        return resize(pixels.permute(2, 0, 1)[None], height, width, "bicubic")[0].permute(1, 2, 0)
     shrunk = PIL.Image.fromarray(pixels.numpy()).resize((width, height), PIL.Image.Resampling.BICUBIC)
     return image_tensor(shrunk).permute(1, 2, 0)
 
 
 def _decode(source: ImageSource, index: int, height: int, width: int) -> Tensor | Bad:
-    """Decode an image as it is stored: uint8 (long side, short side, 3)."""
+    """Decode an image as it is stored: (long side, short side, C)."""
     try:
         pixels = decode_at(source, index, source.open(index), height, width)
     except CorruptImage as error:

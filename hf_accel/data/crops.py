@@ -61,18 +61,20 @@ def _triangle_filter(start: Tensor, stop: Tensor, length: int, size: int) -> Ten
 
 
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int, turned: Tensor | None = None) -> Tensor:
-    """Cut `boxes` (B, 4) of whole pixels out of uint8 `images` (B, C, H, W): float (B, C, size, size) in [0, 1].
+    """Cut `boxes` (B, 4) of whole pixels out of `images` (B, C, H, W): float (B, C, size, size) in [0, 1].
+
+    The images are uint8, or uint16 where 16 bits are kept.
 
     A box is cut out first, so that pixels around it play no part, and resized with antialiasing: Pillow's
     `image.crop(box).resize((size, size), BILINEAR)` without its rounding. A box with left > right gives the mirror
     image, and one with top > bottom is turned upside down. In the crops of `turned` (B,) images rows and columns are
-    exchanged. On a CPU, crops of more than LARGEST_PRODUCT pixels have 8 bits.
+    exchanged. On a CPU, crops of more than LARGEST_PRODUCT pixels have the bits of the images.
     """
     if images.device.type == "cpu" and size > LARGEST_PRODUCT:
-        return crop_one_by_one(images, boxes, size, turned) / 255
+        return to_unit(crop_one_by_one(images, boxes, size, turned))
     batch, channels, height, width = images.shape
     left, top, right, bottom = boxes.unbind(1)
-    across = _triangle_filter(left, right, width, size).div_(255)
+    across = _triangle_filter(left, right, width, size).div_(torch.iinfo(images.dtype).max)
     down = _triangle_filter(top, bottom, height, size)
     lines = images.reshape(batch, channels * height, width).to(across.dtype) @ across.transpose(1, 2)
     crops = down[:, None] @ lines.view(batch, channels, height, size)
@@ -80,7 +82,7 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int, turned: Tensor | N
 
 
 def crop_one_by_one(images: Tensor, boxes: Tensor, size: int, turned: Tensor | None = None) -> Tensor:
-    """`crop_and_resize` without products with filters that are almost all zeros: uint8 (B, C, size, size)."""
+    """`crop_and_resize` without products with filters that are almost all zeros, of the images' bits."""
     exchanged = [False] * len(images) if turned is None else turned.tolist()
     crops = images.new_empty(len(images), size, size, images.shape[1])
     for image, box, output, turn in zip(images, boxes.tolist(), crops, exchanged, strict=True):
@@ -90,7 +92,7 @@ def crop_one_by_one(images: Tensor, boxes: Tensor, size: int, turned: Tensor | N
 
 
 def cut_and_resize(image: Tensor, box: Sequence[float], size: int) -> Tensor:
-    """`crop_and_resize` of one uint8 image (C, H, W), with a result of 8 bits: uint8 (C, size, size).
+    """`crop_and_resize` of one image (C, H, W), with a result of its bits: uint8 or uint16 (C, size, size).
 
     Edges of the box are rounded to whole pixels. Torch resizes 8-bit images in channels-last order several times
     faster than floats, with Pillow's own filter: values differ from Pillow's by at most 1.
@@ -98,6 +100,24 @@ def cut_and_resize(image: Tensor, box: Sequence[float], size: int) -> Tensor:
     left, top, right, bottom = (round(edge) for edge in box)
     rows, columns = slice(*sorted((top, bottom))), slice(*sorted((left, right)))
     cut = image[None, :, rows, columns].contiguous(memory_format=torch.channels_last)
-    resized = F.interpolate(cut, (size, size), mode="bilinear", antialias=True)[0]
+    resized = resize(cut, size, size)[0]
     mirrored = [axis for axis, first, last in ((1, top, bottom), (2, left, right)) if first > last]
-    return resized.flip(mirrored) if mirrored else resized
+    return flip(resized, mirrored) if mirrored else resized
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Return images of 8 or 16 bits as floats in [0, 1]. Accelerators divide no uint16."""
+    return images / 255 if images.dtype == torch.uint8 else images.float() / torch.iinfo(images.dtype).max
+
+
+def resize(images: Tensor, height: int, width: int, mode: str = "bilinear") -> Tensor:
+    """Resize images (B, C, H, W) of 8 or 16 bits with antialiasing. Torch itself resizes those of 8 bits only."""
+    if images.dtype == torch.uint8:
+        return F.interpolate(images, (height, width), mode=mode, antialias=True)
+    resized = F.interpolate(images.float(), (height, width), mode=mode, antialias=True)
+    return resized.round_().clamp_(0, torch.iinfo(images.dtype).max).to(images.dtype)
+
+
+def flip(images: Tensor, axes: list[int]) -> Tensor:
+    """Flip images of 8 or 16 bits. Torch flips no uint16 along the last axis."""
+    return images.flip(axes) if images.dtype == torch.uint8 else images.view(torch.int16).flip(axes).view(images.dtype)

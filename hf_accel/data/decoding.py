@@ -1,7 +1,7 @@
-"""Decode one image of any format to upright RGB pixels of 8 bits."""
+"""Decode one image of any format to upright pixels: RGB of 8 bits, or other channels of 8 or 16 bits."""
 
 import contextlib
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import PIL.ExifTags
@@ -10,6 +10,8 @@ import PIL.ImageOps
 import torch
 from PIL.Image import Image
 from torch import Tensor
+
+from .arrays import AnyImage, ArrayImage, count_channels, open_array
 
 try:
     import simplejpeg  # pyright: ignore[reportMissingImports]
@@ -28,14 +30,16 @@ DEEP_RANGE = 2**16
 """Pixels of 16 or 32 bits are taken to lie in [0, DEEP_RANGE)."""
 
 
-def image_tensor(image: Image) -> Tensor:
-    """uint8 (3, H, W) of an RGB image."""
+def image_tensor(image: AnyImage) -> Tensor:
+    """uint8 (3, H, W) of an RGB image, or (C, H, W) of another one that `upright` has returned."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a copy: what Pillow gives is read-only
 
 
-def upright_size(image: Image) -> tuple[int, int]:
+def upright_size(image: AnyImage) -> tuple[int, int]:
     """Return the (width, height) that `upright_rgb` gives, from the header only."""
     turned = False
+    if isinstance(image, ArrayImage):
+        return image.size
     with contextlib.suppress(Exception):  # broken metadata beside a good image
         # Pillow itself swaps the sides of a TIFF when it reads this tag, but not for the same value in XMP.
         swapped = getattr(image, "tag_v2", {}).get(ORIENTATION) in TURNED
@@ -43,12 +47,14 @@ def upright_size(image: Image) -> tuple[int, int]:
     return (image.height, image.width) if turned else (image.width, image.height)
 
 
-def image_pixels(image: Image, shrink: float = 1.0) -> Tensor:
-    """Decode an opened image to upright RGB: uint8 (3, H, W). Raises the errors of `upright_rgb`.
+def image_pixels(image: AnyImage, shrink: float = 1.0, channels: int = 3, deep: bool = False) -> Tensor:
+    """Decode an opened image: uint8 (C, H, W), or uint16 if `deep`. Raises the errors of `upright`.
 
     A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster, but never smaller than 1/`shrink`. The
     package simplejpeg does so in two thirds of Pillow's time, and gives the same pixels.
     """
+    if channels != 3 or deep or isinstance(image, ArrayImage):
+        return image_tensor(upright(image, channels, deep))
     factor = next((factor for factor in (8, 4, 2) if shrink >= factor), 1)
     if simplejpeg is not None and image.format == "JPEG" and image.mode == "RGB":
         with contextlib.suppress(Exception):  # what it refuses, Pillow may be able to read
@@ -68,9 +74,9 @@ def _decode_jpeg(image: Image, factor: int) -> Tensor:
     return (pixels.flip(1) if mirror else pixels).permute(2, 0, 1)
 
 
-def is_deep(image: Image) -> bool:
-    """Whether pixels have 16 or 32 bits, from the header only."""
-    return image.mode.startswith("I")
+def is_deep(image: AnyImage) -> TypeGuard[Image]:
+    """Whether pixels of an image of Pillow have 16 or 32 bits, from the header only."""
+    return isinstance(image, Image) and image.mode.startswith("I")
 
 
 def loses_contrast(image: Image) -> bool:
@@ -92,3 +98,61 @@ def upright_rgb(image: Image) -> Image:
     if "transparency" in image.info:  # Pillow asks for this step
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def has_deep_pixels(image: AnyImage, channels: int) -> bool:
+    """Whether 16 bits of an opened image are kept. Pillow's gray images of 16 bits have 8 bits as RGB."""
+    return image.dtype == np.uint16 if isinstance(image, ArrayImage) else channels != 3 and is_deep(image)
+
+
+def channels_fit(image: AnyImage, channels: int) -> bool:
+    """Whether an opened image can be decoded to so many channels."""
+    found = count_channels(image)
+    if isinstance(image, Image):
+        return channels in (1, 3, found)
+    return found == channels or (found, channels) in ((1, 3), (3, 1))
+
+
+def upright(image: AnyImage, channels: int = 3, deep: bool = False) -> AnyImage:
+    """Return an image of so many channels, upright by EXIF: RGB of Pillow, or an `ArrayImage`, of 16 bits if `deep`.
+
+    Gray is repeated to three channels, and three channels become gray by ITU-R 601, as in Pillow.
+
+    Raises Pillow's errors, and ValueError for pixels that do not fit.
+    """
+    if isinstance(image, Image) and channels == 3 and not deep:
+        return upright_rgb(image)
+    if not channels_fit(image, channels):
+        raise ValueError(f"it has {count_channels(image)} channels, and num_channels is {channels}")
+    pixels = _pillow_pixels(image, channels) if isinstance(image, Image) else np.asarray(image)
+    if (pixels.shape[2], channels) == (1, 3):
+        pixels = pixels.repeat(3, 2)
+    elif (pixels.shape[2], channels) == (3, 1):
+        weighted = pixels.astype(np.int64) @ np.array([19595, 38470, 7471])
+        pixels = ((weighted + 2**15) >> 16).astype(pixels.dtype)[..., None]
+    if deep and pixels.dtype == np.uint8:
+        pixels = pixels.astype(np.uint16) * 257
+    elif not deep and pixels.dtype == np.uint16:
+        raise ValueError("it has 16 bits, and the first images that were looked at have 8: save all with 16 bits")
+    if channels == 3 and not deep:
+        return PIL.Image.fromarray(pixels)
+    return open_array(pixels)
+
+
+def _pillow_pixels(image: Image, channels: int) -> np.ndarray:
+    """Return the pixels (H, W, C) of an image of Pillow, upright, with all channels and bits that it holds."""
+    image.load()
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers: save it with 8 or 16 bits")
+    with contextlib.suppress(Exception):  # broken metadata beside a good image
+        PIL.ImageOps.exif_transpose(image, in_place=True)
+    if is_deep(image):
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() >= DEEP_RANGE:
+            raise ValueError(f"its pixels exceed 0 to {DEEP_RANGE - 1}: rescale them to 16 bits")
+        return pixels.astype(np.uint16)[..., None]
+    if channels == 1:
+        image = image.convert("L")
+    elif channels == 3 or image.mode == "P":
+        image = upright_rgb(image)
+    return np.atleast_3d(np.asarray(image))

@@ -37,6 +37,9 @@ TABLE_SUFFIXES = {".parquet", ".geoparquet", ".gpq", ".arrow", ".tar", ".zip", "
 UNDECODABLE = {"BUFR", "GRIB", "HDF5", "MPEG"}
 """Formats that Pillow recognises and cannot decode."""
 
+ARRAY_SUFFIX = ".npy"
+"""Files of one array each. Beside images they are often something else, such as masks."""
+
 OTHER_IMAGES = {".heic", ".heif", ".jxl", ".svg", ".exr", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf"}
 """Images of formats that Pillow does not open without a plugin."""
 
@@ -94,6 +97,12 @@ def scan_folder(root: str | Path) -> Found:
             found.unusable[path] = "the name is not valid UTF-8: rename it"
         else:
             found.images.append(path)
+    arrays = others.pop(ARRAY_SUFFIX, [])
+    if found.images:
+        reason = f"{ARRAY_SUFFIX} files are taken as images only where there are no others: keep them in a folder apart"
+        found.unusable |= dict.fromkeys(arrays, reason)
+    else:
+        found.images = arrays
     _sniff(found, others)
     for paths in (found.images, found.metadata, found.tables):
         paths.sort()

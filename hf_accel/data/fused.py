@@ -103,19 +103,25 @@ Planes = tuple[Tensor, ...]
 
 
 def mix_colours(images: Tensor, parameters: dict[str, Tensor], size: int, out: Tensor | None = None) -> Tensor:
-    """Crop uint8 `images` (B, C, H, W) if "boxes" are given, and change their colours: float (B, C, size, size)."""
+    """Crop `images` (B, C, H, W) if "boxes" are given, and change their colours: float (B, C, size, size)."""
     if "boxes" in parameters:
         images = crop_and_resize(images, parameters["boxes"], size)
     elif not images.is_floating_point():
-        images = images * (1 / 255)
+        images = images.float() * (1 / torch.iinfo(images.dtype).max)
     if "angles" in parameters:
         images = rotate_and_shear(images, *parameters["angles"].unbind(1))
     planes = _half(images.unbind(1), parameters, 0)
-    average, contrast = _gray(planes).mean((1, 2), keepdim=True), parameters["contrast"]
-    planes = tuple(_clip(average + contrast * (plane - average)) for plane in planes)
+    contrast = parameters["contrast"]
+    averages = [plane.mean((1, 2), keepdim=True) for plane in ([_gray(planes)] if len(planes) == 3 else planes)]
+    averages *= len(planes) // len(averages)
+    planes = tuple(
+        _clip(average + contrast * (plane - average)) for plane, average in zip(planes, averages, strict=True)
+    )
     planes = _half(planes, parameters, 1)
-    gray = _gray(planes)
-    return _write(torch.stack([plane + parameters["gray"] * (gray - plane) for plane in planes], 1), out)
+    if len(planes) == 3:
+        gray = _gray(planes)
+        planes = tuple(plane + parameters["gray"] * (gray - plane) for plane in planes)
+    return _write(torch.stack(planes, 1), out)
 
 
 def _write(images: Tensor, out: Tensor | None) -> Tensor:
@@ -150,7 +156,7 @@ def finish(
     blur: bool,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Blur along the last axis, solarize, and normalise by (3, 1, 1) `mean` and `std`: `dtype` (B, 3, S, S)."""
+    """Blur along the last axis, solarize, and normalise by (C, 1, 1) `mean` and `std`: `dtype` (B, C, S, S)."""
     if blur:
         images = blur_along(3, images, parameters["kernel"])
     if "solarize" in parameters:
@@ -159,11 +165,11 @@ def finish(
 
 
 def _half(planes: Planes, parameters: dict[str, Tensor], half: int) -> Planes:
-    """Brightness, saturation and hue of one half."""
+    """Brightness of one half, and saturation and hue of colours."""
     gains, gray_gains = parameters["gains"][:, half], parameters["gray_gains"][:, half]
     for behind in range(2):
         for slot in range(2):
-            added = gray_gains[:, behind, slot] * _gray(planes)
+            added = gray_gains[:, behind, slot] * _gray(planes) if len(planes) == 3 else 0
             planes = tuple(_clip(gains[:, behind, slot] * plane + added) for plane in planes)
         if not behind and len(planes) == 3:
             planes = _turn_hue(planes, parameters["turns"][:, half])
@@ -189,8 +195,6 @@ def _turn_hue(planes: Planes, turns: Tensor) -> Planes:
 
 def _gray(planes: Planes) -> Tensor:
     """(B, S, S): ITU-R 601 luma of RGB."""
-    if len(planes) == 1:
-        return planes[0]
     red, green, blue = planes
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
@@ -227,7 +231,7 @@ class FusedViews:
 
     def __call__(self, views: Sequence[DrawnView], mean: Sequence[float], std: Sequence[float]) -> list[Tensor]:
         device = views[0].source.device
-        told: list[Tensor] = [torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)]
+        told: list[Tensor] = [torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)]
         names: list[list[str]] = []
         for view in views:
             parameters = chain_parameters(view.config, view.draws, view.source.shape[1], view.size)
@@ -260,7 +264,7 @@ class FusedViews:
         edge = parameters["kernel"].shape[1] - 1 if blur else 0
         high = torch.empty(length, channels, size + 2 * edge, size)
         wide = high if not blur else torch.empty(length, channels, size, size + 2 * edge)
-        mixed, output = high.narrow(2, edge, size), empty_views(len(source), size, self.dtype)
+        mixed, output = high.narrow(2, edge, size), empty_views(len(source), len(mean), size, self.dtype)
         for start in range(0, len(source), length):
             part = slice(start, start + length)
             images, mine = source[part], {name: values[part] for name, values in parameters.items()}
@@ -281,13 +285,13 @@ class FusedViews:
         return output
 
 
-def empty_views(count: int, size: int, dtype: torch.dtype) -> Tensor:
-    """(count, 3, size, size) in memory of the CPU, without values.
+def empty_views(count: int, channels: int, size: int, dtype: torch.dtype) -> Tensor:
+    """(count, channels, size, size) in memory of the CPU, without values.
 
     Writing to large tensors that are new to a process takes longer by the page faults than by the writing: Linux gives
     memory in pages of 4 kB unless larger ones are asked for.
     """
-    shape = (count, 3, size, size)
+    shape = (count, channels, size, size)
     needed = math.prod(shape) * dtype.itemsize
     if needed < FRESH_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype)

@@ -19,7 +19,9 @@ from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 
 from ..distributed import is_main, say
+from .arrays import AnyImage, open_array
 from .labels import LABEL_KEYS, UNLABELLED, read_labels
+from .normalisation import measure_normalisation
 from .sources import HEADER_SAMPLE, ImageSource
 from .tables import choose_columns, name_origin, select_undecoded
 
@@ -43,16 +45,17 @@ PROGRAM_ERRORS = (
 """Errors of a dataset's own code. Other ones, such as OSError and ValueError, are those of an unreadable file."""
 
 
-def image_source(dataset: Any, name: str, like: ImageSource | None = None) -> ImageSource:
+def image_source(dataset: Any, name: str, like: ImageSource | None = None, num_channels: int = 3) -> ImageSource:
     """Return the images of `dataset`, with their labels if it has any.
 
     Args:
         dataset: an `ImageSource`, a `datasets.Dataset` with a column of images, or a torch `Dataset` (anything with a
-            length and items by number) of PIL images or uint8 tensors (C, H, W) or (H, W). An item is an image, or a
-            dict or tuple that holds one, and perhaps an integer or text as label. Each item is read at
-            most once here, apart from a few whose images are looked at.
+            length and items by number) of PIL images, of tensors (C, H, W) or (H, W) or of NumPy's arrays (H, W, C) or
+            (H, W), of uint8 or uint16. An item is an image, or a dict or tuple that holds one, and perhaps an integer
+            or text as label. Each item is read at most once here, apart from a few whose images are looked at.
         name: of the set, for messages.
         like: the training images, whose classes a validation set follows by name.
+        num_channels: of the images. Those other than RGB are normalised by their own mean and deviation.
 
     Raises:
         TypeError: a dataset that has no length, or whose items hold no image.
@@ -75,13 +78,16 @@ def image_source(dataset: Any, name: str, like: ImageSource | None = None) -> Im
     if _is_table(dataset):
         table, source = None, _from_table(dataset, name, names)
     else:
-        table: Any = _Items(dataset, name)
+        table: Any = _Items(dataset, name, num_channels)
         labels, names, origin = _read_item_labels(table, names)
         source = ImageSource(name, table, None, labels, names, labels_from=origin)
+    source.channels = num_channels
     source.made_of = _describe(dataset)
+    source.look_at_pixels()
     if like:
         source.mean, source.std = like.mean, like.std
-    source.warn_of_lost_contrast()
+    elif num_channels != 3:
+        source = source.renormalised(*measure_normalisation(source))
     source.hold_in_memory()
     if isinstance(table, _Items):
         table.end_first_look()
@@ -140,7 +146,7 @@ class _Item(NamedTuple):
     `other_keys` are those that hold a value that would be a label if it were named as one.
     """
 
-    image: Image | Exception
+    image: AnyImage | Exception
     labels: Sequence[Any] = ()
     other_keys: Sequence[str] = ()
 
@@ -151,7 +157,8 @@ class _Items:
     Until `end_first_look`, images that are needed again are kept, as far as KEPT_BYTES suffice.
     """
 
-    def __init__(self, dataset: Any, name: str, rows: Sequence[int] | None = None):
+    def __init__(self, dataset: Any, name: str, channels: int, rows: Sequence[int] | None = None):
+        self.channels = channels
         self.dataset, self.name, self.rows = dataset, name, range(len(dataset)) if rows is None else rows
         self._kept: dict[int, _Item] | None = {} if rows is None else None
         self._room = KEPT_BYTES
@@ -171,7 +178,7 @@ class _Items:
         return {"image": {"image": self.item(self.rows[index]).image}}
 
     def select(self, rows: Any) -> "_Items":
-        return _Items(self.dataset, self.name, [self.rows[int(row)] for row in rows])
+        return _Items(self.dataset, self.name, self.channels, [self.rows[int(row)] for row in rows])
 
     def item(self, row: int, keep: bool = True) -> _Item:
         """Read an item. Raises RuntimeError if the dataset's own code fails."""
@@ -228,18 +235,21 @@ class _Items:
             return _Item(error)
         found = _find_labels(item), _find_other_keys(item)
         try:
-            return _Item(_as_image(item, row), *found)
+            return _Item(_as_image(item, row, self.channels), *found)
         except TypeError as error:
             if row == 0:
                 raise  # An error of the program, and not a broken image.
             return _Item(error, *found)
 
 
-def _bytes_of(image: Image | Exception) -> int:
-    return 4 * image.width * image.height if isinstance(image, Image) else 0
+def _bytes_of(image: AnyImage | Exception) -> int:
+    if isinstance(image, Exception):
+        return 0
+    pixel = 4 if isinstance(image, Image) else image.channels * image.dtype.itemsize
+    return pixel * image.width * image.height
 
 
-def _as_image(item: Any, row: int) -> Image:
+def _as_image(item: Any, row: int, channels: int) -> AnyImage:
     """The image in an item. Raises TypeError if there is none."""
     if isinstance(item, Mapping):
         values = [item[key] for key in IMAGE_KEYS if key in item] or [*item.values()]
@@ -252,18 +262,23 @@ def _as_image(item: Any, row: int) -> Image:
             value = value.permute(1, 2, 0)
         if isinstance(value, Tensor | np.ndarray) and value.ndim in (2, 3):
             array = np.asarray(value)
-            if array.dtype != np.uint8:
+            if array.dtype not in (np.uint8, np.uint16):
                 raise TypeError(
                     f"item {row} holds an image of {array.dtype}: leave transforms to the trainer, which makes the "
-                    "views, and return PIL images or uint8 tensors"
+                    "views, and return PIL images, or tensors of uint8 or uint16"
                 )
-            if array.ndim == 2 or array.shape[2] in (1, 3):
+            if array.dtype == np.uint8 and (array.ndim == 2 or array.shape[2] in (1, 3)):
                 return PIL.Image.fromarray(array.squeeze() if array.shape[-1] == 1 else np.ascontiguousarray(array))
+            if array.ndim == 2 or array.shape[2] in (1, 3, channels):
+                return open_array(array)
     found = ", ".join(
         type(value).__name__ + (f" {tuple(value.shape)}" if isinstance(value, Tensor | np.ndarray) else "")
         for value in values
     )
-    raise TypeError(f"item {row} holds no image but {found}: return PIL images or uint8 tensors (C, H, W)")
+    raise TypeError(
+        f"item {row} holds no image but {found}: return PIL images, or uint8 tensors (C, H, W) with C = num_channels = "
+        f"{channels}"
+    )
 
 
 def _read_item_labels(
@@ -308,13 +323,13 @@ def _read_all_labels(items: _Items, sample: Sequence[int]) -> list[Any]:
     for row in range(len(items)):
         image, values, _ = items.item(row, keep)
         labels.append(next((value for value in map(_as_label, values) if value is not None), None))
-        if not keep or not isinstance(image, Image):
+        if not keep or isinstance(image, Exception):
             continue
         sizes.add(image.size)
         keep = len(sizes) == 1 and _bytes_of(image) * len(items) <= KEPT_BYTES
         if not keep:
             items.keep_only(sample)
-        elif getattr(image, "fp", None):
+        elif isinstance(image, Image) and getattr(image, "fp", None):
             with contextlib.suppress(Exception):  # A broken image is found when it is decoded.
                 image.load()  # Otherwise its file would stay open.
     return labels

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import PIL.Image
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..utils.seeding import generator
+from .arrays import AnyImage, ArrayImage
 from .augment import ViewConfig, view_boxes
-from .crops import cut_and_resize
+from .crops import cut_and_resize, resize, to_unit
 from .decoding import image_tensor, upright_size
 from .shards import Shards
 from .sources import Bad, CorruptImage, ImageSource
@@ -152,14 +152,15 @@ class TrainImages(Dataset):
         return made
 
     def _crops(self, items: list[Item], view_size: int, bad: list[Bad]) -> tuple[list[Tensor], Tensor]:
-        """Return one uint8 (B, 3, S, S) per view, and the indices (B,) of the images that they were cut from.
+        """Return one (B, C, S, S) per view, and the indices (B,) of the images that they were cut from.
 
         Each image is read and decoded once, at a size that suffices for its crops.
         """
         sizes = [config.size or view_size for config in self.configs]
         opened = [self._open(item, bad) for item in items]
         boxes = self._boxes(items, [image for _, image in opened])
-        crops = [torch.empty(len(items), 3, size, size, dtype=torch.uint8) for size in sizes]
+        form = len(items), self.source.channels
+        crops = [torch.empty(*form, size, size, dtype=self.source.dtype) for size in sizes]
         cut = [index for index, _ in opened]
         for position, (index, image) in enumerate(opened):
             full, mine = upright_size(image), boxes[:, position]
@@ -175,14 +176,14 @@ class TrainImages(Dataset):
                 crops[view].numpy()[position] = _crop(pixels, full, box, sizes[view]).numpy()
         return crops, torch.tensor(cut)
 
-    def _open(self, item: Item, bad: list[Bad]) -> tuple[int, Image]:
+    def _open(self, item: Item, bad: list[Bad]) -> tuple[int, AnyImage]:
         try:
             return item.index, self.source.open(item.index)
         except CorruptImage as error:
             bad.append(error.bad)
             return self.source.next_readable((item.index + 1) % len(self), bad)
 
-    def _boxes(self, items: list[Item], images: list[Image]) -> Tensor:
+    def _boxes(self, items: list[Item], images: list[AnyImage]) -> Tensor:
         """Draw the (views, B, 4) boxes of these rows, which are consecutive."""
         widths, heights = torch.tensor([upright_size(image) for image in images]).unbind(1)
         first = items[0]
@@ -202,7 +203,7 @@ def _shrink(boxes: Tensor, sizes: Sequence[int]) -> float:
 
 
 def _crop(image: Tensor, full: tuple[int, int], wanted: list[float], size: int) -> Tensor:
-    """Cut a box out of an `image`, uint8 (3, H, W) of any size: uint8 (3, size, size).
+    """Cut a box out of an `image`, (C, H, W) of any size: (C, size, size).
 
     `wanted` counts pixels of the image's `full` (width, height). It is rounded to whole pixels of an image that was
     decoded smaller, which moves an edge of the crop by less than half a pixel of the view.
@@ -231,16 +232,21 @@ class EvalImages(Dataset):
             index = torch.tensor([number for number, _ in read])
             pixels = torch.stack([_centre_crop(image, self.size, self.resize) for _, image in read])
         mean, std = (torch.tensor(value)[:, None, None] for value in (source.mean, source.std))
-        batch = {"pixel_values": (pixels / 255 - mean) / std, "index": index, "bad": bad}
+        batch = {"pixel_values": (to_unit(pixels) - mean) / std, "index": index, "bad": bad}
         if source.labels is not None:
             batch["labels"] = source.labels[index]
         return batch
 
 
-def _centre_crop(image: Image, size: int, resize: int) -> Tensor:
-    """Resize the shortest edge to `resize` (antialiased, bilinear) and cut out the centre: uint8 (3, size, size)."""
+def _centre_crop(image: AnyImage, size: int, edge: int) -> Tensor:
+    """Resize the shortest edge to `edge` (antialiased, bilinear) and cut out the centre: (C, size, size)."""
     short = min(image.size)
-    width, height = (int(resize * side / short) for side in image.size)
+    width, height = (int(edge * side / short) for side in image.size)
+    if isinstance(image, ArrayImage):
+        pixels = image_tensor(image)[None]
+        pixels = pixels if (width, height) == image.size else resize(pixels, height, width)
+        left, top = (width - size) // 2, (height - size) // 2
+        return pixels[0, :, top : top + size, left : left + size]
     if (width, height) != image.size:
         image = image.resize((width, height), PIL.Image.Resampling.BILINEAR)
     left, top = (width - size) // 2, (height - size) // 2
@@ -289,8 +295,8 @@ def train_loader(
     """Load micro-batches for `make_views`, as dictionaries.
 
     Each has "step", "micro_step", "rows", "global_batch", "index" and "bad". For a source in memory
-    it also has "images", uint8 (B, C, H, W) with C = 1 for gray images. Otherwise it has "crops", one uint8
-    (B, 3, S, S) per view, with S its config's size or `view_size(step)`; workers cut them with `make_views`' draws.
+    it also has "images", uint8 or uint16 (B, C, H, W), with C = 1 for gray images. Otherwise it has "crops", one
+    (B, C, S, S) per view, with S its config's size or `view_size(step)`; workers cut them with `make_views`' draws.
 
     Iterating raises CorruptDataError if more than 1% of the images cannot be read, and WorkersFailed if workers end or
     give no batch for BATCH_SECONDS.
@@ -346,7 +352,7 @@ def eval_loader(
 ) -> DataLoader:
     """Load the images, or those of `rows`, in order, as `image_processor` makes them.
 
-    Each batch is a dictionary with "pixel_values", float (B, 3, size, size); "labels", int64 (B,), if there are any;
+    Each batch is a dictionary with "pixel_values", float (B, C, size, size); "labels", int64 (B,), if there are any;
     "index", int64 (B,); and "bad".
     """
     return ReportingLoader(source, EvalImages(source, size), 0, num_workers, batch_size=batch_size, sampler=rows)
@@ -362,7 +368,11 @@ def image_processor(source: ImageSource, size: int) -> "BitImageProcessorPil":
     """Make the transformers image processor that does what `eval_loader` does, to save it beside the model."""
     from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
+    other: Any = {} if source.channels == 3 else {"do_convert_rgb": False}
+    if source.deep:
+        other["rescale_factor"] = 1 / torch.iinfo(source.dtype).max
     return BitImageProcessorPil(
+        **other,
         size={"shortest_edge": resize_edge(source, size)},
         crop_size={"height": size, "width": size},
         resample=2,  # PIL.Image.Resampling.BILINEAR

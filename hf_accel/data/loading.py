@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .bundled import MNIST_MEAN, MNIST_STD, digits
 from .labels import hold_out, read_labels
+from .normalisation import measure_normalisation
 from .shards import Shards, ShardTables, index_columns
 from .sources import ImageSource
 from .tables import NO_LABELS, choose_columns, choose_splits, load_tables, name_origin, select_undecoded, take_part
@@ -34,6 +35,7 @@ def load_sources(
     in_memory: bool = True,
     streaming: bool = False,
     only_train: bool = False,
+    num_channels: int = 3,
 ) -> tuple[ImageSource, ImageSource | None]:
     """Load the training and validation images of `data`.
 
@@ -48,12 +50,15 @@ def load_sources(
     With `streaming`, the images of Parquet files, or of tar files in the layout of webdataset, are read where they lie:
     `data` is then such a file, a folder or URL of them, or a dataset on the Hub.
     With `only_train`, no image is held out, and there are no validation images.
+    Images have `num_channels` channels. Those other than RGB are normalised by their own mean and deviation.
 
     Raises:
         FileNotFoundError: a path does not exist.
         ValueError: data that cannot be read; missing or ambiguous splits or columns.
     """
     if data == "bundled":
+        if num_channels != 3:
+            raise ValueError(f"num_channels={num_channels}: the bundled digits have 3; leave it out")
         return _bundled(seed, label_column != NO_LABELS, only_train)
     tables = ShardTables(data, config, image_column, label_column) if streaming else load_tables(data, config)
     train_split, validation_split = choose_splits(data, list(tables), train_split, validation_split)
@@ -80,9 +85,13 @@ def load_sources(
     sources, warned = [], False
     for table, part_labels, part in parts:
         name = "/".join(filter(None, (data, config, part)))
-        source = ImageSource(name, select_undecoded(table, image_column), None, part_labels, names, labels_from=origin)
+        images, about = select_undecoded(table, image_column), {"labels_from": origin, "channels": num_channels}
+        source = ImageSource(name, images, None, part_labels, names, **about)
         source.shards = Shards.of_index(table) if streaming else None
-        warned = warned or source.warn_of_lost_contrast()
+        warned |= source.look_at_pixels(warns=not warned)
+        if num_channels != 3:
+            known = (sources[0].mean, sources[0].std) if sources else measure_normalisation(source)
+            source = source.renormalised(*known)
         if in_memory and not streaming:
             source.hold_in_memory()
         sources.append(source)

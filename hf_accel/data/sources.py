@@ -1,8 +1,6 @@
 """Images by index: opened, decoded and labelled, from memory, from a table or from the shards that they lie in."""
 
 import contextlib
-import io
-import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +11,21 @@ from typing import TYPE_CHECKING
 import PIL.Image
 import PIL.ImageOps
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from ..distributed import all_gather_objects
-from .decoding import DEEP_RANGE, image_pixels, image_tensor, is_deep, loses_contrast, upright_rgb, upright_size
+from .arrays import AnyImage, NeedsTifffile, count_channels, open_array, open_image
+from .decoding import (
+    DEEP_RANGE,
+    channels_fit,
+    has_deep_pixels,
+    image_pixels,
+    image_tensor,
+    is_deep,
+    loses_contrast,
+    upright,
+    upright_size,
+)
 from .labels import UNLABELLED
 from .parquet_files import UnreadableRowGroup
 from .shards import Shards, spread
@@ -61,7 +69,8 @@ class CorruptDataError(RuntimeError):
 class ImageSource:
     """A dataset of images with or without labels.
 
-    Either all images are in memory, as `pixels`, uint8 (N, 3, H, W), or `read` decodes them one by one. `labels` is
+    Either all images are in memory, as `pixels`, uint8 (N, 3, H, W), or `read` decodes them one by one. Images may have
+    other `channels` than RGB, and those of a `deep` set have 16 bits, as uint16. `labels` is
     int64 (N,), with -1 for an image without a label, or None. `class_names[label]` is the name of a class, and
     `labels_from` says where labels come from. `mean` and `std` normalise the channels of pixels in [0, 1]. `bad` holds
     the images that could not be read so far: index -> (name, reason). `made_of` describes the dataset of a program.
@@ -81,6 +90,7 @@ class ImageSource:
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         labels_from: str | None = None,
+        channels: int = 3,
     ):
         """Take either `pixels` or a `table`, which has one column of select_undecoded images."""
         if (table is None) == (pixels is None):
@@ -88,6 +98,8 @@ class ImageSource:
         self.name, self._table, self.pixels, self.labels = name, table, pixels, labels
         self.class_names = list(class_names) if class_names is not None else None
         self.mean, self.std, self.labels_from = tuple(mean), tuple(std), labels_from
+        self.channels = channels if pixels is None else pixels.shape[1]
+        self.deep = pixels is not None and pixels.dtype == torch.uint16
         self.bad: dict[int, tuple[str, str]] = {}
         self.stored: StoredImages | None = None
         self._whole: tuple[ImageSource, Tensor] | None = None
@@ -98,6 +110,11 @@ class ImageSource:
     @property
     def num_classes(self) -> int | None:
         return len(self.class_names) if self.class_names is not None else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of decoded pixels."""
+        return torch.uint16 if self.deep else torch.uint8
 
     def labelled(self) -> "ImageSource":
         """Return the images that have a label. The result shares `bad` with this source, or is this source itself.
@@ -119,9 +136,9 @@ class ImageSource:
         table = self._table.select(rows) if self._table is not None else None
         pixels = self.pixels[rows] if self.pixels is not None else None
         labels = self.labels[rows] if self.labels is not None else None
-        about = (self.class_names, self.mean, self.std, self.labels_from)
+        about = (self.class_names, self.mean, self.std, self.labels_from, self.channels)
         part = ImageSource(self.name, table, pixels, labels, *about)
-        part.bad, part._whole = self.bad, (self, rows)
+        part.bad, part._whole, part.deep = self.bad, (self, rows), self.deep
         part.shards = self.shards and self.shards.select(rows)
         return part
 
@@ -138,14 +155,15 @@ class ImageSource:
         other.mean, other.std = tuple(mean), tuple(std)
         return other
 
-    def open(self, index: int) -> Image:
+    def open(self, index: int) -> AnyImage:
         """Open an image, of which only the header is read. Raises CorruptImage."""
         if self.pixels is not None:
-            return PIL.Image.fromarray(self.pixels[index].permute(1, 2, 0).contiguous().numpy())
+            pixels = self.pixels[index].permute(1, 2, 0).contiguous().numpy()
+            return open_array(pixels) if self.channels != 3 or self.deep else PIL.Image.fromarray(pixels)
         (record,) = self._table[index].values()  # pyright: ignore[reportOptionalSubscript]
         return self._open(index, record)
 
-    def _open(self, index: int, record: dict | None) -> Image:
+    def _open(self, index: int, record: dict | None) -> AnyImage:
         record = record or {"path": None}
         row = index if self._whole is None else int(self._whole[1][index])
         path = record.get("path")
@@ -159,33 +177,37 @@ class ImageSource:
             content = record.get("bytes")
             if content is None:
                 content = self.shards.read(record["path"]) if self.shards else Path(record["path"]).read_bytes()
-            image = PIL.Image.open(io.BytesIO(content))
+            image = open_image(content, self.channels)
             image.info["name"] = name
             return image
         except UnreadableRowGroup as error:
             raise CorruptDataError(f"{self.name}: {error}") from error
+        except NeedsTifffile as error:
+            if self.channels == 3:  # Then it may be any broken file.
+                raise CorruptImage(index, name, error) from error
+            raise CorruptDataError(f"{self.name}: {name}: {error}") from error
         except Exception as error:  # Pillow's decoders raise errors of many types
             raise CorruptImage(index, name, error) from error
 
-    def decode(self, index: int, image: Image) -> Image:
-        """Decode an opened image to upright RGB. Raises CorruptImage."""
+    def decode(self, index: int, image: AnyImage) -> AnyImage:
+        """Decode an opened image as `decoding.upright` does, to this source's channels. Raises CorruptImage."""
         try:
-            return upright_rgb(image)
+            return upright(image, self.channels, self.deep)
         except Exception as error:
             raise CorruptImage(index, image.info.get("name", ""), error) from error
 
-    def decode_pixels(self, index: int, image: Image, shrink: float = 1.0) -> Tensor:
+    def decode_pixels(self, index: int, image: AnyImage, shrink: float = 1.0) -> Tensor:
         """Decode an opened image as `decoding.image_pixels` does. Raises CorruptImage."""
         try:
-            return image_pixels(image, shrink)
+            return image_pixels(image, shrink, self.channels, self.deep)
         except Exception as error:
             raise CorruptImage(index, image.info.get("name", ""), error) from error
 
-    def read(self, index: int) -> Image:
-        """Read the image at `index` as upright RGB. Raises CorruptImage."""
+    def read(self, index: int) -> AnyImage:
+        """Read the image at `index`, decoded and upright. Raises CorruptImage."""
         return self.decode(index, self.open(index))
 
-    def next_readable(self, index: int, bad: list[Bad]) -> tuple[int, Image]:
+    def next_readable(self, index: int, bad: list[Bad]) -> tuple[int, AnyImage]:
         """Return the first readable image from `index` on (the first follows the last), and add skipped ones to `bad`.
 
         Raises CorruptDataError when more images have failed in a row than may be unreadable.
@@ -234,31 +256,53 @@ class ImageSource:
         """Read the (width, height) of up to HEADER_SAMPLE images, spread over the dataset, from their headers."""
         return [upright_size(image) for image in self._sample()]
 
-    def _sample(self) -> Iterator[Image]:
+    def sample(self, count: int) -> list[int]:
+        """Return up to `count` images, spread over the dataset."""
+        return self.shards.sample(count) if self.shards else spread(0, len(self), count)
+
+    def _sample(self) -> Iterator[AnyImage]:
         """Open up to HEADER_SAMPLE images, spread over the dataset, without reading their pixels."""
-        for index in self.shards.sample(HEADER_SAMPLE) if self.shards else spread(0, len(self), HEADER_SAMPLE):
+        for index in self.sample(HEADER_SAMPLE):
             with contextlib.suppress(CorruptImage):
                 yield self.open(index)
 
-    def warn_of_lost_contrast(self) -> bool:
-        """Warn if images of 16 or 32 bits use little of their range, or exceed it, and return whether they do.
+    def look_at_pixels(self, warns: bool = True) -> bool:
+        """See by a few images how many bits are kept and whether channels fit, and return whether contrast is lost.
 
-        Only a few images are checked.
+        It is if images of 16 or 32 bits are to become 8 bits, and use little of their range or exceed it.
+
+        Args:
+            warns: whether a warning says so.
+
+        Raises:
+            ValueError: most of the images have other channels.
         """
-        deep = list(itertools.islice(filter(is_deep, self._sample()), DEEP_SAMPLE))
-        names = []
-        for image in deep:
-            with contextlib.suppress(Exception):  # from broken files, which decoding reports
-                if loses_contrast(image):
-                    names.append(str(image.info["name"]))
-        if names:
+        seen, deep, odd, names = 0, 0, [], []
+        for image in self._sample():
+            seen += 1
+            if not channels_fit(image, self.channels):
+                odd.append(image)
+                continue
+            self.deep |= has_deep_pixels(image, self.channels)
+            if self.channels == 3 and deep < DEEP_SAMPLE and is_deep(image):
+                deep += 1
+                with contextlib.suppress(Exception):  # from broken files, which decoding reports
+                    if loses_contrast(image):
+                        names.append(str(image.info["name"]))
+        if 2 * len(odd) > seen:
+            found = count_channels(odd[0])
+            raise ValueError(
+                f"{odd[0].info.get('name', self.name)} has {found} channels, and num_channels is {self.channels}: set "
+                f"num_channels: {found}"
+            )
+        if names and warns:
             logger.warning(
                 "%s: pixels of 16 or 32 bits are taken as 0 to %d, and of %d images that were looked at %d stay below "
                 "an eighth of it or exceed it, so that they become nearly black or are clipped: rescale them to 8 "
-                "bits, for example %s",
+                "bits, or keep 16 bits of gray images by num_channels: 1, for example %s",
                 self.name,
                 DEEP_RANGE - 1,
-                len(deep),
+                deep,
                 len(names),
                 names[0],
             )
@@ -270,9 +314,9 @@ class ImageSource:
         if self.pixels is not None or len(sizes) != 1:
             return
         width, height = sizes.pop()
-        if 3 * height * width * len(self) > MEMORY_BYTES:
+        if self.channels * height * width * len(self) * self.dtype.itemsize > MEMORY_BYTES:
             return
-        pixels = torch.empty(len(self), 3, height, width, dtype=torch.uint8)
+        pixels = torch.empty(len(self), self.channels, height, width, dtype=self.dtype)
         failures: list[Bad] = []
 
         def decode(start: int) -> bool:

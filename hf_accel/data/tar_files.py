@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .folders import image_suffixes
+from .folders import ARRAY_SUFFIX, image_suffixes
 from .labels import LABEL_KEYS
 from .remote import Row, ask_patiently, is_remote, open_file
 from .tables import NO_LABELS
@@ -65,6 +65,7 @@ def _choose_image(sample: str, members: dict[str, tarfile.TarInfo], wanted: str 
     if wanted is not None:
         return members.get(wanted)
     found = [extension for extension in members if f".{extension.rpartition('.')[2]}" in image_suffixes()]
+    found = found or [extension for extension in members if extension == ARRAY_SUFFIX[1:]]
     if len(found) > 1:
         raise ValueError(f"{sample} has several images: set image_column to one of {', '.join(found)}")
     return members[found[0]] if found else None

@@ -81,6 +81,8 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
     """Whether a second branch, which gets no gradient, encodes views under `Strategy.target_branch`."""
     encoder_defaults: ClassVar[dict[str, Any]] = {}
     """AccelViTConfig fields over the preset's, unless a recipe's `model_config` says otherwise."""
+    base_learning_rate: ClassVar[float | None] = None
+    """Published learning rate for 256 images, which `learning_rate=auto` scales with the batch; None: there is none."""
     least_batch: ClassVar[int] = 1
     """Images that a micro-batch of all processes must have; 2 where they are contrasted with each other."""
 

@@ -99,6 +99,7 @@ class DINOForPreTraining(ObjectiveForPreTraining):
   booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision (ICCV)},
   year      = {2021}
 }"""
+    base_learning_rate = 5e-4  # main_dino.py of the original code
 
     def __init__(
         self,

@@ -60,6 +60,7 @@ class MoCoForPreTraining(ObjectiveForPreTraining):
   year      = {2021}
 }"""
     encoder_defaults = {"freeze_patch_projection": True}  # the stability trick of section 4.2
+    base_learning_rate = 1.5e-4  # of the ViTs in CONFIG.md of the original code
     least_batch = 2
 
     def __init__(

@@ -64,6 +64,7 @@ class SimCLRForPreTraining(ObjectiveForPreTraining):
   year      = {2020}
 }"""
     has_target_branch = False
+    base_learning_rate = 2e-4  # SLIP's README: 3.2e-3 for 4,096 images
     least_batch = 2
 
     def __init__(

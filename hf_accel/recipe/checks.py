@@ -4,7 +4,7 @@ What needs torch, which takes seconds to import, is checked last. Each check rai
 """
 
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import yaml
@@ -12,7 +12,7 @@ import yaml
 from ..compression.schedule import Schedule
 from ..utils.errors import SettingError as RecipeError
 from ..utils.errors import fail
-from ..utils.pretrain_settings import PretrainSettings
+from ..utils.pretrain_settings import PretrainSettings, scale_learning_rate
 from .declarations import Declaration, Setting, inspect_class, read_class, read_classes, read_table
 from .values import check_settings, did_you_mean
 
@@ -41,10 +41,21 @@ def objective_settings(name: str) -> dict[str, Setting]:
     return objectives()[name].settings
 
 
+def objective_attribute(objective: str, name: str) -> Any:
+    """A class attribute of an objective, or its default."""
+    base, own = read_class("objectives/base.py", "ObjectiveForPreTraining"), objectives()[objective]
+    return (base.attributes | own.attributes)[name]
+
+
 def least_batch(objective: str) -> int:
     """Images that a micro-batch must have; 2 or more where its images are contrasted with each other."""
-    base, own = read_class("objectives/base.py", "ObjectiveForPreTraining"), objectives()[objective]
-    return (base.attributes | own.attributes)["least_batch"]
+    return objective_attribute(objective, "least_batch")
+
+
+def auto_learning_rate(recipe: Any) -> float:
+    """The number that learning_rate=auto stands for in a recipe. Raises RecipeError if its objective has none."""
+    base = objective_attribute(recipe.objective, "base_learning_rate")
+    return scale_learning_rate(recipe.objective, base, recipe.batch_size, bool(recipe.init_from))
 
 
 def contrastive_objectives() -> list[str]:
@@ -93,7 +104,7 @@ def check_recipe(recipe: Any) -> None:
 
 
 def _check_presence(recipe: Any) -> None:
-    for key, value in recipe.used().items():
+    for key, value in asdict(recipe).items():
         if isinstance(value, str) and not value.strip():
             fail(key, value, "is empty; give a value, or leave it out")
     for key in NOT_EMPTY:
@@ -129,8 +140,9 @@ def _check_numbers(recipe: Any) -> None:
         for key in taken:
             setattr(recipe, key, getattr(settings, key))
     for key in filter(recipe.reads, ABOVE_0):
-        if getattr(recipe, key) <= 0:
-            fail(key, getattr(recipe, key), "must be above 0")
+        value = getattr(recipe, key)
+        if not isinstance(value, str) and value <= 0:
+            fail(key, value, "must be above 0")
     for key, (least, problem) in AT_LEAST.items():
         value = getattr(recipe, key) if recipe.reads(key) else least
         if not isinstance(value, str) and value < least:
@@ -149,6 +161,8 @@ def _check_objective(recipe: Any) -> None:
     check_settings("objective_config", recipe.objective_config, objective_settings(recipe.objective), recipe.objective)
     if not recipe.reads("batch_size"):
         return
+    if recipe.reads("learning_rate") and recipe.learning_rate == "auto":
+        auto_learning_rate(recipe)
     least, micro_batches = least_batch(recipe.objective), recipe.gradient_accumulation_steps
     if recipe.batch_size < least * micro_batches:
         fail("batch_size", recipe.batch_size, f"{recipe.objective} needs at least {least} images in each micro-batch")

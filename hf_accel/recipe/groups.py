@@ -119,7 +119,12 @@ class StepKeys:
 
 @dataclass
 class OptimizerKeys:
-    learning_rate: float = correction(1.5e-4, "highest learning rate, for this batch_size", "optimisation")
+    learning_rate: float | Literal["auto"] = correction(
+        1.5e-4,
+        "highest learning rate, for this batch_size; auto: the objective's published one for 256 images (with "
+        "init_from at most that of MoCo-v3), times batch_size / 256",
+        "optimisation",
+    )
     weight_decay: float = fixed(0.1, "weight decay of matrices; biases and norms have none")
     max_grad_norm: float = correction(0.0, "norm that gradients are clipped to; 0: they are not clipped")
     gradient_checkpointing: bool = fixed(False, "compute activations again in the backward pass, to save memory")

@@ -10,7 +10,7 @@ import yaml
 
 from ..compression import Schedule
 from ..utils.pretrain_settings import PretrainSettings, Rule, fixed, free
-from .checks import EVALUATIONS, SYMMETRIES, check_recipe, objective_settings
+from .checks import EVALUATIONS, SYMMETRIES, auto_learning_rate, check_recipe, objective_settings
 from .groups import (
     DataKeys,
     HubKeys,
@@ -74,8 +74,11 @@ class Recipe:
         return "free" if key == "task" else cls.__dataclass_fields__[key].metadata["resume"]
 
     def used(self) -> dict[str, Any]:
-        """The task and its keys, with their values."""
-        return {"task": self.task, **asdict(self)}
+        """The task and its keys, with their values, and the number that learning_rate=auto stands for."""
+        values = {"task": self.task, **asdict(self)}
+        if values.get("learning_rate") == "auto":
+            values["learning_rate"] = auto_learning_rate(self)
+        return values
 
     def to_yaml(self) -> str:
         """The recipe as `load_recipe` reads it back."""

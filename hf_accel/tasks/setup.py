@@ -78,9 +78,10 @@ def pretrain_config(recipe: Recipe) -> PretrainConfig:
     shared = {key.name: getattr(recipe, key.name) for key in fields(PretrainSettings) if recipe.reads(key.name)}
     mine: dict[str, Any] = {"budget": 1.0}
     if recipe.task == "pretrain":
-        same = ("learning_rate", "weight_decay", "max_grad_norm", "logging_steps", "save_total_limit", "report_to")
+        same = ("weight_decay", "max_grad_norm", "logging_steps", "save_total_limit", "report_to")
         mine = {
             **{key: getattr(recipe, key) for key in (*same, "push_to_hub", "hub_model_id")},
+            "learning_rate": None if recipe.learning_rate == "auto" else recipe.learning_rate,
             "activation_checkpointing": recipe.gradient_checkpointing,
             "save_steps": int(recipe.save_steps) if recipe.save_steps >= 1 else recipe.save_steps,
             "dataloader_num_workers": choose_workers(recipe),

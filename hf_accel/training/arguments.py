@@ -1,6 +1,7 @@
 """The check of what a program passes to `PretrainTrainer`, before anything slow begins."""
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 from transformers import EarlyStoppingCallback
@@ -8,6 +9,7 @@ from transformers import EarlyStoppingCallback
 from ..models import AccelViTConfig, AccelViTModel
 from ..objectives import ObjectiveForPreTraining
 from ..utils.errors import SettingError
+from ..utils.pretrain_settings import scale_learning_rate
 from .config import PretrainConfig
 
 REFUSED = {
@@ -48,3 +50,11 @@ def check_arguments(model: Any, args: Any, eval_dataset: Any, others: dict[str, 
     for callback in others.get("callbacks") or []:
         if callback is EarlyStoppingCallback or isinstance(callback, EarlyStoppingCallback):
             raise SettingError("callbacks: EarlyStoppingCallback has no effect: training ends when the budget is spent")
+
+
+def settle_learning_rate(args: PretrainConfig, model: ObjectiveForPreTraining) -> PretrainConfig:
+    """Return the arguments with the learning rate that None stands for. The given ones stay as they are."""
+    if args.learning_rate is None:
+        args, continues = copy(args), bool(model.config.init_from)
+        args.learning_rate = scale_learning_rate(model.name, model.base_learning_rate, args.batch_size, continues)
+    return args

@@ -89,7 +89,7 @@ class ProgressCallback(TrainerCallback):
 def note_factors(optimizer: torch.optim.Optimizer, args: PretrainConfig) -> None:
     """Note for each parameter group its learning rate and weight decay relative to the run's, which schedules keep."""
     for group in cast(Any, optimizer).param_groups:
-        group["lr_factor"] = group["lr"] / args.learning_rate
+        group["lr_factor"] = group["lr"] / cast(float, args.learning_rate)
         if args.weight_decay:
             group["weight_decay_factor"] = group["weight_decay"] / args.weight_decay
         else:  # Weight decay may begin later: it is then for matrices.

@@ -88,6 +88,8 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
         search_criterion (`str`, defaults to `"ca_mse"`): What a strategy is chosen by, `"ca_mse"` or `"gain"`.
         batch_size (`int`, defaults to 256): Images of a step, over all processes and micro-batches.
         lr_schedule (`str`, defaults to `"cosine"`): Learning rate after the warm-up, `"cosine"` or `"poly"`.
+        learning_rate (`float`, *optional*, defaults to 1.5e-4): The highest one, for this batch size. `None` takes the
+            objective's published one for 256 images, times `batch_size / 256`.
         warmup (`float`, defaults to 0.1): Progress over which the learning rate rises.
         weight_decay_end (`float`, *optional*): Weight decay at the end, reached along a cosine.
         freeze_encoder (`float`, *optional*): Progress until which only the heads learn. Default: 0.1 for a model from
@@ -114,7 +116,10 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
         >>> config = PretrainConfig("runs/photos", budget="100 epochs", schedule="auto")
     """
 
-    learning_rate: float = field(default=1.5e-4, metadata={"help": "peak of the learning rate, for this batch_size"})
+    learning_rate: float | None = field(
+        default=1.5e-4,
+        metadata={"help": "peak of the learning rate, for this batch_size; None: the objective's, by the batch"},
+    )
     weight_decay: float = field(default=0.1, metadata={"help": "weight decay of matrices; biases and norms have none"})
     max_grad_norm: float = field(default=0.0, metadata={"help": "norm to which gradients are clipped; 0: no clipping"})
     bf16: bool | None = field(default=None, metadata={"help": "autocast in bf16; default: on a GPU that has it"})
@@ -229,11 +234,11 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
 
     def _check_numbers(self) -> None:
         """Check the numbers among the arguments that `TrainingArguments` declares, which takes them as they are."""
-        hints = get_type_hints(TrainingArguments)
+        hints = {**get_type_hints(TrainingArguments), "learning_rate": float | None}
         numbers = (int, float, int | None, float | None)
         take_types(self, {name: hint for name, hint in hints.items() if hint in numbers and name not in INSTEAD})
         for name in ABOVE_0:
-            if getattr(self, name) <= 0:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 fail(name, getattr(self, name), "must be above 0")
         for name in AT_LEAST_0:
             if getattr(self, name) < 0:

@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from ..compression import Compression, Schedule, Stage
 from ..data import describe_labels
 from ..distributed.launch import describe_launch
+from .config import PretrainConfig
 from .planning import describe_plan
 from .timing import name_bound
 
@@ -63,7 +64,17 @@ def describe_run(trainer: Any) -> list[str]:
         describe_launch(args, args.precision),
         f"Stages: {'found while training runs (schedule=auto)' if found else in_words(trainer.plan.schedule)}",
         *(describe_plan(args, model, trainer.plan) if trainer.plan_is_final else []),
+        *([describe_rate(args)] if trainer.scales_rate else []),
     ]
+
+
+def describe_rate(args: PretrainConfig) -> str:
+    """Say what `learning_rate=auto` stands for."""
+    rate = cast(float, args.learning_rate)
+    return (
+        f"Rate:   {rate:g}, that is {rate * 256 / args.batch_size:g} for 256 images, scaled to {args.batch_size:,} "
+        "(learning_rate=auto)"
+    )
 
 
 def in_words(schedule: Schedule) -> str:

@@ -148,6 +148,7 @@ def training_results(trainer: Any) -> dict[str, Any]:
         "budget_requested": trainer.args.budget,
         "steps": state["step"],
         "images_seen": state["step"] * plan.batch_size,
+        "learning_rate": trainer.args.learning_rate,
         "seconds": {**seconds, "rest": seconds["total"] - in_parts},
         # Of the main process, without its evaluations. Other work on the machine hardly changes this time.
         "cpu_seconds": state["cpu_seconds"],

@@ -26,7 +26,7 @@ from ..utils.errors import fail
 from ..utils.pretrain_settings import Rule
 from ..utils.seeding import generator
 from ..utils.writing import AGAIN, write_text, writing
-from .arguments import check_arguments
+from .arguments import check_arguments, settle_learning_rate
 from .auto_schedule import AutoScheduleCallback
 from .caching import start_cache
 from .callbacks import ProgressCallback, note_factors
@@ -91,6 +91,7 @@ class PretrainTrainer(EvaluatingTrainer):
         **kwargs: Any,
     ):
         check_arguments(model, args, eval_dataset, kwargs)
+        self.scales_rate, args = args.learning_rate is None, settle_learning_rate(args, model)
         connect_processes(args, args.precision, args.torch_compile)
         self.args, self.folder, config = args, RunFolder(str(args.output_dir)), model.config
         self.source = image_source(train_dataset, "train_dataset")

@@ -17,6 +17,9 @@ _AMOUNT = r"\s*(\d+(?:\.\d*)?|\.\d+)\s*"
 EPOCHS = re.compile(_AMOUNT + r"epochs?\s*")
 TIME = re.compile(_AMOUNT + r"(minute|hour)s?\s*")
 
+CONTINUED_RATE = 1.5e-4
+"""The highest learning rate of `auto` for 256 images where training continues from released weights."""
+
 Rule = Literal["fixed", "correction", "free"]
 """Whether a setting may change between an interrupted run and its continuation.
 
@@ -159,6 +162,25 @@ def budget_in_seconds(budget: float | str | None) -> float | None:
     """Return the seconds of a budget in minutes or hours, and None for any other budget."""
     time = TIME.fullmatch(budget) if isinstance(budget, str) else None
     return float(time[1]) * {"minute": 60, "hour": 3600}[time[2]] if time else None
+
+
+def scale_learning_rate(objective: str, base: float | None, batch_size: int, continues: bool) -> float:
+    """Return the learning rate that `auto` stands for: linear in the batch, as MoCo-v3, SLIP and DINO scale theirs.
+
+    Released weights are to be changed little, so no objective continues from them with more than `CONTINUED_RATE`, the
+    rate of MoCo-v3. It is that of the heads: `layer_decay` and `freeze_encoder` take care of the encoder.
+
+    Args:
+        objective, base: name of the objective, and its `base_learning_rate`, for 256 images.
+        batch_size: images of a step, over all processes and micro-batches.
+        continues: whether training continues from released weights.
+
+    Raises:
+        SettingError: the objective has no such rate.
+    """
+    if base is None:
+        fail("learning_rate", "auto", f"{objective} has no base_learning_rate: give a number, or set it in its class")
+    return (min(base, CONTINUED_RATE) if continues else base) * batch_size / 256
 
 
 def take_types(settings: Any, hints: Mapping[str, Any]) -> None:

@@ -4,12 +4,12 @@
 
 All runs take `recipes/imagenette/moco_64px_cpu.yaml` and one core:
 
-- `cifar10` trains on CIFAR-10 at 64 px;
+- `cifar10` trains on CIFAR-10 at 64 px, without its labels;
 - `scratch` trains on Imagenette from random weights, `continued` from the encoder of `cifar10` with the same budget;
 - `high_rate` is `continued` with ten times the learning rate: training makes the encoder worse, and `best/` keeps it.
 
-A finished run is recorded at once in `docs/results/continuing/`. A benchmark that is stopped saves the run that is under
-way, and the same command goes on with it. The table in `docs/own_images.md` is made from the records.
+A finished run is recorded at once in `docs/results/continuing/`. A benchmark that is stopped saves the run that is
+under way, and the same command goes on with it. The table in `docs/own_images.md` is made from the records.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def runs_of(scale: float = 1.0) -> dict[str, list[Run]]:
         return Run("moco", NAME, name, RECIPE, scale * budget, 1, seed, keys)
 
     return {
-        "cifar10": [run("cifar10", PRETRAINING_BUDGET, 0)],
+        "cifar10": [run("cifar10", PRETRAINING_BUDGET, 0, label_column="none")],
         "continued": [run("continued", BUDGET, seed, model=None) for seed in SEEDS],
         "scratch": [run("scratch", BUDGET, seed) for seed in SEEDS],
         "high_rate": [run("high_rate", BUDGET, 0, model=None, learning_rate=10 * RATE)],
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     overrides = {
         "cifar10": [f"data={args.cifar10}"],
         "scratch": [f"data={args.imagenette}"],
-        **dict.fromkeys(("continued", "high_rate"), [f"data={args.imagenette}", f"init_from={start}"]),
+        **{name: [f"data={args.imagenette}", f"init_from={start}"] for name in ("continued", "high_rate")},
     }
     failures: list[str] = []
     for name, wanted in runs.items():

@@ -172,9 +172,10 @@ class Bench:
         settings = {**run.settings(), "report_to": []}
         print(f"{time.strftime('%H:%M:%S')} {run.folder}", flush=True)
         command, code = self._launch(run, folder, settings)
-        if "units" not in RunFolder(folder).read_results():
+        results = RunFolder(folder).read_results()
+        if "units" not in results:
             return None if self.stopping.is_set() else f"{run.folder}: exit code {code}, see {folder}.log"
-        if run.kind != CHOICE and not self.stopping.is_set():
+        if run.kind != CHOICE and results["knn_top1"] is not None and not self.stopping.is_set():
             keys = {"task": "evaluate", "checkpoint": str(folder / "final"), "evaluations": ["linear"]}
             _, code = self._launch(run, folder, {**keys, "seed": run.seed})
             if code:
@@ -203,27 +204,28 @@ class Bench:
         return command, code
 
     def record_of(self, run: Run, folder: Path, command: list[str]) -> dict[str, Any]:
-        """What the report needs of a finished run. Accuracies are in percent."""
+        """What the report needs of a finished run. Accuracies are in percent, and null for images without labels."""
         results = RunFolder(folder).read_results()
         history = json.loads((folder / "log_history.json").read_text())["log_history"]
         seconds = results["seconds"]
         linear = [entry for entry in results.get("evaluations", []) if entry["evaluation"] == "linear"]
         curve = [(log["units"], 100 * log["eval_knn_top1"]) for log in history if "eval_knn_top1" in log]
-        raw, random = results["knn_top1_raw_pixels"], results["knn_top1_random_init"]
+        top1 = {name: results[name] for name in ("knn_top1", "knn_top1_raw_pixels", "knn_top1_random_init")}
+        percent = {name: None if value is None else 100 * value for name, value in top1.items()}
         names = ("objective", "kind", "name", "recipe", "budget", "divisor", "seed")
         where = results["environment"]
         return {
             **{name: asdict(run)[name] for name in names},
             "settings": run.settings(),
-            "knn": 100 * results["knn_top1"],
+            "knn": percent["knn_top1"],
             "linear": 100 * linear[-1]["top1"] if linear else None,
             "seconds": results["cpu_seconds"] if self.clock == "cpu" else seconds["total"] - seconds["evaluation"],
             "clock": self.clock,
             "units": results["units"],
             "steps": results["steps"],
             "schedule": results["schedule"],
-            "raw_pixels_knn": None if raw is None else 100 * raw,
-            "random_knn": None if random is None else 100 * random,
+            "raw_pixels_knn": percent["knn_top1_raw_pixels"],
+            "random_knn": percent["knn_top1_random_init"],
             "curve": {"units": [u for u, _ in curve], "knn": [k for _, k in curve]},
             "data": {key: results["data"][key] for key in ("name", "images", "train_split", "validation_split")},
             "command": " ".join(["python", *command[: len(command) - len(self.overrides)]]),

@@ -20,9 +20,10 @@ from hf_accel.recipe import RECIPES
 from hf_accel.recipe.checks import configured_classes
 from hf_accel.training.config import INSTEAD
 from tests.commands import ROOT, code_blocks
+from tests.tiny_runs import image_folder
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/**/*.md")]
-NOTEBOOK = ROOT / "notebooks/quickstart.ipynb"
+NOTEBOOKS = {path.stem: path for path in (ROOT / "notebooks").glob("*.ipynb")}
 
 PATHS = re.compile(r"`((?:recipes|accelerate_configs|benchmarks|docs|hf_accel|notebooks|tests)/[\w./-]+)`")
 NOT_THERE = {
@@ -129,8 +130,8 @@ def test_figures_of_schedules_show_the_rows_of_the_tables():
         assert "uncompressed" in figure["rows"] and (ROOT / f"docs/results/{name}.png").exists()
 
 
-def notebook_code() -> str:
-    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+def notebook_code(name: str) -> str:
+    cells = json.loads(NOTEBOOKS[name].read_text(encoding="utf-8"))["cells"]
     return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
 
 
@@ -150,23 +151,26 @@ def test_every_public_name_has_an_example_that_is_true(name):
         assert doctest.DocTestRunner(verbose=False).run(test).failed == 0
 
 
+MAKES_OBJECTIVE = re.compile(r"ForPreTraining(?:\.from_encoder)?\(")
+
+
 def scripts_of_objectives() -> dict[str, str]:
     """Every printed piece of Python that makes an objective."""
-    pieces = {"notebook": notebook_code()}
+    pieces = {name: notebook_code(name) for name in NOTEBOOKS}
     for page in PAGES:
         blocks = code_blocks(page.read_text(encoding="utf-8"), "python")
         pieces |= {f"{page_name(page)} {number}": block for number, block in enumerate(blocks)}
     for name in PUBLIC:
         examples = doctest.DocTestParser().get_examples(str(getattr(hf_accel, name).__doc__))
         pieces[name] = "".join(example.source for example in examples)
-    return {where: text for where, text in pieces.items() if "ForPreTraining(" in text}
+    return {where: text for where, text in pieces.items() if MAKES_OBJECTIVE.search(text)}
 
 
 def test_printed_scripts_seed_the_first_weights():
     scripts = scripts_of_objectives()
-    assert {"notebook", "PretrainTrainer", "MoCoForPreTraining"} <= scripts.keys() and len(scripts) >= 7
+    assert {*NOTEBOOKS, "PretrainTrainer", "MoCoForPreTraining"} <= scripts.keys() and len(scripts) >= 8
     for where, text in scripts.items():
-        assert "set_seed(0)" in text.partition("ForPreTraining(")[0], where
+        assert "set_seed(0)" in MAKES_OBJECTIVE.split(text)[0], where
 
 
 def test_python_page_names_every_default_that_differs():
@@ -177,19 +181,48 @@ def test_python_page_names_every_default_that_differs():
     assert "report_to" in differ and not [name for name in differ if f"`{name}" not in text.partition("\n\n")[0]]
 
 
-def test_notebook_is_committed_without_outputs():
-    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    assert all(not cell.get("outputs") and not cell.get("execution_count") for cell in cells)
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_is_committed_without_outputs(name):
+    cells = json.loads(NOTEBOOKS[name].read_text(encoding="utf-8"))["cells"]
+    assert cells and all(not cell.get("outputs") and not cell.get("execution_count") for cell in cells)
+
+
+def run_notebook(name: str, toy: dict[str, str]) -> dict:
+    """Run the code of a notebook with other sizes. Returns the names that it has defined."""
+    code, found = notebook_code(name), {}
+    for text, replacement in toy.items():
+        assert code.count(text) == 1, text
+        code = code.replace(text, replacement)
+    exec(code, found)
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
-def test_notebook_runs_at_toy_size(tmp_path, monkeypatch):
+def test_the_quickstart_notebook_runs_at_toy_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = notebook_code()
-    sizes = 'images, budget, batch_size = 2000, "4 epochs", 128'
-    assert code.count(sizes) == 1
-    found: dict = {}
-    exec(code.replace(sizes, 'images, budget, batch_size = 200, "2 epochs", 32'), found)
+    found = run_notebook("quickstart", {'= 2000, "4 epochs", 128': '= 200, "2 epochs", 32'})
     assert found["features"].shape == (1, 128) and found["trainer"].state.global_step > 0
     assert (tmp_path / "runs/notebook/results.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.pin_memory:UserWarning")  # by transformers' Trainer on a CPU
+@pytest.mark.usefixtures("own_cache_and_threads")
+def test_the_notebook_of_own_images_runs_at_toy_size(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image_folder(tmp_path / "photos", labels=False, count=60)
+    image_folder(tmp_path / "labelled", count=30)
+    tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    transformers.set_seed(0)
+    config = hf_accel.vit_tiny(image_size=16, patch_size=4, pooling="mean", **tiny)
+    hf_accel.AccelViTModel(config).save_pretrained("released")
+    toy = {
+        '"facebook/dinov2-small"': '"released"',
+        '= 224, "20 epochs", 128, 30': '= 16, "2 epochs", 16, 1',
+        '{"temperature": 0.2}': '{"projector_hidden_size": 32, "projection_size": 16}',
+    }
+    found = run_notebook("own_images", toy)
+    assert found["features"].shape == (60, 32) and found["accuracy"] > 0.5
+    assert {"label", "score"} <= found["classify"](found["photos"][0]["image"])[0].keys()
+    assert (tmp_path / "runs/photos/best").exists() and (tmp_path / "runs/classifier/config.json").exists()

@@ -61,6 +61,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
     """A copy of the project's folder, as far as commands name it, in which runs write nothing into the project."""
     for name in ("recipes", "accelerate_configs", "benchmarks", "docs", "hf_accel"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "recipe.yaml").symlink_to(ROOT / "recipes" / "moco.yaml")  # what `hf-accel init` writes
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

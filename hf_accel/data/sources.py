@@ -155,6 +155,19 @@ class ImageSource:
         other.mean, other.std = tuple(mean), tuple(std)
         return other
 
+    def file(self, index: int) -> Path | bytes:
+        """Return the file of an image, or its content where it lies in a table."""
+        if self.pixels is not None:
+            return self.pixels[index].numpy().tobytes()
+        record = next(iter(self._table[index].values())) or {}  # pyright: ignore[reportOptionalSubscript]
+        content = record.get("bytes")
+        return Path(record.get("path") or "") if content is None else content
+
+    def file_name(self, index: int) -> str:
+        """Return the path of an image, or set and number where it has none."""
+        record = {} if self._table is None else next(iter(self._table[index].values())) or {}
+        return record.get("path") or f"{self.name}[{index}]"
+
     def open(self, index: int) -> AnyImage:
         """Open an image, of which only the header is read. Raises CorruptImage."""
         if self.pixels is not None:

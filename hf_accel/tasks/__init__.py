@@ -18,6 +18,7 @@ PREVIEWS = {"plan": ("tasks.plan", "plan", "Predict steps, time and memory of a 
 """For each command that takes the recipe of a pretraining run the module of hf_accel, the function, and its summary."""
 
 COMMANDS = {
+    "init": ("tasks.init", "init", "Look at a folder of images and at the device, and write a recipe that fits."),
     "compare": ("tasks.compare", "compare_runs", "Make one table and one figure of finished runs."),
     "list": ("tasks.list", "print_list", "Print tasks, shipped recipes, presets and objectives."),
     "env": ("tasks.env", "print_environment", "Print versions, devices, threads and settings, for a bug report."),

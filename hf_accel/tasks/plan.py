@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from transformers import set_seed
 
+from ..data import ImageSource
 from ..data.cache import storage_side
 from ..distributed import say
 from ..distributed.launch import choose_precision
@@ -40,8 +41,14 @@ CACHED = (
 
 
 @contextmanager
-def preview_run(recipe: Recipe) -> Iterator[PretrainTrainer]:
-    """Make the trainer of a run, to look at it. Its measured costs are taken over, and `output_dir` stays as it is."""
+def preview_run(
+    recipe: Recipe, images: tuple[ImageSource, ImageSource | None] | None = None
+) -> Iterator[PretrainTrainer]:
+    """Make the trainer of a run, to look at it. Its measured costs are taken over, and `output_dir` stays as it is.
+
+    Args:
+        images: those of the recipe, if they are loaded already.
+    """
     run = RunFolder(recipe.output_dir)
     precision = choose_precision(recipe.mixed_precision, run.read_recipe().get("mixed_precision"))
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +58,7 @@ def preview_run(recipe: Recipe) -> Iterator[PretrainTrainer]:
         recipe = replace(recipe, mixed_precision=precision, **apart)
         config = pretrain_config(recipe)
         set_seed(recipe.seed)
-        trainer = PretrainTrainer(build_objective(recipe), config, *load_images(recipe))
+        trainer = PretrainTrainer(build_objective(recipe), config, *(images or load_images(recipe)))
         try:
             with explained_memory(config, trainer.objective):
                 yield trainer

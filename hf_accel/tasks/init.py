@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from ..data import CorruptDataError, ImageSource, WorkersFailed, explained_failures
+from ..data.cache import storage_side, store_images
 from ..data.folders import scan_folder
 from ..data.sources import MAX_BAD
 from ..data.survey import Survey, count_kinds, guess_channels, survey
@@ -18,9 +19,11 @@ from ..data.workers import cores_of_process
 from ..distributed.launch import on_cpu
 from ..recipe import PretrainRecipe
 from ..recipe.proposal import Device, Images, Proposal, propose, settle_budget, settle_rate, write_text
+from ..training.caching import choose_cache
 from ..training.console import quiet
 from ..training.memory import OutOfMemory
 from ..training.timing import StepTime, format_duration, predict_seconds, time_steps
+from ..training.trainer import PretrainTrainer
 from ..utils.causes import reason
 from ..utils.errors import fail
 from .plan import format_memory, preview_run
@@ -34,6 +37,9 @@ LEAST_BATCH = 16
 
 CHANNEL_SAMPLE = 32
 """Images whose headers say how many channels are to be read."""
+
+STORED = 512
+"""Images that are decoded once to time the steps of a run that stores its images."""
 
 Loaded = tuple[ImageSource, ImageSource | None]
 
@@ -144,7 +150,7 @@ def predict(proposal: Proposal, images: Loaded, device: Device) -> None:
     )
     proposal.predicted = (
         f"Predicted: about {taken}, and {format_memory(StepTime(0.0, memory))} of memory at most, from a few steps. "
-        "Evaluations and checkpoints are not counted."
+        "Evaluations, checkpoints and the first reading of the images are not counted."
     )
 
 
@@ -152,8 +158,21 @@ def _time(proposal: Proposal, images: Loaded) -> tuple[float, int]:
     """Return the seconds of the proposed budget, and the peak memory in bytes."""
     recipe = PretrainRecipe(**proposal.for_timing())
     with quiet(), explained_failures(), preview_run(recipe, images) as trainer:
+        _store_some(trainer)
         times = time_steps(trainer, [strategy for strategy, _ in trainer.plan.stage_steps()])
         return sum(predict_seconds(trainer.plan, times)), max(step.memory for step in times.values())
+
+
+def _store_some(trainer: PretrainTrainer) -> None:
+    """Let the steps take stored images, as far as those of the run do, from a part of the images."""
+    side = storage_side(trainer.view_configs, trainer.objective.config.image_size)
+    place = choose_cache(trainer, side)
+    if place == "none":
+        return
+    rows = torch.arange(min(len(trainer.source), max(trainer.args.batch_size, STORED)))
+    trainer.source = trainer.source.take(rows)
+    device = trainer.args.device if place == "device" else torch.device("cpu")
+    trainer.source.stored = store_images(trainer.source, side, device)
 
 
 def describe(found: Survey, device: Device, folder: str) -> list[str]:

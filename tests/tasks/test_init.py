@@ -268,9 +268,20 @@ def test_the_recipe_plans_and_trains(tmp_path, place, capsys):
 
 
 @pytest.mark.slow
-def test_the_memory_of_a_step_is_written(odd, place, monkeypatch):
-    monkeypatch.setattr(init_task, "time_steps", lambda trainer, strategies: dict.fromkeys(strategies, STEP))
+def test_steps_are_timed_as_those_of_the_run(odd, place, monkeypatch):
+    """With stored images where the run stores its own, though not all of them."""
+    seen: list[Any] = []
+    for name in ("a/cut.jpg", "b/empty.jpg", "b/another empty.jpg"):
+        (odd / name).unlink()
+
+    def time_steps(trainer, strategies):
+        seen.append((trainer.source.stored is not None, len(trainer.source)))
+        return dict.fromkeys(strategies, STEP)
+
+    monkeypatch.setattr(init_task, "time_steps", time_steps)
+    monkeypatch.setattr(init_task, "STORED", 20)
     cli.main(["init", str(odd)])
+    assert seen == [(True, 20)]
     assert "and 1.50 GB of memory at most" in (place / "recipe.yaml").read_text()
 
 

@@ -130,16 +130,12 @@ def predict(proposal: Proposal, images: Loaded, device: Device) -> None:
     values = proposal.values
     try:
         seconds, memory = _time(proposal, images)
-    except OutOfMemory:
-        if values["batch_size"] < 2 * LEAST_BATCH:
-            raise
-        values["batch_size"] //= 2
-        proposal.why["batch_size"] = (
-            "Images of a step, over all processes. Twice as many need more memory than there is."
-        )
-        settle_rate(proposal)
-        return predict(proposal, images, device)
-    except (CorruptDataError, WorkersFailed) as error:
+    except (CorruptDataError, OutOfMemory, WorkersFailed) as error:
+        if isinstance(error, OutOfMemory) and values["batch_size"] >= 2 * LEAST_BATCH:
+            values["batch_size"] //= 2
+            proposal.why["batch_size"] = "Images of a step, over all processes. Twice as many need too much memory."
+            settle_rate(proposal)
+            return predict(proposal, images, device)
         values["budget"] = "20 epochs"
         proposal.why["budget"] = "What so many passes over the images cost without compression. Steps were not timed."
         proposal.predicted = f"Time and memory could not be predicted: {str(error).splitlines()[0]}"
@@ -204,7 +200,7 @@ def _describe_labels(found: Survey) -> str:
     counts, names = sorted(found.classes.values()), ", ".join([*found.classes][:NAMED])
     more = ", ..." if len(found.classes) > NAMED else ""
     without = f"; {found.unlabelled:,} images have none" if found.unlabelled else ""
-    sizes = f"{counts[0]:,} images each" if counts[0] == counts[-1] else f"{counts[0]:,} to {counts[-1]:,} images each"
+    sizes = f"{counts[0]:,} to {counts[-1]:,} training images"
     return f"{found.labels_from}, {len(counts)} classes ({names}{more}) of {sizes}{without}"
 
 

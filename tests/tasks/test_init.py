@@ -176,6 +176,16 @@ def test_a_batch_that_does_not_fit_is_halved(odd, place, monkeypatch):
     assert tried == [32, 16] and load_recipe("recipe.yaml").batch_size == 16
 
 
+def test_a_recipe_is_written_where_no_step_can_be_taken(odd, place, capsys):
+    """More images than a run allows cannot be read."""
+    for index in range(20):
+        (odd / "a" / f"broken{index}.jpg").write_bytes(b"no image")
+    cli.main(["init", str(odd)])
+    said, text = capsys.readouterr().out, (place / "recipe.yaml").read_text()
+    assert load_recipe("recipe.yaml").budget == "20 epochs" and "Steps were not timed." in text
+    assert "Time and memory could not be predicted: " in said and "images cannot be read" in said
+
+
 def test_nothing_is_overwritten(odd, place, timed, monkeypatch):
     (place / "recipe.yaml").write_text("mine")
     monkeypatch.setattr(init_task, "survey", lambda *_: pytest.fail("it is said at once"))

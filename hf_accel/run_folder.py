@@ -249,6 +249,39 @@ def find_damage(checkpoint: Path) -> str | None:
     return None
 
 
+def find_end(run: str) -> Path:
+    """Return the checkpoint that `continue_from` names: the last one of a finished run, or a checkpoint itself.
+
+    Raises:
+        SettingError: there is no such run or checkpoint, or the run is not finished.
+    """
+    path, folder = Path(run), RunFolder(run)
+    if (path / RUN_STATE_NAME).exists():
+        checkpoint = path
+    elif folder.is_complete():
+        checkpoint = folder.checkpoint(folder.read_results()["steps"])
+        if not checkpoint.is_dir():
+            lost = "its last checkpoint, with heads and optimizer, was removed"
+            fail("continue_from", run, f"{lost}; init_from={folder.final} starts from its encoder, with new heads")
+    elif folder.recipe.exists():
+        fail(
+            "continue_from", run, "it is not finished: resume it with the same command, or name one of its checkpoints"
+        )
+    else:
+        fail("continue_from", run, "it is neither the output_dir of a finished run nor a checkpoint of one")
+    if wrong := find_damage(checkpoint):
+        fail("continue_from", run, wrong)
+    if not read_state(checkpoint)["step"]:
+        fail("continue_from", run, "it was saved before the first step; start a run without continue_from")
+    return checkpoint
+
+
+def run_of(checkpoint: Path) -> RunFolder:
+    """Return the folder of the run that a checkpoint belongs to."""
+    run = RunFolder(checkpoint.resolve().parent)
+    return RunFolder(run.path.parent) if run.path.name == RunFolder("").kept.name else run
+
+
 def _remove(checkpoint: Path) -> None:
     # The seal goes first, so that a kill in between leaves no seal on the rest.
     (checkpoint / RUN_STATE_NAME).unlink(missing_ok=True)

@@ -257,6 +257,9 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
         """Return the parameters that the step at `progress` leaves as they are; at 0, all that are ever frozen."""
         return []
 
+    def skip_warmup(self) -> None:
+        """Leave out what only random weights need at the start, as a run before has trained these."""
+
     def before_optimizer_step(self, progress: float) -> None:
         """Change the gradients of an optimizer step, once all of them are complete."""
 

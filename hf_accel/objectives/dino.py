@@ -220,6 +220,11 @@ class DINOForPreTraining(ObjectiveForPreTraining):
             clip_each(self.parameters(), self.clip_grad)
         drop_gradients(self.frozen_parameters(progress))
 
+    def skip_warmup(self) -> None:
+        """The teacher keeps the temperature that it has come to, and the prototypes learn from the first step on."""
+        _, temperature, _ = self.teacher_temperatures
+        self.teacher_temperatures, self.freeze_last_layer = (temperature, temperature, 0.0), 0.0
+
     def frozen_parameters(self, progress: float) -> list[nn.Parameter]:
         return self.student_head.last_layer() if progress < self.freeze_last_layer else []
 

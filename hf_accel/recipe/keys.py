@@ -42,7 +42,14 @@ class Recipe:
     """The keys that a file or a command gives. The others have their defaults."""
 
     def __post_init__(self):
-        for key in ("output_dir", "init_from", "checkpoint", "pilot", "baseline"):  # no shell has seen what a file says
+        for key in (
+            "output_dir",
+            "init_from",
+            "continue_from",
+            "checkpoint",
+            "pilot",
+            "baseline",
+        ):  # no shell has seen what a file says
             if self.reads(key) and str(getattr(self, key)).startswith("~"):
                 setattr(self, key, os.path.expanduser(getattr(self, key)))
         check_recipe(self)

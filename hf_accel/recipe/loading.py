@@ -13,6 +13,7 @@ from ..utils.shipped import find_file, list_recipes
 from ..utils.strict_yaml import load_yaml
 from ..utils.values import as_type, type_name
 from .checks import configured_classes
+from .continue_from import settle_continuation
 from .init_from import settle_start
 from .keys import RECIPES, Recipe, default_of, tasks_that_read
 from .values import did_you_mean
@@ -52,7 +53,11 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
             fail(key, value, f"task={task} does not read this key; leave it out (task={others} would read it)")
     types = kind.types()
     taken = {key: as_type(key, value, types[key]) for key, value in values.items() if key in types}
-    recipe = kind(**(settle_start(kind, taken) if taken.get("init_from") else taken))
+    if taken.get("continue_from"):
+        taken = settle_continuation(kind, taken)
+    elif taken.get("init_from"):
+        taken = settle_start(kind, taken)
+    recipe = kind(**taken)
     recipe.named = frozenset(values)
     return recipe
 

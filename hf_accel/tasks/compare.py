@@ -100,6 +100,11 @@ def build_comparison(runs: Mapping[str, FinishedRun]) -> str:
         rows.append([*cells, *(run.origin[key] for key in differing)])
     common = "; ".join(f"{key}: {value}" for key, value in origins[0].items() if key not in differing)
     notes = [NOTE, "In a schedule, p is the patch size in pixels, d the token dropout, and % the progress at its end."]
+    notes += [
+        f"{name} continues {run.results['continued_from']['name']}, whose units are not counted here."
+        for name, run in runs.items()
+        if run.results.get("continued_from")
+    ]
     if len({run.results["budget"] for run in runs.values()}) > 1:
         notes.append("The budgets differ.")
     notes += [f"All runs: {common}."] if common and len(runs) > 1 else [f"The run: {common}."] if common else []

@@ -21,6 +21,10 @@ class ProgressCallback(TrainerCallback):
         self.seen = self.share_done(state)
         if self.trainer.is_deepspeed_enabled:
             self.wrap_engine_step(self.trainer.deepspeed, state)
+        if self.trainer.earlier:
+            self.trainer.objective.skip_warmup()
+            for group in cast(Any, self.trainer.optimizer).param_groups:
+                group["freezable"] = False
         if state.global_step == 0 and 0 in self.trainer.args.keep_points:
             self.trainer.keep_start()
 

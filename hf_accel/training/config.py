@@ -78,9 +78,13 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
         budget (`float` or `str`): Units to spend, or `"N epochs"`: what N epochs cost without compression. A unit is a
             forward pass of the encoder on one uncompressed image. Or `"N minutes"` or `"N hours"`, from `train` to the
             last step. Required.
+        continue_from (`str`, *optional*): A finished run, by its `output_dir`, or one of its checkpoints. `train`
+            starts from its weights and optimizer, and `budget` is what the new run spends. The model must be made as
+            it was there.
         schedule (`list`, `str`, [`Schedule`], *optional*): Stages of compression, the path of a YAML file that holds
             them, `"standard"`, patches four times as large until 40% of the budget and twice until 80%, or `"auto"`,
-            which finds stages while training runs. Default: no compression.
+            which finds stages while training runs. Default: no compression, or with `continue_from` that of the last
+            step there.
         cost (`str`, *optional*): Whether units are `"analytic"`, counted in FLOPs, or `"measured"`, timed on this
             device. Default: analytic, and measured where the budget is a time.
         auto_share (`float`, defaults to 0.03): Share of the budget that the probes of `schedule="auto"` may spend.
@@ -140,6 +144,8 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
 
     def __post_init__(self) -> None:
         self.output_dir = os.path.expanduser(self.output_dir or "runs/default")
+        if isinstance(self.continue_from, str | os.PathLike):
+            self.continue_from = os.path.expanduser(self.continue_from)
         if isinstance(self.schedule, Schedule):
             self.schedule = self.schedule.to_list()
         self.check_pretraining()

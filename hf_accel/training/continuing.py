@@ -35,13 +35,19 @@ class Pace(NamedTuple):
     layer_decay: float = 1.0
 
 
-def choose_pace(args: PretrainConfig, objective: ObjectiveForPreTraining, own_optimizer: bool) -> Pace:
+def choose_pace(
+    args: PretrainConfig, objective: ObjectiveForPreTraining, own_optimizer: bool, heads_have_learnt: bool = False
+) -> Pace:
     """Return the settings, or the defaults, which are those of random weights unless the encoder is a released one.
+
+    The encoder waits for new heads only.
 
     Raises:
         SettingError: one of them is given, and a program has passed an optimizer with groups of its own.
     """
-    default = Pace(0.1, 0.75) if objective.config.init_from and not own_optimizer else Pace()
+    default = Pace()
+    if objective.config.init_from and not own_optimizer:
+        default = Pace(0.0 if heads_have_learnt else 0.1, 0.75)
     given = {name: getattr(args, name) for name in Pace._fields if getattr(args, name) is not None}
     for name, value in given.items():
         if own_optimizer and value != getattr(default, name):

@@ -10,6 +10,8 @@ from ..run_folder import RunFolder
 from ..utils.writing import AGAIN, write_json, writing
 from .accuracy import measure_knn
 
+STARTS = ("knn_top1_init_from", "knn_top1_continued_from")
+
 
 def finish_run(trainer: Any) -> None:
     """Write everything that a complete run leaves. All processes must call it."""
@@ -51,9 +53,14 @@ def describe_result(trainer: Any, results: dict[str, Any]) -> str:
         rank = "" if results["rank_me"] is None else f"; {in_words.format(results['rank_me'])}"
         start = "" if not best or best["start"] is None else f" (at the start {best['start']:.1f})"
         return f"Results in {folder}; no accuracy, {why}{rank}{start}{kept}"
-    said = {"random initialisation": results["knn_top1_random_init"], "at the start": results["knn_top1_init_from"]}
+    said = {"random initialisation": results["knn_top1_random_init"], "at the start": accuracy_at_start(results)}
     start = "".join(f" ({name} {value:.2%})" for name, value in said.items() if value is not None)
     return f"kNN accuracy {results['knn_top1']:.2%}{start}{kept}; results in {folder}"
+
+
+def accuracy_at_start(results: dict[str, Any]) -> float | None:
+    """The kNN accuracy of the trained weights that a run has started from."""
+    return next((results[name] for name in STARTS if results.get(name) is not None), None)
 
 
 def describe_pictures(folder: RunFolder, by_recipe: bool) -> list[str]:
@@ -75,7 +82,7 @@ def write_results(trainer: Any, results: dict[str, Any]) -> None:
     """Beside the encoder in `final/`, which is written: figures, card, log and, last, `results.json`."""
     folder, plan, history = trainer.folder, trainer.plan, trainer.state.log_history
     named = {"raw pixels": results["knn_top1_raw_pixels"], "random init": results["knn_top1_random_init"]}
-    named["start"] = results.get("knn_top1_init_from")
+    named["start"] = accuracy_at_start(results)
     baselines = {name: value for name, value in named.items() if value is not None}
     title = f"{results['objective']} on {results['data']['name']}"
     size, best = trainer.objective.config.image_size, results.get("best") or {}

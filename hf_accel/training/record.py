@@ -14,6 +14,7 @@ from ..distributed.launch import engine_of
 from ..models.configuration_accel_vit import changed_fields
 from ..utils.pretrain_settings import PretrainSettings, Rule
 from .continuing import describe_best
+from .extending import note_earlier
 
 RULES: dict[str, Rule] = {
     **{key.name: key.metadata["resume"] for key in fields(PretrainSettings)},
@@ -120,6 +121,7 @@ def run_state(trainer: Any) -> dict[str, Any]:
         **{"view_backend": trainer.view_backend, "cache": trainer.cache},
         "unreadable": {str(index): what for index, what in trainer.source.bad.items()},
         **({"evaluation_due": True} if trainer.evaluation_due else {}),
+        **{"separates_encoder": trainer.separates_encoder, "continued_from": note_earlier(trainer.earlier)},
         **({"controller": trainer.controller.state()} if trainer.controller else {}),
     }
 
@@ -132,18 +134,21 @@ def training_results(trainer: Any) -> dict[str, Any]:
     seconds = state["seconds"]
     in_parts = seconds["data"] + seconds["forward_backward"] + seconds["evaluation"]
     schedule = plan.followed()
-    start = trainer.objective.config.init_from
+    start, earlier = trainer.objective.config.init_from, trainer.earlier
+    began_with = "continued_from" if earlier else "init_from" if start else "random_init"
     before = next((entry["eval_knn_top1"] for entry in accuracies if entry["step"] == 0), None)
     uncompressed = Strategy(Compression(trainer.objective.config.patch_size))
     return {
         "knn_top1": accuracies[-1]["eval_knn_top1"] if accuracies else None,
         "knn_top5": accuracies[-1].get("eval_knn_top5") if accuracies else None,
-        "knn_top1_random_init": None if start else before,
-        "knn_top1_init_from": before if start else None,
+        **{f"knn_top1_{name}": None for name in ("random_init", "init_from", "continued_from")},
+        f"knn_top1_{began_with}": before,
         "init_from": start,
+        "continued_from": note_earlier(earlier),
         "best": describe_best(trainer.state.log_history) if start else None,
         **{name: measured.get(f"eval_{name}") for name in ("ridge_top1", "rank_me", "alpha_req")},
         "units": state["units"],
+        "total_units": state["units"] + (earlier.units if earlier else 0.0),
         "budget": plan.budget,
         "budget_requested": trainer.args.budget,
         "steps": state["step"],

@@ -12,6 +12,7 @@ from ..objectives import ObjectiveForPreTraining
 from ..utils.writing import AGAIN, writing
 from .config import PretrainConfig
 from .console import quiet
+from .extending import EarlierRun, load_earlier
 from .publishing import PublishingTrainer
 from .record import run_state
 
@@ -26,7 +27,15 @@ class SavingTrainer(PublishingTrainer):
     args: PretrainConfig
     stopped: bool
     keep_now: bool
+    earlier: EarlierRun | None
     _first_step: int
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """A run that continues another one begins with its weights and optimizer."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.earlier and resume_from_checkpoint is None:
+            load_earlier(self)
+        return prepared
 
     @property
     def objective(self) -> ObjectiveForPreTraining:

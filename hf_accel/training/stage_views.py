@@ -70,7 +70,7 @@ def _collect_step(trainer: Any, step: int, title: str) -> StageViews:
     now, size = trainer.plan[step], trainer.view_size(step)
     views = trainer.views_of(trainer._prepare_inputs(batch), size)
     with recording_encoders(trainer.objective) as calls:
-        trainer.objective(views, now.strategy, Draw(trainer.args.seed, step), now.progress)
+        trainer.objective(views, now.strategy, Draw(trainer.draw_seed, step), now.progress)
     seen = [row for call in calls for row in _split_call(trainer, call, views)]
     seen.sort(key=lambda row: (row.view, row.branch))
     return StageViews(title, [np.asarray(image) / 255 for image in originals], boxes, _merge_branches(seen))
@@ -91,7 +91,7 @@ def _merge_branches(seen: list[SeenView]) -> list[SeenView]:
 def _draw_boxes(trainer: Any, batch: dict[str, Any], sizes: list[tuple[int, int]]) -> list[np.ndarray]:
     """Draw the boxes of the first two views again, in pixels of the originals."""
     widths, heights = torch.tensor(sizes).unbind(1)
-    where = (trainer.args.seed, batch["step"], batch["micro_step"])
+    where = (trainer.draw_seed, batch["step"], batch["micro_step"])
     rows = (batch["rows"], batch["global_batch"])
     configs = trainer.view_configs[:2]
     return [view_boxes(c, heights, widths, *where, view, *rows).numpy() for view, c in enumerate(configs)]

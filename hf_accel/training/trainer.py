@@ -34,6 +34,7 @@ from .config import Derived, PretrainConfig
 from .console import ConsoleCallback, describe_run, quiet
 from .continuing import BestCallback, Pace, choose_pace, separate_encoder
 from .evaluating import EvaluatingTrainer
+from .extending import choose_draw_seed, describe_earlier, read_earlier
 from .finish import finish_run
 from .memory import explained_memory
 from .monitoring import CollapseMonitor
@@ -107,6 +108,9 @@ class PretrainTrainer(EvaluatingTrainer):
         if args.torch_compile:
             model.compile_encoders(**args.compile_options)
         self.view_configs = model.view_configs(AUGMENTATIONS[args.augmentation])
+        self.earlier = read_earlier(args, model)
+        self.draw_seed = choose_draw_seed(args.seed, self.earlier)
+        args.schedule = args.schedule or (self.earlier and self.earlier.schedule)
         self.schedule = read_schedule(args, config, next((view.size for view in self.view_configs if view.size), None))
         self._make_plan = partial(plan_run, args, model, self.schedule, len(self.source))
         self.set_costs(read_costs(self.folder) if args.cost == "measured" else None)
@@ -125,7 +129,9 @@ class PretrainTrainer(EvaluatingTrainer):
         datasets: dict[str, Any] = {"train_dataset": self.source, "eval_dataset": self.validation}
         processor = image_processor(self.source, config.image_size)  # Pipelines open checkpoints with it.
         own_optimizer = any(kwargs.get("optimizers") or ())
-        self.pace = choose_pace(args, model, own_optimizer)
+        self.pace = choose_pace(args, model, own_optimizer, self.earlier is not None)
+        apart = self.earlier is not None and self.earlier.separates_encoder
+        self.separates_encoder = not own_optimizer and (apart or self.pace != Pace())
         super().__init__(model=model, args=args, processing_class=processor, **datasets, **kwargs)
         if self.optimizer is not None:
             note_factors(cast(Any, self.optimizer), args)
@@ -182,13 +188,13 @@ class PretrainTrainer(EvaluatingTrainer):
         shard = (args.per_device_train_batch_size, args.world_size, args.process_index)
         steps: dict[str, Any] = {"first_step": self._first_step, "last_step": self.most_steps}
         steps["shards"] = self.source.shards
-        sampler = TrainSampler(len(self.source), *shard, args.gradient_accumulation_steps, args.seed, **steps)
+        sampler = TrainSampler(len(self.source), *shard, args.gradient_accumulation_steps, self.draw_seed, **steps)
         # Workers also cut for steps that a plan which a probe has shortened no longer has.
         size = self.objective.config.image_size
         views = self.view_configs, (lambda step: size) if self.controller else self.view_size
         pinned = args.device.type != "cpu"
         workers = args.dataloader_num_workers
-        loader = train_loader(self.source, sampler, *views, workers, args.seed, pin_memory=pinned)
+        loader = train_loader(self.source, sampler, *views, workers, self.draw_seed, pin_memory=pinned)
         return WholeRun(loader, self.most_steps * args.gradient_accumulation_steps)
 
     # The run
@@ -223,12 +229,14 @@ class PretrainTrainer(EvaluatingTrainer):
             if self.args.should_save:
                 with writing(self.folder.recipe, AGAIN):
                     write_text(self.folder.recipe, yaml.safe_dump(record, sort_keys=False))
-            from_start = 0.0 in self.args.eval_points or bool(self.objective.config.init_from)
-            self.args.eval_on_start = from_start and checkpoint is None
+            is_trained = bool(self.objective.config.init_from or self.earlier)
+            self.args.eval_on_start = (0.0 in self.args.eval_points or is_trained) and checkpoint is None
             for line in describe_run(self):
                 distributed.say(line)
             if checkpoint:
                 distributed.say(f"Resuming from {checkpoint}")
+            elif self.earlier:
+                distributed.say(describe_earlier(self.earlier))
             output = self._train(checkpoint, **kwargs)
             if not self.stopped:
                 finish_run(self)
@@ -281,7 +289,7 @@ class PretrainTrainer(EvaluatingTrainer):
         stop_requested()  # a sign that the run goes on, also in a step of many micro-batches
         # Stochastic depth draws from the global generators: make those, too, a function of the step alone.
         key = (inputs["step"], inputs["micro_step"], distributed.rank())
-        torch.manual_seed(generator(self.args.seed, "model", *key).initial_seed())
+        torch.manual_seed(generator(self.draw_seed, "model", *key).initial_seed())
         with explained_memory(self.args, self.objective):
             # A name for the dictionary would keep the views during the backward pass.
             loss = super().training_step(
@@ -297,7 +305,7 @@ class PretrainTrainer(EvaluatingTrainer):
         now, start = self.plan[step], time.perf_counter()
         views = inputs.pop("views", None) or self.views_of(inputs, self.view_size(step))
         self._seconds_of_views += time.perf_counter() - start
-        output = model(views, now.strategy, Draw(self.args.seed, step, micro_step), now.progress)
+        output = model(views, now.strategy, Draw(self.draw_seed, step, micro_step), now.progress)
         for name, value in output.metrics.items():
             self._metric_sums[name] = self._metric_sums.get(name, 0) + value
         self._metric_count += 1
@@ -307,7 +315,7 @@ class PretrainTrainer(EvaluatingTrainer):
         """The views of a micro-batch of the loader, `size` pixels wide where they have no size of their own."""
         where = (inputs["step"], inputs["micro_step"], inputs["rows"], inputs["global_batch"])
         normalisation = self.source.mean, self.source.std
-        return make_views(inputs, self.view_configs, size, self.args.seed, *where, *normalisation, self.render)
+        return make_views(inputs, self.view_configs, size, self.draw_seed, *where, *normalisation, self.render)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Weight decay is for matrices; by names and layer types, BatchNorms' weights would slip through."""
@@ -316,7 +324,7 @@ class PretrainTrainer(EvaluatingTrainer):
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if is_new and self.pace != Pace():
+        if is_new and self.separates_encoder:
             separate_encoder(optimizer, self.objective, self.pace)
         if self.is_deepspeed_enabled:  # there only lr 0 keeps what is frozen for now out of a step
             separate_group(optimizer, self.objective.frozen_parameters(0.0))

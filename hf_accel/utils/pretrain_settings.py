@@ -51,10 +51,16 @@ class PretrainSettings:
         "encoder on one uncompressed image); or 'N minutes' or 'N hours', which implies cost=measured",
         "budget",
     )
+    continue_from: str | None = fixed(
+        None,
+        "output_dir of a finished run, or one of its checkpoints, to train further in another output_dir: from its "
+        "weights and optimizer, for a budget of its own; what a recipe leaves open is as in that run",
+    )
     schedule: list[Any] | str | None = fixed(
         None,
         "list of stages, path of a YAML file of them, standard (patches four times as large until 40% of the budget, "
-        "twice until 80%), or auto (found while the run trains); default: no compression",
+        "twice until 80%), or auto (found while the run trains); default: no compression, and with continue_from that "
+        "of the last step of the run",
     )
     cost: Literal["analytic", "measured"] | None = fixed(
         None,

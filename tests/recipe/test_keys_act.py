@@ -85,6 +85,7 @@ PRETRAIN: dict[str, tuple[Any, ...]] = {
     "label_column": ("other", images),
     "streaming": (True, images),
     "num_workers": (97, setting("dataloader_num_workers")),
+    "continue_from": ("run", setting()),
     "init_from": ("encoder", lambda recipe, key: started(recipe), "encoder"),
     "model": ("vit_small", lambda recipe, key: replace_config(recipe).encoder_config().hidden_size, 384),
     "model_config": (TINY | {"hidden_size": 16}, lambda recipe, key: encoder(recipe, "hidden_size"), 16),

@@ -270,6 +270,7 @@ RULES = {
         auto_draws search_criterion batch_size lr_schedule weight_decay weight_decay_end augmentation view_resolution
         gradient_accumulation_steps gradient_checkpointing pilot search_draws search_token_dropout search_patch_size
         search_symmetry streaming embedding_dtype init_from freeze_encoder
+        continue_from
         layer_decay
     """,
     "correction": "learning_rate warmup max_grad_norm mixed_precision view_backend cache",

@@ -172,6 +172,7 @@ IN_THE_RUN = {
     "view_backend",  # in test_views.py
     "cache",  # in test_caching.py
     "warmup",
+    "continue_from",  # in test_extending.py
     "freeze_encoder",  # in test_continuing.py
     "layer_decay",  # in test_continuing.py
     "weight_decay_end",

@@ -24,7 +24,8 @@ def test_matched_views_have_base_patches():
 def test_evaluation_point_just_above_its_step_is_met_once():
     plan = Plan(8 * 4.0, Schedule.constant(Strategy(Compression(4))), 1, lambda strategy: 4.0)
     args = SimpleNamespace(eval_points=[0.25 + 5e-13], keep_points=[])
-    trainer: Any = SimpleNamespace(plan=plan, args=args, source=range(10), keep_now=False, is_deepspeed_enabled=False)
+    flags: dict[str, Any] = {"keep_now": False, "is_deepspeed_enabled": False, "earlier": None}
+    trainer: Any = SimpleNamespace(plan=plan, args=args, source=range(10), **flags)
 
     def evaluated(first_step: int) -> list[int]:
         callback: Any = ProgressCallback(trainer)

@@ -191,7 +191,7 @@ def describe(found: Survey, device: Device, folder: str) -> list[str]:
 
 
 def _list(counts: Counter[str]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.most_common())
+    return ", ".join(f"{name} ({count:,})" for name, count in counts.most_common())
 
 
 def _describe_labels(found: Survey) -> str:

@@ -76,8 +76,8 @@ def test_the_report_names_what_is_odd(odd, place, timed, capsys):
     report = {line.partition(":")[0]: line.partition(":")[2].strip() for line in said.splitlines() if ":" in line}
     assert report["Images"].startswith(f"47 in {odd}: ") and "to measure accuracy on" in report["Images"]
     assert report["Sizes"] == "short side 70 to 109 pixels, median 88"
-    assert report["Formats"] == "JPEG 42, PNG 2"
-    assert report["Channels"] == "RGB 42, grey 1, RGB with transparency 1"
+    assert report["Formats"] == "JPEG (42), PNG (2)"
+    assert report["Channels"] == "RGB (42), grey (1), RGB with transparency (1)"
     assert "2 classes (a, b)" in report["Labels"]
     assert report["Unreadable"].startswith("3: a/cut.jpg (") and "b/empty.jpg" in report["Unreadable"]
     assert "A run stops if more than 1% are unreadable" in report["Unreadable"]
@@ -261,7 +261,7 @@ def test_images_of_five_channels_are_read_as_they_are(tmp_path, place, timed, ca
         np.save(folder / f"{index}.npy", pixels)
     cli.main(["init", str(folder)])
     assert load_recipe("recipe.yaml").num_channels == 5
-    assert "5 channels of 16 bits 8" in capsys.readouterr().out
+    assert "5 channels of 16 bits (8)" in capsys.readouterr().out
 
 
 @pytest.mark.slow

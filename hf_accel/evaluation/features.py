@@ -34,6 +34,7 @@ def extract_features(
     device: torch.device | str,
     patch_size: int | None = None,
     dtype: torch.dtype | None = None,
+    prepare: Callable[[Batch], Batch] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return features (N, D) in fp32 and labels (N,) of every sample of the loader, once each, in order, on the CPU.
 
@@ -50,6 +51,7 @@ def extract_features(
             if there are any.
         patch_size: pixels, for encoders that take a patch size; None means the encoder's own.
         dtype: bf16 or fp16 for autocast; None means no autocast.
+        prepare: what makes such a dictionary of a batch of the loader, called in the process that encodes it.
 
     Raises:
         ValueError: no samples, or a model whose outputs hold no feature of an image, or a different one each time.
@@ -59,7 +61,7 @@ def extract_features(
     """
     device = torch.device(device)
     with encoding(model, device, patch_size, dtype) as encode:
-        return _collect(encode, loader, device, partial(check_encoder, encode, model))
+        return _collect(encode, loader, device, partial(check_encoder, encode, model), prepare)
 
 
 @contextmanager
@@ -111,12 +113,16 @@ def _collect(
     loader: Iterable[Batch],
     device: torch.device,
     check: Callable[[Tensor], None] | None = None,
+    prepare: Callable[[Batch], Batch] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Collect rows and labels; `check` gets the first image on the device."""
     features, tags = [torch.empty(0, 0)], [torch.empty(0, 2, dtype=torch.long)]  # tags: number of the batch, label
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed from the global generator
         most = CPU_ROWS if device.type == "cpu" else None
-        for number, rows, labels in until_stopped(_split_batches(_take_own_batches(loader), most)):
+        batches = _take_own_batches(loader)
+        if prepare is not None:
+            batches = ((number, prepare(batch)) for number, batch in batches)
+        for number, rows, labels in until_stopped(_split_batches(batches, most)):
             pixels = rows.to(device, non_blocking=True)
             if check is not None:
                 check(pixels[:1])

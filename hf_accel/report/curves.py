@@ -45,7 +45,7 @@ def plot_curves(
     baselines: Mapping[str, float] | None = None,
     rank_me_start: float | None = None,
 ) -> None:
-    """Draw accuracy, RankMe, alpha-ReQ, loss, patch tokens, patch size and token dropout against the units spent.
+    """Draw what evaluations measured, loss, patch tokens, patch size and token dropout against the units spent.
 
     What was not logged is left out, as are NaN values.
 
@@ -62,8 +62,10 @@ def plot_curves(
     if len(accuracy[0]):
         linear = _series(log_history, "eval_ridge_top1")
         panels.append((3, lambda axes: _accuracy(axes, accuracy, linear, baselines or {})))
-    for key, label, start in (("eval_rank_me", "RankMe", rank_me_start), ("eval_alpha_req", "alpha-ReQ", None)):
+    measures = {"eval_rank_me": "RankMe", "eval_alpha_req": "alpha-ReQ", "eval_lidar": "LiDAR"}
+    for key, label in measures.items():
         if len((series := _series(log_history, key))[0]):
+            start = rank_me_start if key == "eval_rank_me" else None
             panels.append((1.2, partial(_measure, series=series, label=label, start=start)))
     if len(loss[0]):
         panels.append((3, lambda axes: _loss(axes, loss)))

@@ -106,7 +106,7 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
             graphs in fewer passes over memory, and `"auto"` measures which is faster.
         cache (`str`, defaults to `"auto"`): Where images are kept, decoded once and shrunk to what their crops need:
             `"none"`, `"ram"`, `"device"`, or `"auto"`, which takes at most half of the free memory.
-        eval_points (`list[float]`): Progress at which kNN accuracy is measured.
+        eval_points (`list[float]`): Progress at which the features are measured.
         keep_points (`list[float]`): Progress at which a checkpoint is kept for good, for a search.
         knn_k (`int`, defaults to 20), knn_temperature (`float`, defaults to 0.07): Neighbours, and their votes.
         bf16 (`bool`, *optional*): Autocast in bf16. Default: on a GPU that has it.

@@ -2,18 +2,26 @@
 
 import time
 import warnings
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
 
+from ..compression import Compression, Plan, Strategy
+from ..data import ViewConfig
 from ..distributed.stopping import Stopped
-from .accuracy import measure_encoder, measure_knn
+from ..evaluation import lidar
+from .accuracy import Samples, choose_samples, measure_encoder, measure_knn
 from .saving import SavingTrainer
+from .view_features import encode_views
 
 
 class EvaluatingTrainer(SavingTrainer):
     """A Trainer that measures the exported encoder, and counts the time of this apart from that of training."""
 
+    plan: Plan
+    view_configs: Sequence[ViewConfig]
     evaluation_due: bool
     seconds: dict[str, float]
     _cpu_before: float
@@ -25,8 +33,21 @@ class EvaluatingTrainer(SavingTrainer):
 
     def measure_encoder(self, encoder: Any) -> dict[str, float]:
         """Return what an evaluation of this run measures of an encoder."""
+        samples = self._choose_samples(encoder)
         with torch.compiler.set_stance("force_eager"):  # its shapes are not worth a compilation
-            return measure_encoder(encoder, self.source, self.validation, self.args)
+            found = measure_encoder(encoder, self.source, self.validation, self.args, samples.rank_me)
+            if samples.lidar:
+                rows, to_device = self.source.sample(samples.lidar), cast(Any, self._prepare_inputs)
+                features = encode_views(encoder, self.source, rows, self.view_configs, self.args, to_device)
+                with suppress(ValueError):  # of an encoder that has collapsed or diverged
+                    found["lidar"] = lidar(features)
+        return found
+
+    def _choose_samples(self, encoder: Any) -> Samples:
+        uncompressed = self.plan.units_per_image(Strategy(Compression(encoder.config.patch_size)))
+        affordable = self.plan.budget / uncompressed
+        evaluations = len({*self.args.eval_points, *([0.0] if self.objective.config.init_from else [])})
+        return choose_samples(encoder.config.hidden_size, len(self.source), evaluations, affordable)
 
     def measure_accuracy(self, encoder: Any) -> dict[str, float]:
         """Return the kNN accuracies "top1" and "top5" of an encoder. Deprecated: `measure_encoder` measures more."""
@@ -37,6 +58,8 @@ class EvaluatingTrainer(SavingTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """RankMe and alpha-ReQ of the exported encoder and, with labels, its kNN and linear accuracy, as fractions.
+
+        LiDAR comes with them where the budget pays for its views.
 
         After a stop there is nothing, either, and the launch that resumes evaluates first of all.
 

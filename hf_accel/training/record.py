@@ -146,7 +146,7 @@ def training_results(trainer: Any) -> dict[str, Any]:
         "init_from": start,
         "continued_from": note_earlier(earlier),
         "best": describe_best(trainer.state.log_history) if start else None,
-        **{name: measured.get(f"eval_{name}") for name in ("ridge_top1", "rank_me", "alpha_req")},
+        **{name: measured.get(f"eval_{name}") for name in ("ridge_top1", "rank_me", "alpha_req", "lidar")},
         "units": state["units"],
         "total_units": state["units"] + (earlier.units if earlier else 0.0),
         "budget": plan.budget,

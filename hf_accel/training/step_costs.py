@@ -116,9 +116,7 @@ def _with_budget(trainer: Any, costs: StepCosts, started: float) -> StepCosts:
     """Turn what is left of a budget in time into units, after evaluations and saves of the whole run."""
     args = trainer.args
     evaluations, checkpoints = len(set(args.eval_points)), len(set(args.keep_points))
-    others = evaluations * _evaluation_seconds(trainer)
-    save = _save_seconds(trainer)
-    seconds = (budget_in_seconds(args.budget) or 0.0) - (time.perf_counter() - started) - others
+    whole = budget_in_seconds(args.budget) or 0.0
 
     def plan_with(left: float) -> StepCosts:
         left = broadcast_object(left)
@@ -127,6 +125,10 @@ def _with_budget(trainer: Any, costs: StepCosts, started: float) -> StepCosts:
             fail("budget", args.budget, problem)
         return replace(costs, budget_requested=args.budget, budget=left / costs.seconds_per_unit)
 
+    trainer.set_costs(plan_with(whole - (time.perf_counter() - started)))  # What an evaluation measures follows it.
+    others = evaluations * _evaluation_seconds(trainer)
+    save = _save_seconds(trainer)
+    seconds = whole - (time.perf_counter() - started) - others
     trainer.set_costs(plan_with(seconds))  # The number of checkpoints may depend on the number of steps.
     steps = trainer.plan.num_steps
     checkpoints += steps / args.save_steps if args.save_steps >= 1 else 1 / args.save_steps

@@ -112,7 +112,8 @@ class PretrainSettings:
     )
     eval_points: list[float] = free(
         [0.0, 0.25, 0.5, 0.75, 1.0],
-        "progress at which the features are measured: RankMe, alpha-ReQ and, with labels, accuracy",
+        "progress at which the features are measured: RankMe, alpha-ReQ, with labels accuracy, and LiDAR if the budget "
+        "pays for its views",
         "evaluation",
     )
     keep_points: list[float] = free([], "progress at which a checkpoint is kept for good, in kept/ of output_dir")

@@ -225,6 +225,9 @@ def test_without_labels_nothing_is_claimed(run):
     assert "## Features" not in card_text(run, "ann/run")
     measured = section(card_text(changed(run, rank_me=41.23, alpha_req=1.5, ridge_top1=None), "ann/run"), "Features")
     assert "of 41.2 and an alpha-ReQ (slope of their spectrum) of 1.50." in measured and "ridge" not in measured
+    assert "LiDAR" not in measured
+    measured = section(card_text(changed(run, rank_me=41.23, lidar=12.34), "ann/run"), "Features")
+    assert "across their views, was 12.3." in measured
     measured = section(card_text(changed(run, rank_me=41.23, ridge_top1=0.875), "ann/run"), "Features")
     assert "of 41.2. A linear classifier on them, by ridge regression, had a top-1 accuracy of 87.5%." in measured
     missing = ("knn_top1", "knn_top5", "knn_top1_random_init", "knn_top1_raw_pixels")

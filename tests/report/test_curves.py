@@ -47,12 +47,13 @@ def logs(n: int) -> list[dict]:
 def test_what_evaluations_measure_is_drawn(panels) -> None:
     history = [{"units": 4.0 * n, "eval_knn_top1": n / 4, "eval_ridge_top1": n / 3} for n in (1, 2)]
     history += [{"units": 4.0 * n, "eval_rank_me": 10.0 * n, "eval_alpha_req": 1 / n} for n in (1, 2)]
+    history += [{"units": 4.0 * n, "eval_lidar": 9.0 + n} for n in (1, 2)]
     drawn = panels(history)
-    assert list(drawn)[:3] == ["top-1 (%)", "RankMe", "alpha-ReQ"]
+    assert list(drawn)[:4] == ["top-1 (%)", "RankMe", "alpha-ReQ", "LiDAR"]
     accuracy = lines(drawn["top-1 (%)"])
     np.testing.assert_allclose(accuracy["kNN"][1], [25, 50])
     np.testing.assert_allclose(accuracy["linear (ridge regression)"], [[4, 8], [100 / 3, 200 / 3]])
-    for label, values in (("RankMe", [10, 20]), ("alpha-ReQ", [1, 0.5])):
+    for label, values in (("RankMe", [10, 20]), ("alpha-ReQ", [1, 0.5]), ("LiDAR", [10, 11])):
         ((x, y),) = lines(drawn[label]).values()
         assert (list(x), list(y)) == ([4, 8], values)
     compared = panels(history, rank_me_start=12.34)

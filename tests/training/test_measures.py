@@ -1,24 +1,35 @@
 """What an evaluation in training measures, with labels and without, and the warning of a lost rank."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from hf_accel import AccelViTConfig, AccelViTModel, PretrainTrainer
-from hf_accel.data import ImageSource, eval_loader
-from hf_accel.evaluation import alpha_req, extract_features, rank_me
-from hf_accel.training import accuracy
-from hf_accel.training.accuracy import measure_encoder
+from hf_accel.data import AUGMENTATIONS, ImageSource, eval_loader, load_sources, make_views
+from hf_accel.evaluation import alpha_req, extract_features, lidar, rank_me
+from hf_accel.training import accuracy, evaluating, view_features
+from hf_accel.training.accuracy import Samples, choose_samples, measure_encoder
 from hf_accel.training.continuing import BestCallback
+from hf_accel.training.view_features import encode_views
+from tests.tiny_runs import assert_same_weights, image_folder
 from tests.training.test_front_door import Tensors, config, moco
+from tests.two_processes import run_two
+
+pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
 
 ARGS: Any = SimpleNamespace(knn_k=5, knn_temperature=0.07, dataloader_num_workers=0, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def encoder() -> AccelViTModel:
+@pytest.fixture(scope="module", name="encoder")
+def make_encoder_once() -> AccelViTModel:
+    return make_encoder()
+
+
+def make_encoder() -> AccelViTModel:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     return AccelViTModel(AccelViTConfig(**sizes, intermediate_size=16, image_size=8, patch_size=4))
@@ -47,21 +58,137 @@ def test_labels_give_accuracies_beside_the_spectrum_of_the_bank(encoder, monkeyp
 
 
 @pytest.mark.parametrize("validation", [None, images(30, False), images(30, True)])
-def test_without_labels_a_sample_of_the_training_images_is_encoded(encoder, monkeypatch, validation):
+def test_without_labels_a_sample_of_the_training_images_is_encoded(encoder, validation):
     source = images(60, False)
     found = measure_encoder(encoder, source, validation, ARGS)
     assert found == pytest.approx(
         {"rank_me": rank_me(features_of(encoder, source))} | {"alpha_req": found["alpha_req"]}
     )
-    monkeypatch.setattr(accuracy, "SAMPLE", 20)
     few = features_of(encoder, source)[torch.linspace(0, 59, 20).long()]
-    assert measure_encoder(encoder, source, validation, ARGS)["rank_me"] == pytest.approx(rank_me(few))
+    assert measure_encoder(encoder, source, validation, ARGS, 20)["rank_me"] == pytest.approx(rank_me(few))
 
 
 def test_a_collapsed_encoder_has_no_slope_and_ends_no_run(encoder):
     same = ImageSource("x", pixels=torch.full((40, 3, 8, 8), 9, dtype=torch.uint8))
     found = measure_encoder(encoder, same, None, ARGS)
     assert found["rank_me"] == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "width, images, evaluations, affordable, expected",
+    [
+        (192, 10**6, 5, 10**8, (2048, 1000)),  # so many images as the papers take, at most
+        (192, 10**6, 5, 2_000_000, (2000, 800)),  # 0.5% of the images, and 1% for ten views, of which one gives two
+        (192, 10**6, 10, 2_000_000, (1000, 400)),
+        (192, 10**6, 5, 900_000, (900, 0)),  # too few for LiDAR
+        (192, 10**6, 5, 75_000, (384, 0)),  # too few for a rank
+        (192, 1500, 5, 10**8, (1500, 1000)),
+        (192, 300, 5, 10**8, (300, 0)),
+        (1280, 10**6, 5, 10**8, (2560, 2560)),
+        (192, 10**6, 0, 10**8, (2048, 1000)),
+    ],
+)
+def test_measures_without_labels_take_what_a_budget_pays(width, images, evaluations, affordable, expected):
+    assert choose_samples(width, images, evaluations, affordable) == expected
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_run_measures_what_its_budget_pays_for(tmp_path, monkeypatch, labels):
+    asked = []
+    monkeypatch.setattr(evaluating, "encode_views", lambda *args: asked.append(len(args[2])) or draw(args[2]))
+    monkeypatch.setattr(accuracy, "LIDAR_SHARE", 0.5)
+    monkeypatch.setattr(accuracy, "RANK_SHARE", 0.25)
+    kwargs: Any = {"eval_points": [0.0, 0.5, 1.0], "budget": 3 * 720 * 4.0}  # of 720 images at each point
+    trainer = PretrainTrainer(moco(), config(tmp_path, **kwargs), Tensors(), *([Tensors(30)] if labels else []))
+    samples = trainer._choose_samples(trainer.objective.encoder)
+    assert samples == (96, 72) and trainer.objective.config.hidden_size == 32
+    assert trainer.measure_encoder(trainer.objective.encoder)["lidar"] == lidar(draw(range(72))) and asked == [72]
+    monkeypatch.setattr(accuracy, "LIDAR_SHARE", 0.4)  # 57 images, and 64 are needed
+    assert "lidar" not in trainer.measure_encoder(trainer.objective.encoder) and asked == [72]
+
+
+def draw(rows) -> torch.Tensor:
+    return torch.randn(len(rows), 10, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_views_of_lidar_are_those_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(view_features, "BATCH", 7)
+    trainer = PretrainTrainer(moco(), config(tmp_path, seed=3), Tensors())
+    encoder, source = trainer.objective.encoder, trainer.source
+    rows, before = [5, 9, *range(20, 40)], torch.get_rng_state()
+    to_device: Any = trainer._prepare_inputs
+    found = encode_views(encoder, source, rows, trainer.view_configs, trainer.args, to_device)
+    assert torch.equal(torch.get_rng_state(), before) and found.shape == (22, 10, 32)
+    assert torch.equal(found, encode_views(encoder, source, rows, trainer.view_configs, trainer.args, to_device))
+    assert source.pixels is not None
+    for number in range(5):
+        drawn = make_views({"images": source.pixels[rows]}, trainer.view_configs, 16, 3, -1, number, None, None)
+        for view, pixels in enumerate(drawn):
+            normalised = (pixels - torch.tensor(source.mean)[:, None, None]) / torch.tensor(source.std)[:, None, None]
+            with torch.no_grad():
+                expected = encoder.eval()(normalised).pooler_output
+            torch.testing.assert_close(found[:, 2 * number + view], expected, rtol=1e-4, atol=1e-5)
+    assert found.var(1).min() > 0
+
+
+VIEWS_IN_TWO = """
+from types import SimpleNamespace
+from tests.training.test_measures import AUGMENTATIONS, encode_views, images, make_encoder, view_features
+view_features.BATCH = 5
+args = SimpleNamespace(dataloader_num_workers=0, seed=0, device="cpu", autocast_dtype=None)
+given = images(40, False), list(range(0, 40, 3)), AUGMENTATIONS["moco"], args, lambda batch: batch
+results = encode_views(make_encoder(), *given)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_views(tmp_path):
+    alone: dict[str, Any] = {}
+    exec(VIEWS_IN_TWO, alone)
+    for found in run_two(VIEWS_IN_TWO, tmp_path):
+        torch.testing.assert_close(found, alone["results"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_views_of_files_are_encoded_too(tmp_path, workers):
+    image_folder(tmp_path / "images", side=lambda index: 16 + index % 3)
+    source = load_sources(str(tmp_path / "images"), in_memory=False)[0]
+    args: Any = SimpleNamespace(dataloader_num_workers=workers, seed=0, device="cpu", autocast_dtype=torch.bfloat16)
+    rows = source.sample(20)
+    found = encode_views(make_encoder(), source, rows, AUGMENTATIONS["moco"], args, lambda batch: batch)
+    assert found.shape == (20, 10, 16) and found.isfinite().all() and 1 < lidar(found) <= 16
+
+
+def stop_at(step: int) -> TrainerCallback:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop |= state.global_step == step
+
+    return Stop()
+
+
+@pytest.mark.slow
+def test_lidar_changes_no_weight_and_survives_a_resume(tmp_path, monkeypatch):
+    def run(name: str, images: int, stop: int = 99, resume: bool = False) -> Any:
+        monkeypatch.setattr(evaluating, "choose_samples", lambda *_: Samples(64, images))
+        args = config(tmp_path / name, budget=4 * 64.0, eval_points=[0.0, 0.5, 1.0], save_steps=1)
+        PretrainTrainer(moco(), args, Tensors(), callbacks=[stop_at(stop)]).train(resume_from_checkpoint=resume)
+        if stop < 4:
+            return run(name, images, resume=True)
+        history = json.loads((tmp_path / name / "log_history.json").read_text())["log_history"]
+        values = [log["eval_lidar"] for log in history if "eval_lidar" in log]
+        return values, json.loads((tmp_path / name / "results.json").read_text())["lidar"]
+
+    values, last = run("with", 64)
+    assert len(values) == 3 and last == values[-1] and all(1 < value <= 32 for value in values)
+    assert len(set(values)) == 3
+    assert run("without", 0) == ([], None)
+    assert run("resumed", 64, stop=2) == (values, last)
+    for name in ("without", "resumed"):
+        assert_same_weights(tmp_path / "with", tmp_path / name)
+    assert "LiDAR" in (tmp_path / "with/final/README.md").read_text()
+    assert "LiDAR" not in (tmp_path / "without/final/README.md").read_text()
 
 
 def test_measure_accuracy_warns_and_returns_what_it_did(tmp_path):

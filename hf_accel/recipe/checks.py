@@ -55,7 +55,8 @@ def least_batch(objective: str) -> int:
 def auto_learning_rate(recipe: Any) -> float:
     """The number that learning_rate=auto stands for in a recipe. Raises RecipeError if its objective has none."""
     base = objective_attribute(recipe.objective, "base_learning_rate")
-    return scale_learning_rate(recipe.objective, base, recipe.batch_size, bool(recipe.init_from))
+    continues = bool(recipe.init_from or recipe.model_config.get("init_from"))  # or `continue_from` a run that did
+    return scale_learning_rate(recipe.objective, base, recipe.batch_size, continues)
 
 
 def contrastive_objectives() -> list[str]:

@@ -100,6 +100,12 @@ def test_released_weights_are_continued_at_most_at_the_rate_of_moco(tmp_path):
         assert trainer.args.learning_rate == 1.5e-4 * 32 / 256
 
 
+def test_a_run_that_is_continued_keeps_the_rate_of_released_weights():
+    """Its record names the weights in the encoder's configuration."""
+    values = ["budget=1", "objective=dino", AUTO, "batch_size=32", "model_config.init_from={name: released}"]
+    assert load_recipe(None, values).used()["learning_rate"] == 1.5e-4 * 32 / 256
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
     return image_folder(tmp_path_factory.mktemp("images"))

@@ -77,7 +77,7 @@ def choose_precision(asked: str, begun: str | None = None, given: tuple[str, Any
     if named not in (None, "bf16", "fp16"):
         raise SettingError(f"accelerate was asked for mixed precision {named!r}, which is not supported: take bf16")
     if asked == "auto":
-        precision = named or (begun if begun in DTYPES else None) or ("bf16" if _has_bf16() else "no")
+        precision = named or (begun if begun in DTYPES else None) or ("bf16" if has_bf16() else "no")
     elif named and named != asked:
         fail(
             *(given or ("mixed_precision", asked)),
@@ -93,7 +93,7 @@ def choose_precision(asked: str, begun: str | None = None, given: tuple[str, Any
     return precision
 
 
-def _has_bf16() -> bool:
+def has_bf16() -> bool:
     """Return whether the run is on a GPU that computes in bf16 without emulation."""
     return not on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 

@@ -70,7 +70,7 @@ def environment() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),  # with its build, which the package's metadata may lack
-            **{name: _version(name) for name in PACKAGES},
+            **{name: find_version(name) for name in PACKAGES},
         },
         **_git(Path(__file__).parent),
         "hardware": {
@@ -84,7 +84,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def find_version(package: str) -> str | None:
+    """Return the version of an installed package, or None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -21,6 +21,7 @@ COMMANDS = {
     "init": ("tasks.init", "init", "Look at a folder of images and at the device, and write a recipe that fits."),
     "compare": ("tasks.compare", "compare_runs", "Make one table and one figure of finished runs."),
     "list": ("tasks.list", "print_list", "Print tasks, shipped recipes, presets and objectives."),
+    "doctor": ("tasks.doctor", "run_checks", "Check the installation and, if one is named, a pretraining recipe."),
     "env": ("tasks.env", "print_environment", "Print versions, devices, threads and settings, for a bug report."),
 }
 """For each command the module of hf_accel, the function in it, which takes a parser and the words, and its summary."""

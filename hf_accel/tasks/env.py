@@ -3,6 +3,7 @@
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -16,6 +17,12 @@ VARIABLES = ("ACCELERATE_", "CUDA_", "HF_", "NCCL_", "OMP_", "TORCH", "TRANSFORM
 SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 
+def read_accelerate_config() -> dict[str, Any]:
+    """Return what `accelerate launch` takes for granted without options: the file that `accelerate config` wrote."""
+    config = Path(default_config_file)
+    return yaml.safe_load(config.read_text()) if config.is_file() else {}
+
+
 def print_environment(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     parser.parse_args(argv)
     found = environment()
@@ -26,9 +33,7 @@ def print_environment(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "distributed": torch.distributed.is_available(),
     }
-    # What `accelerate launch` takes for granted without options: the file that `accelerate config` has written.
-    config = Path(default_config_file)
-    found["accelerate"] = yaml.safe_load(config.read_text()) if config.is_file() else "no default configuration"
+    found["accelerate"] = read_accelerate_config() or "no default configuration"
     found["variables"] = {
         name: "(set)" if any(word in name for word in SECRETS) else value
         for name, value in sorted(os.environ.items())

@@ -3,12 +3,13 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
 from transformers import set_seed
 
+from ..compression import Plan, Strategy
 from ..data import ImageSource
 from ..data.cache import storage_side
 from ..distributed import say
@@ -69,10 +70,21 @@ def preview_run(
 def plan(recipe: Recipe) -> None:
     """Time a few steps of every strategy of a run, and print a table of its stages."""
     with preview_run(recipe) as trainer:
-        times = prepare_steps(trainer, time.perf_counter())
-        times = times or time_steps(trainer, [strategy for strategy, _ in trainer.plan.stage_steps()])
+        times = time_stages(trainer)
         say("\n".join([*describe_run(trainer), ""]))
         say(describe_stages(trainer, times))
+
+
+def time_stages(trainer: PretrainTrainer) -> dict[Strategy, StepTime]:
+    """Time a few steps of every strategy of a run."""
+    times = prepare_steps(trainer, time.perf_counter())
+    return times or time_steps(trainer, [strategy for strategy, _ in trainer.plan.stage_steps()])
+
+
+def predict_run(plan: Plan, times: Mapping[Strategy, StepTime]) -> tuple[str, str]:
+    """Return the predicted time of a whole run, and its peak memory."""
+    most = max(times.values(), key=lambda step: step.memory)
+    return format_duration(sum(predict_seconds(plan, times))), format_memory(most)
 
 
 def describe_stages(trainer: PretrainTrainer, times: dict) -> str:
@@ -87,8 +99,7 @@ def describe_stages(trainer: PretrainTrainer, times: dict) -> str:
         cells = [f"{number + 1} (until {until:.0%})", f"p{online.patch_size}", f"{online.token_dropout:g}", f"{tokens}"]
         rows.append([*cells, f"{steps:,}", f"{end - before:,.0f}", format_duration(taken), format_memory(step)])
         before = end
-    most = max(times.values(), key=lambda step: step.memory)
-    totals = [f"{plan.num_steps:,}", f"{plan.total_cost:,.0f}", format_duration(sum(seconds)), format_memory(most)]
+    totals = [f"{plan.num_steps:,}", f"{plan.total_cost:,.0f}", *predict_run(plan, times)]
     header = ["stage", "patch size", "token dropout", "tokens", "steps", "units", "time", "peak memory"]
     table = format_table(header, [*rows, ["whole run", "", "", "", *totals]])
     notes = [NOTE + (ON_GPU if trainer.args.device.type == "cuda" else ON_CPU)]

@@ -30,11 +30,13 @@ TIMED_AT = 0.5
 class StepTime:
     """What one optimizer step takes: seconds, and peak memory in bytes.
 
-    On a GPU the memory is what torch allocates for the run. On a CPU it is that of the whole process.
+    On a GPU the memory is what torch allocates for the run. On a CPU it is that of the whole process. The loss is that
+    of the last micro-batch.
     """
 
     seconds: float
     memory: int
+    loss: float = 0.0
 
 
 def time_steps(trainer: Any, strategies: Sequence[Strategy], steps: int = 3) -> dict[Strategy, StepTime]:
@@ -65,7 +67,9 @@ def time_steps(trainer: Any, strategies: Sequence[Strategy], steps: int = 3) -> 
     trainer.source.bad.clear()
     trainer.source.bad.update(known_bad)
     return {
-        strategy: StepTime(statistics.median(step.seconds for step in each[1:]), max(step.memory for step in each[1:]))
+        strategy: StepTime(
+            statistics.median(step.seconds for step in each[1:]), max(step.memory for step in each[1:]), each[-1].loss
+        )
         for strategy, each in taken.items()
     }
 
@@ -102,7 +106,7 @@ class _Timer:
 
     def take_step(self, strategy: Strategy, batches: Iterator[dict[str, Any]]) -> StepTime:
         args, precision, memory = self.args, self.args.autocast_dtype, 0
-        size, start = self.trainer.size_under(strategy), self._now()
+        size, start, loss = self.trainer.size_under(strategy), self._now(), torch.zeros(())
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         for batch in islice(batches, args.gradient_accumulation_steps):
@@ -120,7 +124,7 @@ class _Timer:
         self.model.update_target(TIMED_AT)
         memory = max(memory, self._memory())
         self.optimizer.zero_grad()
-        return StepTime(self._now() - start, memory)
+        return StepTime(self._now() - start, memory, float(loss.detach()))
 
     def _memory(self) -> int:
         if self.device.type == "cuda":

@@ -102,7 +102,7 @@ def test_a_run_keeps_the_defaults_it_was_started_with(launched, tmp_path):
 
 def test_a_run_goes_on_in_its_precision(launched, monkeypatch):
     recipe = launched()
-    monkeypatch.setattr("hf_accel.distributed.launch._has_bf16", lambda: True)
+    monkeypatch.setattr("hf_accel.distributed.launch.has_bf16", lambda: True)
     assert recipe.mixed_precision == "auto" and continue_recipe(recipe) == []
     assert recipe.mixed_precision == "no" and yaml.safe_load(recipe.to_yaml())["mixed_precision"] == "no"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # which is a correction, as the recipe's own word would be

@@ -22,6 +22,8 @@ def ridge_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: T
     Raises:
         ValueError: an empty bank, or features that are not finite.
     """
+    if not len(bank):
+        raise ValueError("there are no training features to fit a classifier to")
     num_classes, width = 1 + int(max(bank_labels.max(), labels.max())), bank.shape[1]
     total = torch.zeros(width, dtype=torch.double)
     squares = torch.zeros(width, width, dtype=torch.double)

@@ -121,11 +121,12 @@ def draw_neighbours(images: Explored, folder: Path) -> Section:
     )
     if images.labels is not None:
         text += " Green frames are of the same class, orange ones of another."
-        agree, chance = measure_agreement(images)
-        text += (
-            f" Of all images with a label, {agree:.1%} have the same class as the image nearest to them; at random it "
-            f"would be {chance:.1%}."
-        )
+        if (images.labels != UNLABELLED).sum() > 1:
+            agree, chance = measure_agreement(images)
+            text += (
+                f" Of all images with a label, {agree:.1%} have the same class as the image nearest to them that has a "
+                f"label; at random it would be {chance:.1%}."
+            )
     return Section("Nearest neighbours", "explore_neighbours.png", text)
 
 
@@ -221,14 +222,15 @@ def list_pairs(similarity: Tensor, index: Tensor) -> list[tuple[float, int, int]
 
 def draw_outliers(images: Explored, folder: Path) -> Section:
     """Draw the images that are least similar to their nearest ones."""
-    usual = images.nearest[0][:, :COMPARED].mean(1)
+    similarity = images.nearest[0][:, :COMPARED]
+    usual = similarity.mean(1)
     rows = usual.argsort(stable=True)[:ODD].tolist()
     tiles = [Tile(images.image(row), f"{usual[row]:.3f}\n{short(images.label(row))}") for row in rows]
     plot_tiles([tiles[start : start + 8] for start in range(0, len(tiles), 8)], folder / "explore_outliers.png")
     lines = [[f"{usual[row]:.4f}", escape(images.label(row)), escape(images.name(row))] for row in rows[: ODD // 2]]
     text = (
-        f"The images that are least similar to the {COMPARED} images nearest to them, with the mean similarity (all "
-        f"images: {usual.mean():.3f}). They may be rare or not belong to the set.\n\n"
+        f"The images that are least similar to the {similarity.shape[1]} images nearest to them, with the mean "
+        f"similarity (all images: {usual.mean():.3f}). They may be rare or not belong to the set.\n\n"
         + format_table(["similarity", "class", "image"], lines)
     )
     return Section("Outliers", "explore_outliers.png", text)

@@ -37,6 +37,9 @@ from .setup import EVALUATED_BATCH, choose_workers, load_images, naming, output_
 MOST, LEAST = 20_000, 10
 """Images that are compared at most, so that memory and time stay bounded, and at least."""
 
+ROUNDING = 1e-6
+"""How little features differ, relative to the largest number in them, if they are all the same but for rounding."""
+
 LOOKED_AT = 7
 """Images whose patches are shown."""
 
@@ -104,22 +107,31 @@ def keep_readable(recipe: Recipe, source: ImageSource, features: Tensor, labels:
     """Describe the images without those that could not be read, for which the features are those of another image.
 
     Raises:
-        RecipeError: fewer than LEAST are left.
+        RecipeError: fewer than LEAST are left, or their features are not finite or all the same.
     """
     rows = torch.arange(len(source))
+    places = rows if source.rows is None else source.rows
     if source.bad:
-        whole = rows if source.rows is None else source.rows
-        rows = rows[~torch.isin(whole, torch.tensor(list(source.bad)))]
+        rows = rows[~torch.isin(places, torch.tensor(list(source.bad)))]
     if len(rows) < LEAST:
         raise RecipeError(f"data={recipe.data!r}: it has {len(rows)} readable images, and a page needs {LEAST}")
 
+    features, of = features[rows], f"checkpoint={str(recipe.checkpoint)!r}: the features of the images"
+    if not features.isfinite().all():
+        raise RecipeError(f"{of} hold NaN or infinity; choose a checkpoint from before training diverged")
+    if (features - features.mean(0)).abs().max() <= ROUNDING * features.abs().max():
+        raise RecipeError(
+            f"{of} are all the same, so there is nothing to compare; choose an encoder that has not "
+            "collapsed, or images that differ"
+        )
+
     def name(row: int) -> str:
-        file = Path(source.open(int(rows[row])).info.get("name", f"image {int(rows[row])}"))
+        file = Path(source.open(int(rows[row])).info.get("name", f"image {int(places[rows[row]])}"))
         return str(file.relative_to(recipe.data) if file.is_relative_to(recipe.data) else file)
 
     known = None if (labels[rows] == UNLABELLED).all() else labels[rows]
     return Explored(
-        features[rows], known, source.class_names or [], lambda row: source.read(int(rows[row])), name, recipe.seed
+        features, known, source.class_names or [], lambda row: source.read(int(rows[row])), name, recipe.seed
     )
 
 

@@ -42,3 +42,12 @@ def test_features_that_are_not_finite_are_named() -> None:
     bank[4, 2] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         ridge_accuracy(bank, labels, bank, labels)
+    good, labels = features(30, 0)
+    with pytest.raises(ValueError, match="NaN"):
+        ridge_accuracy(good, labels, bank, labels)
+
+
+def test_an_empty_bank_is_named() -> None:
+    queries, labels = features(30, 0)
+    with pytest.raises(ValueError, match="no training features"):
+        ridge_accuracy(queries[:0], labels[:0], queries, labels)

@@ -196,6 +196,42 @@ def test_agreement_counts_labelled_images_only():
     assert (share, chance) == (1.0, 0.5)
 
 
+def test_a_single_label_leaves_out_the_agreement(tmp_path, monkeypatch):
+    monkeypatch.setattr(exploration, "plot_tiles", lambda *words, **options: None)
+    monkeypatch.setattr(Explored, "image", lambda self, row: np.zeros((4, 4, 3)))
+    text = exploration.draw_neighbours(explored(torch.randn(12, 4), [1] + [-1] * 11), tmp_path).text
+    assert "Green frames" in text and "at random it would be" not in text
+
+
+def test_outliers_count_the_neighbours_that_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(exploration, "plot_tiles", lambda *words, **options: None)
+    monkeypatch.setattr(Explored, "image", lambda self, row: np.zeros((4, 4, 3)))
+    assert "to the 9 images nearest" in exploration.draw_outliers(explored(torch.randn(10, 4)), tmp_path).text
+    assert "to the 10 images nearest" in exploration.draw_outliers(explored(torch.randn(30, 4)), tmp_path).text
+
+
+@pytest.mark.parametrize(
+    "features, problem",
+    [
+        (torch.full((20, 4), torch.nan), "hold NaN or infinity"),
+        (torch.ones(20, 4) + 1e-8 * torch.randn(20, 4), "all the same"),
+    ],
+)
+def test_features_that_show_nothing_are_refused(folder, features, problem):
+    source = load_sources(str(folder), in_memory=False)[0].take(torch.arange(20))
+    recipe = recipe_of(Path("gone"), folder, Path("out"))
+    with pytest.raises(RecipeError, match=f"checkpoint='gone': .*{problem}"):
+        task.keep_readable(recipe, source, features, torch.full((20,), -1))
+
+
+def test_an_image_without_a_file_is_named_by_its_place():
+    source = load_sources("bundled", in_memory=False)[0].take(torch.arange(100, 120))
+    recipe = recipe_of(Path("gone"), "bundled", Path("out"))
+    images = task.keep_readable(recipe, source, torch.randn(20, 4), torch.full((20,), -1))
+    place = int(source.rows[3]) if source.rows is not None else None
+    assert images.name(3) == f"image {place}" and place is not None and place >= 100
+
+
 def test_samples_are_drawn_from_as_many_classes_as_possible():
     labels = [0] * 50 + [1] * 3 + [2] * 2
     images = explored(torch.randn(55, 2), labels)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -131,7 +131,7 @@ def keep_readable(recipe: Recipe, source: ImageSource, features: Tensor, labels:
 
     known = None if (labels[rows] == UNLABELLED).all() else labels[rows]
     return Explored(
-        features, known, source.class_names or [], lambda row: source.read(int(rows[row])), name, recipe.seed
+        features, known, source.class_names or [], lambda row: cast(Any, source.read(int(rows[row]))), name, recipe.seed
     )
 
 

@@ -368,9 +368,9 @@ def image_processor(source: ImageSource, size: int) -> "BitImageProcessorPil":
     """Make the transformers image processor that does what `eval_loader` does, to save it beside the model."""
     from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
-    other: Any = {} if source.channels == 3 else {"do_convert_rgb": False}
-    if source.deep:
-        other["rescale_factor"] = 1 / torch.iinfo(source.dtype).max
+    # Images of Pillow have 8 bits as RGB. Others come as arrays.
+    other: Any = {"do_convert_rgb": False, "rescale_factor": 1 / torch.iinfo(source.dtype).max}
+    other = {} if source.channels == 3 else other
     return BitImageProcessorPil(
         **other,
         size={"shortest_edge": resize_edge(source, size)},

@@ -4,10 +4,12 @@ from ..checkpoints import input_of, load_processor, refuse_run_folder
 from .embeddings import EmbeddingTable
 from .encoders import (
     base_patch_size,
+    count_input_channels,
     describe_input,
     load_encoder,
     open_encoder,
     processed_loader,
+    processor_for,
     takes_patch_size,
     weights_digest,
 )

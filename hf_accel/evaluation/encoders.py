@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from ..checkpoints import input_of, load_processor, refuse_run_folder
+from ..checkpoints import ArrayProcessor, input_of, load_processor, refuse_run_folder
 from ..checkpoints.reading import turn_masking_off
 from ..data import ImageSource, image_processor
 from ..data.loader import ReportingLoader
@@ -63,7 +63,25 @@ def open_encoder(checkpoint: str, source: ImageSource, image_size: int) -> tuple
     if processor is None:
         size = getattr(encoder.config, "image_size", None)
         processor = image_processor(source, size if isinstance(size, int) else image_size)
-    return encoder, processor
+    return encoder, processor_for(source, processor)
+
+
+def processor_for(source: ImageSource, processor: Any) -> Any:
+    """Return what makes inputs of these images: the image processor, or one for arrays by its settings."""
+    return processor if source.channels == 3 and not source.deep else ArrayProcessor(processor)
+
+
+def count_input_channels(checkpoint: str) -> int:
+    """Return the number of channels of the images that a checkpoint's encoder takes, from its configuration.
+
+    Raises:
+        ValueError: nothing that can be opened.
+    """
+    refuse_run_folder(checkpoint)
+    with opening(checkpoint):
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    channels = getattr(config, "num_channels", None)
+    return channels if isinstance(channels, int) else 3
 
 
 def base_patch_size(encoder: PreTrainedModel) -> int | None:

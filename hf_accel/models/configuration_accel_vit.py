@@ -50,6 +50,8 @@ class AccelViTConfig(BackboneConfigMixin, PreTrainedConfig):  # pyright: ignore[
         default_patch_size (`int`, *optional*):
             Patch size in pixels of calls that name none; `None` means the base. `from_pretrained(..., patch_size=32)`
             sets it, and the stored kernel keeps its base patch size.
+        num_channels (`int`, *optional*, defaults to 3):
+            Channels of the images.
         use_cls_token (`bool`, *optional*, defaults to `True`):
             Whether the sequence opens with a CLS token.
         num_register_tokens (`int`, *optional*, defaults to 0):
@@ -215,8 +217,9 @@ class AccelViTConfig(BackboneConfigMixin, PreTrainedConfig):  # pyright: ignore[
 
 
 def changed_fields(config: AccelViTConfig) -> dict[str, Any]:
-    """Return the fields that differ from their defaults, without the sizes of image and patch."""
-    others = ("model_type", "transformers_version", "architectures", "auto_map", "dtype", "image_size", "patch_size")
+    """Return the fields that differ from their defaults, without those that are settings of a run themselves."""
+    others = ("model_type", "transformers_version", "architectures", "auto_map", "dtype")
+    others += ("image_size", "patch_size", "num_channels")
     return {name: value for name, value in config.to_diff_dict().items() if name not in others}
 
 

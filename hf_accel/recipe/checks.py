@@ -25,7 +25,8 @@ EVALUATION_CONFIGS = {
     "linear_config": ("evaluation/linear.py", "LinearConfig"),
     "finetune_config": ("evaluation/finetune.py", "FineTuneConfig"),
 }
-OWN_KEYS = ("image_size", "patch_size")
+MOST_CHANNELS = 16
+OWN_KEYS = ("image_size", "patch_size", "num_channels")
 """Fields of the encoder's configuration that are keys of a recipe themselves."""
 
 
@@ -154,6 +155,8 @@ def _check_numbers(recipe: Any) -> None:
             fail(key, values, f"must be a list of whole numbers from {least} on")
     if recipe.reads("seed") and not 0 <= recipe.seed < 2**32:
         fail("seed", recipe.seed, "must be a whole number from 0 to 2^32 - 1")
+    if recipe.reads("num_channels") and not 1 <= recipe.num_channels <= MOST_CHANNELS:
+        fail("num_channels", recipe.num_channels, f"must be a whole number from 1 to {MOST_CHANNELS}")
     if recipe.reads("patch_size") and recipe.image_size % recipe.patch_size:
         fail("patch_size", recipe.patch_size, f"must divide image_size={recipe.image_size}")
 

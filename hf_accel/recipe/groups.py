@@ -90,6 +90,9 @@ class ModelKeys:
     model_config: dict[str, Any] = fixed(
         {}, "fields of AccelViTConfig that replace the preset's, e.g. model_config.num_hidden_layers=6"
     )
+    num_channels: int = fixed(
+        3, "channels of the images, from 1 to 16: 3 takes images as RGB, 1 as gray; all but RGB keep 16 bits"
+    )
     image_size: int = fixed(224, "side of a view in pixels")
     patch_size: int = fixed(16, "base patch size in pixels; must divide image_size")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..utils.errors import fail
 
-BROUGHT = ("model_config", "image_size", "patch_size")
+BROUGHT = ("model_config", "num_channels", "image_size", "patch_size")
 """The keys that an encoder settles, as far as a recipe does not name them."""
 
 SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size")
@@ -45,6 +45,9 @@ def _read(checkpoint: str, values: Mapping[str, Any]) -> dict[str, Any]:
         config = read_start(checkpoint, **named, **values.get("model_config", {})).config
     except ValueError as error:
         fail("init_from", checkpoint, str(error))
+    if values.get("num_channels", config.num_channels) != config.num_channels:
+        problem = f"the encoder of init_from={checkpoint} takes images of {config.num_channels}; leave it out"
+        fail("num_channels", values["num_channels"], f"{problem}, or leave init_from out")
     preset = PRESETS[values["model"]]() if values.get("model") in PRESETS else config
     for size in SIZES:
         if getattr(config, size) != getattr(preset, size):
@@ -56,6 +59,7 @@ def _read(checkpoint: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         # An objective has a default of its own for the projection, which is for random weights.
         "model_config": {**fields, "freeze_patch_projection": config.freeze_patch_projection},
+        "num_channels": config.num_channels,
         "image_size": config.image_size,
         "patch_size": config.patch_size,
         **({"license": licence} if isinstance(licence, str) else {}),

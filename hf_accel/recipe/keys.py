@@ -96,7 +96,7 @@ class Recipe:
         from ..objectives import OBJECTIVES
 
         defaults = OBJECTIVES[self.objective].encoder_defaults if self.reads("objective") else {}
-        sizes = {"image_size": self.image_size, "patch_size": self.patch_size}
+        sizes = {key: getattr(self, key) for key in ("image_size", "patch_size", "num_channels")}
         make: Any = PRESETS[self.model] if self.model else AccelViTConfig
         return make(**{**defaults, **sizes, **self.model_config})
 
@@ -138,7 +138,7 @@ class PretrainRecipe(
 class SearchRecipe(
     Recipe,
     StepKeys,
-    take(PretrainSettings, "schedule", "cost", "batch_size", "augmentation", "view_resolution"),
+    take(PretrainSettings, "schedule", "cost", "batch_size", "augmentation", "normalisation", "view_resolution"),
     take(PretrainSettings, "search_criterion", resume="free"),  # a search chooses from the table that it has
     ObjectiveKeys,
     ModelKeys,
@@ -168,7 +168,7 @@ class EvaluateRecipe(
     take(PretrainSettings, "knn_k", "knn_temperature"),
     take(StepKeys, "mixed_precision"),
     ObjectiveKeys,
-    take(ModelKeys, "model", "model_config", "image_size", "patch_size"),
+    take(ModelKeys, "model", "model_config", "num_channels", "image_size", "patch_size"),
     WorkerKeys,
     DataKeys,
     RunKeys,

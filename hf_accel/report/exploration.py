@@ -10,11 +10,12 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL.Image import Image
 from PIL.ImageOps import fit
 from torch import Tensor
 
+from ..data.arrays import AnyImage
 from ..data.labels import UNLABELLED
+from ..data.pictures import to_picture
 from ..evaluation.knn import nearest_others
 from ..utils.seeding import generator
 from .feature_map import plot_feature_map
@@ -61,7 +62,7 @@ class Explored:
         features: (N, D).
         labels: (N,), UNLABELLED for none, or None.
         class_names: by label.
-        photo: reads the image of a row, as upright RGB.
+        photo: reads the image of a row, decoded and upright.
         name: returns the file or the place of a row's image.
         seed: of the images that are drawn.
     """
@@ -69,13 +70,13 @@ class Explored:
     features: Tensor
     labels: Tensor | None
     class_names: Sequence[str]
-    photo: Callable[[int], Image]
+    photo: Callable[[int], AnyImage]
     name: Callable[[int], str]
     seed: int
 
     def image(self, row: int) -> np.ndarray:
         """The image of a row as a square picture (S, S, 3) in [0, 1]."""
-        return np.asarray(fit(self.photo(row), (PICTURE, PICTURE))) / 255
+        return np.asarray(fit(to_picture(self.photo(row)), (PICTURE, PICTURE))) / 255
 
     @cached_property
     def nearest(self) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from ..distributed import barrier, is_main, say, world_size
 from ..evaluation import (
     EmbeddingTable,
     base_patch_size,
+    count_input_channels,
     describe_input,
     encoding,
     open_encoder,
@@ -35,7 +36,9 @@ def embed(recipe: Recipe) -> None:
     folder = RunFolder(output_of(recipe))
     arguments = start(recipe)
     with folder.lock():
-        source, _ = load_images(recipe, in_memory=False)
+        with naming(f"checkpoint={recipe.checkpoint!r}"):
+            channels = count_input_channels(str(recipe.checkpoint))
+        source, _ = load_images(recipe, in_memory=False, num_channels=channels)
         say(f"Images: {len(source):,} of {source.name}\n{describe_labels(source, None)}")
         with naming(f"checkpoint={recipe.checkpoint!r}"):
             encoder, processor = open_encoder(str(recipe.checkpoint), source, recipe.image_size)

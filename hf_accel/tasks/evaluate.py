@@ -21,6 +21,7 @@ from ..evaluation import (
     LinearConfig,
     NotFineTunable,
     base_patch_size,
+    count_input_channels,
     describe_input,
     extract_features,
     finetune,
@@ -29,6 +30,7 @@ from ..evaluation import (
     logistic_regression,
     open_encoder,
     processed_loader,
+    processor_for,
     takes_patch_size,
     topk_accuracy,
     weights_digest,
@@ -90,7 +92,11 @@ def evaluate(recipe: Recipe) -> None:
             "process; launch with accelerate_configs/ddp.yaml, or in one process"
         )
     arguments = start(recipe)
-    source, validation = labelled_images(recipe)
+    channels = recipe.num_channels
+    if recipe.checkpoint != RANDOM:
+        with naming(f"checkpoint={recipe.checkpoint!r}"):
+            channels = count_input_channels(str(recipe.checkpoint))
+    source, validation = labelled_images(recipe, channels)
     with naming(f"checkpoint={recipe.checkpoint!r}"):
         encoder, processor = encoder_of(recipe, source)
         shown = describe_input(processor)
@@ -220,13 +226,13 @@ EVALUATIONS: dict[str, tuple[Callable[[Recipe], dict[str, Any]], Run]] = {
 # The images and the encoder, with checks
 
 
-def labelled_images(recipe: Recipe) -> tuple[ImageSource, ImageSource]:
-    """Return the training and the validation images that have a label.
+def labelled_images(recipe: Recipe, num_channels: int | None = None) -> tuple[ImageSource, ImageSource]:
+    """Return the training and the validation images that have a label, with these channels or the recipe's.
 
     Raises:
         RecipeError: no labels, fewer than two classes, or a class in validation that training lacks.
     """
-    source, validation = images_of(recipe)
+    source, validation = images_of(recipe, num_channels)
     about = f"data={recipe.data!r}"
     if source.labels is None or validation is None or validation.labels is None:
         raise RecipeError(
@@ -259,7 +265,7 @@ def encoder_of(recipe: Recipe, source: ImageSource) -> tuple[PreTrainedModel, An
     """
     if recipe.checkpoint == RANDOM:
         set_seed(recipe.seed)
-        return build_objective(recipe).encoder, image_processor(source, recipe.image_size)
+        return build_objective(recipe).encoder, processor_for(source, image_processor(source, recipe.image_size))
     return open_encoder(str(recipe.checkpoint), source, recipe.image_size)
 
 

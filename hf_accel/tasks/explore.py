@@ -14,9 +14,17 @@ from transformers import PreTrainedModel
 from ..compression.strategy import possible_patch_sizes
 from ..data import ImageSource
 from ..data.labels import UNLABELLED
+from ..data.pictures import show_channels
 from ..distributed import say
 from ..distributed.launch import on_cpu
-from ..evaluation import extract_features, input_of, open_encoder, processed_loader, takes_patch_size
+from ..evaluation import (
+    count_input_channels,
+    extract_features,
+    input_of,
+    open_encoder,
+    processed_loader,
+    takes_patch_size,
+)
 from ..evaluation.patches import attention_is_trained, color_patches, look_at_patches
 from ..recipe import Recipe, RecipeError
 from ..report.exploration import (
@@ -74,7 +82,9 @@ def explore(recipe: Recipe) -> None:
 
 def choose_images(recipe: Recipe) -> ImageSource:
     """Return the training images, of which MOST are drawn if there are more."""
-    source, _ = load_images(recipe, in_memory=False)
+    with naming(f"checkpoint={recipe.checkpoint!r}"):
+        channels = count_input_channels(str(recipe.checkpoint))
+    source, _ = load_images(recipe, in_memory=False, num_channels=channels)
     if len(source) > MOST:
         source = source.take(torch.randperm(len(source), generator=generator(recipe.seed, "explored"))[:MOST].sort()[0])
     return source
@@ -147,7 +157,7 @@ def look_closely(
     _, mean, std = input_of(processor)
     shown = images.draw_samples(LOOKED_AT)
     pixels = processor(images=[images.photo(row) for row in shown], return_tensors="pt")["pixel_values"]
-    pictures = [image * np.array(std) + np.array(mean) for image in pixels.permute(0, 2, 3, 1).numpy()]
+    pictures = [show_channels(image * np.array(std) + np.array(mean)) for image in pixels.permute(0, 2, 3, 1).numpy()]
     maps = {size: look_at_patches(encoder, pixels.to(encoder.device), size) for size in sizes}
     found = {size: patches for size, patches in maps.items() if patches is not None}
     if not found:

@@ -59,6 +59,9 @@ def pack(recipe: Recipe) -> None:
             return
         write_text(folder.recipe, recipe.to_yaml())
         source, validation = load_images(recipe, in_memory=False)
+        for split in filter(None, (source, validation)):
+            if split.deep:
+                fail("data", recipe.data, f"{split.name} has 16 bits, and packed images have 8; train on it as it is")
         _pack(recipe, folder, {"train": source} | ({"validation": validation} if validation else {}))
 
 

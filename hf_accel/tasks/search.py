@@ -25,6 +25,7 @@ from ..schedule_search.error_table import ErrorTable
 from ..schedule_search.gradient_error import GradientError, chunks, estimate_errors
 from ..schedule_search.gradient_probe import GradientProbe
 from ..training.config import PretrainConfig
+from ..training.normalising import normalise_source
 from ..training.planning import make_forward_cost
 from ..utils.writing import write_text
 from .setup import build_objective, continue_recipe, images_of, naming, output_of, pretrain_config
@@ -33,8 +34,8 @@ ERRORS_NAME = "gradient_error.parquet"
 SCHEDULE_NAME = "schedule.yaml"
 
 OF_THE_PILOT = (
-    *("data", "train_split", "augmentation", "view_resolution"),
-    *("init_from", "image_size", "patch_size", "model_config", "objective", "objective_config"),
+    *("data", "train_split", "augmentation", "normalisation", "view_resolution"),
+    *("init_from", "num_channels", "image_size", "patch_size", "model_config", "objective", "objective_config"),
 )
 """The settings under which the gradients of a search are those of its pilot's training."""
 
@@ -81,7 +82,7 @@ def search_checkpoints(recipe: Recipe, config: PretrainConfig, checkpoints: list
     base = objective.units_per_image(strategies[0], forward_cost)
     cost = {strategy: objective.units_per_image(strategy, forward_cost) / base for strategy in strategies}
     source, _ = images_of(recipe)
-    source = source.renormalised(objective.config.image_mean, objective.config.image_std)
+    source = normalise_source(source, objective.config, config.normalisation)
     if len(source) < recipe.batch_size:
         raise RecipeError(f"batch_size={recipe.batch_size}: {source.name} has only {len(source)} images")
     objective.to(config.device)  # pyright: ignore[reportArgumentType]

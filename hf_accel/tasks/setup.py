@@ -132,17 +132,20 @@ def build_objective(recipe: Recipe) -> ObjectiveForPreTraining:
         return objective(config, **recipe.objective_config)
 
 
-def images_of(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
+def images_of(recipe: Recipe, num_channels: int | None = None) -> tuple[ImageSource, ImageSource | None]:
     """Load training and validation images as `load_images` does, and say where their labels come from."""
-    source, validation = load_images(recipe)
+    source, validation = load_images(recipe, num_channels=num_channels)
     say(describe_labels(source, validation))
     return source, validation
 
 
-def load_images(recipe: Recipe, in_memory: bool = True) -> tuple[ImageSource, ImageSource | None]:
+def load_images(
+    recipe: Recipe, in_memory: bool = True, num_channels: int | None = None
+) -> tuple[ImageSource, ImageSource | None]:
     """Load training and validation images, and decode small sets `in_memory`.
 
-    A task that reads no `validation_split` gets all images of `train_split`, and no validation images.
+    They have the `num_channels` of an encoder, or by default those of the recipe. A task that reads no
+    `validation_split` gets all images of `train_split`, and no validation images.
 
     Raises:
         RecipeError: what cannot be read, or fewer images than a batch takes.
@@ -157,7 +160,8 @@ def load_images(recipe: Recipe, in_memory: bool = True) -> tuple[ImageSource, Im
     only_train = not recipe.reads("validation_split")
     validation_split, seed = (None, 0) if only_train else (recipe.validation_split, recipe.seed)
     splits, columns = (recipe.train_split, validation_split), (recipe.image_column, recipe.label_column)
-    options = recipe.data_config, in_memory, recipe.streaming, only_train
+    num_channels = num_channels or (recipe.num_channels if recipe.reads("num_channels") else 3)
+    options = recipe.data_config, in_memory, recipe.streaming, only_train, num_channels
     try:
         return load_sources(recipe.data, *splits, *columns, seed, *options)
     except CorruptDataError:  # says enough

@@ -101,6 +101,8 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
         layer_decay (`float`, *optional*): Factor on the learning rate from each layer of the encoder to the one below.
             Default: 0.75 for a model from `from_encoder`, otherwise 1.
         augmentation (`str`, defaults to `"moco"`): How views are drawn.
+        normalisation (`str`, *optional*): What channels are normalised by, `"imagenet"` or `"data"`, the mean and
+            deviation of training images. Default: as a model from `from_encoder` has it, ImageNet for RGB, else data.
         view_resolution (`str`, defaults to `"matched"`): Makes the views of larger patches smaller. `"full"` does not.
         view_backend (`str`, defaults to `"auto"`): `"eager"` makes views operation by operation, `"fused"` by compiled
             graphs in fewer passes over memory, and `"auto"` measures which is faster.

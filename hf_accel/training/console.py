@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from ..compression import Compression, Schedule, Stage
-from ..data import describe_labels
+from ..data import ImageSource, describe_labels
 from ..distributed.launch import describe_launch
 from .config import PretrainConfig
 from .planning import describe_plan
@@ -58,7 +58,7 @@ def describe_run(trainer: Any) -> list[str]:
     sizes = [sum(weights.numel() for weights in part.parameters()) for part in (model.encoder, model)]
     found = args.schedule == "auto"
     return [
-        f"Images: {len(source):,} of {source.name}",
+        f"Images: {len(source):,} of {source.name}{describe_pixels(source)}",
         describe_labels(source, trainer.validation),
         f"Model:  {model.name}; encoder of {sizes[0]:,} parameters; {sizes[1]:,} with all branches and heads",
         describe_launch(args, args.precision),
@@ -75,6 +75,13 @@ def describe_rate(args: PretrainConfig) -> str:
         f"Rate:   {rate:g}, that is {rate * 256 / args.batch_size:g} for 256 images, scaled to {args.batch_size:,} "
         "(learning_rate=auto)"
     )
+
+
+def describe_pixels(source: ImageSource) -> str:
+    """Describe the pixels of images that are not RGB of 8 bits."""
+    if source.channels == 3 and not source.deep:
+        return ""
+    return f", {source.channels} channel{'s' * (source.channels > 1)} of {8 * source.dtype.itemsize} bits"
 
 
 def in_words(schedule: Schedule) -> str:

@@ -55,7 +55,7 @@ def describe_optimizer(trainer: Any) -> dict[str, Any] | None:
 def describe_settings(trainer: Any) -> dict[str, Any]:
     """The settings of a run that a program has started, by the names that recipes give them."""
     args, model = trainer.args, trainer.objective
-    sizes = {key: getattr(model.config, key) for key in ("image_size", "patch_size")}
+    sizes = {key: getattr(model.config, key) for key in ("image_size", "patch_size", "num_channels")}
     same = (
         *("output_dir", "seed", *(key.name for key in fields(PretrainSettings)), "gradient_accumulation_steps"),
         *("learning_rate", "weight_decay", "max_grad_norm", "torch_compile", "logging_steps", "save_steps"),
@@ -91,7 +91,8 @@ def sample_colours(source: ImageSource) -> list[list[float] | None]:
     colours: list[list[float] | None] = []
     for index in torch.linspace(0, len(source) - 1, min(len(source), COLOUR_SAMPLE)).long().tolist():
         try:
-            mean = np.asarray(source.read(index)).mean((0, 1), dtype=np.float64)
+            pixels = np.asarray(source.read(index))
+            mean = pixels.mean((0, 1), dtype=np.float64) / (np.iinfo(pixels.dtype).max // 255)
         except CorruptImage:
             colours.append(None)
         else:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..compression import Strategy
 from ..data.augment import view_boxes
+from ..data.pictures import show_channels, to_picture
 from ..models import AccelViTModel
 from ..models.shortening_accel_vit import resize_to_multiple
 from ..objectives import Draw
@@ -65,7 +66,7 @@ def _collect_step(trainer: Any, step: int, title: str) -> StageViews:
     loader = trainer.get_train_dataloader().loader
     size, items = next(iter(loader.batch_sampler))
     batch = loader.dataset.__getitems__((size, items[:SHOWN]))
-    originals = [trainer.source.read(index) for index in batch["index"].tolist()]
+    originals = [to_picture(trainer.source.read(index)) for index in batch["index"].tolist()]
     boxes = _draw_boxes(trainer, batch, [image.size for image in originals])
     now, size = trainer.plan[step], trainer.view_size(step)
     views = trainer.views_of(trainer._prepare_inputs(batch), size)
@@ -130,6 +131,7 @@ def _split_call(trainer: Any, call: EncoderCall, views: list[Tensor]) -> Iterato
             continue
         note = f"local crop, {len(views) - 2} in all" if local else f"made at {pixels.shape[-1]} px"
         shown = (pixels.float().cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        shown = np.stack([show_channels(image) for image in shown])
         branch = "online branch" if call.learns else "target branch"
         yield SeenView(number, branch, shown, grid, mask.unflatten(1, (grid, grid)).numpy(), note)
 

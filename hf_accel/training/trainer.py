@@ -38,6 +38,7 @@ from .extending import choose_draw_seed, describe_earlier, read_earlier
 from .finish import finish_run
 from .memory import explained_memory
 from .monitoring import CollapseMonitor
+from .normalising import normalise_source
 from .planning import Costs, describe_plan, plan_run, read_costs, read_schedule
 from .record import RULES, describe_optimizer, describe_settings, sample_colours
 from .resuming import choose_checkpoint, find_costs, load_complete, take_over
@@ -56,8 +57,8 @@ class PretrainTrainer(EvaluatingTrainer):
     Args:
         model ([`ObjectiveForPreTraining`]): For example a [`MoCoForPreTraining`].
         args ([`PretrainConfig`]): The settings.
-        train_dataset: A `datasets.Dataset` or a torch `Dataset` of PIL images or uint8 tensors (C, H, W), bare or in
-            dicts or tuples. Labels are optional; they serve accuracy only.
+        train_dataset: A `datasets.Dataset` or a torch `Dataset` of PIL images, uint8 or uint16 tensors (C, H, W) or
+            arrays (H, W, C), bare or in dicts or tuples. Labels are optional; they serve accuracy only.
         eval_dataset (*optional*): Labelled images of the same kind, on which kNN accuracy is measured.
         record (`dict`, *optional*): The settings that `recipe.yaml` records, in place of those of `model` and `args`.
         rules (`dict`, *optional*): For each of these whether a resumed run may change it: "fixed" (the default),
@@ -95,11 +96,11 @@ class PretrainTrainer(EvaluatingTrainer):
         self.scales_rate, args = args.learning_rate is None, settle_learning_rate(args, model)
         connect_processes(args, args.precision, args.torch_compile)
         self.args, self.folder, config = args, RunFolder(str(args.output_dir)), model.config
-        self.source = image_source(train_dataset, "train_dataset")
-        self.validation = None if eval_dataset is None else image_source(eval_dataset, "eval_dataset", self.source)
-        normalisation = config.image_mean, config.image_std
-        self.source = self.source.renormalised(*normalisation)
-        self.validation = self.validation and self.validation.renormalised(*normalisation)
+        self.source = image_source(train_dataset, "train_dataset", num_channels=config.num_channels)
+        given = (eval_dataset, "eval_dataset", self.source, config.num_channels)
+        self.validation = None if eval_dataset is None else image_source(*given)
+        self.source = normalise_source(self.source, config, args.normalisation)
+        self.validation = self.validation and self.validation.renormalised(self.source.mean, self.source.std)
         if len(self.source) < args.batch_size:
             fail("batch_size", args.batch_size, f"{self.source.name} has only {len(self.source)} images")
         if args.batch_size < model.least_batch * args.gradient_accumulation_steps:

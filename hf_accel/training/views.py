@@ -87,7 +87,9 @@ def _example(trainer: Any, size: int, most: int | None = None) -> dict[str, Any]
     count = min(count, most or count)
 
     def noise(*shape: int) -> torch.Tensor:
-        return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
+        levels = torch.iinfo(trainer.source.dtype).max + 1
+        made = torch.randint(levels, shape, generator=torch.Generator().manual_seed(0))
+        return made.to(trainer.source.dtype).to(device)
 
     batch: dict[str, Any] = {"step": 0, "micro_step": 0, "rows": slice(0, count), "global_batch": count}
     if trainer.source.stored is not None:
@@ -97,7 +99,7 @@ def _example(trainer: Any, size: int, most: int | None = None) -> dict[str, Any]
     if pixels is not None:
         return {**batch, "images": noise(count, *pixels.shape[1:])}
     sides = [config.size or trainer.crop_size(size) for config in trainer.view_configs]
-    return {**batch, "crops": [noise(count, 3, side, side) for side in sides]}
+    return {**batch, "crops": [noise(count, trainer.source.channels, side, side) for side in sides]}
 
 
 def _seconds_per_image(trainer: Any, size: int) -> float:

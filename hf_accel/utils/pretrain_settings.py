@@ -95,6 +95,11 @@ class PretrainSettings:
     augmentation: str = fixed(
         "moco", "how views are drawn: moco, or digits, which neither mirrors nor colours them", "views"
     )
+    normalisation: Literal["imagenet", "data"] | None = fixed(
+        None,
+        "mean and deviation that channels are normalised by: imagenet, or data, measured on 128 training images; "
+        "default: those of init_from, imagenet for RGB images, data for other channels",
+    )
     view_resolution: Literal["full", "matched"] = fixed(
         "matched",
         "pixels of the views: matched, which makes the views of larger patches at a proportionally lower resolution "

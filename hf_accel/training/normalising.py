@@ -1,0 +1,53 @@
+"""How a run normalises its images: as ImageNet's, as the encoder that it starts from asks for, or by their own mean."""
+
+import logging
+from typing import Literal
+
+from ..data import ImageSource
+from ..data.normalisation import is_like_imagenet, measure_normalisation
+from ..data.sources import IMAGENET_MEAN, IMAGENET_STD
+from ..distributed import is_main
+from ..models import AccelViTConfig
+from ..utils.errors import fail
+
+logger = logging.getLogger(__name__)
+
+
+def normalise_source(
+    source: ImageSource, config: AccelViTConfig, choice: Literal["imagenet", "data"] | None
+) -> ImageSource:
+    """Return the images with the normalisation of a run, which `config` keeps unless it is the usual one of RGB images.
+
+    Without a `choice`, the main process warns of RGB images that are not like ImageNet's.
+
+    Raises:
+        SettingError: images of other channels than the model's, or a choice that does not fit.
+    """
+    channels = config.num_channels
+    if source.channels != channels:
+        fail("num_channels", channels, f"the images of {source.name} have {source.channels} channels")
+    if choice == "imagenet" and channels != 3:
+        fail("normalisation", choice, f"ImageNet has 3 channels, and num_channels is {channels}; leave it out")
+    chosen: tuple = config.image_mean, config.image_std
+    if choice is not None:
+        chosen = measure_normalisation(source) if choice == "data" else ([*IMAGENET_MEAN], [*IMAGENET_STD])
+        if config.image_mean is not None and (config.image_mean, config.image_std) != chosen:
+            fail("normalisation", choice, "the encoder brings its own mean and deviation; leave it out")
+    elif config.image_mean is None and channels != 3:
+        chosen = [*source.mean], [*source.std]
+    elif config.image_mean is None and source.mean == IMAGENET_MEAN and is_main():
+        warn_of_other_images(source)
+    config.image_mean, config.image_std = chosen
+    return source.renormalised(*chosen)
+
+
+def warn_of_other_images(source: ImageSource) -> None:
+    """Warn of RGB images that are clearly brighter, darker, paler or richer in contrast than ImageNet's."""
+    mean, std = measure_normalisation(source)
+    if not is_like_imagenet(mean, std):
+        logger.warning(
+            "%s: the channels have the means %s and the deviations %s, and are normalised by those of ImageNet, %s and "
+            "%s: for a new run, normalisation: data takes their own",
+            source.name,
+            *([round(value, 2) for value in values] for values in (mean, std, IMAGENET_MEAN, IMAGENET_STD)),
+        )

@@ -267,11 +267,12 @@ RULES = {
     "fixed": """
         seed data data_config train_split validation_split image_column label_column model model_config image_size
         patch_size attn_implementation torch_compile objective objective_config budget schedule cost auto_share
-        auto_draws search_criterion batch_size lr_schedule weight_decay weight_decay_end augmentation view_resolution
+        auto_draws search_criterion batch_size lr_schedule weight_decay weight_decay_end augmentation normalisation
+        view_resolution
         gradient_accumulation_steps gradient_checkpointing pilot search_draws search_token_dropout search_patch_size
         search_symmetry streaming embedding_dtype init_from freeze_encoder
         continue_from
-        layer_decay
+        layer_decay num_channels
     """,
     "correction": "learning_rate warmup max_grad_norm mixed_precision view_backend cache",
     "free": """

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from hf_accel import PretrainConfig, PretrainTrainer
 from hf_accel.compression import Compression, forward_cost
 from hf_accel.data import AUGMENTATIONS, eval_loader
+from hf_accel.data.sources import IMAGENET_MEAN
 from hf_accel.evaluation import extract_features
 from hf_accel.run_folder import read_state
 from hf_accel.training.step_costs import prepare_steps
@@ -161,6 +162,11 @@ ACTS: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "auto_draws": (AUTO | {"auto_draws": 4}, probes, (1, 4)),
     "search_criterion": (AUTO | {"search_criterion": "gain"}, lambda t: t.controller.criterion, "gain"),
     "augmentation": ({"augmentation": "digits"}, lambda t: t.view_configs, list(AUGMENTATIONS["digits"])),
+    "normalisation": (
+        {"normalisation": "data"},
+        lambda t: (t.source.mean == IMAGENET_MEAN, t.objective.config.image_mean == [*t.source.mean]),
+        (False, True),
+    ),
     "view_resolution": (
         {"schedule": STAGES, "view_resolution": "full"},
         lambda t: (t.view_size(0), t.view_size(len(t.plan) - 1)),

@@ -139,7 +139,7 @@ def test_every_key_of_packing_is_tested(monkeypatch):
     monkeypatch.setattr("hf_accel.tasks.setup.load_sources", lambda *words: calls.append(words) or (None, None))
     recipe = recipe_of(Path("photos"), Path("out"), "train_split=a", "validation_split=b", "image_column=c", "seed=3")
     task.load_images(replace(recipe, label_column="d", data_config="e", streaming=False), in_memory=False)
-    assert calls == [("photos", "a", "b", "c", "d", 3, "e", False, False, False)]
+    assert calls == [("photos", "a", "b", "c", "d", 3, "e", False, False, False, 3)]
 
 
 def test_processes_of_a_launch_and_digits_are_refused(tmp_path, monkeypatch):

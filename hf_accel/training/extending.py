@@ -75,6 +75,18 @@ def read_earlier(args: PretrainConfig, model: ObjectiveForPreTraining) -> Earlie
     )
 
 
+def take_normalisation(args: PretrainConfig, config: AccelViTConfig) -> bool:
+    """Give the encoder the mean and deviation of the run that it continues, and return whether that run kept any."""
+    folder = RunFolder(str(args.output_dir))
+    if args.continue_from is None or folder.is_complete():
+        return False
+    earlier = AccelViTConfig.from_pretrained(folder.last_complete_checkpoint() or find_end(args.continue_from))
+    if config.image_mean is not None or earlier.image_mean is None:
+        return False
+    config.image_mean, config.image_std = earlier.image_mean, earlier.image_std
+    return True
+
+
 def choose_draw_seed(seed: int, earlier: EarlierRun | None) -> int:
     """The seed of what training draws, such as the order of the images: another one than that of the earlier runs."""
     return generator(seed, "continued", earlier.runs).initial_seed() if earlier else seed

@@ -34,7 +34,7 @@ from .config import Derived, PretrainConfig
 from .console import ConsoleCallback, describe_run, quiet
 from .continuing import BestCallback, Pace, choose_pace, separate_encoder
 from .evaluating import EvaluatingTrainer
-from .extending import choose_draw_seed, describe_earlier, read_earlier
+from .extending import choose_draw_seed, describe_earlier, read_earlier, take_normalisation
 from .finish import finish_run
 from .memory import explained_memory
 from .monitoring import CollapseMonitor
@@ -99,7 +99,8 @@ class PretrainTrainer(EvaluatingTrainer):
         self.source = image_source(train_dataset, "train_dataset", num_channels=config.num_channels)
         given = (eval_dataset, "eval_dataset", self.source, config.num_channels)
         self.validation = None if eval_dataset is None else image_source(*given)
-        self.source = normalise_source(self.source, config, args.normalisation)
+        measured = take_normalisation(args, config) and args.normalisation == "data"
+        self.source = normalise_source(self.source, config, None if measured else args.normalisation)
         self.validation = self.validation and self.validation.renormalised(self.source.mean, self.source.std)
         if len(self.source) < args.batch_size:
             fail("batch_size", args.batch_size, f"{self.source.name} has only {len(self.source)} images")

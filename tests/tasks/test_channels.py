@@ -102,6 +102,17 @@ def stopping_at(step: int):
 
 
 @pytest.mark.slow
+def test_continued_run_keeps_its_normalisation(tmp_path):
+    data = folder_of(tmp_path / "data", "bands")
+    of_kind = ("num_channels=5", "batch_size=8", "budget=64", "eval_points=[]")
+    first = launch(data, tmp_path / "first", *of_kind)
+    (data / "c" / "002.npy").unlink()  # The rest has another mean.
+    second = launch(data, tmp_path / "second", *of_kind, f"continue_from={first}")
+    means = [AutoConfig.from_pretrained(run / "final").image_mean for run in (first, second)]
+    assert means[0] == means[1] != list(load_sources(str(data), num_channels=5)[0].mean)
+
+
+@pytest.mark.slow
 def test_finetuning_takes_arrays(tmp_path):
     data = folder_of(tmp_path / "data", "bands")
     settings = ("finetune_config.epochs=1", "finetune_config.batch_size=8")

@@ -5,7 +5,6 @@ import os
 import shlex
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -52,8 +51,7 @@ def init(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     output = Path(arguments.output).expanduser()
     check_output(output)
     folder, channels = check_folder(arguments.folder)
-    given: dict[str, Any] = {"num_channels": channels} if channels != 3 else {}
-    images = load_images(PretrainRecipe(data=folder, budget=1.0, **given), in_memory=False)
+    images = load_images(PretrainRecipe(data=folder, budget=1.0, num_channels=channels), in_memory=False)
     found, device, path = survey(*images), find_device(), Path(folder)
     if not found.looks:
         name, why = found.unreadable[0]

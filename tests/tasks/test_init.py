@@ -13,7 +13,7 @@ import yaml
 from hf_accel import AccelViTConfig, cli
 from hf_accel.checkpoints import Start
 from hf_accel.data import survey as surveying
-from hf_accel.recipe import PretrainRecipe, load_recipe
+from hf_accel.recipe import load_recipe
 from hf_accel.recipe.proposal import Device, Images, propose, settle_budget, write_text
 from hf_accel.tasks import init as init_task
 from hf_accel.training.memory import OutOfMemory
@@ -252,7 +252,6 @@ def test_the_device_is_described(monkeypatch):
     assert init_task.find_device() == GPU
 
 
-@pytest.mark.skipif(not PretrainRecipe.reads("num_channels"), reason="recipes have no num_channels yet")
 def test_images_of_five_channels_are_read_as_they_are(tmp_path, place, timed, capsys):
     folder = tmp_path / "fields"
     folder.mkdir()

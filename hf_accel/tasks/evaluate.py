@@ -159,7 +159,8 @@ def take(bench: Bench, name: str, patch_size: int | None, seed: int | None) -> N
             "environment": environment(),
         }
         add_run(recipe.output_dir, question, {"seed": seed, **results, **about})
-    say(f"{label}: top-1 {results['top1']:.2%}, top-5 {results['top5']:.2%}")
+    kept = f"; the classifier is in {Path(recipe.output_dir) / results['folder']}" if "folder" in results else ""
+    say(f"{label}: top-1 {results['top1']:.2%}, top-5 {results['top5']:.2%}{kept}")
 
 
 # The evaluations. Each returns "top1" and "top5" as fractions, and the settings that it chose.

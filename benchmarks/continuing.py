@@ -5,9 +5,10 @@
 All runs take `recipes/imagenette/moco_64px_cpu.yaml` and one core:
 
 - `cifar10` trains on CIFAR-10 at 64 px, without its labels;
-- `scratch` trains on Imagenette from random weights, `continued` from the encoder of `cifar10` with the same budget;
+- `continued` trains on Imagenette from the encoder of `cifar10`;
 - `high_rate` is `continued` with ten times the learning rate: training makes the encoder worse, and `best/` keeps it.
 
+Runs from random weights with the same budget are those of the plan `imagenette_cpu` (`benchmarks.speedup`).
 A finished run is recorded at once in `docs/results/continuing/`. A benchmark that is stopped saves the run that is
 under way, and the same command goes on with it. The table in `docs/own_images.md` is made from the records.
 """
@@ -22,7 +23,7 @@ from typing import Any
 
 from benchmarks.generated import fill, pages
 from benchmarks.options import parser_of
-from benchmarks.speedup import RESULTS, ROOT, Bench, Run, train_all
+from benchmarks.speedup import ACCELERATED, RESULTS, ROOT, Bench, Run, train_all
 from hf_accel.utils.writing import write_text
 
 RECIPE = "recipes/imagenette/moco_64px_cpu.yaml"
@@ -30,6 +31,9 @@ RATE = 1.0e-3
 """The learning rate of the recipe."""
 
 PRETRAINING_BUDGET, BUDGET, SEEDS = 300_000, 150_000, (0, 1, 2)
+SCRATCH = ACCELERATED
+"""What the plan calls its runs with that recipe's own schedule."""
+
 NAME = "continuing"
 """Of the folder of records and of the marks in the docs."""
 
@@ -44,7 +48,6 @@ def runs_of(scale: float = 1.0) -> dict[str, list[Run]]:
     return {
         "cifar10": [run("cifar10", PRETRAINING_BUDGET, 0, label_column="none")],
         "continued": [run("continued", BUDGET, seed, model=None) for seed in SEEDS],
-        "scratch": [run("scratch", BUDGET, seed) for seed in SEEDS],
         "high_rate": [run("high_rate", BUDGET, 0, model=None, learning_rate=10 * RATE)],
     }
 
@@ -52,7 +55,7 @@ def runs_of(scale: float = 1.0) -> dict[str, list[Run]]:
 def format_table(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Format the accuracy on Imagenette before the first step and at the end, mean and range over seeds."""
     rows = {
-        "scratch": "random weights",
+        SCRATCH: "random weights",
         "continued": "the encoder from CIFAR-10",
         "high_rate": "the same, ten times the learning rate",
     }
@@ -77,8 +80,9 @@ def _spread(values: Sequence[float]) -> str:
 
 def read_records(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The records of the finished runs, by name and in the order of their seeds."""
+    scratch = f"moco-{SCRATCH}-{BUDGET}-*.json"
     found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted([*(folder / NAME).glob("*.json"), *(folder / "imagenette_cpu").glob(scratch)]):
         record = json.loads(path.read_text())
         found.setdefault(record["name"], []).append(record)
     return found
@@ -92,17 +96,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="take only runs whose folder's name holds this word")
     parser.add_argument("--toy", action="store_true", help="a thousandth of each budget; records stay in RUNS")
     args: argparse.Namespace = parser.parse_args(arguments)
-    records = (args.runs if args.toy else RESULTS) / NAME
+    records = args.runs if args.toy else RESULTS
     runs = runs_of(1e-3 if args.toy else 1.0)
     start = (args.runs / runs["cifar10"][0].folder / "final").resolve()
     overrides = {
         "cifar10": [f"data={args.cifar10}"],
-        "scratch": [f"data={args.imagenette}"],
         **{name: [f"data={args.imagenette}", f"init_from={start}"] for name in ("continued", "high_rate")},
     }
     failures: list[str] = []
     for name, wanted in runs.items():
-        bench = Bench(records, args.runs, overrides[name], "cpu", float("inf"))
+        bench = Bench(records / NAME, args.runs, overrides[name], "cpu", float("inf"))
         failures += train_all(bench, [run for run in wanted if args.only in run.folder], jobs=1)
         if bench.stopping.is_set() or failures:
             break

@@ -198,7 +198,7 @@ def run_notebook(name: str, toy: dict[str, str]) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
+@pytest.mark.usefixtures("own_cache_and_threads")
 def test_the_quickstart_notebook_runs_at_toy_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = run_notebook("quickstart", {'= 2000, "4 epochs", 128': '= 200, "2 epochs", 32'})

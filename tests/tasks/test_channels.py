@@ -148,6 +148,8 @@ def test_a_program_trains_on_arrays(tmp_path):
     trainer = PretrainTrainer(MoCoForPreTraining(config, **RECIPE["objective_config"]), args, items)
     assert config.image_mean == list(trainer.source.mean) and trainer.source.deep
     assert next(iter(trainer.get_train_dataloader()))["images"].dtype == torch.uint16
+    trainer.train()
+    assert trainer.state.global_step == 2 and (tmp_path / "results.json").exists()
 
 
 # Normalisation

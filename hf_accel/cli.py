@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> None:
             getattr(import_module(f"hf_accel.{module}"), function)(parser, arguments.rest)
         except RecipeError as error:
             run.end_with(error)
+        except KeyboardInterrupt:
+            sys.exit("Interrupted")
     elif arguments.task in PREVIEWS:
         parser = parser_of(arguments.task, "pretrain", PREVIEWS[arguments.task][2])
         run.start(read_words(parser, vars(parser.parse_intermixed_args(arguments.rest)), "pretrain"), arguments.task)

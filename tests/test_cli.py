@@ -141,6 +141,15 @@ def test_version_is_that_of_the_package(capsys):
     assert end_of("--version") == "0" and capsys.readouterr().out == f"hf-accel {hf_accel.__version__}\n"
 
 
+def test_an_interrupted_command_ends_without_a_traceback(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_accel.tasks.init.init", interrupted)
+    with pytest.raises(SystemExit, match="Interrupted"):
+        cli.main(["init", "photos"])
+
+
 def test_env_prints_versions_devices_and_no_secret(capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")

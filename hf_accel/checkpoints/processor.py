@@ -53,16 +53,21 @@ class ArrayProcessor:
 
     def __init__(self, processor: Any):
         self.processor = processor
-        size, crop = getattr(processor, "size", None) or {}, getattr(processor, "crop_size", None)
-        self.edge = size.get("shortest_edge")
-        crop = crop if self.edge and getattr(processor, "do_center_crop", False) else size
-        self.size = crop.get("height"), crop.get("width")
-        self.mean, self.std = (getattr(processor, name, None) for name in ("image_mean", "image_std"))
-        if None in (*self.size, self.mean, self.std):
+        size = getattr(processor, "size", None) or {}
+        self.edge: int | None = size.get("shortest_edge")
+        crops = self.edge and getattr(processor, "do_center_crop", False)
+        made = (getattr(processor, "crop_size", None) or {}) if crops else size
+        found: list[Any] = [made.get("height"), made.get("width")]
+        found += [getattr(processor, name, None) for name in ("image_mean", "image_std")]
+        if None in found:
             raise ValueError(
                 "its image processor states no image_mean, image_std and size, or shortest_edge and crop_size, so that "
                 "images other than RGB of 8 bits cannot be prepared for it: set them in its preprocessor_config.json"
             )
+        height, width, mean, std = found
+        self.size: tuple[int, int] = height, width
+        self.mean: Sequence[float] = mean
+        self.std: Sequence[float] = std
         self.mode = "bicubic" if getattr(processor, "resample", None) == PIL.Image.Resampling.BICUBIC else "bilinear"
 
     def __call__(self, images: Sequence[Any], return_tensors: str = "pt") -> dict[str, torch.Tensor]:

@@ -5,7 +5,6 @@ mixup, CutMix, label smoothing and stochastic depth (arXiv 2012.12877, 2111.0637
 """
 
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -297,7 +296,6 @@ def finetune(
         max_grad_norm=0.0,
         seed=seed,
         save_strategy="no",
-        disable_tqdm=not sys.stderr.isatty(),
         remove_unused_columns=False,
         ddp_find_unused_parameters=True,  # DINOv2 has a token for masks, which are not used here
         **arguments,

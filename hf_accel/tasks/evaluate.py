@@ -1,6 +1,7 @@
 """`task=evaluate`: kNN, linear probe, logistic regression, fine-tuning of any encoder; adds to `results.json`."""
 
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -196,6 +197,7 @@ def _finetune(bench: Bench, patch_size: int | None, seed: int, folder: str) -> d
         seed,
         output,
         use_cpu=bench.arguments.use_cpu,
+        disable_tqdm=not sys.stderr.isatty(),
         logging_steps=recipe.logging_steps,
         report_to=recipe.report_to,
         dataloader_num_workers=choose_workers(recipe),

@@ -160,8 +160,8 @@ def load_images(
     only_train = not recipe.reads("validation_split")
     validation_split, seed = (None, 0) if only_train else (recipe.validation_split, recipe.seed)
     splits, columns = (recipe.train_split, validation_split), (recipe.image_column, recipe.label_column)
-    num_channels = num_channels or (recipe.num_channels if recipe.reads("num_channels") else 3)
-    options = recipe.data_config, in_memory, recipe.streaming, only_train, num_channels
+    channels: int = num_channels or (recipe.num_channels if recipe.reads("num_channels") else 3)
+    options = recipe.data_config, in_memory, recipe.streaming, only_train, channels
     try:
         return load_sources(recipe.data, *splits, *columns, seed, *options)
     except CorruptDataError:  # says enough

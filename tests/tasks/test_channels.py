@@ -235,7 +235,7 @@ def test_init_from_an_encoder_of_other_channels_is_refused(tmp_path):
 
 def test_init_from_brings_channels_and_normalisation(tmp_path):
     data = folder_of(tmp_path / "data", "bands")
-    normal = {"image_mean": [0.1] * 5, "image_std": [0.3] * 5}
+    normal: dict[str, Any] = {"image_mean": [0.1] * 5, "image_std": [0.3] * 5}
     config = AccelViTConfig(**RECIPE["model_config"], num_channels=5, image_size=SIZE, patch_size=4, **normal)
     AccelViTModel(config).save_pretrained(tmp_path / "encoder")
     source = load_sources(str(data), num_channels=5)[0].renormalised(*normal.values())

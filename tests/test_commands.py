@@ -299,9 +299,10 @@ TOY = [
 
 
 def launches_of_readme() -> list[list[str]]:
-    """[task, recipe, *overrides] of what README launches, in its order, after the quickstart."""
-    words = [given(command) for command in COMMANDS if command.where == "README.md" and len(command.words) > 2]
-    runs = [recipe_of(words) for words in words if words[0] in ("hf-accel", "accelerate")]
+    """[task, recipe, *overrides] of the recipes that README launches, in its order, after the quickstart."""
+    commands = [given(command) for command in COMMANDS if command.where == "README.md" and len(command.words) > 2]
+    launches = [words for words in commands if words[0] in ("hf-accel", "accelerate")]
+    runs = [recipe_of(words) for words in launches if words[1] not in COMMANDS_WITHOUT_RECIPE]
     started = [[overrides[0].removeprefix("task="), recipe, *overrides[1:]] for recipe, overrides in runs]
     return [["pretrain", "recipes/simclr.yaml"], *started]
 
@@ -325,3 +326,31 @@ def test_what_readme_launches_runs_at_toy_size(workplace, capsys):
     found: dict = {}
     exec(code, found)
     assert found["features"].shape == (1, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
+def test_own_images_page_leads_from_a_folder_to_a_classifier(tmp_path, monkeypatch, capsys):
+    """Its commands and its Python up to released weights, in their order, on few images with a broken one."""
+    monkeypatch.chdir(tmp_path)
+    image_folder(tmp_path / "photos", labels=False, count=40, side=lambda _: 32)
+    image_folder(tmp_path / "labelled", count=30, side=lambda _: 32)
+    shutil.copy("photos/train000.png", "photos/holiday.jpg")
+    Path("photos/broken.jpg").write_bytes(b"")
+    rows = [f"train{number:03}.png,{'abc'[number % 3]}" for number in range(12)]
+    Path("labels.csv").write_text("\n".join(["path,label", *rows]))
+    page = (ROOT / "docs/own_images.md").read_text(encoding="utf-8").partition("## Continue from released weights")[0]
+    toy = {"pretrain": ["budget=2 epochs"], "evaluate": ["finetune_config.epochs=1", "finetune_config.batch_size=30"]}
+    programs = [command.words[1:] for command in commands_of_markdown("page", page) if command.words[0] == "hf-accel"]
+    for task, *words in programs:
+        cli.main([task, *words, *toy.get(task, [])])
+    assert [task for task, *_ in programs] == ["init", "views", "pretrain", "explore", "embed", "evaluate"]
+    for name in ("views.png", "explore.html", "final/config.json"):
+        assert (tmp_path / "runs/photos" / name).exists(), name
+    (tuned,) = Path("runs/classified").glob("finetuned-*")
+    assert f"the classifier is in {tuned}" in capsys.readouterr().out
+    found: dict = {}
+    for block in code_blocks(page, "python"):
+        exec(block.replace("runs/classified/finetuned-...", str(tuned)), found)
+    predicted = Path("predicted.csv").read_text().splitlines()
+    assert len(predicted) == 1 + 40 + 30 + 1 and predicted[0] == "path,label"  # with the header, and without broken.jpg

@@ -6,7 +6,8 @@ All runs take `recipes/imagenette/moco_64px_cpu.yaml` and one core:
 
 - `cifar10` trains on CIFAR-10 at 64 px, without its labels;
 - `continued` trains on Imagenette from the encoder of `cifar10`;
-- `high_rate` is `continued` with ten times the learning rate: training makes the encoder worse, and `best/` keeps it.
+- `high_rate` and `higher_rate` are `continued` with ten and a hundred times the learning rate, to see when training
+  makes the encoder worse, a warning says so, and `best/` keeps the start.
 
 Runs from random weights with the same budget are those of the plan `imagenette_cpu` (`benchmarks.speedup`).
 A finished run is recorded at once in `docs/results/continuing/`. A benchmark that is stopped saves the run that is
@@ -49,6 +50,7 @@ def runs_of(scale: float = 1.0) -> dict[str, list[Run]]:
         "cifar10": [run("cifar10", PRETRAINING_BUDGET, 0, label_column="none")],
         "continued": [run("continued", BUDGET, seed, model=None) for seed in SEEDS],
         "high_rate": [run("high_rate", BUDGET, 0, model=None, learning_rate=10 * RATE)],
+        "higher_rate": [run("higher_rate", BUDGET, 0, model=None, learning_rate=100 * RATE)],
     }
 
 
@@ -58,6 +60,7 @@ def format_table(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         SCRATCH: "random weights",
         "continued": "the encoder from CIFAR-10",
         "high_rate": "the same, ten times the learning rate",
+        "higher_rate": "the same, a hundred times the learning rate",
     }
     lines = ["| training starts from | kNN before the first step | kNN at the end | linear probe | seeds |"]
     lines.append("|---|---:|---:|---:|---|")
@@ -101,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     start = (args.runs / runs["cifar10"][0].folder / "final").resolve()
     overrides = {
         "cifar10": [f"data={args.cifar10}"],
-        **{name: [f"data={args.imagenette}", f"init_from={start}"] for name in ("continued", "high_rate")},
+        **{name: [f"data={args.imagenette}", f"init_from={start}"] for name in runs if name != "cifar10"},
     }
     failures: list[str] = []
     for name, wanted in runs.items():

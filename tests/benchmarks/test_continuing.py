@@ -43,6 +43,7 @@ def test_only_continued_runs_start_from_the_encoder(tmp_path, monkeypatch):
     assert launched[1:] == [
         *(("continued", seed, ["data=large", start]) for seed in (0, 1, 2)),
         ("high_rate", 0, ["data=large", start]),
+        ("higher_rate", 0, ["data=large", start]),
     ]
 
 

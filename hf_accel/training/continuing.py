@@ -118,9 +118,9 @@ class BestCallback(TrainerCallback):
         if start["step"] == 0 and now < least and not self.has_warned and state.is_world_process_zero:
             self.has_warned = True
             logger.warning(
-                "%s is %.4g at step %d, and was %.4g with the weights that training started from: it makes the encoder "
-                "worse. best/ holds the best one. If it does not recover, try in a new output_dir a lower "
-                "learning_rate, a lower layer_decay or a longer freeze_encoder",
+                "%s is %.4g at step %d, and was %.4g with the weights that training started from: training "
+                "makes the encoder worse. best/ holds the best one. If it does not recover, try in a new output_dir a "
+                "lower learning_rate, a lower layer_decay or a longer freeze_encoder",
                 name.removeprefix("eval_"),
                 now,
                 state.global_step,

@@ -28,7 +28,7 @@ SMALL_HEADS = {"projector_hidden_size": 1024, "projection_size": 128, "temperatu
 SMALL_RATE = 1.0e-3
 """Encoder, heads and learning rate of recipes/imagenette/simclr_64px_cpu.yaml."""
 
-HOURS = {True: 4.0, False: 0.25}
+HOURS = {True: 4.0, False: 1 / 6}
 """What a run may take on a GPU, and on a CPU."""
 EPOCHS, EPOCHS_RELEASED = 100, 50
 """The most that is proposed, from random weights and from released ones."""

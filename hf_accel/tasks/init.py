@@ -189,7 +189,8 @@ def describe(found: Survey, device: Device, folder: str) -> list[str]:
 
 
 def _list(counts: Counter[str]) -> str:
-    return ", ".join(f"{name} ({count:,})" for name, count in counts.most_common())
+    ordered = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))  # not by which file was opened first
+    return ", ".join(f"{name} ({count:,})" for name, count in ordered)
 
 
 def _describe_labels(found: Survey) -> str:

@@ -1,4 +1,4 @@
-"""Is it worth to start from another data set's encoder? CIFAR-10 to Imagenette, beside training from random weights.
+"""Is it worth starting from another data set's encoder? CIFAR-10 to Imagenette, beside training from random weights.
 
     python -m benchmarks.continuing [--cifar10 FOLDER] [--imagenette FOLDER] [--runs RUNS]
 

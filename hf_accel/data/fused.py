@@ -113,7 +113,7 @@ def mix_colours(images: Tensor, parameters: dict[str, Tensor], size: int, out: T
     planes = _half(images.unbind(1), parameters, 0)
     contrast = parameters["contrast"]
     averages = [plane.mean((1, 2), keepdim=True) for plane in ([_gray(planes)] if len(planes) == 3 else planes)]
-    averages *= len(planes) // len(averages)
+    averages = averages * (len(planes) // len(averages))
     planes = tuple(
         _clip(average + contrast * (plane - average)) for plane, average in zip(planes, averages, strict=True)
     )

@@ -98,6 +98,12 @@ def test_fused_views_in_the_precision_of_the_model() -> None:
         torch.testing.assert_close(mine, theirs.bfloat16(), atol=0.005, rtol=0)
 
 
+def test_torch_compile_can_trace_the_chain() -> None:
+    """Older versions of torch trace less of Python. Without inductor this takes no compiler."""
+    crops = [random_images(4, 16, 16, seed=seed) for seed in range(2)]
+    both({"crops": crops}, "moco", 16, FusedViews(backend="eager"))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor compiles C++ on a CPU")
 @pytest.mark.parametrize("name", sorted(AUGMENTATIONS))

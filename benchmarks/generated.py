@@ -66,17 +66,20 @@ def _means(entry: Mapping[str, Any], kind: str) -> dict[float, str]:
     """The cell of each budget."""
     whole = [entry["baseline"]] if entry["baseline"] else []
     rows = entry["accelerated"] if kind == "accelerated" else [*whole, *entry["smaller_baselines"]]
-    return {row["budget"]: _cell(row) for row in rows}
+    return {row["budget"]: _cell(row, entry["seeds"]) for row in rows}
 
 
-def _cell(row: Mapping[str, Any]) -> str:
-    linear = [value for value in row["linear"] if value is not None]
-    return f"{statistics.fmean(row['knn']):.1f}" + (f" ({statistics.fmean(linear):.1f})" if linear else "")
+def _cell(row: Mapping[str, Any], seeds: Sequence[int]) -> str:
+    linear, runs = [value for value in row["linear"] if value is not None], len(row["knn"])
+    mean = f"{statistics.fmean(row['knn']):.1f}" + (f" ({statistics.fmean(linear):.1f})" if linear else "")
+    return mean if runs == len(seeds) else f"{mean}, {'one run' if runs == 1 else f'{runs} runs'}"
 
 
 def _sentence(entry: Mapping[str, Any]) -> str:
     seeds = entry["seeds"]
-    of = f"seed {seeds[0]}" if len(seeds) == 1 else f"means over seeds {', '.join(map(str, seeds))}"
-    told = f"{NAMES[entry['objective']]}, {of}. {format_speedups(entry)}"
+    cells = "".join(cell for kind in ("accelerated", "baseline") for cell in _means(entry, kind).values())
+    but = ", where no other number of runs is given" if " run" in cells else ""
+    of = f"seed {seeds[0]}" if len(seeds) == 1 else f"means over seeds {', '.join(map(str, seeds))}{but}"
+    told = f"{NAMES[entry['objective']]}: {of}. {format_speedups(entry)}"
     raw = entry["raw_pixels_knn"]
     return told if raw is None else f"{told} Raw pixels reach {raw:.1f}%."

@@ -23,6 +23,7 @@ RECIPE: dict[str, Any] = {
     "patch_size": 4,
     "batch_size": 16,
     "budget": 16 * 4 * 8,  # eight uncompressed steps
+    "schedule": None,
     "eval_points": [1.0],
     "logging_steps": 1,
     "save_steps": 2,

@@ -15,6 +15,8 @@ from .strategy import BRANCHES, Compression, Strategy, check_compression, check_
 
 STANDARD = ((0.4, 4), (0.8, 2), (1.0, 1))
 """The stages of `schedule: standard`: where each ends, and how many base patches the side of its patches measures."""
+STANDARD_DROPOUT = ((0.8, 0.5), (1.0, 0.0))
+"""The same for an encoder that knows one patch size only: where each stage ends, and its token dropout."""
 
 
 def list_stage_keys() -> list[str]:
@@ -66,15 +68,20 @@ class Schedule:
         return cls((Stage(1.0, strategy),))
 
     @classmethod
-    def standard(cls, image_size: int, base_patch_size: int) -> "Schedule":
+    def standard(cls, image_size: int, base_patch_size: int, one_patch_size: bool = False) -> "Schedule":
         """Build the schedule of `schedule: standard`: patches four times as large, then twice, then the base patch.
 
         Where a size does not divide the image, the one with the closest ratio does, among those that leave 4 patches.
+        With `one_patch_size`, for weights that were trained at the base patch size alone, patches keep their size, and
+        half of them are left out until 80%.
 
         Example:
             >>> [stage.strategy.online.patch_size for stage in Schedule.standard(224, 16).stages]
             [56, 32, 16]
         """
+        if one_patch_size:
+            dropouts = [(until, Compression(base_patch_size, dropout)) for until, dropout in STANDARD_DROPOUT]
+            return cls(tuple(Stage(until, Strategy(compression)) for until, compression in dropouts))
         possible = possible_patch_sizes(image_size, base_patch_size) or [base_patch_size]
         patches: dict[int, float] = {}
         for until, factor in STANDARD:
@@ -113,14 +120,19 @@ class Schedule:
 
     @classmethod
     def parse(
-        cls, value: Any, base_patch_size: int | None, folder: Path | None = None, image_size: int | None = None
+        cls,
+        value: Any,
+        base_patch_size: int | None,
+        folder: Path | None = None,
+        image_size: int | None = None,
+        one_patch_size: bool = False,
     ) -> "Schedule":
         """Read the form that recipes use: a list of stages, the path of a YAML file that holds one, or "standard".
 
         A stage is a mapping with the keys of `list_stage_keys`. All but `until` are optional and have the defaults of
         `Strategy.from_dict`. A file may hold `{patch_size, stages}`: stages meant for another base patch size are
-        transferred to this one. None is no compression, and "standard" needs an `image_size` (see `standard`). Without
-        a `base_patch_size` only the form is checked, and patches stay as they are written.
+        transferred to this one. None is no compression, and "standard" needs an `image_size` and takes `one_patch_size`
+        (see `standard`). Without a `base_patch_size` only the form is checked, and patches stay as they are written.
 
         Raises:
             ValueError: it is no such list and no path of one.
@@ -130,7 +142,7 @@ class Schedule:
         if value == "standard" and base_patch_size:
             if image_size is None:
                 raise ValueError("schedule='standard' depends on the size of the images: give image_size, too")
-            return cls.standard(image_size, base_patch_size)
+            return cls.standard(image_size, base_patch_size, one_patch_size)
         if value is None or value == "standard":
             return cls.constant(Strategy(Compression(base_patch_size or 1)))
         if isinstance(value, str):

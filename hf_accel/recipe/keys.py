@@ -102,7 +102,8 @@ class Recipe:
 
     def compression_schedule(self) -> Schedule:
         value = None if self.schedule == "auto" else self.schedule
-        return Schedule.parse(value, self.patch_size, image_size=self.image_size)
+        released = bool(self.init_from)
+        return Schedule.parse(value, self.patch_size, image_size=self.image_size, one_patch_size=released)
 
     def local_crop_size(self) -> int | None:
         """Pixels of the local crops, None where the objective makes none."""

@@ -112,7 +112,7 @@ def _propose_released(proposal: Proposal, images: Images, device: Device) -> Non
     )
     why["image_size"] = f"The median short side of the images is {images.side} pixels; 224 gives 256 patches."
     why["objective"] = "MoCo-v3, as in recipes/own_images.yaml."
-    values["schedule"] = [{"until": 0.8, "token_dropout": 0.5}, {"until": 1.0}]
+    values["schedule"] = "standard"
     why["schedule"] = "Half of the patches are left out at first. Released weights know one patch size, so it stays."
     _propose_steps(proposal, images, most=_gpu_batch(device))
 

@@ -170,7 +170,7 @@ def load_images(
         raise RecipeError(f"data={recipe.data!r}: {reason(error)}") from error
 
 
-EARLIER_DEFAULTS = {"view_resolution": "full", "cache": "none"}
+EARLIER_DEFAULTS = {"view_resolution": "full", "cache": "none", "schedule": None}
 """Defaults of earlier versions. Runs that were started with them keep them where a recipe does not name the key."""
 
 
@@ -188,7 +188,7 @@ def continue_recipe(recipe: Recipe) -> list[str]:
     precision = choose_precision(recipe.mixed_precision, begun.get("mixed_precision"))
     recipe.mixed_precision = precision  # pyright: ignore
     for key, earlier in EARLIER_DEFAULTS.items():
-        if recipe.reads(key) and key not in recipe.named and begun.get(key) == earlier:
+        if recipe.reads(key) and key not in recipe.named and key in begun and begun[key] == earlier:
             setattr(recipe, key, earlier)
     now = recipe.used()
     return run.compare_settings(now, {key: recipe.resume_rule(key) for key in now})

@@ -81,10 +81,11 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
         continue_from (`str`, *optional*): A finished run, by its `output_dir`, or one of its checkpoints. `train`
             starts from its weights and optimizer, and `budget` is what the new run spends. The model must be made as
             it was there.
-        schedule (`list`, `str`, [`Schedule`], *optional*): Stages of compression, the path of a YAML file that holds
-            them, `"standard"`, patches four times as large until 40% of the budget and twice until 80%, or `"auto"`,
-            which finds stages while training runs. Default: no compression, or with `continue_from` that of the last
-            step there.
+        schedule (`list`, `str`, [`Schedule`], *optional*, defaults to `"standard"`): Stages of compression, the path of
+            a YAML file that holds them, `"standard"`, `"auto"`, which finds stages while training runs, or `None`, no
+            compression. `"standard"` is patches four times as large until 40% of the budget and twice until 80%. For a
+            model from `from_encoder` it is half of the patches left out until 80%, and with `continue_from` the
+            compression of the last step there.
         cost (`str`, *optional*): Whether units are `"analytic"`, counted in FLOPs, or `"measured"`, timed on this
             device. Default: analytic, and measured where the budget is a time.
         auto_share (`float`, defaults to 0.03): Share of the budget that the probes of `schedule="auto"` may spend.
@@ -119,7 +120,7 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
         SettingError: a value or a combination that is not possible. It is a `ValueError`.
 
     Example:
-        >>> config = PretrainConfig("runs/photos", budget="100 epochs", schedule="auto")
+        >>> config = PretrainConfig("runs/photos", budget="100 epochs")
     """
 
     learning_rate: float | None = field(

@@ -16,16 +16,27 @@ from ..schedule_search.ladder import OnlineController, build_ladder
 from ..utils.errors import SettingError, fail
 from ..utils.pretrain_settings import budget_in_seconds, budget_in_units
 from .config import PretrainConfig
+from .extending import EarlierRun
 
 UnitsPerImage = Callable[[Strategy], float]
 Costs = CostTable | StepCosts
 
 
-def read_schedule(args: PretrainConfig, config: AccelViTConfig, local_crop_size: int | None) -> Schedule:
-    """Return the schedule of `args` for this encoder. Raises SettingError for one that the encoder cannot follow."""
+def read_schedule(
+    args: PretrainConfig, config: AccelViTConfig, local_crop_size: int | None, earlier: EarlierRun | None = None
+) -> Schedule:
+    """Return the schedule of `args` for this encoder, whose training goes on after the `earlier` run if there is one.
+
+    Raises:
+        SettingError: the encoder cannot follow the schedule.
+    """
+    value = args.schedule
+    if value == "standard" and earlier is not None:
+        value = earlier.schedule
     try:
-        value = None if args.schedule == "auto" else args.schedule
-        schedule = Schedule.parse(value, config.patch_size, image_size=config.image_size)
+        released = config.init_from is not None
+        value = None if value == "auto" else value
+        schedule = Schedule.parse(value, config.patch_size, image_size=config.image_size, one_patch_size=released)
         schedule.validate(config.image_size, config.patch_size, local_crop_size)
     except ValueError as error:
         raise SettingError(f"schedule={args.schedule!r}: {error}") from None

@@ -112,8 +112,8 @@ class PretrainTrainer(EvaluatingTrainer):
         self.view_configs = model.view_configs(AUGMENTATIONS[args.augmentation])
         self.earlier = read_earlier(args, model)
         self.draw_seed = choose_draw_seed(args.seed, self.earlier)
-        args.schedule = args.schedule or (self.earlier and self.earlier.schedule)
-        self.schedule = read_schedule(args, config, next((view.size for view in self.view_configs if view.size), None))
+        local_crop_size = next((view.size for view in self.view_configs if view.size), None)
+        self.schedule = read_schedule(args, config, local_crop_size, self.earlier)
         self._make_plan = partial(plan_run, args, model, self.schedule, len(self.source))
         self.set_costs(read_costs(self.folder) if args.cost == "measured" else None)
         self.given_record, self.rules, self.colours = record, rules or RULES, None

@@ -57,10 +57,10 @@ class PretrainSettings:
         "weights and optimizer, for a budget of its own; what a recipe leaves open is as in that run",
     )
     schedule: list[Any] | str | None = fixed(
-        None,
-        "list of stages, path of a YAML file of them, standard (patches four times as large until 40% of the budget, "
-        "twice until 80%), or auto (found while the run trains); default: no compression, and with continue_from that "
-        "of the last step of the run",
+        "standard",
+        "list of stages, path of a YAML file of them, standard, auto (found while the run trains), or null (no "
+        "compression); standard: patches four times as large until 40% of the budget, twice until 80%; with init_from "
+        "half of the patches left out until 80%; with continue_from the compression of the last step there",
     )
     cost: Literal["analytic", "measured"] | None = fixed(
         None,

@@ -24,7 +24,8 @@ from hf_accel.training.publishing import PublishingTrainer
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 4, "model": "vit_tiny", "model_config": TINY}
 HEADS: dict[str, Any] = {"projector_hidden_size": 32, "projection_size": 16}
-BASE = PretrainRecipe(data="photos", budget=640.0, batch_size=16, mixed_precision="no", objective_config=HEADS, **SIZES)
+PLAIN: dict[str, Any] = {"budget": 640.0, "schedule": None, "batch_size": 16, "mixed_precision": "no"}
+BASE = PretrainRecipe(data="photos", objective_config=HEADS, **PLAIN, **SIZES)
 
 Observer = Callable[[Any, str], Any]
 """From a recipe, and the name of the key, what the key has come to."""

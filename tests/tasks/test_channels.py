@@ -144,7 +144,7 @@ def test_a_program_trains_on_arrays(tmp_path):
     rng = np.random.default_rng(0)
     items = [(rng.integers(0, 60_000, (SIZE, SIZE, 4), np.uint16), number % 2) for number in range(16)]
     config = vit_tiny(**RECIPE["model_config"], num_channels=4, image_size=SIZE, patch_size=4)
-    args = PretrainConfig(str(tmp_path), budget=4 * 16, batch_size=8, eval_points=[], report_to=[])
+    args = PretrainConfig(str(tmp_path), budget=4 * 16, schedule=None, batch_size=8, eval_points=[], report_to=[])
     trainer = PretrainTrainer(MoCoForPreTraining(config, **RECIPE["objective_config"]), args, items)
     assert config.image_mean == list(trainer.source.mean) and trainer.source.deep
     assert next(iter(trainer.get_train_dataloader()))["images"].dtype == torch.uint16

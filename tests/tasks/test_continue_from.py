@@ -44,7 +44,7 @@ def test_the_earlier_run_settles_what_a_recipe_leaves_open(earlier, images, tmp_
     assert recipe.objective_config == {**RECIPE["objective_config"], "temperature": 0.3}
     assert (recipe.learning_rate, recipe.seed, recipe.license, recipe.batch_size) == (0.003, 5, "mit", 8)
     own = (recipe.schedule, recipe.init_from, recipe.save_steps, recipe.logging_steps, recipe.report_to)
-    assert own == (None, None, 0.1, 50, ["tensorboard"])
+    assert own == ("standard", None, 0.1, 50, ["tensorboard"])
     cheaper: Any = load_recipe(None, [f"continue_from={earlier}", f"output_dir={tmp_path}", "budget=2 minutes"])
     assert cheaper.cost == "measured"
 

@@ -6,6 +6,7 @@ import yaml
 from hf_accel.recipe import RecipeError, load_recipe
 from hf_accel.run_folder import RunFolder
 from hf_accel.tasks.setup import (
+    EARLIER_DEFAULTS,
     build_objective,
     continue_recipe,
     images_of,
@@ -26,6 +27,21 @@ def test_a_batch_that_does_not_divide_is_named(monkeypatch):
 def test_a_search_has_no_trackers():
     search = load_recipe("recipes/moco.yaml", ["task=search", "pilot=x", "mixed_precision=no"])
     assert pretrain_config(search).report_to == []
+
+
+def test_a_run_keeps_the_defaults_that_it_began_with(tmp_path):
+    settings = ["data=bundled", "budget=64", f"output_dir={tmp_path}", "mixed_precision=no"]
+    new = load_recipe(None, settings)
+    assert continue_recipe(new) == [] and (new.schedule, new.view_resolution, new.cache) == (
+        "standard",
+        "matched",
+        "auto",
+    )
+    RunFolder(tmp_path).recipe.write_text(yaml.safe_dump({**new.used(), **EARLIER_DEFAULTS}))
+    again = load_recipe(None, settings)
+    assert continue_recipe(again) == [] and {key: getattr(again, key) for key in EARLIER_DEFAULTS} == EARLIER_DEFAULTS
+    with pytest.raises(RecipeError, match="^schedule='standard': .* holds a run with schedule=None"):
+        continue_recipe(load_recipe(None, [*settings, "schedule=standard"]))
 
 
 DINO = ["objective=dino", "objective_config={num_prototypes: 8, head_hidden_size: 8, bottleneck_size: 8}"]

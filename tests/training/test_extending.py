@@ -19,6 +19,7 @@ from hf_accel import (
     SimCLRForPreTraining,
     vit_tiny,
 )
+from hf_accel.compression import Compression, Strategy
 from hf_accel.training import trainer as trainer_module
 from hf_accel.utils.errors import SettingError
 from hf_accel.utils.progress import learning_rate_factor
@@ -76,7 +77,7 @@ class Steps(TrainerCallback):
 
 def extend(folder: Path, earlier: Path, model: Any = None, **settings: Any) -> tuple[PretrainTrainer, Steps]:
     steps = Steps()
-    given = {"budget": 4 * STEP, **QUIET, **settings, "continue_from": str(earlier)}
+    given = {"budget": 4 * STEP, "schedule": "standard", **QUIET, **settings, "continue_from": str(earlier)}
     return PretrainTrainer(model or make(), config(folder, **given), Tensors(), callbacks=[steps]), steps
 
 
@@ -136,6 +137,9 @@ def test_budget_and_schedule_are_those_of_the_new_run(tmp_path, earlier):
         assert about["name"] == f"{earlier.parent.name}/{earlier.name}"
     trainer, _ = extend(tmp_path / "named", earlier, schedule=[{"until": 1.0, "patch_size": 4}])
     assert [stage.strategy.online.patch_size for stage in trainer.plan.schedule.stages] == [4]
+    trainer, _ = extend(tmp_path / "none", earlier, schedule=None)
+    assert [stage.strategy for stage in trainer.plan.schedule.stages] == [Strategy(Compression(4))]
+    assert trainer.args.schedule is None
 
 
 @pytest.mark.slow

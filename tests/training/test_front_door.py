@@ -46,7 +46,8 @@ SIZES: dict[str, Any] = {
 }
 HEADS: dict[str, Any] = {"projector_hidden_size": 32, "projection_size": 16}
 QUICK: dict[str, Any] = {
-    **{"batch_size": 16, "logging_steps": 1, "report_to": "none", "save_steps": 3, "bf16": False, "eval_points": [1.0]}
+    **{"batch_size": 16, "logging_steps": 1, "report_to": "none", "save_steps": 3, "bf16": False, "eval_points": [1.0]},
+    "schedule": None,
 }
 
 

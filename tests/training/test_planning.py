@@ -1,10 +1,12 @@
 """What a budget buys: costs, plans, and what a run says of them."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
+from hf_accel import PretrainConfig
 from hf_accel.compression import Compression, CostTable, Plan, Schedule, Strategy
 from hf_accel.recipe import describe_keys, load_recipe
 from hf_accel.tasks.setup import build_objective, pretrain_config
@@ -33,11 +35,21 @@ def test_costs_are_measured_as_the_run_will_compute(device, precision, expected,
     assert asked == [expected] and costs(Compression(7)) == 1.0
 
 
-def test_recipe_and_config_follow_the_standard_schedule():
-    recipe = load_recipe("recipes/moco.yaml", ["schedule=standard"])
-    expected = Schedule.standard(28, 4)
+def test_the_standard_schedule_is_the_default():
+    recipe = load_recipe(None, ["budget=64", "data=bundled", "image_size=28", "patch_size=4"])
+    expected, args, config = Schedule.standard(28, 4), pretrain_config(recipe), recipe.encoder_config()
     assert recipe.compression_schedule() == expected and len(expected.stages) == 3
-    assert read_schedule(pretrain_config(recipe), recipe.encoder_config(), None) == expected
+    assert read_schedule(args, config, None) == expected
+    assert PretrainConfig("runs/default", budget=64).schedule == args.schedule == recipe.schedule == "standard"
+    uncompressed = Schedule.constant(Strategy(Compression(4)))
+    assert read_schedule(replace(args, schedule=None), config, None) == uncompressed
+    config.init_from = {"name": "released"}
+    (first, last) = read_schedule(args, config, None).stages
+    assert (first.until, first.strategy.online) == (0.8, Compression(4, 0.5)) and last.strategy == Strategy(
+        Compression(4)
+    )
+    recipe.init_from = "released"
+    assert recipe.compression_schedule().stages == (first, last)
 
 
 def lines(objective: str, *overrides: str) -> list[str]:

@@ -40,7 +40,7 @@ def test_a_run_keeps_the_defaults_that_it_began_with(tmp_path):
     RunFolder(tmp_path).recipe.write_text(yaml.safe_dump({**new.used(), **EARLIER_DEFAULTS}))
     again = load_recipe(None, settings)
     assert continue_recipe(again) == [] and {key: getattr(again, key) for key in EARLIER_DEFAULTS} == EARLIER_DEFAULTS
-    with pytest.raises(RecipeError, match="^schedule='standard': .* holds a run with schedule=None"):
+    with pytest.raises(RecipeError, match=r"^schedule='standard': .* holds a run with schedule=None"):
         continue_recipe(load_recipe(None, [*settings, "schedule=standard"]))
 
 

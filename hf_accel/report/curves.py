@@ -26,6 +26,7 @@ STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "grid.alpha": 0.3,
     "legend.frameon": False,
+    "svg.hashsalt": "hf_accel",  # without it the names in an SVG are drawn at random, and equal figures differ
 }
 UNITS_SPENT = "units spent (1 unit: the encoder's forward pass on one uncompressed image)"
 SMOOTHED_FROM = 40

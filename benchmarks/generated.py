@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speedup_report import format_speedups
+from benchmarks.speedup_report import format_speedups, peer_label
 from hf_accel.utils.writing import write_text
 
 ROOT = Path(__file__).parents[1]
@@ -47,26 +47,25 @@ def write_pages(plan: str, report: Mapping[str, Any], paths: Sequence[Path]) -> 
 def summarize(report: Mapping[str, Any]) -> str:
     """Format a table of mean accuracies, with budgets as columns, and a line that says each objective's speedup."""
     entries = report["objectives"]
-    rows = {
-        (entry["objective"], kind): _means(entry, kind) for entry in entries for kind in ("accelerated", "baseline")
-    }
+    rows = {(entry["objective"], label): means for entry in entries for label, means in _means(entry).items()}
     budgets = sorted({budget for row in rows.values() for budget in row})
     lines = ["| kNN top-1 (linear probe), % | " + " | ".join(f"{budget:,.0f} units" for budget in budgets) + " |"]
     lines.append("|---|" + "---:|" * len(budgets))
-    for (objective, kind), means in rows.items():
+    for (objective, label), means in rows.items():
         if means:
-            label = "short sequences first" if kind == "accelerated" else "uncompressed"
             numbers = (means.get(budget, "") for budget in budgets)
             lines.append(f"| {NAMES[objective]}, {label} | " + " | ".join(numbers) + " |")
     lines.append("")
     return "\n".join([*lines, *(_sentence(entry) for entry in entries if entry["baseline"] and entry["accelerated"])])
 
 
-def _means(entry: Mapping[str, Any], kind: str) -> dict[float, str]:
-    """The cell of each budget."""
+def _means(entry: Mapping[str, Any]) -> dict[str, dict[float, str]]:
+    """The cells of each kind of run, by budget."""
     whole = [entry["baseline"]] if entry["baseline"] else []
-    rows = entry["accelerated"] if kind == "accelerated" else [*whole, *entry["smaller_baselines"]]
-    return {row["budget"]: _cell(row, entry["seeds"]) for row in rows}
+    kinds = {"short sequences first": entry["accelerated"], "uncompressed": [*whole, *entry["smaller_baselines"]]}
+    for row in entry.get("peers", []):
+        kinds.setdefault(peer_label(row), []).append(row)
+    return {label: {row["budget"]: _cell(row, entry["seeds"]) for row in rows} for label, rows in kinds.items()}
 
 
 def _cell(row: Mapping[str, Any], seeds: Sequence[int]) -> str:
@@ -77,7 +76,7 @@ def _cell(row: Mapping[str, Any], seeds: Sequence[int]) -> str:
 
 def _sentence(entry: Mapping[str, Any]) -> str:
     seeds = entry["seeds"]
-    cells = "".join(cell for kind in ("accelerated", "baseline") for cell in _means(entry, kind).values())
+    cells = "".join(cell for means in _means(entry).values() for cell in means.values())
     but = ", where no other number of runs is given" if " run" in cells else ""
     of = f"seed {seeds[0]}" if len(seeds) == 1 else f"means over seeds {', '.join(map(str, seeds))}{but}"
     told = f"{NAMES[entry['objective']]}: {of}. {format_speedups(entry)}"

@@ -71,7 +71,7 @@ def both_steps(name: str, args: argparse.Namespace, components: Components) -> d
     config = PRESETS[args.model](image_size=args.image_size, patch_size=args.patch_size, **defaults)
     objective: Any = OBJECTIVES[name]
     ours = objective(config, **our_settings(name, args)).train()
-    peer = PEERS[name](config, args, components).train()
+    peer = PEERS[name](ours.encoder, args, components).train()
     for model in (ours, peer):
         model.to(args.device)
     return {"ours": (OurStep(ours), ours), "peer": (peer, peer)}

@@ -1,4 +1,4 @@
-"""The peer's side of `benchmarks.objectives`: the same steps, built from lightly's components as its users do it."""
+"""The peer of `benchmarks.objectives` and `benchmarks.peer_training`: our objectives from lightly's components."""
 
 import copy
 import importlib
@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import ViTConfig, ViTModel
 
-from hf_accel.models import AccelViTConfig
+from hf_accel.models import AccelViTModel
+from hf_accel.models.conversion import POSITIONS, with_learned_positions
 
 SIZE, TEMPERATURE, MOMENTUM = 256, 0.2, 0.99
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE, CENTER_MOMENTUM = 0.1, 0.04, 0.9
@@ -138,19 +139,31 @@ def peer_components() -> tuple[str, Components]:
 
 
 class Peer(nn.Module):
-    """An objective as a user of the peer would write it."""
+    """An objective as a user of the peer would write it, on transformers' ViT with the first weights of `ours`."""
 
-    def __init__(self, config: AccelViTConfig, components: Components):
+    def __init__(self, ours: AccelViTModel, components: Components):
         super().__init__()
+        config = self.config = ours.config
         self.components = components
-        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels")
         same = {name: getattr(config, name) for name in (*sizes, "image_size", "patch_size", "layer_norm_eps")}
         self.encoder = ViTModel(ViTConfig(**same), add_pooling_layer=False)
+        self.encoder.load_state_dict(with_learned_positions(config, ours.state_dict())[1])
+        self.learns_positions = config.position_embedding_type == "learned"
+        self.encoder.embeddings.position_embeddings.requires_grad_(self.learns_positions)
         if config.freeze_patch_projection:
             self.encoder.embeddings.patch_embeddings.requires_grad_(False)
 
     def features(self, encoder: nn.Module, view: torch.Tensor) -> torch.Tensor:
-        return encoder(view).last_hidden_state[:, 0]
+        tokens = encoder(view).last_hidden_state
+        return tokens[:, 1:].mean(dim=1) if self.config.pooling == "mean" else tokens[:, 0]
+
+    def to_accel_vit(self) -> AccelViTModel:
+        """Copy the encoder into our class, for our evaluations."""
+        state = {k: v for k, v in self.encoder.state_dict().items() if self.learns_positions or k != POSITIONS}
+        model = AccelViTModel(self.config)
+        model.load_state_dict(state)
+        return model
 
     @abstractmethod
     def loss(self, views: list[torch.Tensor]) -> torch.Tensor: ...
@@ -160,10 +173,10 @@ class Peer(nn.Module):
 
 
 class PeerSimCLR(Peer):
-    def __init__(self, config: AccelViTConfig, args: Namespace, components: Components):
-        super().__init__(config, components)
+    def __init__(self, ours: AccelViTModel, args: Namespace, components: Components):
+        super().__init__(ours, components)
         width = args.projector_hidden_size
-        self.projector = components.head([config.hidden_size, width, width, SIZE], last_norm=False)
+        self.projector = components.head([ours.config.hidden_size, width, width, SIZE], last_norm=False)
         self.nt_xent = components.nt_xent(TEMPERATURE)
 
     def loss(self, views: list[torch.Tensor]) -> torch.Tensor:
@@ -174,11 +187,18 @@ class PeerSimCLR(Peer):
 class PeerMoCo(Peer):
     """MoCo-v3, one direction; its loss is the original's (lightly has none for keys of the same batch)."""
 
-    def __init__(self, config: AccelViTConfig, args: Namespace, components: Components):
-        super().__init__(config, components)
-        width = args.projector_hidden_size
-        self.projector = components.head([config.hidden_size, width, width, SIZE], last_norm=True)
-        self.predictor = components.head([SIZE, width, SIZE], last_norm=True)
+    def __init__(
+        self,
+        ours: AccelViTModel,
+        args: Namespace,
+        components: Components,
+        projection_size: int = SIZE,
+        temperature: float = TEMPERATURE,
+    ):
+        super().__init__(ours, components)
+        self.temperature, width = temperature, args.projector_hidden_size
+        self.projector = components.head([ours.config.hidden_size, width, width, projection_size], last_norm=True)
+        self.predictor = components.head([projection_size, width, projection_size], last_norm=True)
         self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
 
@@ -188,19 +208,19 @@ class PeerMoCo(Peer):
             key = self.momentum_projector(self.features(self.momentum_encoder, views[1]))
         query, key = nn.functional.normalize(query, dim=1), nn.functional.normalize(key, dim=1)
         labels = torch.arange(len(query), device=query.device)
-        return nn.functional.cross_entropy(query @ key.T / TEMPERATURE, labels) * (2 * TEMPERATURE)
+        return nn.functional.cross_entropy(query @ key.T / self.temperature, labels) * (2 * self.temperature)
 
-    def update_target(self) -> None:
-        self.components.update_momentum(self.encoder, self.momentum_encoder, MOMENTUM)
-        self.components.update_momentum(self.projector, self.momentum_projector, MOMENTUM)
+    def update_target(self, momentum: float = MOMENTUM) -> None:
+        self.components.update_momentum(self.encoder, self.momentum_encoder, momentum)
+        self.components.update_momentum(self.projector, self.momentum_projector, momentum)
 
 
 class PeerDINO(Peer):
     """Two global views; lightly's own example, too, encodes them one after the other."""
 
-    def __init__(self, config: AccelViTConfig, args: Namespace, components: Components):
-        super().__init__(config, components)
-        widths = [config.hidden_size, args.projector_hidden_size, args.projector_hidden_size, SIZE]
+    def __init__(self, ours: AccelViTModel, args: Namespace, components: Components):
+        super().__init__(ours, components)
+        widths = [ours.config.hidden_size, args.projector_hidden_size, args.projector_hidden_size, SIZE]
         self.head = components.prototype_head(widths, args.num_prototypes)
         self.teacher_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.teacher_head = components.prototype_head(widths, args.num_prototypes).requires_grad_(False)

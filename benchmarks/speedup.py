@@ -39,9 +39,9 @@ from hf_accel.utils.writing import write_json
 
 ROOT = Path(__file__).parents[1]
 PLANS, RESULTS = ROOT / "benchmarks" / "plans", ROOT / "docs" / "results"
-BASELINE, ACCELERATED, CHOICE, ABLATION = "baseline", "accelerated", "choice", "ablation"
+BASELINE, ACCELERATED, CHOICE, ABLATION, PEER = "baseline", "accelerated", "choice", "ablation", "peer"
 PLAN_KEYS = {"title", "clock", "common", "choice_split", "objectives"}
-OBJECTIVE_KEYS = {"recipe", "budget", "seeds", "common", "baseline", "accelerated", "choices", "ablations"}
+OBJECTIVE_KEYS = {"recipe", "budget", "seeds", "common", "baseline", "accelerated", "choices", "ablations", "peers"}
 NEEDED = {"recipe", "budget", "seeds", "baseline", "accelerated"}
 DIVISORS = (1, 4, 2, 8)
 """The budgets of a plan are X over these; baselines leave out the last."""
@@ -77,7 +77,7 @@ def load_plan(path: Path) -> dict[str, Any]:
     Its keys are `title`; `clock`, "cpu" (seconds that the run's process computed) or "wall"; `common` overrides;
     `choice_split`, the overrides that keep the test images out of sight; `objectives`, each with `recipe`, `budget`
     (X, in units), `seeds`, overrides of the `baseline` and the `accelerated` runs, and, by name, `choices` (with their
-    `divisors` of X) and `ablations` (at X/4).
+    `divisors` of X), `ablations` (at X/4) and `peers` (at X/4, by `benchmarks.peer_training`).
 
     Raises:
         ValueError: a key is missing or unknown.
@@ -96,7 +96,7 @@ def runs_of(plan: Mapping[str, Any], scale: float = 1.0) -> list[Run]:
     """Every run, with its budget times `scale`, the most informative first.
 
     First what settings are chosen by; then baseline and accelerated runs at X and X/4, all seeds of the plan's first
-    objective before one seed of the others and then the rest; then the other budgets; then ablations.
+    objective before one seed of the others and then the rest; then the other budgets; then ablations and peers.
     """
     runs = [run for name in plan["objectives"] for run in _runs_of_objective(plan, name, scale)]
     first = next(iter(plan["objectives"]))
@@ -105,7 +105,7 @@ def runs_of(plan: Mapping[str, Any], scale: float = 1.0) -> list[Run]:
         first_seed = plan["objectives"][run.objective]["seeds"][0]
         if run.kind == CHOICE:
             return 0, run.objective != first, -run.divisor
-        if run.kind == ABLATION:
+        if run.kind in (ABLATION, PEER):
             return 4, run.seed != first_seed
         if run.divisor in (1, 4):
             group = 1 if run.objective == first else 2
@@ -134,8 +134,9 @@ def _runs_of_objective(plan: Mapping[str, Any], name: str, scale: float) -> Iter
             if divisor != DIVISORS[-1]:
                 yield run(BASELINE, BASELINE, divisor, seed, objective["baseline"])
             yield run(ACCELERATED, ACCELERATED, divisor, seed, objective["accelerated"])
-        for label, keys in objective.get("ablations", {}).items():
-            yield run(ABLATION, label, 4, seed, keys)
+        for kind in (ABLATION, PEER):
+            for label, keys in objective.get(f"{kind}s", {}).items():
+                yield run(kind, label, 4, seed, keys)
 
 
 class Bench:
@@ -187,8 +188,9 @@ class Bench:
 
     def _launch(self, run: Run, folder: Path, settings: Mapping[str, Any]) -> tuple[list[str], int]:
         keys = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-        overrides = overrides_for(settings.get("task", "pretrain"), self.overrides)
-        command = ["hf_accel/run.py", run.recipe, *keys, *overrides]
+        task = settings.get("task", "pretrain")
+        program = ["-m", "benchmarks.peer_training"] if (run.kind, task) == (PEER, "pretrain") else ["hf_accel/run.py"]
+        command = [*program, run.recipe, *keys, *overrides_for(task, self.overrides)]
         environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
         if self.clock == "cpu":
             environment["OMP_NUM_THREADS"] = "1"  # seconds of a processor are comparable between runs of one thread
@@ -232,6 +234,7 @@ class Bench:
             "commit": where["commit"],
             "dirty": where["dirty"],
             "hardware": {**where["hardware"], "torch": where["versions"]["torch"]},
+            **({"peer": results["peer"]} if run.kind == PEER else {}),
         }
 
 

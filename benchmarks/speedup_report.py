@@ -111,6 +111,10 @@ def of_objective(name: str, plan_name: str, records: Sequence[Record]) -> dict[s
     for kind in ("choice", "ablation"):
         named = _by(kinds.get(kind, []), lambda record: record["name"])
         entry[f"{kind}s"] = [{"name": label, **row} for label, group in named.items() for row in _rows(group)]
+    by_peer = _by(kinds.get("peer", []), lambda record: (record["name"], record["peer"]))
+    entry["peers"] = [
+        {"name": name, "peer": peer, **row} for (name, peer), group in by_peer.items() for row in _rows(group)
+    ]
     return entry
 
 
@@ -183,6 +187,7 @@ def format_report(report: Mapping[str, Any]) -> str:
         rows = [_line("uncompressed", row) for row in [*baselines, *entry["smaller_baselines"]]]
         rows += [_line("accelerated", row) for row in entry["accelerated"]]
         rows += [_line(row["name"], row) for row in entry["ablations"]]
+        rows += [_line(peer_label(row), row) for row in entry.get("peers", [])]
         if rows:
             lines += ["", f"| runs | budget | steps | {seconds} | kNN top-1, % | mean | linear, % |"]
             lines += ["|---|---:|---:|---:|---|---:|---|", *rows]
@@ -190,6 +195,11 @@ def format_report(report: Mapping[str, Any]) -> str:
             lines += _references("raw pixels", [entry["raw_pixels_knn"]])
         lines += _choices(entry["choices"], seconds)
     return "\n".join(lines)
+
+
+def peer_label(row: Mapping[str, Any]) -> str:
+    """Name a row of `peers` and what the peer was built from, without the reason where lightly was not there."""
+    return f"{row['name']}, a peer's code ({row['peer'].partition(',')[0]})"
 
 
 def format_speedups(entry: Mapping[str, Any]) -> str:

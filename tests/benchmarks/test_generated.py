@@ -68,6 +68,12 @@ def test_a_cell_says_its_runs_where_some_are_missing():
     assert "| MoCo-v3, uncompressed | 40.5 (60.0), 2 runs | 51.0 (60.0), 2 runs |" in three
 
 
+def test_a_summary_names_the_peer_and_its_parts():
+    peers = [{**entry()["smaller_baselines"][0], "name": "uncompressed", "peer": "lightly 1.6.0"}]
+    lines = generated.summarize({"objectives": [entry(peers=peers)]}).splitlines()
+    assert lines[4] == "| MoCo-v3, uncompressed, a peer's code (lightly 1.6.0) | 40.5 (60.0) |  |"
+
+
 def test_only_what_stands_between_marks_is_written(tmp_path):
     page, other = tmp_path / "page.md", tmp_path / "other.md"
     page.write_text("before\n\n<!-- toy -->\nold\n<!-- end toy -->\n\nafter\n")

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import hf_accel.run as entry
-from benchmarks import speedup, speedup_report
+from benchmarks import peer_training, peers, speedup, speedup_report
 from tests.tiny_runs import RECIPE, image_folder, read
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
@@ -64,8 +64,10 @@ def test_a_report_holds_what_it_prints(tmp_path):
     curve = ((0, 11.0), (400, 49.0), (800, 61.0))
     long = [{**r, "curve": {"units": [u for u, _ in curve], "knn": [k for _, k in curve]}} for r in ACCELERATED]
     tried = [record("choice", 200, 0, 47.0, 24, 4, "patch 16"), record("ablation", 200, 0, 43.0, 24, 4, "batch 64")]
+    parts = ("lightly 1.6.0", "plain transcription, for lightly cannot be imported: No module")
+    theirs = [{**record("peer", 200, seed, 41.0, 25, 4, "uncompressed"), "peer": parts[seed]} for seed in (0, 1)]
     plan = {"title": "A title", "clock": "cpu", "objectives": {"moco": {}}}
-    text = speedup_report.write_report("toy", plan, [*BASELINES, *long, *tried], tmp_path)
+    text = speedup_report.write_report("toy", plan, [*BASELINES, *long, *tried, *theirs], tmp_path)
     report = read(tmp_path / "toy.json")
     (found,) = report["objectives"]
     measured = {"knn": [50.0, 52.0], "linear": [55.0, 57.0], "seconds": [80, 80], "steps": [10, 10], "seed": [0, 1]}
@@ -74,6 +76,11 @@ def test_a_report_holds_what_it_prints(tmp_path):
     assert found["crossing_units"] == pytest.approx(math.exp(math.log(400) + (51 - 49) / 12 * math.log(2)))
     assert (found["raw_pixels_knn"], found["random_knn"]) == (12.0, [11.0, 11.0])
     assert found["choices"][0]["name"] == "patch 16" and found["ablations"][0]["name"] == "batch 64"
+    assert [(row["name"], row["peer"], row["knn"], row["seed"]) for row in found["peers"]] == [
+        ("uncompressed", parts[seed], [41.0], [seed]) for seed in (0, 1)
+    ]
+    for peer in ("lightly 1.6.0", "plain transcription"):
+        assert f"| uncompressed, a peer's code ({peer}) | 200 | 10 | 25 | 41.0 | 41.0 | 46.0 |" in text
     assert len(report["curves"]) == 8 and report["curves"][0]["seconds"][-1] > 0
     assert f"Speedup at equal kNN accuracy: {found['speedup_units']['value']:.2f}x" in text
     assert "| accelerated | 200 | 10 | 24 | 52.0 54.0 | 53.0 | 57.0 59.0 |" in text
@@ -102,13 +109,14 @@ PLAN = {
             "accelerated": {"schedule": [{"until": 1.0, "patch_size": 8}]},
             "choices": {"patch 8": {"divisors": [4], "schedule": [{"until": 1.0, "patch_size": 8}]}},
             "ablations": {"batch 8": {"schedule": None, "batch_size": 8}},
+            "peers": {"uncompressed": {"schedule": None, "mixed_precision": "no"}},
         }
     },
 }
 
 
 def test_runs_come_in_the_order_of_what_they_tell():
-    other = {**PLAN["objectives"]["moco"], "choices": {}, "ablations": {}}
+    other = {**PLAN["objectives"]["moco"], "choices": {}, "ablations": {}, "peers": {}}
     names = [run.folder for run in speedup.runs_of({**PLAN, "objectives": {**PLAN["objectives"], "dino": other}})]
     assert names[:5] == [
         "moco-choice-patch_8-256-0",
@@ -116,8 +124,9 @@ def test_runs_come_in_the_order_of_what_they_tell():
     ]
     assert [name.split("-")[0] for name in names[5:9]] == ["moco"] * 4  # the second seed of the first objective
     assert names[9:13] == [name.replace("moco", "dino") for name in names[1:5]]
-    assert names[-2:] == ["moco-ablation-batch_8-256-0", "moco-ablation-batch_8-256-1"]
-    assert len(names) == len(set(names)) == 1 + 2 * 2 * 7 + 2
+    last = [f"moco-{kind}-256-{seed}" for seed in (0, 1) for kind in ("ablation-batch_8", "peer-uncompressed")]
+    assert names[-4:] == last
+    assert len(names) == len(set(names)) == 1 + 2 * 2 * 7 + 4
 
 
 def test_a_plan_with_a_misspelt_key_is_refused(tmp_path):
@@ -148,7 +157,7 @@ def bench(tmp_path, monkeypatch):
 
     class Process:
         def __init__(self, command, **_):
-            self.command, self.code = command[2:], 0
+            self.command, self.code = command[1:], 0
             launched.append(self)
 
         def send_signal(self, number):
@@ -156,7 +165,10 @@ def bench(tmp_path, monkeypatch):
 
         def wait(self):
             if self.code == 0:
-                entry.main(self.command)
+                if self.command[0] == "-m":
+                    assert self.command[1] == "benchmarks.peer_training"
+                    return peer_training.main(self.command[2:])
+                entry.main(self.command[1:])
             return self.code
 
     def command(*words):
@@ -178,6 +190,7 @@ def test_runs_are_recorded_and_not_trained_again(bench, capsys):
         "moco-baseline-256-0",
         "moco-accelerated-256-0",
         "moco-ablation-batch_8-256-0",
+        "moco-peer-uncompressed-256-0",
     ]
     assert code == 0 and set(records) == set(names)
     chosen, baseline = records["moco-choice-patch_8-256-0"], records["moco-baseline-256-0"]
@@ -185,9 +198,15 @@ def test_runs_are_recorded_and_not_trained_again(bench, capsys):
     assert baseline["data"]["images"] == 120 and 0 <= baseline["linear"] <= 100 and baseline["seconds"] > 0
     assert baseline["curve"]["units"][-1] == baseline["units"] == 256
     assert records["moco-ablation-batch_8-256-0"]["steps"] == 2 * baseline["steps"]
+    peer = records["moco-peer-uncompressed-256-0"]
+    assert peer["peer"] == peers.peer_components()[0] and "peer" not in baseline
+    assert peer["command"].startswith("python -m benchmarks.peer_training ") and 0 <= peer["linear"] <= 100
+    same = ("units", "steps", "schedule", "raw_pixels_knn", "random_knn", "data", "commit", "hardware")
+    assert {key: peer[key] for key in same} == {key: baseline[key] for key in same}
+    assert [*peer["curve"]["units"]] == baseline["curve"]["units"] and peer["seconds"] > 0
 
     code, again = bench.command("--only", "256")
-    assert again == records and not bench.launched and "4 of 9 runs are known" in capsys.readouterr().out
+    assert again == records and not bench.launched and "5 of 10 runs are known" in capsys.readouterr().out
     bench.plan["accelerated"] = {"schedule": [{"until": 1.0, "patch_size": 4, "token_dropout": 0.5}]}
     with pytest.raises(SystemExit, match="holds a run with schedule"):  # it is trained again, not in the same folder
         bench.command("--only", "accelerated-256")

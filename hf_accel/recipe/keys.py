@@ -151,7 +151,11 @@ class SearchRecipe(
     task: ClassVar[str] = "search"
 
     pilot: str | None = fixed(None, "output_dir of a finished run that has checkpoints of keep_points", "search")
-    search_draws: int = fixed(16, "paired gradients of each estimate of a search")
+    search_draws: int | Literal["auto"] = fixed(
+        "auto",
+        "paired gradients of each estimate of a search; auto: 16, or as many as the noise of the gradients asks for "
+        "and 5% of the pilot's units pay for",
+    )
     search_token_dropout: list[float] = fixed(
         [tenth / 10 for tenth in range(10)], "token dropout ratios that a search compares"
     )

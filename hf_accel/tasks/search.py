@@ -1,5 +1,6 @@
 """`task=search`: gradient errors at the kept checkpoints of a pilot run, and the schedule found from them."""
 
+import math
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
@@ -30,6 +31,9 @@ from ..training.planning import make_forward_cost
 from ..utils.writing import write_text
 from .setup import build_objective, continue_recipe, images_of, naming, output_of, pretrain_config
 
+LEAST_DRAWS, SIGNAL, SHARE = 16, 4.0, 0.05
+"""Of search_draws=auto: the least number, what it aims for (see `choose_draws`), and the share of the pilot's units."""
+
 ERRORS_NAME = "gradient_error.parquet"
 SCHEDULE_NAME = "schedule.yaml"
 
@@ -41,12 +45,13 @@ OF_THE_PILOT = (
 
 
 class Parts(NamedTuple):
-    """What a search measures gradients with."""
+    """What a search measures gradients with. `most_draws` is what search_draws=auto may take at a checkpoint."""
 
     recipe: Recipe
     config: PretrainConfig
     objective: ObjectiveForPreTraining
     source: ImageSource
+    most_draws: int
 
 
 def search(recipe: Recipe) -> None:
@@ -86,7 +91,10 @@ def search_checkpoints(recipe: Recipe, config: PretrainConfig, checkpoints: list
     if len(source) < recipe.batch_size:
         raise RecipeError(f"batch_size={recipe.batch_size}: {source.name} has only {len(source)} images")
     objective.to(config.device)  # pyright: ignore[reportArgumentType]
-    parts = Parts(recipe, config, objective, source)
+    units_of_draw = recipe.batch_size * base * sum(cost.values())
+    parts = Parts(
+        recipe, config, objective, source, int(SHARE * units_of_pilot(checkpoints) / len(checkpoints) / units_of_draw)
+    )
     report_differences(recipe)
     report_unfinished(recipe, checkpoints)
     finished, rows = ErrorTable.load(output / ERRORS_NAME), []
@@ -102,7 +110,7 @@ def search_checkpoints(recipe: Recipe, config: PretrainConfig, checkpoints: list
         write_result(recipe, table.choose(chosen), build_schedule(table.points, chosen), source.name)
     barrier()
     for progress, strategy, errors in zip(table.points, chosen, stages, strict=True):
-        doubt = describe_doubt(errors[strategies[0]], recipe.search_draws)
+        doubt = describe_doubt(errors[strategies[0]], table.rows[progress, strategies[0]]["draws"])
         say(f"progress {progress:.0%}: {strategy} (cost {cost[strategy]:.2f} of uncompressed){doubt}")
     say(f"schedule: {output / SCHEDULE_NAME} (use it as schedule={output / SCHEDULE_NAME}), report in {output}")
 
@@ -137,6 +145,12 @@ def kept_checkpoints(pilot: Path) -> list[tuple[float, Path]]:
             "keep_points=[0.0,0.25,0.5,0.75,1.0]"
         )
     return sorted((round(read_state(folder)["progress"], 6), folder) for folder in folders)
+
+
+def units_of_pilot(checkpoints: list[tuple[float, Path]]) -> float:
+    """Estimate the units of a whole pilot from its last kept checkpoint, 0 where it has none but the first."""
+    progress, folder = checkpoints[-1]
+    return read_state(folder)["units"] / progress if progress else 0.0
 
 
 def report_differences(recipe: Recipe) -> None:
@@ -184,29 +198,53 @@ def measure_checkpoint(
     if stage:
         say(f"progress {progress:.0%}: found in {Path(parts.recipe.output_dir) / ERRORS_NAME}")
         return stage
-    errors = measure_errors(parts, folder, progress, cost)
-    size, draws = parts.recipe.image_size, parts.recipe.search_draws
+    errors, draws = measure_errors(parts, folder, progress, cost)
+    size = parts.recipe.image_size
     return [ErrorTable.build_row(progress, s, errors[s], cost[s], size, draws, weights) for s in cost]
 
 
 def measure_errors(
     parts: Parts, folder: Path, progress: float, cost: dict[Strategy, float]
-) -> dict[Strategy, GradientError]:
+) -> tuple[dict[Strategy, GradientError], int]:
     """Measure the errors of every strategy at the parameters of one checkpoint, with a progress bar.
+
+    Returns:
+        The errors, and the number of draws that they come from.
 
     Raises:
         RecipeError: search_memory is too small, or a gradient is not finite.
     """
     recipe = parts.recipe
-    say(f"progress {progress:.0%}: measuring {len(cost)} strategies with {recipe.search_draws} draws")
     probe = GradientProbe(parts.objective, parts.config, parts.source, progress)
     memory = recipe.search_memory * 1e9
     size = sum(parameter.numel() for parameter in probe.parameters)
     passes = len(chunks(list(cost), max(1, int(memory // (8 * size)))))
-    total = recipe.search_draws * (len(cost) + passes)
-    bar = tqdm(total=total, desc=f"progress {progress:.0%}", disable=None if is_main() else True)
-    with naming(f"the search at {folder}"), bar:
-        return estimate_errors(probe, cost, range(recipe.search_draws), memory, bar.update, probe.base)
+    with naming(f"the search at {folder}"):
+        draws, why = (
+            (recipe.search_draws, "") if recipe.search_draws != "auto" else choose_draws(probe, parts.most_draws)
+        )
+        say(f"progress {progress:.0%}: measuring {len(cost)} strategies with {draws} draws{why}")
+        total = draws * (len(cost) + passes)
+        with tqdm(total=total, desc=f"progress {progress:.0%}", disable=None if is_main() else True) as bar:
+            return estimate_errors(probe, cost, range(draws), memory, bar.update, probe.base), draws
+
+
+def choose_draws(probe: GradientProbe, most: int) -> tuple[int, str]:
+    """Choose the draws of search_draws=auto from the noise of the first LEAST_DRAWS uncompressed gradients.
+
+    With n draws the mean gradient G has n x ||G||^2 / var(g) times as much signal as noise, in squares. The number
+    aims for SIGNAL, and is at least LEAST_DRAWS and otherwise at most `most`.
+
+    Returns:
+        The number, and what to say about it.
+    """
+    if most <= LEAST_DRAWS:
+        return LEAST_DRAWS, f" (more cost over {SHARE:.0%} of the pilot's units)"
+    error = estimate_errors(probe, {probe.base: 1.0}, range(LEAST_DRAWS), uncompressed=probe.base)[probe.base]
+    signal = max(error.reference_norm2, 0.0) / max(error.variance, 1e-300)
+    needed = math.ceil(SIGNAL / signal) if signal * most > SIGNAL else most
+    short = "" if signal * needed >= SIGNAL else f" (more cost over {SHARE:.0%} of the pilot's units)"
+    return max(LEAST_DRAWS, needed), short
 
 
 def describe_doubt(uncompressed: GradientError, draws: int) -> str:

@@ -170,7 +170,7 @@ def load_images(
         raise RecipeError(f"data={recipe.data!r}: {reason(error)}") from error
 
 
-EARLIER_DEFAULTS = {"view_resolution": "full", "cache": "none", "schedule": None}
+EARLIER_DEFAULTS = {"view_resolution": "full", "cache": "none", "schedule": None, "search_draws": 16}
 """Defaults of earlier versions. Runs that were started with them keep them where a recipe does not name the key."""
 
 

@@ -151,6 +151,43 @@ def test_a_killed_search_continues_and_finds_the_same(found, pilot, folder, tmp_
         launch(folder, output, *SEARCH, f"pilot={pilot}", "search_draws=5")
 
 
+class NoisyProbe:
+    """Gradients of length 1 with noise of a given variance."""
+
+    base = GRID[0]
+
+    def __init__(self, variance: float):
+        self.deviation = (variance / 20_000) ** 0.5
+
+    def __call__(self, name: Strategy | None, draw: int) -> torch.Tensor:
+        noise = torch.randn(20_000, generator=torch.Generator().manual_seed(draw))
+        return torch.full((20_000,), 20_000**-0.5) + self.deviation * noise
+
+
+@pytest.mark.parametrize(
+    ("variance", "most", "expected", "short"),
+    [(2.0, 1000, 16, False), (25.0, 1000, 100, False), (25.0, 50, 50, True), (1e9, 50, 50, True), (25.0, 9, 16, True)],
+)
+def test_auto_takes_draws_by_the_noise(variance, most, expected, short):
+    draws, why = search.choose_draws(NoisyProbe(variance), most)  # pyright: ignore
+    assert draws == pytest.approx(expected, rel=0.1) and ("5% of the pilot's units" in why) == short
+
+
+@pytest.mark.slow
+def test_auto_draws_are_paid_by_the_pilot(pilot, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(search, "write_search_report", lambda *_: None)
+    monkeypatch.setattr(search, "LEAST_DRAWS", DRAWS)
+    grid = ("task=search", "search_token_dropout=[0.0, 0.5]", f"pilot={pilot}")
+    poor = rows_of(launch(folder, tmp_path / "poor", *grid))
+    assert {row["draws"] for row in poor} == {
+        DRAWS
+    } and "more cost over 5% of the pilot's units" in capsys.readouterr().out
+    per_draw = 16 * 4 * sum(row["relative_cost"] for row in poor[: len(GRID)])
+    monkeypatch.setattr(search, "SHARE", 7.5 * per_draw * len(POINTS) / (16 * 4 * STEPS))
+    monkeypatch.setattr(search, "SIGNAL", 1e9)
+    assert {row["draws"] for row in rows_of(launch(folder, tmp_path / "rich", *grid))} == {7}
+
+
 @pytest.mark.slow
 def test_only_rows_of_the_pilots_present_weights_are_taken_over(found, pilot, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(search, "write_search_report", lambda *_: None)

@@ -45,6 +45,8 @@ NEEDED = {
     "weight_decay_end": None,
     "init_from": None,
     "continue_from": None,
+    "torch_compile": False,
+    "cost": "analytic",
 }
 """Keys of a recipe that the loop does not take, and what they must be."""
 
@@ -151,8 +153,36 @@ def check(recipe: Recipe) -> None:
     for key, needed in NEEDED.items():
         if getattr(recipe, key) != needed:
             fail(key, getattr(recipe, key), f"the peer's loop needs {key}={needed!r}")
-    if recipe.objective_config.get("symmetric"):
-        fail("objective_config.symmetric", True, "the peer's loss has one direction; leave it out")
+    for mapping, setting in (("objective_config", "symmetric"), ("model_config", "drop_path_rate")):
+        if value := getattr(recipe, mapping).get(setting):
+            fail(f"{mapping}.{setting}", value, "the peer's loop does not have it; leave it out")
+
+
+def run(recipe: Recipe) -> None:
+    """Train, evaluate and write, unless the run is complete already. Raises RecipeError for what it cannot do."""
+    check(recipe)
+    continue_recipe(recipe)
+    folder = RunFolder(recipe.output_dir)
+    if folder.is_complete():
+        print(f"This run is complete: {folder.results}")
+        return
+    output_of(recipe)
+    set_seed(recipe.seed)
+    images = load_images(recipe)
+    source = PretrainTrainer(build_objective(recipe), pretrain_config(recipe), *images, record=recipe.used())
+    if not source.has_labels():
+        fail("data", recipe.data, "training and validation images need labels, by which the peer is compared")
+    write_text(folder.recipe, recipe.to_yaml())
+    name, components = peer_components()
+    print(f"peer: {name}", flush=True)
+    trained = PeerRun(source, components)
+    trained.train()
+    trained.peer.to_accel_vit().save_pretrained(folder.final)
+    cast(Any, source.processing_class).save_pretrained(folder.final)
+    write_json(folder.log_history, {"log_history": trained.history})
+    with folder.update_results() as written:
+        written |= trained.results(name)
+    source.end()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -161,32 +191,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the recipe")
     words = parser.parse_args(arguments)
     try:
-        recipe = load_recipe(words.recipe, words.overrides)
-        check(recipe)
-        continue_recipe(recipe)
+        run(load_recipe(words.recipe, words.overrides))
     except RecipeError as error:
         parser.error(str(error))
-    folder = RunFolder(recipe.output_dir)
-    if folder.is_complete():
-        print(f"This run is complete: {folder.results}")
-        return 0
-    output_of(recipe)
-    write_text(folder.recipe, recipe.to_yaml())
-    set_seed(recipe.seed)
-    images = load_images(recipe)
-    source = PretrainTrainer(build_objective(recipe), pretrain_config(recipe), *images, record=recipe.used())
-    name, components = peer_components()
-    print(f"peer: {name}", flush=True)
-    try:
-        run = PeerRun(source, components)
-        run.train()
-        run.peer.to_accel_vit().save_pretrained(folder.final)
-        cast(Any, source.processing_class).save_pretrained(folder.final)
-        write_json(folder.log_history, {"log_history": run.history})
-        with folder.update_results() as written:
-            written |= run.results(name)
-    finally:
-        source.end()
     return 0
 
 

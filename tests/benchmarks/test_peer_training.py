@@ -84,13 +84,21 @@ def test_a_finished_peer_says_what_it_was_and_is_not_trained_again(tmp_path, dat
         "max_grad_norm=1.0",
         "weight_decay_end=0.2",
         "objective_config.symmetric=true",
+        "model_config.drop_path_rate=0.1",
+        "cost=measured",
     ],
 )
 def test_what_the_peers_loop_does_not_do_is_refused(tmp_path, data, capsys, change):
     with pytest.raises(SystemExit):
-        peer_training.main([write_recipe(tmp_path, data), change])
-    assert change.partition("=")[0] in capsys.readouterr().err
+        peer_training.main([write_recipe(tmp_path, data, objective_config={}), change])
+    assert f"{change.partition('=')[0]}=" in capsys.readouterr().err
     assert not (tmp_path / "peer").exists()
+
+
+def test_images_without_labels_are_refused(tmp_path, data, capsys):
+    with pytest.raises(SystemExit):
+        peer_training.main([write_recipe(tmp_path, data), "label_column=none"])
+    assert "need labels" in capsys.readouterr().err
 
 
 def test_weight_decay_is_for_matrices_only():

@@ -36,12 +36,14 @@ def crossing(points: Iterable[tuple[float, float]], accuracy: float) -> float | 
 def speedup(baseline: Sequence[Record], accelerated: Sequence[Record], amount: str) -> dict[str, float | None]:
     """The baseline's amount ("budget" or "seconds") over the least with which finished accelerated runs are as good.
 
-    `baseline` are runs of the whole budget, `accelerated` those of all budgets. `value` is that of the means over
-    seeds; `low` and `high` are the extremes over the seeds that both have, each compared with itself. All are None
-    where no accelerated run is as good; `low` is None also where that is so for a single seed.
+    `baseline` are runs of the whole budget, `accelerated` those of all budgets; only seeds that both have count.
+    `value` is that of the means over seeds; `low` and `high` are the extremes, each seed compared with itself. All are
+    None where no accelerated run is as good; `low` is None also where that is so for a single seed.
     """
-    values = [_speedup_of_seed(baseline, accelerated, amount, seed) for seed in _paired_seeds(baseline, accelerated)]
-    value = _ratio(_means(baseline, amount), _means(accelerated, amount))
+    seeds = _paired_seeds(baseline, accelerated)
+    values = [_speedup_of_seed(baseline, accelerated, amount, seed) for seed in seeds]
+    paired = [[record for record in records if record["seed"] in seeds] for records in (baseline, accelerated)]
+    value = _ratio(*(_means(records, amount) for records in paired)) if seeds else None
     known = [single for single in values if single is not None]
     low = min(known) if known and len(known) == len(values) else None
     return {"value": value, "low": low, "high": max(known, default=None)}

@@ -47,6 +47,9 @@ def test_speedup_is_that_of_means_with_extremes_over_seeds():
     assert found["value"] == pytest.approx(800 / (100 * 2**share))
     single = [800 / (100 * 2 ** ((50 - 40) / 12)), 800 / (100 * 2 ** ((52 - 44) / 10))]
     assert [found["low"], found["high"]] == pytest.approx([min(single), max(single)])
+    more = [*ACCELERATED, record("accelerated", 200, 2, 90.0, 24, 4)]  # no baseline has this seed
+    assert speedup_report.speedup(BASELINES, more, "budget") == found
+    assert speedup_report.speedup(BASELINES[:1], more[-1:], "budget")["value"] is None
     seconds = speedup_report.speedup(BASELINES, ACCELERATED, "seconds")
     assert seconds["value"] == pytest.approx(80 / (12 * 2**share))
 

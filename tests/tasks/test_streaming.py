@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -90,7 +91,8 @@ def test_two_processes_train_on_shards_as_one(shards, whole, tmp_path, monkeypat
 @pytest.mark.slow
 def test_a_program_trains_on_shards_and_cannot_go_on_without(shards, tmp_path):
     def trainer(streaming: bool) -> PretrainTrainer:
-        config = PretrainConfig(str(tmp_path / "run"), budget=16 * 4 * 3, batch_size=16, report_to=[], use_cpu=True)
+        about: Any = {"schedule": None, "batch_size": 16, "report_to": [], "use_cpu": True}
+        config = PretrainConfig(str(tmp_path / "run"), budget=16 * 4 * 3, **about)
         train, held = load_sources(str(shards / "parquet"), streaming=streaming)
         set_seed(0)
         tiny = {**RECIPE["model_config"], "image_size": 16, "patch_size": 4}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
@@ -26,25 +27,27 @@ def draw_patches(axes: Axes, pixels, patch: int, title: str) -> None:
 
 
 def draw_accuracy(axes: Axes, report: dict[str, Any]) -> None:
-    """Draw the accuracy along the uncompressed run of the whole budget and along the run of a quarter of it."""
+    """Draw the accuracy along the uncompressed runs of the whole budget and along those of a quarter of it.
+
+    Lines are means over seeds, and bands reach from the least to the largest.
+    """
     (moco,) = (entry for entry in report["objectives"] if entry["objective"] == "moco")
     whole = moco["baseline"]["budget"]
-    wanted = {
-        ("baseline", whole): (GRAY, "full sequences"),
-        ("accelerated", whole / 4): (BLUE, "short sequences first"),
-    }
-    for run in report["curves"]:
-        style = wanted.get((run["schedule"], run["budget"]))
-        if run["objective"] == "moco" and style:
-            color, label = style if run["seed"] == moco["seeds"][0] else (style[0], None)
-            axes.plot(run["units"], run["knn"], "-o", color=color, linewidth=2, markersize=4, label=label)
-            axes.annotate(
-                f"{run['knn'][-1]:.1f}",
-                (run["units"][-1], run["knn"][-1]),
-                (0, 7),
-                textcoords="offset points",
-                ha="center",
-            )
+    for kind, budget, color, label in (
+        ("baseline", whole, GRAY, "full sequences"),
+        ("accelerated", whole / 4, BLUE, "short sequences first"),
+    ):
+        curves = [run for run in report["curves"] if (run["objective"], run["schedule"]) == ("moco", kind)]
+        curves = [run for run in curves if run["budget"] == budget]
+        units, knn = (np.array([run[key] for run in curves]) for key in ("units", "knn"))
+        axes.plot(units.mean(0), knn.mean(0), "-o", color=color, linewidth=2, markersize=4)
+        axes.fill_between(units.mean(0), knn.min(0), knn.max(0), color=color, alpha=0.2, linewidth=0)
+        end = (units.mean(0)[-1], knn.mean(0)[-1])
+        axes.annotate(f"{end[1]:.1f}", end, (0, 8), textcoords="offset points", ha="center")
+        beside = (units.mean(0)[-1] if kind == "accelerated" else whole / 2, knn.mean(0)[-1] - 1.4)
+        place = ((8, 0), "left") if kind == "accelerated" else ((0, -24), "left")
+        words = f"{label}, {len(curves)} run{'s' * (len(curves) > 1)}"
+        axes.annotate(words, beside, place[0], textcoords="offset points", ha=place[1], color=color, fontsize=9)
     axes.axhline(moco["raw_pixels_knn"], color="black", linewidth=1, linestyle=":")
     axes.annotate("raw pixels", (whole, moco["raw_pixels_knn"] - 0.3), fontsize=8, ha="right", va="top")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -53,7 +56,6 @@ def draw_accuracy(axes: Axes, report: dict[str, Any]) -> None:
     axes.set_title("Short sequences first: better with a quarter of the budget", fontsize=10)
     axes.margins(0.06, 0.1)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", fontsize=8, frameon=False, bbox_to_anchor=(1, 0.1))
 
 
 def main() -> None:

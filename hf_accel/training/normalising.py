@@ -6,7 +6,7 @@ from typing import Literal
 from ..data import ImageSource
 from ..data.normalisation import is_like_imagenet, measure_normalisation
 from ..data.sources import IMAGENET_MEAN, IMAGENET_STD
-from ..distributed import is_main
+from ..distributed import broadcast_object, is_main
 from ..models import AccelViTConfig
 from ..utils.errors import fail
 
@@ -18,7 +18,8 @@ def normalise_source(
 ) -> ImageSource:
     """Return the images with the normalisation of a run, which `config` keeps unless it is the usual one of RGB images.
 
-    Without a `choice`, the main process warns of RGB images that are not like ImageNet's.
+    All processes must call it, and take what the main process has measured. Without a `choice`, the main process warns
+    of RGB images that are not like ImageNet's.
 
     Raises:
         SettingError: images of other channels than the model's, or a choice that does not fit.
@@ -28,15 +29,17 @@ def normalise_source(
         fail("num_channels", channels, f"the images of {source.name} have {source.channels} channels")
     if choice == "imagenet" and channels != 3:
         fail("normalisation", choice, f"ImageNet has 3 channels, and num_channels is {channels}; leave it out")
-    chosen: tuple = config.image_mean, config.image_std
+    brought: tuple = config.image_mean, config.image_std
+    chosen = brought
     if choice is not None:
         chosen = measure_normalisation(source) if choice == "data" else ([*IMAGENET_MEAN], [*IMAGENET_STD])
-        if config.image_mean is not None and (config.image_mean, config.image_std) != chosen:
-            fail("normalisation", choice, "the encoder brings its own mean and deviation; leave it out")
     elif config.image_mean is None and channels != 3:
         chosen = [*source.mean], [*source.std]
     elif config.image_mean is None and source.mean == IMAGENET_MEAN and is_main():
         warn_of_other_images(source)
+    chosen = broadcast_object(chosen)  # A process that cannot read one of the images has measured something else.
+    if config.image_mean is not None and brought != chosen:
+        fail("normalisation", choice, "the encoder brings its own mean and deviation; leave it out")
     config.image_mean, config.image_std = chosen
     return source.renormalised(*chosen)
 

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_accel.compression import Compression, Strategy
 from hf_accel.data import AUGMENTATIONS, ImageSource
+from hf_accel.data.normalisation import measure_normalisation
 from hf_accel.distributed import all_reduce, rank, world_size
 from hf_accel.evaluation import knn_accuracy
 from hf_accel.models import AccelViTConfig
@@ -21,6 +22,7 @@ from hf_accel.objectives.simclr import nt_xent_loss
 from hf_accel.recipe import PretrainRecipe
 from hf_accel.schedule_search.gradient_probe import GradientProbe
 from hf_accel.tasks.setup import build_objective, pretrain_config
+from hf_accel.training.normalising import normalise_source
 from tests.tiny_runs import RECIPE
 from tests.two_processes import run_two
 
@@ -143,6 +145,21 @@ def nearest() -> Results:
     return results
 
 
+def normalisation() -> Results:
+    """The mean and deviation of a run, though the second process cannot read some of the images."""
+    results: Results = {}
+    for channels, choice in ((3, "data"), (2, None)):
+        pixels = torch.randint(0, 256, (8, channels, 9, 9), generator=torch.Generator().manual_seed(0))
+        readable = pixels.to(torch.uint8)[3 * rank() :]
+        source = ImageSource("set", pixels=readable, channels=channels)
+        source = source.renormalised(*measure_normalisation(source))
+        config = AccelViTConfig(hidden_size=32, num_attention_heads=2, num_channels=channels)
+        made = normalise_source(source, config, choice)
+        assert (list(made.mean), list(made.std)) == (config.image_mean, config.image_std)
+        results |= {f"same mean {channels}": torch.tensor(made.mean), f"same std {channels}": torch.tensor(made.std)}
+    return results
+
+
 HEADS = {"projector_hidden_size": 32, "projection_size": 8}
 DINO_HEAD: dict[str, Any] = {"num_prototypes": 24, "head_hidden_size": 32, "bottleneck_size": 8}
 CASES: dict[str, Callable[[], Results]] = {
@@ -156,6 +173,7 @@ CASES: dict[str, Callable[[], Results]] = {
     "DINO": lambda: objective("dino", **DINO_HEAD, num_local_crops=3, local_crop_size=8),
     "DINO's steps": dino_steps,
     "kNN": nearest,
+    "normalisation": normalisation,
     "probe of MoCo": lambda: probe("moco", **HEADS),
     "probe of SimCLR": lambda: probe("simclr", **HEADS),
     "probe of DINO": lambda: probe("dino", **DINO_HEAD, num_local_crops=3, local_crop_size=8),

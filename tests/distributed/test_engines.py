@@ -72,6 +72,13 @@ def test_two_processes_train_as_one(engine, objective, recipes, alone, tmp_path)
             (again / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace(str(run), str(again)))
             tear(last_checkpoint(again))
         go_on(engine, recipe, run, again)
+        if engine != "zero1":
+            longer, expected = tmp_path / "longer", tmp_path / "alone-longer"
+            launch_with(ENGINES[engine], recipe, longer, f"continue_from={run}")
+            entry.main([str(recipe), f"output_dir={expected}", f"continue_from={alone[objective]}"])
+            results = read(longer / "results.json")
+            assert results["processes"] == 2 and results["total_units"] == 2 * results["units"]
+            assert_trained_alike(longer, expected)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])

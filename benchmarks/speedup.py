@@ -242,8 +242,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = parser_of("speedup", __doc__)
     parser.add_argument("plan", help=f"a name of benchmarks/plans/ ({', '.join(sorted(plan_names()))}), or a file")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="save and stop before so many are over")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once (default: one a core)")
-    parser.add_argument("--only", default="", help="take only runs whose folder's name holds this word")
+    parser.add_argument("--jobs", type=int, help="runs at once (default: one a core, by the wall clock one)")
+    words = "take only runs whose folder's name holds this word; may be given several times"
+    parser.add_argument("--only", action="append", metavar="WORD", help=words)
     parser.add_argument("--runs", type=Path, help="folder of the runs (default runs/speedup/PLAN)")
     parser.add_argument("--list", action="store_true", help="only print the runs, in order, and which are known")
     parser.add_argument("--toy", action="store_true", help="a thousandth of each budget; records stay in RUNS")
@@ -261,7 +262,10 @@ def main(arguments: list[str] | None = None) -> int:
     if args.list:
         print("\n".join(f"{'known' if bench.is_known(run) else '     '} {run.folder}" for run in every))
         return 0
-    failures = train_all(bench, [run for run in every if args.only in run.folder], args.jobs)
+    # Runs that share a device would slow each other, and the wall clock would count that.
+    jobs = args.jobs or (1 if plan["clock"] == "wall" else os.cpu_count() or 1)
+    wanted = [run for run in every if any(word in run.folder for word in args.only or [""])]
+    failures = train_all(bench, wanted, jobs)
     for failure in failures:
         print(failure, file=sys.stderr)
     known = [run for run in every if bench.is_known(run)]

@@ -150,6 +150,19 @@ def test_the_plans_of_this_repository_can_be_read():
         assert all("[" in run.keys["validation_split"] for run in choices)  # never the test images
 
 
+@pytest.mark.parametrize(("clock", "jobs"), [("wall", 1), ("cpu", 3)])
+def test_by_the_wall_clock_one_run_trains_at_a_time(clock, jobs, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(speedup, "train_all", lambda bench, runs, jobs: asked.append((jobs, runs)) or [])
+    monkeypatch.setattr(speedup.os, "cpu_count", lambda: 3)
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**PLAN, "clock": clock}))
+    command = [str(tmp_path / "plan.yaml"), "--runs", str(tmp_path), "--toy"]
+    speedup.main([*command, "--only", "baseline-0-0", "--only", "choice"])
+    speedup.main([*command, "--jobs", "2"])
+    assert [jobs for jobs, _ in asked] == [jobs, 2] and len(asked[1][1]) == 17
+    assert [run.folder for run in asked[0][1]] == ["moco-choice-patch_8-0-0", "moco-baseline-0-0"]
+
+
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
     """The command for a plan of tiny runs, which take place in this process. `plan` can be changed between commands."""

@@ -163,7 +163,7 @@ class RunFolder:
             if rules[key] == "correction" and checkpoint and not complete:
                 notes.append(f"Continuing with {key}={value!r} (until here {started[key]!r})")
                 continue
-            begun = checkpoint or complete
+            begun = checkpoint or complete or task not in (None, "pretrain")  # Other tasks save no checkpoints.
             raise SettingError(
                 f"{key}={value!r}: {self} holds a run with {key}={started[key]!r}"
                 + ("" if begun else ", of which no checkpoint was saved")

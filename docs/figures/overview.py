@@ -34,7 +34,7 @@ def draw_accuracy(axes: Axes, report: dict[str, Any]) -> None:
     (moco,) = (entry for entry in report["objectives"] if entry["objective"] == "moco")
     whole = moco["baseline"]["budget"]
     for kind, budget, color, label in (
-        ("baseline", whole, GRAY, "full sequences"),
+        ("baseline", whole, GRAY, "uncompressed"),
         ("accelerated", whole / 4, BLUE, "short sequences first"),
     ):
         curves = [run for run in report["curves"] if (run["objective"], run["schedule"]) == ("moco", kind)]
@@ -51,7 +51,7 @@ def draw_accuracy(axes: Axes, report: dict[str, Any]) -> None:
     axes.axhline(moco["raw_pixels_knn"], color="black", linewidth=1, linestyle=":")
     axes.annotate("raw pixels", (whole, moco["raw_pixels_knn"] - 0.3), fontsize=8, ha="right", va="top")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlabel("units spent (one unit: a forward pass of the encoder on a full image)", fontsize=8)
+    axes.set_xlabel("units spent along the runs (one unit: a forward pass of the encoder on a full image)", fontsize=8)
     axes.set_ylabel("kNN top-1 on Imagenette, 64 px (%)", fontsize=9)
     axes.set_title("Short sequences first: better with a quarter of the budget", fontsize=10)
     axes.margins(0.06, 0.1)

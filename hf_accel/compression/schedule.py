@@ -148,7 +148,7 @@ class Schedule:
         if isinstance(value, str):
             path = find_file(value if folder is None or Path(value).exists() else folder / value, "recipes")
             if not path.is_file():
-                forms = "a list of stages, the path of a YAML file, standard or auto"
+                forms = "a list of stages, the path of a YAML file, standard, auto, or null for no compression"
                 raise ValueError(f"schedule: no file {value!r}; give {forms}")
             try:
                 value = load_yaml(path.read_text(encoding="utf-8"))

@@ -1,14 +1,17 @@
 """What follows for a recipe from the run that it continues."""
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from ..utils.errors import fail
 from .declarations import read_class
 from .groups import HubKeys, LoggingKeys, SavingKeys, WorkerKeys
 
+CONFIG_NAME = "config.json"
 OWN = ("output_dir", "continue_from", "init_from", "budget", "cost", "schedule", "freeze_encoder")
 """The keys of training that a run has for itself. So it has those of workers, logging, saving and the Hub."""
 
@@ -30,16 +33,23 @@ def settle_continuation(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     folder = RunFolder(os.path.expanduser(values.get("output_dir", kind.__dataclass_fields__["output_dir"].default)))
     begun = folder.read_recipe()
     if begun.get("continue_from") == earlier and (folder.last_complete_checkpoint() or folder.is_complete()):
-        recorded = begun
+        recorded, frozen = begun, {}
     else:
-        recorded = run_of(find_end(earlier)).read_recipe()
+        end = find_end(earlier)
+        recorded, frozen = run_of(end).read_recipe(), _read_frozen(end)
     own = {*OWN, *(key.name for group in (HubKeys, LoggingKeys, SavingKeys, WorkerKeys) for key in fields(group))}
     brought = {key: value for key, value in recorded.items() if key in kind.types() and key not in own - {"license"}}
     known = read_class("models/configuration_accel_vit.py", "AccelViTConfig").settings
     config = {name: value for name, value in brought.get("model_config", {}).items() if name in known}
-    if brought.get("model") is None:  # An objective has a default of its own, for presets.
-        config = {"freeze_patch_projection": False, **config}
+    if brought.get("model") is None:
+        config = {**frozen, **config}
     # An entry that is named says nothing about the others.
     brought["model_config"] = {**config, **values.get("model_config", {})}
     brought["objective_config"] = {**brought.get("objective_config", {}), **values.get("objective_config", {})}
     return {**brought, **values, **{key: brought[key] for key in ("model_config", "objective_config")}}
+
+
+def _read_frozen(checkpoint: Path) -> dict[str, bool]:
+    """Read whether the patch projection learns there: an objective's default for new encoders may not have held."""
+    config = json.loads((checkpoint / CONFIG_NAME).read_text(encoding="utf-8"))
+    return {"freeze_patch_projection": config.get("freeze_patch_projection", False)}

@@ -23,7 +23,7 @@ from ..training.memory import explained_memory
 from ..training.step_costs import prepare_steps
 from ..training.timing import StepTime, format_duration, predict_seconds, time_steps
 from ..training.trainer import PretrainTrainer
-from .setup import build_objective, load_images, pretrain_config
+from .setup import build_objective, earlier_defaults, load_images, pretrain_config
 
 NOTE = (
     "`until` is the progress at which a stage ends, p the patch size in pixels, tokens those that the trained branch "
@@ -51,12 +51,14 @@ def preview_run(
         images: those of the recipe, if they are loaded already.
     """
     run = RunFolder(recipe.output_dir)
-    precision = choose_precision(recipe.mixed_precision, run.read_recipe().get("mixed_precision"))
+    begun = run.read_recipe()
+    precision = choose_precision(recipe.mixed_precision, begun.get("mixed_precision"))
+    kept = earlier_defaults(recipe, begun)
     with tempfile.TemporaryDirectory() as folder:
         if run.cost_table.exists():
             shutil.copy(run.cost_table, folder)
         apart = {"output_dir": folder, "report_to": [], "push_to_hub": False}
-        recipe = replace(recipe, mixed_precision=precision, **apart)
+        recipe = replace(recipe, mixed_precision=precision, **apart, **kept)
         config = pretrain_config(recipe)
         set_seed(recipe.seed)
         trainer = PretrainTrainer(build_objective(recipe), config, *(images or load_images(recipe)))

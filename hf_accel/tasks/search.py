@@ -45,13 +45,16 @@ OF_THE_PILOT = (
 
 
 class Parts(NamedTuple):
-    """What a search measures gradients with. `most_draws` is what search_draws=auto may take at a checkpoint."""
+    """What a search measures gradients with.
+
+    `affordable` is the price, in uncompressed gradients, that search_draws=auto may pay at a checkpoint.
+    """
 
     recipe: Recipe
     config: PretrainConfig
     objective: ObjectiveForPreTraining
     source: ImageSource
-    most_draws: int
+    affordable: float
 
 
 def search(recipe: Recipe) -> None:
@@ -91,10 +94,8 @@ def search_checkpoints(recipe: Recipe, config: PretrainConfig, checkpoints: list
     if len(source) < recipe.batch_size:
         raise RecipeError(f"batch_size={recipe.batch_size}: {source.name} has only {len(source)} images")
     objective.to(config.device)  # pyright: ignore[reportArgumentType]
-    units_of_draw = recipe.batch_size * base * sum(cost.values())
-    parts = Parts(
-        recipe, config, objective, source, int(SHARE * units_of_pilot(checkpoints) / len(checkpoints) / units_of_draw)
-    )
+    affordable = SHARE * units_of_pilot(checkpoints) / len(checkpoints) / (recipe.batch_size * base)
+    parts = Parts(recipe, config, objective, source, affordable)
     report_differences(recipe)
     report_unfinished(recipe, checkpoints)
     finished, rows = ErrorTable.load(output / ERRORS_NAME), []
@@ -221,7 +222,9 @@ def measure_errors(
     passes = len(chunks(list(cost), max(1, int(memory // (8 * size)))))
     with naming(f"the search at {folder}"):
         draws, why = (
-            (recipe.search_draws, "") if recipe.search_draws != "auto" else choose_draws(probe, parts.most_draws)
+            (recipe.search_draws, "")
+            if recipe.search_draws != "auto"
+            else choose_draws(probe, parts.affordable, passes + sum(cost.values()))
         )
         say(f"progress {progress:.0%}: measuring {len(cost)} strategies with {draws} draws{why}")
         total = draws * (len(cost) + passes)
@@ -229,22 +232,26 @@ def measure_errors(
             return estimate_errors(probe, cost, range(draws), memory, bar.update, probe.base), draws
 
 
-def choose_draws(probe: GradientProbe, most: int) -> tuple[int, str]:
+def choose_draws(probe: GradientProbe, affordable: float, price: float) -> tuple[int, str]:
     """Choose the draws of search_draws=auto from the noise of the first LEAST_DRAWS uncompressed gradients.
 
     With n draws the mean gradient G has n x ||G||^2 / var(g) times as much signal as noise, in squares. The number
-    aims for SIGNAL, and is at least LEAST_DRAWS and otherwise at most `most`.
+    aims for SIGNAL. It is at least LEAST_DRAWS, and more only if that is affordable.
+
+    Args:
+        affordable, price: of all draws and of one, in uncompressed gradients.
 
     Returns:
         The number, and what to say about it.
     """
+    most = int((affordable - LEAST_DRAWS) / price)  # The noise is measured first.
     if most <= LEAST_DRAWS:
-        return LEAST_DRAWS, f" (more cost over {SHARE:.0%} of the pilot's units)"
+        return LEAST_DRAWS, f"; the pilot is too small to pay for more (they would cost over {SHARE:.0%} of its units)"
     error = estimate_errors(probe, {probe.base: 1.0}, range(LEAST_DRAWS), uncompressed=probe.base)[probe.base]
     signal = max(error.reference_norm2, 0.0) / max(error.variance, 1e-300)
-    needed = math.ceil(SIGNAL / signal) if signal * most > SIGNAL else most
-    short = "" if signal * needed >= SIGNAL else f" (more cost over {SHARE:.0%} of the pilot's units)"
-    return max(LEAST_DRAWS, needed), short
+    if signal * most < SIGNAL:
+        return most, f"; the gradients are noisy, and more draws would cost over {SHARE:.0%} of the pilot's units"
+    return max(LEAST_DRAWS, math.ceil(SIGNAL / signal)), ""
 
 
 def describe_doubt(uncompressed: GradientError, draws: int) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -174,6 +175,12 @@ EARLIER_DEFAULTS = {"view_resolution": "full", "cache": "none", "schedule": None
 """Defaults of earlier versions. Runs that were started with them keep them where a recipe does not name the key."""
 
 
+def earlier_defaults(recipe: Recipe, begun: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that a run which `begun` describes keeps, of keys that the recipe reads and does not name."""
+    kept = {key: value for key, value in EARLIER_DEFAULTS.items() if key in begun and begun[key] == value}
+    return {key: value for key, value in kept.items() if recipe.reads(key) and key not in recipe.named}
+
+
 def continue_recipe(recipe: Recipe) -> list[str]:
     """Settle the precision as the run in `output_dir` has it, and refuse to continue it under other settings.
 
@@ -187,8 +194,7 @@ def continue_recipe(recipe: Recipe) -> list[str]:
     begun = run.read_recipe()
     precision = choose_precision(recipe.mixed_precision, begun.get("mixed_precision"))
     recipe.mixed_precision = precision  # pyright: ignore
-    for key, earlier in EARLIER_DEFAULTS.items():
-        if recipe.reads(key) and key not in recipe.named and key in begun and begun[key] == earlier:
-            setattr(recipe, key, earlier)
+    for key, earlier in earlier_defaults(recipe, begun).items():
+        setattr(recipe, key, earlier)
     now = recipe.used()
     return run.compare_settings(now, {key: recipe.resume_rule(key) for key in now})

@@ -43,15 +43,15 @@ def finish_run(trainer: Any) -> None:
 def describe_result(trainer: Any, results: dict[str, Any]) -> str:
     """Say what accuracy the run has reached and where its results are."""
     folder, best, kept = trainer.folder, results["best"], ""
-    in_words = "RankMe {:.1f}" if results["knn_top1"] is None else "{:.2%}"
+    in_words = "RankMe {:.1f}" if best and best["measure"] == "rank_me" else "{:.2%}"
     if best and best["step"] < results["steps"]:
         value = in_words.format(best[best["measure"]])
         kept = f"; best/ holds the best, {value} at {best['progress']:.0%} of the budget"
     if results["knn_top1"] is None:
         lack = "for lack of labels or of images kept for it"
-        why = "as eval_points asks for none" if trainer.has_labels() else lack
-        rank = "" if results["rank_me"] is None else f"; {in_words.format(results['rank_me'])}"
-        start = "" if not best or best["start"] is None else f" (at the start {best['start']:.1f})"
+        why = "as eval_points asks for none at the end" if trainer.has_labels() else lack
+        rank = "" if results["rank_me"] is None else f"; RankMe {results['rank_me']:.1f}"
+        start = f" (at the start {best['start']:.1f})" if rank and best and best["start"] is not None else ""
         return f"Results in {folder}; no accuracy, {why}{rank}{start}{kept}"
     said = {"random initialisation": results["knn_top1_random_init"], "at the start": accuracy_at_start(results)}
     start = "".join(f" ({name} {value:.2%})" for name, value in said.items() if value is not None)

@@ -130,18 +130,19 @@ def run_state(trainer: Any) -> dict[str, Any]:
 def training_results(trainer: Any) -> dict[str, Any]:
     """What results.json holds about the training so far."""
     state, plan = run_state(trainer), trainer.plan
-    accuracies = [entry for entry in trainer.state.log_history if "eval_knn_top1" in entry]
-    measured = next((entry for entry in reversed(trainer.state.log_history) if "eval_rank_me" in entry), {})
+    history = [entry for entry in trainer.state.log_history if "eval_rank_me" in entry or "eval_knn_top1" in entry]
+    # Of a finished run only the end counts, and the start is no result of training.
+    least = state["step"] if state["step"] >= plan.num_steps else min(1, state["step"])
+    measured = next((entry for entry in reversed(history) if entry["step"] >= least), {})
     seconds = state["seconds"]
     in_parts = seconds["data"] + seconds["forward_backward"] + seconds["evaluation"]
     schedule = plan.followed()
     start, earlier = trainer.objective.config.init_from, trainer.earlier
     began_with = "continued_from" if earlier else "init_from" if start else "random_init"
-    before = next((entry["eval_knn_top1"] for entry in accuracies if entry["step"] == 0), None)
+    before = next((entry.get("eval_knn_top1") for entry in history if entry["step"] == 0), None)
     uncompressed = Strategy(Compression(trainer.objective.config.patch_size))
     return {
-        "knn_top1": accuracies[-1]["eval_knn_top1"] if accuracies else None,
-        "knn_top5": accuracies[-1].get("eval_knn_top5") if accuracies else None,
+        **{name: measured.get(f"eval_{name}") for name in ("knn_top1", "knn_top5")},
         **{f"knn_top1_{name}": None for name in ("random_init", "init_from", "continued_from")},
         f"knn_top1_{began_with}": before,
         "init_from": start,

@@ -132,6 +132,8 @@ class PretrainSettings:
             SettingError: a value or a combination that is not possible.
         """
         self._check_budget()
+        if isinstance(self.schedule, str) and self.schedule.lower() in ("none", "null"):
+            self.schedule = None  # A command line of `HfArgumentParser` knows no other None.
         for name in ("batch_size", "knn_k", "knn_temperature"):
             if getattr(self, name) <= 0:
                 fail(name, getattr(self, name), "must be above 0")

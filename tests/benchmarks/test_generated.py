@@ -65,6 +65,7 @@ def test_a_cell_says_its_runs_where_some_are_missing():
     assert "| MoCo-v3, uncompressed | 40.5 (60.0) | 50.0, one run |" in text
     assert "MoCo-v3: means over seeds 0, 1, where no other number of runs is given. Speedup" in text
     three = generated.summarize({"objectives": [entry(seeds=[0, 1, 2])]})
+    assert "Speedup at equal kNN accuracy (by the seeds that both have, 0, 1): 4.04x" in three
     assert "| MoCo-v3, uncompressed | 40.5 (60.0), 2 runs | 51.0 (60.0), 2 runs |" in three
 
 

@@ -86,7 +86,7 @@ def test_a_report_holds_what_it_prints(tmp_path):
         assert f"| uncompressed, a peer's code ({peer}) | 200 | 10 | 25 | 41.0 | 41.0 | 46.0 |" in text
     assert len(report["curves"]) == 8 and report["curves"][0]["seconds"][-1] > 0
     assert f"Speedup at equal kNN accuracy: {found['speedup_units']['value']:.2f}x" in text
-    assert "| accelerated | 200 | 10 | 24 | 52.0 54.0 | 53.0 | 57.0 59.0 |" in text
+    assert "| short sequences first | 200 | 10 | 24 | 52.0 54.0 | 53.0 | 57.0 59.0 |" in text
     assert (tmp_path / "toy.png").stat().st_size > 10_000 and (tmp_path / "toy.md").read_text() == text + "\n"
 
 
@@ -159,7 +159,7 @@ def test_by_the_wall_clock_one_run_trains_at_a_time(clock, jobs, tmp_path, monke
     command = [str(tmp_path / "plan.yaml"), "--runs", str(tmp_path), "--toy"]
     speedup.main([*command, "--only", "baseline-0-0", "--only", "choice"])
     speedup.main([*command, "--jobs", "2"])
-    assert [jobs for jobs, _ in asked] == [jobs, 2] and len(asked[1][1]) == 17
+    assert [jobs for jobs, _ in asked] == [jobs, 2] and len(asked[1][1]) == 19
     assert [run.folder for run in asked[0][1]] == ["moco-choice-patch_8-0-0", "moco-baseline-0-0"]
 
 

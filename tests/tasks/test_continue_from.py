@@ -49,6 +49,17 @@ def test_the_earlier_run_settles_what_a_recipe_leaves_open(earlier, images, tmp_
     assert cheaper.cost == "measured"
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_sizes_in_place_of_a_preset_are_continued_with(images, tmp_path, frozen):
+    of_run = ("model=null", "eval_points=[]", "budget=64") + (
+        () if frozen else ("model_config.freeze_patch_projection=false",)
+    )
+    begun = launch(images, tmp_path / "begun", *of_run)
+    recipe: Any = load_recipe(None, words(begun, tmp_path / "new"))
+    assert recipe.encoder_config().freeze_patch_projection is frozen
+    assert recipe.model is None and recipe.encoder_config().hidden_size == RECIPE["model_config"]["hidden_size"]
+
+
 def test_released_weights_beside_a_run_are_refused(earlier, tmp_path):
     with pytest.raises(
         RecipeError, match=r"init_from='encoder': continue_from=.* leave init_from out, or say init_from=n"

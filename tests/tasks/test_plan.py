@@ -46,6 +46,17 @@ def test_plan_shows_every_stage_and_trains_nothing(recipe, monkeypatch, capsys):
     assert "cache=ram: a run decodes all images once" in text
 
 
+@pytest.mark.parametrize(("named", "steps"), [((), 8), (("schedule=standard",), 21)])
+def test_plan_keeps_the_defaults_that_a_run_began_with(recipe, capsys, named, steps):
+    run = RunFolder(recipe.parent / "begun")
+    run.path.mkdir(exist_ok=True)
+    run.recipe.write_text("schedule: null\n")
+    values = {key: value for key, value in yaml.safe_load(recipe.read_text()).items() if key != "schedule"}
+    (path := recipe.with_name("open.yaml")).write_text(yaml.safe_dump({**values, "output_dir": str(run.path)}))
+    cli.main(["plan", str(path), *named])
+    assert f"Budget: {steps} steps" in capsys.readouterr().out
+
+
 def test_plan_works_beside_a_run_and_leaves_it_as_it_is(recipe, capsys):
     run = RunFolder(recipe.parent / "beside")
     run.path.mkdir()

@@ -166,11 +166,18 @@ class NoisyProbe:
 
 @pytest.mark.parametrize(
     ("variance", "most", "expected", "short"),
-    [(2.0, 1000, 16, False), (25.0, 1000, 100, False), (25.0, 50, 50, True), (1e9, 50, 50, True), (25.0, 9, 16, True)],
+    [
+        (2.0, 1000, 16, ""),
+        (25.0, 1000, 100, ""),
+        (25.0, 50, 50, "noisy, and more draws would cost over 5% of the pilot's units"),
+        (1e9, 50, 50, "noisy"),
+        (25.0, 16, 16, "too small to pay for more"),
+    ],
 )
 def test_auto_takes_draws_by_the_noise(variance, most, expected, short):
-    draws, why = search.choose_draws(NoisyProbe(variance), most)  # pyright: ignore
-    assert draws == pytest.approx(expected, rel=0.1) and ("5% of the pilot's units" in why) == short
+    """`most` draws at 3 gradients each are affordable beside the 16 that measure the noise."""
+    draws, why = search.choose_draws(NoisyProbe(variance), 16 + 3.0 * most + 1, 3.0)  # pyright: ignore
+    assert draws == pytest.approx(expected, rel=0.1) and short in why and bool(short) == bool(why)
 
 
 @pytest.mark.slow
@@ -179,11 +186,9 @@ def test_auto_draws_are_paid_by_the_pilot(pilot, folder, tmp_path, monkeypatch, 
     monkeypatch.setattr(search, "LEAST_DRAWS", DRAWS)
     grid = ("task=search", "search_token_dropout=[0.0, 0.5]", f"pilot={pilot}")
     poor = rows_of(launch(folder, tmp_path / "poor", *grid))
-    assert {row["draws"] for row in poor} == {
-        DRAWS
-    } and "more cost over 5% of the pilot's units" in capsys.readouterr().out
-    per_draw = 16 * 4 * sum(row["relative_cost"] for row in poor[: len(GRID)])
-    monkeypatch.setattr(search, "SHARE", 7.5 * per_draw * len(POINTS) / (16 * 4 * STEPS))
+    assert {row["draws"] for row in poor} == {DRAWS} and "too small to pay for more" in capsys.readouterr().out
+    price = 1 + sum(row["relative_cost"] for row in poor[: len(GRID)])  # in uncompressed gradients: a step takes one
+    monkeypatch.setattr(search, "SHARE", (DRAWS + 7.5 * price) * len(POINTS) / STEPS)
     monkeypatch.setattr(search, "SIGNAL", 1e9)
     assert {row["draws"] for row in rows_of(launch(folder, tmp_path / "rich", *grid))} == {7}
 

@@ -39,7 +39,7 @@ STAGE = {"until": 1.0, "patch_size": 8}
         ("gradient_accumulation_steps", 0, "must be above 0"),
         ("seed", -1, "must be a whole number"),
         ("schedule", {}, "expected list or str or null"),
-        ("schedule", "aut", "no file 'aut'; give a list of stages, the path of a YAML file, standard or auto"),
+        ("schedule", "aut", "no file 'aut'; give a list of stages, the path of a YAML file, standard, auto"),
         ("schedule", [], "needs at least one stage"),
         ("schedule", [{"until": 1.0, "patch": 8}], "stage 1 of the schedule: unknown key 'patch'"),
         ("schedule", [{"until": 0.5, "patch_size": 8}], "the last stage must have"),
@@ -120,3 +120,10 @@ def test_a_schedule_file_is_checked_in_its_own_patches(tmp_path):
     path.write_text("stages: [")
     with pytest.raises(SettingError, match=r"schedule\.yaml is not valid YAML"):
         config(schedule=str(path))
+
+
+@pytest.mark.parametrize("text", ["null", "None", "none"])
+def test_a_command_line_can_ask_for_no_compression(tmp_path, text):
+    words = ["--output_dir", str(tmp_path), "--budget", "600", "--bf16", "False", "--schedule", text]
+    (made,) = HfArgumentParser(PretrainConfig).parse_args_into_dataclasses(words)  # pyright: ignore
+    assert made.schedule is None

@@ -428,6 +428,19 @@ def test_a_run_without_accuracy_says_why(tmp_path, capsys, points, reason):
     assert f"no accuracy, {'for' if points else 'as'} {reason}" in line
 
 
+def test_results_of_a_run_are_measured_at_its_end(tmp_path):
+    trainer = PretrainTrainer(moco(), config(tmp_path, eval_points=[0.0, 0.5]), Tensors(), Tensors(30))
+    trainer.train()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [results[name] for name in ("knn_top1", "knn_top5", "rank_me")] == [None] * 3
+    assert results["knn_top1_random_init"] is not None
+    trainer.state.global_step -= 1  # a card that is pushed on the way shows the latest measurement
+    assert (
+        trainer.results()["knn_top1"]
+        == [log["eval_knn_top1"] for log in trainer.state.log_history if "eval_knn_top1" in log][-1]
+    )
+
+
 def test_the_steps_of_an_automatic_schedule_are_an_upper_limit(tmp_path, capsys):
     args: dict[str, Any] = {"budget": "6 epochs", "auto_share": 0.9, "auto_draws": 3}
     for schedule, said in (("auto", "Budget: at most "), (None, "Budget: 36 ")):

@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speedup_report import format_speedups, peer_label
+from benchmarks.speedup_report import NAMES, format_speedups, peer_label
 from hf_accel.utils.writing import write_text
 
 ROOT = Path(__file__).parents[1]
-NAMES = {"moco": "MoCo-v3", "simclr": "SimCLR", "dino": "DINO"}
 
 
 def pages() -> list[Path]:
@@ -79,6 +78,5 @@ def _sentence(entry: Mapping[str, Any]) -> str:
     cells = "".join(cell for means in _means(entry).values() for cell in means.values())
     but = ", where no other number of runs is given" if " run" in cells else ""
     of = f"seed {seeds[0]}" if len(seeds) == 1 else f"means over seeds {', '.join(map(str, seeds))}{but}"
-    told = f"{NAMES[entry['objective']]}: {of}. {format_speedups(entry)}"
-    raw = entry["raw_pixels_knn"]
-    return told if raw is None else f"{told} Raw pixels reach {raw:.1f}%."
+    raw = "" if entry["raw_pixels_knn"] is None else f" Raw pixels reach {entry['raw_pixels_knn']:.1f}%."
+    return f"- {NAMES[entry['objective']]}: {of}. {format_speedups(entry)}{raw}"

@@ -33,16 +33,16 @@ def settle_continuation(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     folder = RunFolder(os.path.expanduser(values.get("output_dir", kind.__dataclass_fields__["output_dir"].default)))
     begun = folder.read_recipe()
     if begun.get("continue_from") == earlier and (folder.last_complete_checkpoint() or folder.is_complete()):
-        recorded, frozen = begun, {}
+        recorded, end = begun, None
     else:
         end = find_end(earlier)
-        recorded, frozen = run_of(end).read_recipe(), _read_frozen(end)
+        recorded = run_of(end).read_recipe()
     own = {*OWN, *(key.name for group in (HubKeys, LoggingKeys, SavingKeys, WorkerKeys) for key in fields(group))}
     brought = {key: value for key, value in recorded.items() if key in kind.types() and key not in own - {"license"}}
     known = read_class("models/configuration_accel_vit.py", "AccelViTConfig").settings
     config = {name: value for name, value in brought.get("model_config", {}).items() if name in known}
-    if brought.get("model") is None:
-        config = {**frozen, **config}
+    if brought.get("model") is None and end is not None:
+        config = {**_read_frozen(end), **config}
     # An entry that is named says nothing about the others.
     brought["model_config"] = {**config, **values.get("model_config", {})}
     brought["objective_config"] = {**brought.get("objective_config", {}), **values.get("objective_config", {})}

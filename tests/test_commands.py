@@ -50,9 +50,11 @@ COMMANDS = all_commands()
 
 
 @pytest.fixture(autouse=True)
-def released(monkeypatch):
+def released(monkeypatch, tmp_path_factory):
     """What `init_from` names is on the Hub, as a DINOv2. What `continue_from` names is finished."""
-    monkeypatch.setattr("hf_accel.run_folder.find_end", lambda run: Path(run) / "checkpoint-1")
+    checkpoint = tmp_path_factory.mktemp("run") / "checkpoint-1"
+    AccelViTConfig().save_pretrained(checkpoint)
+    monkeypatch.setattr("hf_accel.run_folder.find_end", lambda run: checkpoint)
     config = AccelViTConfig(patch_size=14, init_from={"name": "released", "is_on_hub": True, "license": None})
     monkeypatch.setattr("hf_accel.checkpoints.read_start", lambda *_, **__: Start(config, {}, ""))
 

@@ -1,7 +1,7 @@
 """What spans processes, run in two of them over gloo: each result equals one process's with the whole batch."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -148,7 +148,8 @@ def nearest() -> Results:
 def normalisation() -> Results:
     """The mean and deviation of a run, though the second process cannot read some of the images."""
     results: Results = {}
-    for channels, choice in ((3, "data"), (2, None)):
+    cases: tuple[tuple[int, Literal["data"] | None], ...] = ((3, "data"), (2, None))
+    for channels, choice in cases:
         pixels = torch.randint(0, 256, (8, channels, 9, 9), generator=torch.Generator().manual_seed(0))
         readable = pixels.to(torch.uint8)[3 * rank() :]
         source = ImageSource("set", pixels=readable, channels=channels)

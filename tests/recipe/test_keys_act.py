@@ -179,7 +179,7 @@ def grid_of(recipe: Any) -> list[Strategy]:
 
 @pytest.mark.slow
 def test_keys_of_the_grid_act():
-    base = SearchRecipe(pilot="pilot", **SIZES)
+    base = SearchRecipe(pilot="pilot", schedule=None, **SIZES)
     for key, (value, expected) in GRID.items():
         assert sorted(grid_of(replace(base, **{key: value})), key=str) == sorted(expected, key=str) != grid_of(base)
     symmetric = grid_of(replace(base, search_symmetry=["symmetric"]))

@@ -50,6 +50,6 @@ def settle_continuation(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_frozen(checkpoint: Path) -> dict[str, bool]:
-    """Read whether the patch projection learns there: an objective's default for new encoders may not have held."""
+    """Read whether the patch projection is frozen in a checkpoint, which an objective's default does not tell."""
     config = json.loads((checkpoint / CONFIG_NAME).read_text(encoding="utf-8"))
     return {"freeze_patch_projection": config.get("freeze_patch_projection", False)}

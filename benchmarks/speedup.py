@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = parser_of("speedup", __doc__)
     parser.add_argument("plan", help=f"a name of benchmarks/plans/ ({', '.join(sorted(plan_names()))}), or a file")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="save and stop before so many are over")
-    parser.add_argument("--jobs", type=int, help="runs at once (default: one a core, or one in all with the clock wall)")
+    parser.add_argument("--jobs", type=int, help="runs at once (default: one a core; one with the clock wall)")
     words = "take only runs whose folder's name holds this word; may be given several times"
     parser.add_argument("--only", action="append", metavar="WORD", help=words)
     parser.add_argument("--runs", type=Path, help="folder of the runs (default runs/speedup/PLAN)")

@@ -15,6 +15,7 @@ from huggingface_hub import get_token
 from ..data import CorruptDataError, CorruptImage, ImageSource
 from ..recipe import Recipe, RecipeError, load_recipe, split_words
 from ..training.console import quiet
+from ..training.planning import find_oddities
 from ..training.trainer import PretrainTrainer
 from ..utils.causes import reason
 from .machine import Check, check_disk, check_machine, check_writing
@@ -112,6 +113,7 @@ def check_steps(recipe: Recipe, images: Images) -> Iterator[Check]:
             times = time_stages(trainer)
             disk, (seconds, memory) = checkpoint_bytes(trainer), predict_run(trainer.plan, times)
             steps, device = trainer.plan.num_steps, trainer.args.device
+            oddities = find_oddities(trainer.args, trainer.objective, trainer.plan)
     except RecipeError as error:
         yield Check("steps", "failed", str(error))
     except Exception as error:  # whatever stops a step would stop the run
@@ -124,6 +126,7 @@ def check_steps(recipe: Recipe, images: Images) -> Iterator[Check]:
             )
         else:
             yield Check("steps", "failed", "a loss is not finite", "Try mixed_precision=no, or a lower learning_rate")
+        yield from (Check("plan", "warning", oddity) for oddity in oddities)
         yield Check("prediction", "ok", f"{steps:,} steps, {seconds} without evaluations, peak memory {memory}")
         yield from check_output(Path(recipe.output_dir), disk)
         return

@@ -13,7 +13,7 @@ from ..models import AccelViTConfig
 from ..objectives import ObjectiveForPreTraining
 from ..run_folder import RunFolder
 from ..schedule_search.ladder import OnlineController, build_ladder
-from ..utils.errors import SettingError, fail
+from ..utils.errors import SettingError, fail, format_value
 from ..utils.pretrain_settings import budget_in_seconds, budget_in_units
 from .config import PretrainConfig
 from .extending import EarlierRun
@@ -169,22 +169,27 @@ def _spend(args: PretrainConfig, budget: float, schedule: Schedule, units_per_im
 
 def describe_plan(args: PretrainConfig, model: ObjectiveForPreTraining, plan: Plan) -> list[str]:
     """Describe what the run will do, and point out what may not be intended."""
-    micro_batches = args.gradient_accumulation_steps
-    lines = [
-        # Probes are charged, and a compression that ends later or earlier changes how many steps the rest pays for.
+    # Probes are charged, and a compression that ends later or earlier changes how many steps the rest pays for.
+    budget = (
         f"Budget: {'at most ' * (args.schedule == 'auto')}{plan.num_steps:,} steps of {args.batch_size} images, "
         f"{plan.total_cost:,.0f} of {plan.budget:,.0f} units"
         f"{f' ({args.budget})' if budget_in_seconds(args.budget) is not None else ''}"
-    ]
+    )
+    return [budget, *(f"Note: {oddity}" for oddity in find_oddities(args, model, plan))]
+
+
+def find_oddities(args: PretrainConfig, model: ObjectiveForPreTraining, plan: Plan) -> list[str]:
+    """Describe each thing about a plan that may not be intended."""
+    found, micro_batches = [], args.gradient_accumulation_steps
     if micro_batches > 1 and model.least_batch > 1:
-        lines.append(
-            f"Note: gradient_accumulation_steps={micro_batches}: {model.name} contrasts the "
+        found.append(
+            f"gradient_accumulation_steps={micro_batches}: {model.name} contrasts the "
             f"{args.batch_size // micro_batches} images of each micro-batch with each other, not the "
             f"{args.batch_size} of the whole batch"
         )
     if args.schedule != "auto" and not plan.pays_for_last_stage():
-        lines.append(
-            f"Note: budget={args.budget} pays for no step of the schedule's last stage "
+        found.append(
+            f"budget={format_value(args.budget)} pays for no step of the schedule's last stage "
             f"({plan.schedule.stages[-1].strategy}): raise the budget, lower batch_size, or let the stage begin earlier"
         )
-    return lines
+    return found

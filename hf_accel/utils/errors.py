@@ -9,4 +9,9 @@ class SettingError(ValueError):
 
 def fail(name: str, value: Any, problem: str) -> NoReturn:
     """Raise SettingError for a setting with this name and value."""
-    raise SettingError(f"{name}={value!r}: {problem}")
+    raise SettingError(f"{name}={format_value(value)}: {problem}")
+
+
+def format_value(value: Any) -> str:
+    """Format the value of a setting as a user writes it: whole numbers have no decimals, although they may be floats."""
+    return repr(int(value) if isinstance(value, float) and value.is_integer() else value)

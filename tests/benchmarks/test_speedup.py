@@ -153,13 +153,17 @@ def test_the_plans_of_this_repository_can_be_read():
 @pytest.mark.parametrize(("clock", "jobs"), [("wall", 1), ("cpu", 3)])
 def test_by_the_wall_clock_one_run_trains_at_a_time(clock, jobs, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(speedup, "train_all", lambda bench, runs, jobs: asked.append((jobs, runs)) or [])
+    monkeypatch.setattr(speedup, "train_all", lambda bench, runs, jobs: asked.append((jobs, runs, bench)) or [])
     monkeypatch.setattr(speedup.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(speedup, "RESULTS", tmp_path / "results")
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**PLAN, "clock": clock}))
     command = [str(tmp_path / "plan.yaml"), "--runs", str(tmp_path), "--toy"]
     speedup.main([*command, "--only", "baseline-0-0", "--only", "choice"])
-    speedup.main([*command, "--jobs", "2"])
-    assert [jobs for jobs, _ in asked] == [jobs, 2] and len(asked[1][1]) == 19
+    speedup.main([*command, "--jobs", "2", "batch_size=8"])
+    speedup.main([*command[:-1], "batch_size=8"])
+    assert [jobs for jobs, _, _ in asked] == [jobs, 2, jobs] and len(asked[1][1]) == 19
+    few = ["train_split=train[:512]", "validation_split=train[512:640]", "batch_size=16"]
+    assert [bench.overrides for *_, bench in asked] == [few, [*few, "batch_size=8"], ["batch_size=8"]]
     assert [run.folder for run in asked[0][1]] == ["moco-choice-patch_8-0-0", "moco-baseline-0-0"]
 
 

@@ -306,6 +306,13 @@ def test_steps_that_fail_or_diverge_are_said(recipe, monkeypatch):
     assert "prediction" not in found and found["output_dir"].state == "ok"
 
 
+def test_a_plan_that_may_not_be_intended_is_a_warning(recipe, monkeypatch):
+    monkeypatch.setattr(doctor, "time_stages", lambda trainer: {s.strategy: StepTime(1.0, 1) for s in trainer.plan})
+    unpaid = ["schedule=[{until: 0.99, patch_size: 8}, {until: 1.0}]", "batch_size=100", "budget=300"]
+    assert_said(by_subject(recipe, *unpaid)["plan"], "warning", "budget=300 pays for no step of the schedule's last")
+    assert "plan" not in by_subject(recipe)
+
+
 def test_room_for_the_checkpoints_is_checked(recipe, monkeypatch):
     monkeypatch.setattr(doctor, "time_stages", lambda trainer: {s.strategy: StepTime(1.0, 1) for s in trainer.plan})
     monkeypatch.setattr(doctor, "checkpoint_bytes", lambda _: 2e12)

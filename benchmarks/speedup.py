@@ -250,7 +250,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", metavar="WORD", help=words)
     parser.add_argument("--runs", type=Path, help="folder of the runs (default runs/speedup/PLAN)")
     parser.add_argument("--list", action="store_true", help="only print the runs, in order, and which are known")
-    parser.add_argument("--toy", action="store_true", help="a thousandth of each budget, on 640 images; records stay in RUNS")
+    toy = "a thousandth of each budget, on 640 images; records stay in RUNS"
+    parser.add_argument("--toy", action="store_true", help=toy)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the recipe in every run")
     args: argparse.Namespace = parser.parse_intermixed_args(arguments)
     path = PLANS / f"{args.plan}.yaml" if args.plan in plan_names() else Path(args.plan)

@@ -13,5 +13,5 @@ def fail(name: str, value: Any, problem: str) -> NoReturn:
 
 
 def format_value(value: Any) -> str:
-    """Format the value of a setting as a user writes it: whole numbers have no decimals, although they may be floats."""
+    """Format the value of a setting as a user writes it, whole numbers without decimals."""
     return repr(int(value) if isinstance(value, float) and value.is_integer() else value)

@@ -27,7 +27,7 @@ def draw_patches(axes: Axes, pixels, patch: int, title: str) -> None:
 
 
 def draw_accuracy(axes: Axes, report: dict[str, Any]) -> None:
-    """Draw the accuracy along the uncompressed runs of the whole budget and along those of a quarter of it.
+    """Draw the accuracy along runs of the whole budget and along those of a quarter of it.
 
     Lines are means over seeds, and bands reach from the least to the largest.
     """
@@ -36,22 +36,27 @@ def draw_accuracy(axes: Axes, report: dict[str, Any]) -> None:
     for kind, budget, color, label in (
         ("baseline", whole, GRAY, "uncompressed"),
         ("accelerated", whole / 4, BLUE, "short sequences first"),
+        ("accelerated", whole, BLUE, "short sequences first"),
     ):
         curves = [run for run in report["curves"] if (run["objective"], run["schedule"]) == ("moco", kind)]
         curves = [run for run in curves if run["budget"] == budget]
+        if not curves:
+            continue
         units, knn = (np.array([run[key] for run in curves]) for key in ("units", "knn"))
         axes.plot(units.mean(0), knn.mean(0), "-o", color=color, linewidth=2, markersize=4)
         axes.fill_between(units.mean(0), knn.min(0), knn.max(0), color=color, alpha=0.2, linewidth=0)
         end = (units.mean(0)[-1], knn.mean(0)[-1])
         axes.annotate(f"{end[1]:.1f}", end, (0, 8), textcoords="offset points", ha="center")
-        beside = (units.mean(0)[-1] if kind == "accelerated" else whole / 2, knn.mean(0)[-1] - 1.4)
-        place = ((8, 0), "left") if kind == "accelerated" else ((0, -24), "left")
         words = f"{label}, {len(curves)} run{'s' * (len(curves) > 1)}"
-        axes.annotate(words, beside, place[0], textcoords="offset points", ha=place[1], color=color, fontsize=9)
+        if budget < whole:
+            beside, place = (end[0], end[1] - 1.4), (8, 0)
+        else:
+            beside, place = (whole / 2, float(np.interp(whole / 2, units.mean(0), knn.mean(0)))), (0, -22)
+        axes.annotate(words, beside, place, textcoords="offset points", color=color, fontsize=9)
     axes.axhline(moco["raw_pixels_knn"], color="black", linewidth=1, linestyle=":")
     axes.annotate("raw pixels", (whole, moco["raw_pixels_knn"] - 0.3), fontsize=8, ha="right", va="top")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlabel("units spent along the runs (one unit: a forward pass of the encoder on a full image)", fontsize=8)
+    axes.set_xlabel("units spent along the runs (one unit: a forward pass on one full image)", fontsize=8)
     axes.set_ylabel("kNN top-1 on Imagenette, 64 px (%)", fontsize=9)
     axes.set_title("Short sequences first: better with a quarter of the budget", fontsize=10)
     axes.margins(0.06, 0.1)

@@ -25,6 +25,10 @@ DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype in which autocast computes, by the name of the precision."""
 
 
+MEETING = ("RANK", "MASTER_ADDR")
+"""What the processes of a launch need to find each other, besides WORLD_SIZE."""
+
+
 def check_launch() -> None:
     """Check the launcher's choices before any process connects.
 
@@ -32,6 +36,7 @@ def check_launch() -> None:
         SettingError: the engine would not do what it is asked for; the message says what to take instead.
     """
     environment = os.environ
+    _refuse_stray_variables()
     if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
         raise SettingError(
             "several processes were asked for and accelerate started one, as it does on a CPU without a configuration "
@@ -98,6 +103,16 @@ def has_bf16() -> bool:
     return not on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def _refuse_stray_variables() -> None:
+    """Raise SettingError if WORLD_SIZE stands for several processes and nothing has started them."""
+    processes, missing = os.environ.get("WORLD_SIZE", "1"), [name for name in MEETING if name not in os.environ]
+    if processes != "1" and missing and not _is_launched():
+        raise SettingError(
+            f"WORLD_SIZE={processes} is set in the environment, without {' and '.join(missing)}: unset it (env -u "
+            "WORLD_SIZE hf-accel ...) to run one process, or launch several with accelerate (--num_processes N)"
+        )
+
+
 def _check_gpus() -> None:
     """Raise SettingError if the launcher was asked for GPUs and there are none, as the run would be on the CPU."""
     if torch.accelerator.is_available() or _is_on("ACCELERATE_USE_CPU"):
@@ -106,7 +121,7 @@ def _check_gpus() -> None:
     if visible is not None and (not visible or visible.startswith("-1")):  # GPUs are hidden, so the CPU is meant
         return
     if processes > 1:
-        asked = f"{processes} processes on GPUs"
+        asked = f"{processes} processes on GPUs" + ("" if _is_launched() else f" (WORLD_SIZE={processes})")
     elif visible and _is_launched():
         asked = f"GPU {visible}"
     else:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..data import ImageSource, describe_labels
 from ..distributed import barrier, is_main, say, world_size
+from ..distributed.launch import check_launch
 from ..evaluation import (
     EmbeddingTable,
     base_patch_size,
@@ -33,6 +34,7 @@ def embed(recipe: Recipe) -> None:
 
     Every process of the launch encodes a share of the images.
     """
+    check_launch()
     folder = RunFolder(output_of(recipe))
     arguments = start(recipe)
     with folder.lock():

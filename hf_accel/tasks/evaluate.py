@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from ..data import ImageSource, image_processor
 from ..distributed import barrier, broadcast_object, is_main, say, world_size
-from ..distributed.launch import autocast_arguments, shards_weights
+from ..distributed.launch import autocast_arguments, check_launch, shards_weights
 from ..evaluation import (
     FineTuneConfig,
     LinearConfig,
@@ -86,6 +86,7 @@ def evaluate(recipe: Recipe) -> None:
     encoder is the same for all seeds, so their standard deviation is that of the probe or the fine-tuning alone. Every
     process computes the same results; the main one writes them.
     """
+    check_launch()
     output_of(recipe)
     if "finetune" in recipe.evaluations and shards_weights():
         raise RecipeError(

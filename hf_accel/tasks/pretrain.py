@@ -5,6 +5,7 @@ import sys
 from transformers import set_seed
 
 from ..distributed import say
+from ..distributed.launch import check_launch
 from ..distributed.signals import STOPPED
 from ..recipe import Recipe
 from ..run_folder import RunFolder
@@ -16,6 +17,7 @@ from .setup import build_objective, continue_recipe, load_images, output_of, pre
 
 def pretrain(recipe: Recipe) -> None:
     """Train, or resume the run in `output_dir`. After a stop by SIGTERM the exit code is that of such an end."""
+    check_launch()
     continue_recipe(recipe)
     folder = RunFolder(recipe.output_dir)
     if folder.is_complete():

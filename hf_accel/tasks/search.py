@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..compression import Schedule, Strategy
 from ..data import ImageSource
 from ..distributed import barrier, is_main, say
-from ..distributed.launch import start_processes
+from ..distributed.launch import check_launch, start_processes
 from ..evaluation import weights_digest
 from ..objectives import ObjectiveForPreTraining
 from ..recipe import Recipe, RecipeError
@@ -64,6 +64,7 @@ def search(recipe: Recipe) -> None:
     that the pilot no longer has at that progress, because it was trained again, are measured again.
     """
     checkpoints = kept_checkpoints(Path(str(recipe.pilot)))
+    check_launch()
     folder = RunFolder(output_of(recipe))
     config = pretrain_config(recipe)
     start_processes(config, config.precision, config.torch_compile)

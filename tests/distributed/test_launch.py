@@ -15,7 +15,7 @@ from hf_accel.distributed import launch as engine
 from hf_accel.utils.errors import SettingError
 
 VARIABLES = (
-    *("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "WORLD_SIZE"),
+    *("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "WORLD_SIZE", "RANK"),
     *("ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DYNAMO_BACKEND"),
 )
 CONFIGS = Path(__file__).parents[2] / "accelerate_configs"
@@ -45,6 +45,8 @@ def launched(monkeypatch):
         ({**GPU, **FSDP, "FSDP_VERSION": "1"}, r"fsdp_version: 2"),
         ({**GPU, "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, r"dynamo backend.*torch_compile=true"),
         ({**GPU, **FSDP}, r"fsdp_version: 2"),
+        ({"WORLD_SIZE": "8"}, r"WORLD_SIZE=8 is set in the environment, without RANK and MASTER_ADDR: unset it"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "ACCELERATE_USE_CPU": "true"}, r"WORLD_SIZE=2 .* without MASTER_ADDR: unset"),
     ],
 )
 def test_a_launch_that_would_not_do_what_it_says_is_refused(launched, variables, reason):
@@ -61,7 +63,13 @@ def test_deepspeed_that_is_not_installed_is_named(launched, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "variables", [{**CPU}, {**CPU, "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}, {**GPU, **FSDP, "FSDP_VERSION": "2"}]
+    "variables",
+    [
+        {**CPU},
+        {**CPU, "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": "0"},
+        {**GPU, **FSDP, "FSDP_VERSION": "2"},
+        {"WORLD_SIZE": "1"},
+    ],
 )
 def test_what_is_sound_passes(launched, variables):
     launched(variables)
@@ -128,7 +136,8 @@ SEVERAL = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "8", "ACCELERATE_MIXED_PREC
 @pytest.mark.parametrize(
     ("variables", "reason"),
     [
-        ({**SEVERAL}, "8 processes on GPUs"),  # ddp.yaml
+        ({**SEVERAL}, "8 processes on GPUs were"),  # ddp.yaml
+        ({"MASTER_ADDR": "n1", "RANK": "0", "WORLD_SIZE": "8"}, r"8 processes on GPUs \(WORLD_SIZE=8\)"),  # by hand
         ({**SEVERAL, "ACCELERATE_USE_DEEPSPEED": "true"}, "8 processes on GPUs"),
         ({**GPU, "CUDA_VISIBLE_DEVICES": "0", "ACCELERATE_MIXED_PRECISION": "no"}, "GPU 0"),  # single_gpu.yaml
         ({**SEVERAL, "CUDA_VISIBLE_DEVICES": "-1,-1"}, None),  # cpu_2proc.yaml

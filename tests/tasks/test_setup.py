@@ -5,6 +5,10 @@ import yaml
 
 from hf_accel.recipe import RecipeError, load_recipe
 from hf_accel.run_folder import RunFolder
+from hf_accel.tasks.embed import embed
+from hf_accel.tasks.evaluate import evaluate
+from hf_accel.tasks.pretrain import pretrain
+from hf_accel.tasks.search import search
 from hf_accel.tasks.setup import (
     EARLIER_DEFAULTS,
     build_objective,
@@ -13,6 +17,7 @@ from hf_accel.tasks.setup import (
     output_of,
     pretrain_config,
 )
+from hf_accel.utils.errors import SettingError
 
 
 def test_a_batch_that_does_not_divide_is_named(monkeypatch):
@@ -20,13 +25,31 @@ def test_a_batch_that_does_not_divide_is_named(monkeypatch):
     assert pretrain_config(recipe).per_device_train_batch_size == 9
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     with pytest.raises(RecipeError, match=r"batch_size=36.*multiple.* = 8"):
         pretrain_config(recipe)
 
 
+@pytest.mark.parametrize(
+    ("task", "overrides"),
+    [(pretrain, []), (embed, ["checkpoint=x"]), (evaluate, ["checkpoint=x"]), (search, ["pilot=PILOT"])],
+)
+def test_a_refused_launch_leaves_no_output_dir(monkeypatch, tmp_path, task, overrides):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for name in ("RANK", "ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    if task is search:
+        monkeypatch.setattr("hf_accel.tasks.search.kept_checkpoints", lambda pilot: [])
+    output = tmp_path / "run"
+    settings = [f"task={task.__name__}", f"output_dir={output}", "data=bundled", *overrides]
+    with pytest.raises(SettingError, match=r"^WORLD_SIZE=8 is set in the environment.*unset it"):
+        task(load_recipe("recipes/moco.yaml", settings))
+    assert not output.exists()
+
+
 def test_a_search_has_no_trackers():
-    search = load_recipe("recipes/moco.yaml", ["task=search", "pilot=x", "mixed_precision=no"])
-    assert pretrain_config(search).report_to == []
+    recipe = load_recipe("recipes/moco.yaml", ["task=search", "pilot=x", "mixed_precision=no"])
+    assert pretrain_config(recipe).report_to == []
 
 
 def test_a_run_keeps_the_defaults_that_it_began_with(tmp_path):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .compression import Compression, Schedule, Strategy
+    from .data import read_image
     from .models import (
         PRESETS,
         AccelViTBackbone,
@@ -41,16 +42,20 @@ __all__ = [
     "SimCLRForPreTraining",
     "Strategy",
     "estimate_gradient_errors",
+    "read_image",
     "vit_base",
     "vit_large",
     "vit_small",
     "vit_tiny",
 ]
 
+HOMES = ("compression", "models", "data", "objectives", "schedule_search", "training")
+"""The packages that define public names."""
+
 
 def __getattr__(name: str) -> Any:
     """Import a public name from the package that defines it when it is first used."""
-    for home in ("compression", "models", "objectives", "schedule_search", "training") if name in __all__ else ():
+    for home in HOMES if name in __all__ else ():
         package = import_module(f".{home}", __name__)
         if hasattr(package, name):
             return getattr(package, name)

@@ -2,6 +2,7 @@
 
 from .augment import AUGMENTATIONS, Renderer, ViewConfig, make_views
 from .crops import crop_and_resize, crop_boxes
+from .decoding import read_image
 from .fused import FusedViews
 from .items import image_source
 from .labels import describe_labels

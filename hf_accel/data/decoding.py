@@ -1,6 +1,7 @@
 """Decode one image of any format to upright pixels: RGB of 8 bits, or other channels of 8 or 16 bits."""
 
 import contextlib
+from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from .arrays import AnyImage, ArrayImage, count_channels, open_array
+from .arrays import AnyImage, ArrayImage, count_channels, open_array, open_image
 
 try:
     import simplejpeg  # pyright: ignore[reportMissingImports]
@@ -28,6 +29,33 @@ TURNS = {1: (0, 0), 2: (0, 1), 3: (2, 0), 4: (2, 1), 5: (3, 1), 6: (3, 0), 7: (1
 
 DEEP_RANGE = 2**16
 """Pixels of 16 or 32 bits are taken to lie in [0, DEEP_RANGE)."""
+
+
+def read_image(image: str | Path | bytes) -> Image:
+    """Read an image file as training and `hf-accel embed` do, for the image processor of an encoder of three channels.
+
+    The image is upright by its EXIF orientation and RGB of 8 bits. 16 bits are scaled to 8; Pillow's `convert` would
+    clip them.
+
+    Args:
+        image: the path of a file, or its content.
+
+    Raises:
+        ValueError, OSError: it is no image, or one that cannot be read.
+
+    Example:
+        >>> import io
+        >>> from PIL import Image
+        >>> from hf_accel import read_image
+        >>> Image.new("I;16", (40, 30), 200 * 257).save(file := io.BytesIO(), "png")  # gray, of 16 bits
+        >>> image = read_image(file.getvalue())
+        >>> image.mode, image.size, image.getpixel((0, 0))
+        ('RGB', (40, 30), (200, 200, 200))
+    """
+    opened = open_image(image if isinstance(image, bytes) else Path(image).read_bytes())
+    if isinstance(opened, ArrayImage) and opened.dtype == np.uint16:
+        opened = open_array((np.asarray(opened) // 257).astype(np.uint8))
+    return cast(Image, upright(opened))
 
 
 def image_tensor(image: AnyImage) -> Tensor:

@@ -110,7 +110,7 @@ def card_text(run: Run, repo_id: str | None) -> str:
         objective=objective.display_name if objective else run.results["objective"],
         citation=objective.citation.strip() if objective else "",
         architecture=_architecture(run),
-        model_id=json.dumps(repo_id or f"{run.name}/final"),
+        model_id=json.dumps(repo_id or "."),  # A name such as "photos/final" could be a stranger's repository.
         hub_id="" if repo_id else HERE,
         larger=larger,
         larger_cost=larger and forward_cost(run.config, Compression(larger)),

@@ -1,6 +1,5 @@
 """The README of an exported encoder: its origin, its licence, what its feature is, and code that runs."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,6 @@ class Export:
         classifies: whether the model has a classifier.
         has_processor: whether an image processor lies beside the weights.
         difference: the largest difference of any feature, relative to the largest feature.
-        folder: the folder that the export is moved to.
     """
 
     export_format: str
@@ -45,7 +43,6 @@ class Export:
     classifies: bool
     has_processor: bool
     difference: float
-    folder: Path
 
 
 def agreement(difference: float) -> str:
@@ -73,7 +70,9 @@ def export_card(export: Export) -> str:
         base_model=origin if is_on_hub else None,
         **cast(Any, licence),
     )
-    auto_classes = ["AutoImageProcessor"] * export.has_processor
+    # The processor of other channels takes arrays, whose bits only the original's training data can tell.
+    prepares_images = export.has_processor and config.num_channels == 3
+    auto_classes = ["AutoImageProcessor"] * prepares_images
     if LIBRARIES.get(export_format) == "transformers":
         auto_classes.append("AutoModelForImageClassification" if export.classifies else "AutoModel")
     return render(
@@ -92,7 +91,8 @@ def export_card(export: Export) -> str:
         pooled="the mean of the patch tokens" if config.pooling == "mean" else "the CLS token",
         averages=config.pooling == "mean" and export_format in ("vit", "dinov2"),
         auto_classes=auto_classes,
+        prepares_images=prepares_images,
         trust=", trust_remote_code=True" if export_format == "accel_vit" else "",
-        here=json.dumps(folder_name(export.folder)) + "  # the path to this folder",
+        here='"."  # run this in the folder of this file',
         hub_id=HERE,
     )

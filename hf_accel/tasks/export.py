@@ -76,7 +76,6 @@ def export(recipe: Recipe) -> None:
             classifies="classifier.weight" in source.state,
             has_processor=source.processor is not None,
             difference=difference,
-            folder=target.resolve(),
         )
         (folder / CARD_NAME).write_text(export_card(about), encoding="utf-8")
         folder.rename(target)

@@ -7,19 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from hf_accel.compression import Compression, forward_cost
+from hf_accel.data import ImageSource, image_processor
 from hf_accel.hub import Run, card_text, write_card
 from hf_accel.hub.publish import name_repository
-from hf_accel.models import vit_tiny
+from hf_accel.models import AccelViTConfig, AccelViTModel, vit_tiny
 from hf_accel.objectives import OBJECTIVES
 from hf_accel.recipe import PretrainRecipe
 from hf_accel.report.evaluations import add_run, wilson_interval
 from hf_accel.run_folder import RunFolder
 from hf_accel.utils.redact import without_local_paths
+from tests.commands import code_blocks
 from tests.objectives.fourth_objective import SimSiamForPreTraining
 from tests.tiny_runs import RECIPE
 
@@ -328,10 +331,26 @@ def test_card_needs_no_key_that_only_recipes_have(run):
     assert "license" not in ModelCard(text).data.to_dict()
 
 
+@pytest.mark.usefixtures("own_cache_and_threads")
+@pytest.mark.parametrize("channels", [3, 5])
+def test_code_of_the_card_runs_in_its_folder(run, tmp_path, monkeypatch, channels):
+    config = AccelViTConfig(**{**run.config.to_dict(), "num_channels": channels})
+    AccelViTModel(config).save_pretrained(tmp_path)
+    source = ImageSource("images", pixels=torch.zeros(1, channels, 16, 16, dtype=torch.uint8))
+    source.mean, source.std = [0.5] * channels, [0.2] * channels
+    image_processor(source, config.image_size).save_pretrained(tmp_path)
+    (code,) = code_blocks(card_text(dataclasses.replace(run, config=config), None), "python")
+    monkeypatch.chdir(tmp_path)
+    exec(code, found := {})
+    assert found["features"].shape == found["cheaper"].shape == (1, 32)
+
+
 def test_card_names_no_folder_of_this_machine(run):
     (line,) = (line for line in card_text(run, None).splitlines() if line.startswith("model_id = "))
-    assert line == 'model_id = "run/final"  # the path to this folder, or its Hub id, once it is uploaded'
+    assert line == 'model_id = "."  # run this in the folder of this file, or give its Hub id, once it is uploaded'
     assert name_repository(f"{line}\nmine", "ann/run") == 'model_id = "ann/run"\nmine'
+    earlier = 'model_id = "run/final"  # the path to this folder, or its Hub id, once it is uploaded'
+    assert name_repository(earlier, "ann/run") == 'model_id = "ann/run"'
     old = 'model_id = "/home/ann/run/final"  # this folder; its Hub id, once it is uploaded'
     assert name_repository(old, "ann/run") == 'model_id = "ann/run"'
     assert name_repository('model_id = "mine"', "ann/run") == 'model_id = "mine"'

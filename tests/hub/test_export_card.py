@@ -44,18 +44,20 @@ def code_of(readme: Path) -> str:
     return code
 
 
-def about(export_format: str = "vit", licence: Any = None, processor: bool = True) -> Export:
-    """An export of the model a/b of the Hub into the folder /home/ann/out/FORMAT."""
+def about(export_format: str = "vit", licence: Any = None, processor: bool = True, **fields: Any) -> Export:
+    """An export of the model a/b of the Hub."""
     origin = (export_format, "a/b", "0", "2026-01-01", "vit", licence or {})
-    return Export(*origin, AccelViTConfig(), 16, False, processor, 0.0, Path("/home/ann/out") / export_format)
+    return Export(*origin, AccelViTConfig(**fields), 16, False, processor, 0.0)
 
 
-def shapes(codes: list[str], folder: Path) -> list[list[int]]:
-    """Run each code in one process that has no hf_accel, in `folder`, and return the shapes of the features."""
+def shapes(folders: list[Path], folder: Path) -> list[list[int]]:
+    """Run the code of each folder there, in one process without hf_accel, and return the shapes of the features."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(folder / "modules")}
-    runs = "import json, sys\nfor code in json.loads(sys.argv[1]):\n    found = {}\n    exec(code, found)\n"
+    runs = "import json, os, sys\nfor folder, code in json.loads(sys.argv[1]):\n    os.chdir(folder)\n"
+    runs += "    found = {}\n    exec(code, found)\n"
     runs += "    print(json.dumps(list(found['features'].shape)))\n"
+    codes = [(str(path), code_of(path / "README.md")) for path in folders]
     command = [sys.executable, "-c", HIDDEN + runs, json.dumps(codes)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -64,20 +66,20 @@ def shapes(codes: list[str], folder: Path) -> list[list[int]]:
 
 @pytest.mark.slow
 def test_the_code_runs_without_hf_accel_after_a_move(tmp_path):
-    codes, expected = [], []
+    folders, expected = list[Path](), []
     for processor, pooling in product((True, False), ("cls", "mean")):
         source = encoder(tmp_path / f"encoder-{processor}-{pooling}", processor=processor, pooling=pooling)
         for export_format in ("vit", "dinov2", "accel_vit"):
             folder = export(source, tmp_path / f"out-{source.name}", export_format)
-            codes.append(code_of(folder / "README.md"))
+            folders.append(folder.relative_to(tmp_path))
             expected.append([1, SIZES["hidden_size"]])
     source = encoder(tmp_path / "classifier", classifies=True, id2label={0: "a", 1: "b", 2: "c"})
-    codes.append(code_of(export(source, tmp_path / "out-classifier", "vit") / "README.md"))
+    folders.append(export(source, tmp_path / "out-classifier", "vit").relative_to(tmp_path))
     expected.append([1, 3])
     (tmp_path / "elsewhere").mkdir()
     for output in tmp_path.glob("out-*"):
         output.rename(tmp_path / "elsewhere" / output.name)
-    assert shapes(codes, tmp_path / "elsewhere") == expected
+    assert shapes([tmp_path / "elsewhere" / path for path in folders], tmp_path) == expected
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
@@ -93,7 +95,7 @@ def test_the_code_gives_the_trained_feature(tmp_path, monkeypatch, export_format
         pytest.importorskip("onnxscript")
     source = encoder(tmp_path / "encoder", processor=processor, pooling=pooling)
     folder, found = export(source, tmp_path / "out", export_format), {}
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(folder)
     exec(code_of(folder / "README.md").replace("torch.zeros(", "torch.ones("), found)
     pixels = torch.ones(1, 3, 32, 32)
     if processor:
@@ -112,8 +114,13 @@ def test_the_code_uses_the_image_processor_where_there_is_one(export_format, pro
     text = export_card(about(export_format, processor=processor))
     assert ("AutoImageProcessor.from_pretrained(" in text) == processor and ("zeros(" in text) != processor
     assert "its features equal the original's.\n" in text
-    assert f' = "out/{export_format}"  # the path to this folder' in text and "/home" not in text
+    assert ' = "."  # run this in the folder of this file' in text  # A name could be a stranger's repository.
     compile(text.split("```python")[1].strip("`\n"), "README.md", "exec")
+
+
+def test_no_rgb_image_is_printed_for_other_channels():
+    text = export_card(about(num_channels=5))
+    assert "zeros(1, 5, 224, 224)" in text and "Image" not in text.split("## How to use")[1]
 
 
 def test_origin_and_licence_are_those_of_the_source(tmp_path):

@@ -324,7 +324,7 @@ def test_task_card_writes_it_anew_and_keeps_what_is_somebodys_own(no_push, image
     assert titles == [f"moco on {images.name}"]  # a figure, too, tells no path
     path = no_push / "final" / "README.md"
     first = path.read_text()
-    assert "license: mit" in first and 'model_id = "run/final"  #' in first and str(tmp_path) not in first
+    assert "license: mit" in first and 'model_id = "."  #' in first and str(tmp_path) not in first
     (code,) = re.findall(r"```python\n(.*?)```", first, re.DOTALL)
     shapes = "\nprint(tuple(features.shape), tuple(cheaper.shape))"
     assert python("http://127.0.0.1:9", code + shapes, tmp_path).strip() == "(1, 32) (1, 32)"

@@ -1,6 +1,7 @@
 """`task=embed` through the entry point: what the file holds, how it is resumed, what is refused, and the docs' use."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ import pytest
 import torch
 import yaml
 from datasets import ClassLabel, load_dataset
+from PIL import Image, ImageOps
 from transformers import Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel
 
 import hf_accel.evaluation.embeddings as embeddings
-from hf_accel import AccelViTConfig, AccelViTModel
+from hf_accel import AccelViTConfig, AccelViTModel, read_image
+from hf_accel.data import image_processor, load_sources
 from hf_accel.evaluation import extract_features, load_processor, open_encoder, processed_loader
 from hf_accel.recipe import EmbedRecipe, load_recipe
 from hf_accel.tasks.setup import load_images
@@ -226,6 +229,38 @@ def test_numbers_that_cannot_be_stored_are_refused(folder, tmp_path):
         with pytest.raises(SystemExit, match=problem):
             embed(tmp_path / dtype, folder, tmp_path / "out", f"embedding_dtype={dtype}")
     assert not (tmp_path / "out/embeddings.parquet").exists()
+
+
+def printed_ways_to_open(path: Path) -> dict[str, str]:
+    """The expressions of the documentation and the templates of cards, by file."""
+    pages = ["docs/getting_started.md", "hf_accel/hub/card.md.jinja", "hf_accel/hub/export_card.md.jinja"]
+    found = {}
+    for page in pages:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        (found[page],) = re.findall(r"^image = .*# or (.*Image\.open.*)$", text, re.MULTILINE)
+    return {page: way.replace("...", repr(str(path))) for page, way in found.items()}
+
+
+def test_printed_ways_to_open_images_give_embedded_features(tmp_path):
+    torch.manual_seed(0)
+    model = AccelViTModel(AccelViTConfig(**SIZES, intermediate_size=64, image_size=SIZE))
+    model.save_pretrained(tmp_path / "vit")
+    data, pixels = tmp_path / "images", np.random.default_rng(0).integers(0, 256, (20, 16, 4), np.uint8)
+    data.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels[..., :3]).save(data / "a turned.jpg", exif=exif)
+    Image.fromarray(pixels).save(data / "b clear.png")
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(data / "c deep.png")
+    processor = image_processor(load_sources(str(data))[0], SIZE)
+    processor.save_pretrained(tmp_path / "vit")
+    embedded = stacked(embed(tmp_path / "vit", data, tmp_path / "out"))
+    for path, expected in zip(sorted(data.iterdir()), torch.from_numpy(embedded), strict=True):
+        ways = printed_ways_to_open(path) if "deep" not in path.name else {}
+        images = {page: eval(way, {"Image": Image, "ImageOps": ImageOps}) for page, way in ways.items()}
+        for page, image in {**images, "read_image": read_image(path)}.items():
+            features = model(**processor(image, return_tensors="pt")).pooler_output[0]
+            torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4, msg=f"{page}: {path.name}")
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from ..recipe import Recipe, RecipeError
 from ..run_folder import RunFolder
 from ..training.config import PretrainConfig
 from ..utils.causes import reason
-from ..utils.errors import fail
+from ..utils.errors import SettingError, fail
 from ..utils.pretrain_settings import PretrainSettings
 
 
@@ -165,7 +165,7 @@ def load_images(
     options = recipe.data_config, in_memory, recipe.streaming, only_train, channels
     try:
         return load_sources(recipe.data, *splits, *columns, seed, *options)
-    except CorruptDataError:  # says enough
+    except (CorruptDataError, SettingError):  # They say enough.
         raise
     except (ValueError, OSError, RuntimeError) as error:  # datasets' own errors become one of these
         raise RecipeError(f"data={recipe.data!r}: {reason(error)}") from error

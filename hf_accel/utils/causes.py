@@ -6,6 +6,9 @@ import os
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Numbers of the errors that mean "no room": on the disk, in the quota."""
 
+UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+"""Numbers of the errors of a folder in which nothing may be written."""
+
 
 def causes(error: BaseException) -> list[BaseException]:
     """The error and those it was raised from or during, the innermost last."""

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 
 import datasets
 import PIL.Image
@@ -71,6 +72,26 @@ def test_full_disk_of_the_cache_is_named_with_a_remedy(tmp_path, monkeypatch):
         message = error_of(data)
         assert "No space left on device" in message and "set HF_DATASETS_CACHE to a folder on another disk" in message
         assert "\n" not in message
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("place", ["home", "home/datasets/parquet", "elsewhere/train.parquet"])
+def test_unwritable_cache_is_named_with_a_remedy(tmp_path, monkeypatch, number, place):
+    cache = tmp_path / "home/datasets"
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+
+    def load_dataset(*_, **__):
+        raise OSError(number, os.strerror(number), str(tmp_path / place))
+
+    table([0], ["cat"]).to_parquet(tmp_path / "train.parquet")
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    for data in (tmp_path, tmp_path / "train.parquet", "user/images"):
+        message = error_of(data)
+        if place.startswith("elsewhere"):  # an image that may not be read
+            assert "HF_HOME" not in message
+            continue
+        assert message.startswith("the cache of Hugging Face cannot be written: [Errno "), message
+        assert f"set HF_HOME, or HF_DATASETS_CACHE (now {cache}), to a folder that can be written" in message
 
 
 def test_column_of_lists_is_named_with_a_remedy(tmp_path):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..distributed import is_main, processes_on_node
+from ..distributed import is_main, processes_on_node, warning_once
 from .arrays import AnyImage
 from .augment import ViewConfig
 from .crops import resize
@@ -149,6 +149,7 @@ class StoredImages:
         return {"images": images, "index": index, "stored": stored}
 
 
+@warning_once()
 def store_images(source: ImageSource, side: int, device: torch.device) -> StoredImages:
     """Decode all images once, in threads, and store them on `device`. Their labels and files stay where they are.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 
-from ..distributed import is_main, say
+from ..distributed import is_main, say, warning_once
 from .arrays import AnyImage, open_array
 from .labels import LABEL_KEYS, UNLABELLED, read_labels
 from .normalisation import measure_normalisation
@@ -45,6 +45,7 @@ PROGRAM_ERRORS = (
 """Errors of a dataset's own code. Other ones, such as OSError and ValueError, are those of an unreadable file."""
 
 
+@warning_once()
 def image_source(dataset: Any, name: str, like: ImageSource | None = None, num_channels: int = 3) -> ImageSource:
     """Return the images of `dataset`, with their labels if it has any.
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..distributed import warning_once
 from .bundled import MNIST_MEAN, MNIST_STD, digits
 from .labels import hold_out, read_labels
 from .normalisation import measure_normalisation
@@ -24,6 +25,7 @@ NO_COMMON_CLASSES = (
 )
 
 
+@warning_once()
 def load_sources(
     data: str,
     train_split: str | None = None,

@@ -13,5 +13,6 @@ from .collectives import (
     processes_on_node,
     rank,
     say,
+    warning_once,
     world_size,
 )

@@ -1,6 +1,9 @@
 """The few collective operations that the objectives need; each is the identity in a single process."""
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -89,8 +92,25 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 def say(text: str) -> None:
     """Print in the first process only, even if the processes are not connected."""
-    if (rank() if _initialised() else int(os.environ.get("RANK", 0))) == 0:
+    if _is_first():
         print(text, flush=True)
+
+
+@contextmanager
+def warning_once() -> Iterator[None]:
+    """Within it, only the first process shows warnings of this package. It is for work that every process does."""
+    logger = logging.getLogger(__package__.partition(".")[0])
+    level = logger.level
+    try:
+        if not _is_first():
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _is_first() -> bool:
+    return (rank() if _initialised() else int(os.environ.get("RANK", 0))) == 0
 
 
 def host_group() -> Any:

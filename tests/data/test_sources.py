@@ -345,6 +345,21 @@ def test_few_corrupt_images_are_skipped_and_named_once(tmp_path, caplog):
     assert caplog.text.count("is skipped") == 2 * 3
 
 
+def test_only_the_first_process_names_unreadable_images(tmp_path, caplog, monkeypatch):
+    table(300, broken=(7,)).save_to_disk(tmp_path / "set")
+    named = {}
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        caplog.clear()
+        train, _ = load_sources(str(tmp_path / "set"), label_column="kind")
+        named[rank] = caplog.text.count("is skipped"), caplog.text.count("are held out")
+        assert len(train.bad) == 1
+    assert named == {"1": (0, 0), "0": (1, 1)}
+    monkeypatch.setenv("RANK", "1")  # What a process reads alone, it names.
+    train.report([(0, "first", "truncated")])
+    assert caplog.text.count("is skipped") == 2
+
+
 def test_many_corrupt_images_stop_with_an_error(tmp_path):
     table(300, broken=(7, 8, 100, 299)).save_to_disk(tmp_path / "set")
     with pytest.raises(CorruptDataError, match=r"4 of 300 images cannot be read(.|\n)*set/train\[7\]: OSError"):

@@ -18,6 +18,10 @@ STANDARD = ((0.4, 4), (0.8, 2), (1.0, 1))
 STANDARD_DROPOUT = ((0.8, 0.5), (1.0, 0.0))
 """The same for an encoder that knows one patch size only: where each stage ends, and its token dropout."""
 
+FILE_KEYS = ("patch_size", "stages")
+ORIGIN_KEYS = ("data", "model", "model_config", "objective", "image_size", "criterion", "pilot", "command", "date")
+"""The keys of a schedule's file, and those with which a search says where its schedule comes from."""
+
 
 def list_stage_keys() -> list[str]:
     """The keys of a stage in a recipe or a schedule's file."""
@@ -58,7 +62,7 @@ class Schedule:
         ends = [stage.until for stage in self.stages]
         if not ends:
             raise ValueError("a schedule needs at least one stage")
-        if any(later <= earlier for earlier, later in zip([0.0, *ends], ends, strict=False)):
+        if not all(later > earlier for earlier, later in zip([0.0, *ends], ends, strict=False)):  # also for NaN
             raise ValueError(f"the stages' `until` must increase from above 0, got {ends}")
         if ends[-1] != 1:
             raise ValueError(f"progress runs from 0 to 1: the last stage must have `until: 1.0`, got {ends[-1]}")
@@ -155,6 +159,12 @@ class Schedule:
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise ValueError(f"schedule: {path} is not valid YAML: {error}") from None
         if isinstance(value, Mapping):
+            if unknown := [key for key in value if key not in (*FILE_KEYS, *ORIGIN_KEYS)]:
+                instead = "give the list alone, without this key" if unknown == ["schedule"] else "leave it out"
+                raise ValueError(
+                    f"schedule: {unknown[0]!r} is no key of a schedule's file, which has {' and '.join(FILE_KEYS)}; "
+                    f"{instead}"
+                )
             meant_for, stages = value.get("patch_size", base_patch_size or 1), value.get("stages")
             if type(meant_for) is not int or meant_for < 1 or not isinstance(stages, list):
                 raise ValueError(

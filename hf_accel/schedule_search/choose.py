@@ -76,13 +76,23 @@ def choose_strategies(
     return min(best, key=lambda entry: (round(entry[0][0], 9), entry[0][1]))[1]
 
 
-def _log_ca_mse(stage: Mapping[Strategy, GradientError]) -> dict[Strategy, float]:
-    floor = min((error.ca_mse for error in stage.values() if error.ca_mse > 0), default=1.0)
+def list_tied(stage: Mapping[Strategy, GradientError]) -> list[Strategy]:
+    """List the strategies whose ca_mse lies within the 95% interval of the least one, which count as equal to it."""
     least = min(stage.values(), key=lambda error: error.ca_mse)
     tied_to = max(least.ca_mse, least.ca_mse_interval[1])
+    return [strategy for strategy, error in stage.items() if error.ca_mse <= tied_to]
+
+
+def has_certain_gain(stage: Mapping[Strategy, GradientError]) -> bool:
+    """Whether the interval of some strategy's gain lies above 0."""
+    return any(error.gain_interval[0] > 0 for error in stage.values())
+
+
+def _log_ca_mse(stage: Mapping[Strategy, GradientError]) -> dict[Strategy, float]:
+    floor = min((error.ca_mse for error in stage.values() if error.ca_mse > 0), default=1.0)
+    least, tied = min(error.ca_mse for error in stage.values()), list_tied(stage)
     return {
-        strategy: math.log(max(least.ca_mse if error.ca_mse <= tied_to else error.ca_mse, floor))
-        for strategy, error in stage.items()
+        strategy: math.log(max(least if strategy in tied else error.ca_mse, floor)) for strategy, error in stage.items()
     }
 
 
@@ -93,10 +103,11 @@ def _minus_log_gain(
 
     If all are 0 or less, the most expensive strategy is the best.
     """
-    sure = {strategy: error.gain_interval[0] for strategy, error in stage.items()}
+    if has_certain_gain(stage):
+        sure = {strategy: error.gain_interval[0] for strategy, error in stage.items()}
+    else:
+        sure = {max(stage, key=lambda strategy: relative_cost[strategy]): 1.0}
     best = max(sure.values())
-    if best <= 0:
-        sure, best = {max(stage, key=lambda strategy: relative_cost[strategy]): 1.0}, 1.0
     return {strategy: -math.log(max(sure.get(strategy, 0.0), best / 1000)) for strategy in stage}
 
 

@@ -21,7 +21,14 @@ from ..objectives import ObjectiveForPreTraining
 from ..recipe import Recipe, RecipeError
 from ..report import environment, write_search_report
 from ..run_folder import RUN_STATE_NAME, RunFolder, read_state
-from ..schedule_search.choose import build_grid, build_schedule, build_schedule_file, choose_strategies
+from ..schedule_search.choose import (
+    build_grid,
+    build_schedule,
+    build_schedule_file,
+    choose_strategies,
+    has_certain_gain,
+    list_tied,
+)
 from ..schedule_search.error_table import ErrorTable
 from ..schedule_search.gradient_error import GradientError, chunks, estimate_errors
 from ..schedule_search.gradient_probe import GradientProbe
@@ -38,7 +45,7 @@ ERRORS_NAME = "gradient_error.parquet"
 SCHEDULE_NAME = "schedule.yaml"
 
 OF_THE_PILOT = (
-    *("data", "train_split", "augmentation", "normalisation", "view_resolution"),
+    *("data", "train_split", "augmentation", "normalisation", "view_resolution", "batch_size"),
     *("init_from", "num_channels", "image_size", "patch_size", "model_config", "objective", "objective_config"),
 )
 """The settings under which the gradients of a search are those of its pilot's training."""
@@ -47,13 +54,15 @@ OF_THE_PILOT = (
 class Parts(NamedTuple):
     """What a search measures gradients with.
 
-    `affordable` is the price, in uncompressed gradients, that search_draws=auto may pay at a checkpoint.
+    `unit_price` is the price of one uncompressed gradient in units, and `affordable` the price, in such gradients, that
+    search_draws=auto may pay at a checkpoint.
     """
 
     recipe: Recipe
     config: PretrainConfig
     objective: ObjectiveForPreTraining
     source: ImageSource
+    unit_price: float
     affordable: float
 
 
@@ -70,8 +79,6 @@ def search(recipe: Recipe) -> None:
     start_processes(config, config.precision, config.torch_compile)
     with folder.lock():
         continue_recipe(recipe)
-        if is_main():
-            write_text(folder.recipe, recipe.to_yaml())
         search_checkpoints(recipe, config, checkpoints)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -95,8 +102,12 @@ def search_checkpoints(recipe: Recipe, config: PretrainConfig, checkpoints: list
     if len(source) < recipe.batch_size:
         raise RecipeError(f"batch_size={recipe.batch_size}: {source.name} has only {len(source)} images")
     objective.to(config.device)  # pyright: ignore[reportArgumentType]
-    affordable = SHARE * units_of_pilot(checkpoints) / len(checkpoints) / (recipe.batch_size * base)
-    parts = Parts(recipe, config, objective, source, affordable)
+    load_weights(objective, checkpoints[0][1])
+    if is_main():  # not before everything that a user may have to correct has been checked
+        write_text(RunFolder(output).recipe, recipe.to_yaml())
+    unit_price = recipe.batch_size * base
+    affordable = SHARE * units_of_pilot(checkpoints) / len(checkpoints) / unit_price
+    parts = Parts(recipe, config, objective, source, unit_price, affordable)
     report_differences(recipe)
     report_unfinished(recipe, checkpoints)
     finished, rows = ErrorTable.load(output / ERRORS_NAME), []
@@ -113,6 +124,7 @@ def search_checkpoints(recipe: Recipe, config: PretrainConfig, checkpoints: list
     barrier()
     for progress, strategy, errors in zip(table.points, chosen, stages, strict=True):
         doubt = describe_doubt(errors[strategies[0]], table.rows[progress, strategies[0]]["draws"])
+        doubt += describe_tie(errors, recipe.search_criterion)
         say(f"progress {progress:.0%}: {strategy} (cost {cost[strategy]:.2f} of uncompressed){doubt}")
     say(f"schedule: {output / SCHEDULE_NAME} (use it as schedule={output / SCHEDULE_NAME}), report in {output}")
 
@@ -222,12 +234,12 @@ def measure_errors(
     size = sum(parameter.numel() for parameter in probe.parameters)
     passes = len(chunks(list(cost), max(1, int(memory // (8 * size)))))
     with naming(f"the search at {folder}"):
+        price = passes + sum(cost.values())
         draws, why = (
-            (recipe.search_draws, "")
-            if recipe.search_draws != "auto"
-            else choose_draws(probe, parts.affordable, passes + sum(cost.values()))
+            (recipe.search_draws, "") if recipe.search_draws != "auto" else choose_draws(probe, parts.affordable, price)
         )
-        say(f"progress {progress:.0%}: measuring {len(cost)} strategies with {draws} draws{why}")
+        units = f"for {draws * price * parts.unit_price:,.0f} units"
+        say(f"progress {progress:.0%}: measuring {len(cost)} strategies with {draws} draws {units}{why}")
         total = draws * (len(cost) + passes)
         with tqdm(total=total, desc=f"progress {progress:.0%}", disable=None if is_main() else True) as bar:
             return estimate_errors(probe, cost, range(draws), memory, bar.update, probe.base), draws
@@ -260,3 +272,19 @@ def describe_doubt(uncompressed: GradientError, draws: int) -> str:
     if draws * uncompressed.reference_norm2 >= uncompressed.variance:
         return ""
     return f"; the mean of {draws} draws is more noise than gradient here: with more search_draws the choice may differ"
+
+
+def describe_tie(errors: Mapping[Strategy, GradientError], criterion: str) -> str:
+    """Say so where the errors do not tell strategies apart, and what is chosen then; nothing at any other stage."""
+    if criterion == "gain":
+        return (
+            ""
+            if has_certain_gain(errors)
+            else "; no gain is certain here, and so the most expensive one counts as best"
+        )
+    tied = len(list_tied(errors))
+    return (
+        ""
+        if tied == 1
+        else f"; {tied} of {len(errors)} cannot be told apart here, and the cheapest of them counts as best"
+    )

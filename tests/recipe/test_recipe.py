@@ -100,7 +100,8 @@ def test_every_recipe_reads_and_comes_back_from_its_resolved_form(path, tmp_path
         ("objective.temperature=3", ["objective.temperature=3", "'moco'", "no mapping"]),
         ("batch_size=1", ["batch_size=1", "moco", "at least 2"]),
         ("model_config.num_hidden_layers=0", ["num_hidden_layers", "at least 1"]),
-        ("schedule=recipes/simclr.yaml", ["schedule='recipes/simclr.yaml'", "stages=None"]),
+        ("schedule=[{until: .nan}, {until: 1.0}]", ["must increase from above 0", "nan"]),
+        ("schedule=recipes/simclr.yaml", ["schedule='recipes/simclr.yaml'", "'output_dir' is no key", "leave it out"]),
     ],
 )
 def test_a_bad_value_is_an_error_that_names_it_and_the_fix(override, words):

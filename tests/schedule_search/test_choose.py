@@ -123,8 +123,23 @@ def test_a_schedule_file_is_read_at_another_base_patch(tmp_path):
         Schedule.parse(str(path), 7)
 
 
-@pytest.mark.parametrize("text", ["patch_size: 4", "stage: []", "{patch_size: '4', stages: [{until: 1.0}]}", "{}"])
+@pytest.mark.parametrize(
+    "text", ["patch_size: 4", "{patch_size: 4, stages: 3}", "{patch_size: '4', stages: [{until: 1.0}]}", "{}"]
+)
 def test_a_schedule_file_without_stages_is_refused(text, tmp_path):
     (tmp_path / "schedule.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"a file holds a list of stages, or `stages`.*got stages="):
+        Schedule.parse(str(tmp_path / "schedule.yaml"), 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("schedule: [{until: 1.0}]", "'schedule' is no key .* patch_size and stages; give the list alone"),
+        ("patch_sise: 4\nstages: [{until: 1.0}]", "'patch_sise' is no key .* patch_size and stages; leave it out"),
+    ],
+)
+def test_an_unknown_key_of_a_schedule_file_is_refused(text, message, tmp_path):
+    (tmp_path / "schedule.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
         Schedule.parse(str(tmp_path / "schedule.yaml"), 4)

@@ -1,6 +1,7 @@
 """`task=search` as a whole, on a pilot of eight steps: what it writes, that a killed one continues, how it refuses."""
 
 import shutil
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,34 @@ def test_a_stage_of_more_noise_than_gradient_is_named(draws, doubtful):
     assert (f"{draws} draws is more noise" in search.describe_doubt(error, draws)) == doubtful
 
 
+def test_a_stage_at_which_errors_tell_nothing_apart_is_named():
+    few, many = Strategy(Compression(8)), Strategy(Compression(4))
+    error = partial(GradientError, 0.0, 1.0, 1.0, reference_norm2=1.0, bias2_interval=(0.0, 0.0))
+    sure = {
+        few: error(ca_mse=1.0, ca_mse_interval=(0.9, 1.1), gain=2.0, gain_interval=(1.0, 3.0)),
+        many: error(ca_mse=2.0, ca_mse_interval=(1.0, 3.0), gain=1.0, gain_interval=(-1.0, 3.0)),
+    }
+    assert search.describe_tie(sure, "ca_mse") == search.describe_tie(sure, "gain") == ""
+    unsure = {
+        few: error(ca_mse=1.0, ca_mse_interval=(0.0, 2.0), gain=2.0, gain_interval=(-1.0, 5.0)),
+        many: sure[many],
+    }
+    assert "2 of 2 cannot be told apart here, and the cheapest" in search.describe_tie(unsure, "ca_mse")
+    assert "no gain is certain here, and so the most expensive" in search.describe_tie(unsure, "gain")
+
+
+def test_the_price_of_a_checkpoint_is_said_before_it(pilot, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(search, "estimate_errors", lambda *_: (_ for _ in ()).throw(RecipeError("enough")))
+    refused(folder, tmp_path / "run", f"pilot={pilot}")
+    config = load_recipe(pilot / "recipe.yaml").encoder_config()
+    images = DRAWS * 16
+    units = 4 * images + sum(  # one uncompressed gradient beside those of the grid
+        images * (3 * forward_cost(config, strategy.online) + forward_cost(config, strategy.target_branch))
+        for strategy in GRID
+    )
+    assert f"measuring {len(GRID)} strategies with {DRAWS} draws for {units:,.0f} units" in capsys.readouterr().out
+
+
 def test_a_table_that_cannot_be_read_is_named(found, pilot, folder, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
@@ -230,8 +259,10 @@ def test_a_table_that_cannot_be_read_is_named(found, pilot, folder, tmp_path):
 
 def test_settings_that_differ_from_the_pilots_are_named(found, pilot, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(search, "measure_errors", lambda *_: (_ for _ in ()).throw(RecipeError("enough")))
-    refused(folder, tmp_path / "run", f"pilot={pilot}", "objective_config.temperature=0.5", "augmentation=digits")
+    other = ("objective_config.temperature=0.5", "augmentation=digits", "batch_size=8")
+    refused(folder, tmp_path / "run", f"pilot={pilot}", *other)
     said = capsys.readouterr().out
+    assert "trained with batch_size=16, and is searched with 8" in said
     assert "trained with augmentation='moco', and is searched with 'digits'" in said
     assert "trained with objective_config={" in said and "'temperature': 0.5" in said
     assert "trained with data" not in said and "seed" not in said and "has not finished" not in said
@@ -302,6 +333,7 @@ def test_a_search_that_cannot_be_done_says_why_in_a_line(pilot, folder, tmp_path
     assert "encoder.layers.2." in deeper and "missing there" in deeper
     assert "missing here" in refused(folder, tmp_path / "other", at, "model_config.num_hidden_layers=1")
     assert "patch_size 5" in refused(folder, tmp_path / "grid", at, "search_patch_size=[5]")
+    assert not list(tmp_path.glob("*/recipe.yaml"))  # which would refuse the corrected command
     used = (pilot / "recipe.yaml").read_text()
     assert f"output_dir='{pilot}': it holds the recipe.yaml of task=pretrain" in refused(folder, pilot, at)
     assert (pilot / "recipe.yaml").read_text() == used

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speedup_report import NAMES, format_speedups, peer_label
+from benchmarks.speedup_report import NAMES, format_speedups, join_words, peer_label
 from hf_accel.utils.writing import write_text
 
 ROOT = Path(__file__).parents[1]
@@ -54,8 +54,7 @@ def summarize(report: Mapping[str, Any]) -> str:
         if means:
             numbers = (means.get(budget, "") for budget in budgets)
             lines.append(f"| {NAMES[objective]}, {label} | " + " | ".join(numbers) + " |")
-    lines.append("")
-    return "\n".join([*lines, *(_sentence(entry) for entry in entries if entry["baseline"] and entry["accelerated"])])
+    return "\n".join([*lines, "", *(_sentence(entry) for entry in entries if entry["seeds"])])
 
 
 def _means(entry: Mapping[str, Any]) -> dict[str, dict[float, str]]:
@@ -77,6 +76,6 @@ def _sentence(entry: Mapping[str, Any]) -> str:
     seeds = entry["seeds"]
     cells = "".join(cell for means in _means(entry).values() for cell in means.values())
     but = ", where no other number of runs is given" if " run" in cells else ""
-    of = f"seed {seeds[0]}" if len(seeds) == 1 else f"means over seeds {', '.join(map(str, seeds))}{but}"
+    of = f"seed {seeds[0]}" if len(seeds) == 1 else f"means over seeds {join_words([*map(str, seeds)])}{but}"
     raw = "" if entry["raw_pixels_knn"] is None else f" Raw pixels reach {entry['raw_pixels_knn']:.1f}%."
     return f"- {NAMES[entry['objective']]}: {of}. {format_speedups(entry)}{raw}"

@@ -203,7 +203,7 @@ def format_report(report: Mapping[str, Any]) -> str:
 
 def peer_label(row: Mapping[str, Any]) -> str:
     """Name a row of `peers` and what the peer was built from, without the reason where lightly was not there."""
-    return f"{row['name']}, a peer's code ({row['peer'].partition(',')[0]})"
+    return f"{row['name']}, by another library ({row['peer'].partition(',')[0]})"
 
 
 def format_speedups(entry: Mapping[str, Any]) -> str:
@@ -212,13 +212,17 @@ def format_speedups(entry: Mapping[str, Any]) -> str:
         return "No speedup yet: it takes a finished baseline of the whole budget and a finished accelerated run."
     units, time = (_speedup_text(entry[f"speedup_{amount}"]) for amount in ("units", "seconds"))
     paired = set(entry["baseline"]["seed"]) & {seed for row in entry["accelerated"] for seed in row["seed"]}
-    of = (
-        f" (by the seeds that both have, {', '.join(map(str, sorted(paired)))})" if set(entry["seeds"]) - paired else ""
-    )
+    shared = join_words([str(seed) for seed in sorted(paired)])
+    of = f" (by seed{'s' * (len(paired) > 1)} {shared}, which both have)" if set(entry["seeds"]) - paired else ""
     smallest = min(row["budget"] for row in entry["accelerated"])
     # Runs of the smallest budget are as accurate already, and a still smaller one might be.
     least = "at least " * (entry["speedup_units"]["value"] == entry["baseline"]["budget"] / smallest)
     return f"Speedup at equal kNN accuracy{of}: {least}{units} in units, {time} in seconds."
+
+
+def join_words(words: Sequence[str]) -> str:
+    """Join words as in a sentence: a, b and c."""
+    return " and ".join([*([", ".join(words[:-1])] if words[1:] else []), *words[-1:]])
 
 
 def _references(label: str, values: Sequence[float | None] | None) -> list[str]:

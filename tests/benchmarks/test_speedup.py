@@ -83,7 +83,7 @@ def test_a_report_holds_what_it_prints(tmp_path):
         ("uncompressed", parts[seed], [41.0], [seed]) for seed in (0, 1)
     ]
     for peer in ("lightly 1.6.0", "plain transcription"):
-        assert f"| uncompressed, a peer's code ({peer}) | 200 | 10 | 25 | 41.0 | 41.0 | 46.0 |" in text
+        assert f"| uncompressed, by another library ({peer}) | 200 | 10 | 25 | 41.0 | 41.0 | 46.0 |" in text
     assert len(report["curves"]) == 8 and report["curves"][0]["seconds"][-1] > 0
     assert f"Speedup at equal kNN accuracy: {found['speedup_units']['value']:.2f}x" in text
     assert "| short sequences first | 200 | 10 | 24 | 52.0 54.0 | 53.0 | 57.0 59.0 |" in text

@@ -80,8 +80,9 @@ def image_source(dataset: Any, name: str, like: ImageSource | None = None, num_c
         table, source = None, _from_table(dataset, name, names)
     else:
         table: Any = _Items(dataset, name, num_channels)
-        labels, names, origin = _read_item_labels(table, names)
+        labels, names, origin, why = _read_item_labels(table, names)
         source = ImageSource(name, table, None, labels, names, labels_from=origin)
+        source.unlabelled = why
     source.channels = num_channels
     source.made_of = _describe(dataset)
     source.look_at_pixels()
@@ -138,7 +139,10 @@ def _from_table(table: "Dataset", name: str, class_names: list[str] | None) -> I
         labels, class_names = read_labels(table, label_column, class_names, name, in_python=True)
     origin = name_origin(table, label_column) if labels is not None else None
     images = select_undecoded(table, image_column)
-    return ImageSource(name, images, None, labels, class_names if labels is not None else None, labels_from=origin)
+    source = ImageSource(name, images, None, labels, class_names if labels is not None else None, labels_from=origin)
+    if len(table.column_names) > 1 and not label_column:
+        source.unlabelled = f"no ClassLabel among its columns {', '.join(table.column_names)}"
+    return source
 
 
 class _Item(NamedTuple):
@@ -284,8 +288,8 @@ def _as_image(item: Any, row: int, channels: int) -> AnyImage:
 
 def _read_item_labels(
     items: _Items, class_names: list[str] | None
-) -> tuple[Tensor | None, list[str] | None, str | None]:
-    """Labels, class names and where the labels come from; all None where the items have no labels."""
+) -> tuple[Tensor | None, list[str] | None, str | None, str | None]:
+    """Labels, class names and where the labels come from; all None without labels, and then why there are none."""
     from datasets import ClassLabel, Dataset, Features
 
     dataset, name = items.dataset, items.name
@@ -299,12 +303,14 @@ def _read_item_labels(
         values, origin = _read_all_labels(items, sample), "the dataset's items"
     values = [_as_label(value) for value in values]
     if all(value is None for value in values) or any(isinstance(value, float) for value in values):
+        why = next((f"{value:g} is neither an integer nor text" for value in values if type(value) is float), None)
         if (keys := items.item(0).other_keys) and not labelled:
+            why = f"it has none of the keys {', '.join(LABEL_KEYS)}"
             logger.warning(
                 "%s: no labels, as only the keys %s are looked at; to use one of these, rename it: %s",
                 *(name, ", ".join(LABEL_KEYS), ", ".join(keys)),
             )
-        return None, None, None
+        return None, None, None, why
     kinds = {type(value).__name__ for value in values if value is not None}
     if len(kinds) > 1:
         got = " and ".join(sorted(kinds))
@@ -315,7 +321,7 @@ def _read_item_labels(
     else:
         table = Dataset.from_dict({"label": values})
     labels, names = read_labels(table, "label", class_names, name, in_python=True)
-    return (labels, names, origin) if labels is not None else (None, None, None)
+    return (labels, names, origin, None) if labels is not None else (None, None, None, None)
 
 
 def _read_all_labels(items: _Items, sample: Sequence[int]) -> list[Any]:

@@ -77,6 +77,8 @@ class ImageSource:
     """
 
     made_of: str | None = None
+    unlabelled: str | None = None
+    """Why the images of a program's dataset have no labels, if it has something that may be meant as one."""
     shards: Shards | None = None
     """The shards that the images lie in, if they are read where they lie and trained on in an order by shards."""
 

@@ -99,7 +99,7 @@ def say(text: str) -> None:
 @contextmanager
 def warning_once() -> Iterator[None]:
     """Within it, only the first process shows warnings of this package. It is for work that every process does."""
-    logger = logging.getLogger(__package__.partition(".")[0])
+    logger = logging.getLogger("hf_accel")
     level = logger.level
     try:
         if not _is_first():

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from hf_accel.data import image_source
+from hf_accel.data import describe_labels, image_source
+from hf_accel.data.labels import LABEL_KEYS
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 10, 3), dtype=np.uint8)
 LABELS = [0, 1, 2, 0, 1, 2]
@@ -136,6 +137,32 @@ def test_labels_under_another_key_are_pointed_out(caplog):
     caplog.clear()
     image_source(Items(lambda i: {"image": pil(i), "label": LABELS[i], "fine": 1}), "mine")
     assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (pil, ""),
+        (lambda i: (pil(i), i / 4), " (train: 0.25 is neither an integer nor text)"),
+        (lambda i: {"image": pil(i), "fine": 1}, f" (train: it has none of the keys {', '.join(LABEL_KEYS)})"),
+    ],
+    ids=["bare", "floats", "other key"],
+)
+def test_the_line_of_labels_says_why_there_are_none(make, expected):
+    train = image_source(Items(make), "train")
+    labelled = image_source(Items(lambda i: (pil(i), LABELS[i])), "test", train)
+    assert describe_labels(train, None) == f"Labels: none{expected}"
+    both = expected.replace("(train", "(test has labels, train has none") or " (test has labels, train has none)"
+    assert describe_labels(train, labelled) == f"Labels: none{both}"
+    why = expected.replace("train: ", "")
+    assert describe_labels(labelled, train).endswith(f"; 0 of 6 images of train have one{why}")
+
+
+def test_the_line_of_labels_names_columns_that_are_no_classes():
+    features = datasets.Features(image=datasets.Image(), labels=datasets.Value("int64"))
+    table = datasets.Dataset.from_dict({"image": [pil(i) for i in range(6)], "labels": [0, 1] * 3}, features=features)
+    line = describe_labels(image_source(table, "train"), None)
+    assert line == "Labels: none (train: no ClassLabel among its columns image, labels)"
 
 
 class Counted(Items):

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .distributed import broadcast_object, is_main, say
-from .utils.errors import SettingError, fail
+from .utils.errors import SettingError, fail, format_value
 from .utils.pretrain_settings import Rule
 from .utils.writing import write_json
 
@@ -161,15 +161,17 @@ class RunFolder:
             if rules[key] == "free" or key not in started or started[key] == value:
                 continue
             if rules[key] == "correction" and checkpoint and not complete:
-                notes.append(f"Continuing with {key}={value!r} (until here {started[key]!r})")
+                notes.append(f"Continuing with {key}={format_value(value)} (until here {format_value(started[key])})")
                 continue
-            begun = checkpoint or complete or task not in (None, "pretrain")  # Other tasks save no checkpoints.
-            raise SettingError(
-                f"{key}={value!r}: {self} holds a run with {key}={started[key]!r}"
-                + ("" if begun else ", of which no checkpoint was saved")
-                + "; choose another output_dir, "
-                + ("or restore the key to continue that run" if begun else "or remove this one")
-            )
+            begun = checkpoint or task not in (None, "pretrain")  # Other tasks save no checkpoints.
+            remedy = "choose another output_dir, or restore the key to continue that run"
+            if complete:
+                further = f"; to train it further, give continue_from={self} and another output_dir" * (key == "budget")
+                remedy = f"which is complete; choose another output_dir for a new run{further}"
+            elif not begun:
+                remedy = "of which no checkpoint was saved; choose another output_dir, or remove this one"
+            comma = "," if complete or not begun else ";"
+            fail(key, value, f"{self} holds a run with {key}={format_value(started[key])}{comma} {remedy}")
         return notes
 
     @contextmanager

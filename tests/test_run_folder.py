@@ -108,6 +108,13 @@ def test_a_broken_file_of_a_run_is_named_with_a_remedy(text: str, tmp_path: Path
     assert "run_state.json" in str(find_damage(tmp_path / "checkpoint-1"))
 
 
+def further_is_named(run: RunFolder, now: dict[str, Any], rules: Any) -> bool:
+    with pytest.raises(SettingError) as refused:
+        run.compare_settings(now, rules)
+    assert "budget=65: " in str(refused.value)
+    return f"give continue_from={run} and another output_dir" in str(refused.value)
+
+
 @pytest.mark.parametrize("state", ["begun", "saved", "complete"])
 def test_settings_that_may_change_and_when(state: str, tmp_path: Path):
     run = RunFolder(tmp_path)
@@ -120,9 +127,10 @@ def test_settings_that_may_change_and_when(state: str, tmp_path: Path):
     if state == "complete":
         write_json(run.results, {"units": 1.0})
     assert run.compare_settings(now | {"num_workers": 0}, rules) == []
-    remedy = "remove this one" if state == "begun" else "restore the key"
+    remedy = {"begun": "remove this one", "saved": "restore the key", "complete": "another output_dir for a new"}[state]
     with pytest.raises(SettingError, match=rf"^budget=65: .* holds a run with budget=64.*{remedy}"):
         run.compare_settings(now | {"budget": 65}, rules)
+    assert further_is_named(run, now | {"budget": 65.0}, rules) == (state == "complete")
     slower = now | {"learning_rate": 0.01}
     if state == "saved":
         assert run.compare_settings(slower, rules) == ["Continuing with learning_rate=0.01 (until here 0.1)"]

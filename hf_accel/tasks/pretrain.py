@@ -1,5 +1,6 @@
 """`task=pretrain`: train until the budget is spent, and resume where a run was interrupted."""
 
+import os
 import sys
 
 from transformers import set_seed
@@ -9,6 +10,7 @@ from ..distributed.launch import check_launch
 from ..distributed.signals import STOPPED
 from ..recipe import Recipe
 from ..run_folder import RunFolder
+from ..training.finish import restore_final
 from ..training.trainer import PretrainTrainer
 from ..utils.pretrain_settings import Rule
 from .card import publication_of
@@ -22,6 +24,8 @@ def pretrain(recipe: Recipe) -> None:
     folder = RunFolder(recipe.output_dir)
     if folder.is_complete():
         say(f"This run is complete: {folder.results}. Choose another output_dir for a new one.")
+        if int(os.environ.get("RANK", 0)) == 0:  # The processes are not connected yet.
+            restore_final(folder, publication_of(recipe))
         if recipe.push_to_hub:
             publication_of(recipe).publish()
         return

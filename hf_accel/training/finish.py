@@ -1,12 +1,18 @@
 """The end of a run: the encoder with its card in `final/`, figures, and `results.json`, which marks it as complete."""
 
 import shlex
-from typing import Any
+from typing import Any, cast
 
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+
+from ..checkpoints import load_processor
 from ..distributed import is_main, say
 from ..evaluation import raw_pixel_features, weights_digest
+from ..hub import Publication
+from ..models import AccelViTModel
 from ..report import environment, plot_curves
-from ..run_folder import RunFolder
+from ..run_folder import RunFolder, find_damage
+from ..utils.errors import fail
 from ..utils.writing import AGAIN, write_json, writing
 from .accuracy import measure_knn
 
@@ -38,6 +44,26 @@ def finish_run(trainer: Any) -> None:
     say(describe_result(trainer, results))
     for line in describe_pictures(folder, by_recipe=trainer.given_record is not None):
         say(line)
+
+
+def restore_final(folder: RunFolder, publication: Publication) -> None:
+    """Write `final/` of a complete run again, from its last checkpoint, where it is missing. One process must call it.
+
+    Raises:
+        SettingError: that checkpoint is missing, too.
+    """
+    if (folder.final / CONFIG_NAME).is_file() and (folder.final / SAFE_WEIGHTS_NAME).is_file():
+        return
+    results = folder.read_results()
+    checkpoint = folder.checkpoint(results["steps"])
+    if wrong := find_damage(checkpoint):
+        lost = f"its run is complete, but its encoder {folder.final} is missing, and so is what it was written from"
+        fail("output_dir", str(folder), f"{lost}: {checkpoint}: {wrong}; restore one of them, or choose another folder")
+    with writing(folder.path, AGAIN):
+        cast(Any, AccelViTModel.from_pretrained(checkpoint)).save_pretrained(folder.final)
+        cast(Any, load_processor(str(checkpoint))).save_pretrained(folder.final)
+        publication.complete_final(results)
+    say(f"{folder.final} was missing, and is written again from {checkpoint}")
 
 
 def describe_result(trainer: Any, results: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from ..distributed.launch import engine_of
 from ..run_folder import RunFolder, find_damage, read_state
 from ..utils.errors import SettingError, fail
 from .config import Derived
+from .finish import restore_final
 from .record import are_other_images
 
 
@@ -125,6 +126,9 @@ def load_complete(trainer: Any) -> TrainOutput:
     """
     folder, objective = trainer.folder, trainer.objective
     say(f"This run is complete: {folder.results}. Choose another output_dir for a new one.")
+    if is_main():
+        restore_final(folder, trainer.publication())
+    barrier()  # The others may need its encoder.
     steps = folder.read_results()["steps"]
     weights = folder.checkpoint(steps) / SAFE_WEIGHTS_NAME
     if weights.is_file():

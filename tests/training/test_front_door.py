@@ -345,8 +345,9 @@ def test_auto_returns_a_complete_run_with_its_weights(tmp_path, capsys):
         assert trainer.train(resume_from_checkpoint="auto").global_step == 6
         return trainer
 
+    shutil.rmtree(first.folder.final)
     second = again()
-    assert "This run is complete: " in capsys.readouterr().out
+    assert "This run is complete: " in capsys.readouterr().out and (first.folder.final / WEIGHTS).exists()
     for name, value in first.objective.state_dict().items():
         assert torch.equal(second.objective.state_dict()[name], value), name
     assert second.train(resume_from_checkpoint="auto").training_loss == pytest.approx(wanted.training_loss)

@@ -60,13 +60,19 @@ def _key_tables() -> Iterator[str]:
 def _setting_tables() -> Iterator[str]:
     of_evaluations = False
     yield "\n## Settings of objectives"
-    for name, declared in configured_classes().items():
+    for name, read in configured_classes().items():
         if not of_evaluations and not name.startswith("objective_config"):
             of_evaluations = True
             yield "\n## Settings of evaluations"
         yield f"\n### `{name.partition(' of ')[0]}`{' of ' * (' of ' in name)}{name.partition(' of ')[2]}\n"
         yield "| setting | default | meaning |\n|---|---|---|"
-        for names, text in _described(declared):
+        declared = read()
+        described = list(_described(declared))
+        listed = [name for names, _ in described for name in names]
+        if sorted(listed) != sorted(declared.settings):
+            wrong = ", ".join(sorted({*listed} ^ {*declared.settings})) or "a setting twice"
+            raise SystemExit(f"{declared.place}: Args of the docstring and the settings differ in {wrong}")
+        for names, text in described:
             defaults = ", ".join(_show(declared.settings[name].default) for name in names)
             yield _row(", ".join(f"`{name}`" for name in names), defaults, text)
 

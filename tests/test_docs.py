@@ -101,7 +101,7 @@ def test_key_tables_agree_with_the_code():
 def test_every_recipe_key_and_setting_is_in_the_tables():
     page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
     described = set(re.findall(r"`(\w+)`", "\n".join(line for line in page.splitlines() if line.startswith("| `"))))
-    settings = {setting for declared in configured_classes().values() for setting in declared.settings}
+    settings = {setting for read in configured_classes().values() for setting in read().settings}
     assert {key for kind in RECIPES.values() for key in kind.types()} | settings <= described
 
 

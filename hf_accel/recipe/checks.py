@@ -4,7 +4,10 @@ What needs torch, which takes seconds to import, is checked last. Each check rai
 """
 
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, fields
+from functools import partial
 from typing import Any
 
 import yaml
@@ -14,7 +17,7 @@ from ..utils.errors import SettingError as RecipeError
 from ..utils.errors import fail
 from ..utils.pretrain_settings import PretrainSettings, scale_learning_rate
 from .declarations import Declaration, Setting, inspect_class, read_class, read_classes, read_table
-from .values import check_settings, did_you_mean
+from .values import check_settings, did_you_mean, join_names
 
 AUGMENTATIONS = read_table("data/augment.py", "AUGMENTATIONS")
 PRESETS = read_table("models/configuration_accel_vit.py", "PRESETS")
@@ -30,45 +33,70 @@ OWN_KEYS = ("image_size", "patch_size", "num_channels")
 """Fields of the encoder's configuration that are keys of a recipe themselves."""
 
 
-def objectives() -> dict[str, Declaration]:
-    """Every objective by name: those of the package, and those that a program has added to its `OBJECTIVES`."""
-    registered = getattr(sys.modules.get("hf_accel.objectives"), "OBJECTIVES", {})
-    added = {name: inspect_class(kind) for name, kind in registered.items() if name not in OBJECTIVES}
-    return {name: read_class(*declared) for name, declared in OBJECTIVES.items()} | added
+def objective_names() -> list[str]:
+    """Every objective: those of the package, and those that a program has added to its `OBJECTIVES`."""
+    return list(dict.fromkeys([*OBJECTIVES, *_registered()]))
+
+
+def _registered() -> dict[str, type]:
+    return getattr(sys.modules.get("hf_accel.objectives"), "OBJECTIVES", {})
+
+
+def read_objective(name: str) -> Declaration:
+    """Read what an objective declares.
+
+    Raises:
+        RecipeError: its source cannot be read, or its class has no `__init__`.
+    """
+    if name not in OBJECTIVES:
+        return inspect_class(_registered()[name])
+    declared = read_class(*OBJECTIVES[name])
+    if not declared.has_init:
+        problem = (
+            "neither the class nor a base class in this package has an `__init__`, whose arguments are the settings"
+        )
+        raise RecipeError(f"{declared.place}: {problem}; write one")
+    return declared
 
 
 def objective_settings(name: str) -> dict[str, Setting]:
     """The keys of `objective_config`: the keyword arguments of the objective, with type and default."""
-    return objectives()[name].settings
-
-
-def objective_attribute(objective: str, name: str) -> Any:
-    """A class attribute of an objective, or its default."""
-    base, own = read_class("objectives/base.py", "ObjectiveForPreTraining"), objectives()[objective]
-    return (base.attributes | own.attributes)[name]
+    return read_objective(name).settings
 
 
 def least_batch(objective: str) -> int:
-    """Images that a micro-batch must have; 2 or more where its images are contrasted with each other."""
-    return objective_attribute(objective, "least_batch")
+    """Images that a micro-batch must have; 2 or more where the loss of an image depends on the others."""
+    return read_objective(objective).attribute("least_batch", int, 1)
+
+
+def base_learning_rate(objective: str) -> float | None:
+    """The objective's learning rate for 256 images, if it has one."""
+    return read_objective(objective).attribute("base_learning_rate", int | float | None, None)
 
 
 def auto_learning_rate(recipe: Any) -> float:
     """The number that learning_rate=auto stands for in a recipe. Raises RecipeError if its objective has none."""
-    base = objective_attribute(recipe.objective, "base_learning_rate")
+    base = base_learning_rate(recipe.objective)
     continues = bool(recipe.init_from or recipe.model_config.get("init_from"))  # or `continue_from` a run that did
     return scale_learning_rate(recipe.objective, base, recipe.batch_size, continues)
 
 
-def contrastive_objectives() -> list[str]:
-    """Those that contrast the images of a micro-batch with each other."""
-    return [name for name in OBJECTIVES if least_batch(name) > 1]
+def objectives_of_batches() -> str:
+    """Name those in whose loss an image depends on the others of its micro-batch, by contrast or by BatchNorm.
+
+    It is a part of a help text, so an objective that cannot be read is left out here. Who chooses it gets the error.
+    """
+    names = []
+    for name in OBJECTIVES:
+        with suppress(RecipeError):
+            names += [name] * (least_batch(name) > 1)
+    return join_names(names)
 
 
-def configured_classes() -> dict[str, Declaration]:
-    """What the mappings of a recipe configure, by a name for --help."""
-    evaluations = {name: read_class(*declared) for name, declared in EVALUATION_CONFIGS.items()}
-    return {f"objective_config of {name}": declared for name, declared in objectives().items()} | evaluations
+def configured_classes() -> dict[str, Callable[[], Declaration]]:
+    """What reads the classes that the mappings of a recipe configure, by a name for --help."""
+    evaluations = {name: partial(read_class, *declared) for name, declared in EVALUATION_CONFIGS.items()}
+    return {f"objective_config of {name}": partial(read_objective, name) for name in objective_names()} | evaluations
 
 
 ABOVE_0 = (
@@ -115,7 +143,7 @@ def _check_presence(recipe: Any) -> None:
 
 
 def _check_choices(recipe: Any) -> None:
-    tables = {"model": PRESETS, "objective": objectives(), "augmentation": AUGMENTATIONS}
+    tables = {"model": PRESETS, "objective": objective_names(), "augmentation": AUGMENTATIONS}
     for key, table in tables.items():
         optional = (None,) if key == "model" else ()
         if recipe.reads(key) and getattr(recipe, key) not in (*table, *optional):
@@ -197,6 +225,8 @@ def _check_schedule(recipe: Any) -> None:
 def _check_classes(recipe: Any) -> None:
     """What the configured classes check themselves; they need torch."""
     if recipe.reads("model"):
+        from .. import objectives  # noqa: F401  # Outside of the try: a fault in a file there is no value of the recipe.
+
         try:
             recipe.encoder_config()
         except Exception as error:  # the config's own checks raise several types; all are about the recipe's values

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal
 
 from ..utils.pretrain_settings import Rule, correction, fixed, free
-from .checks import OBJECTIVES, PRESETS, contrastive_objectives
+from .checks import OBJECTIVES, PRESETS, objectives_of_batches
 
 
 def take(group: type, *names: str, resume: Rule | None = None) -> Any:
@@ -111,7 +111,8 @@ class ObjectiveKeys:
 class StepKeys:
     gradient_accumulation_steps: int = fixed(
         1,
-        f"micro-batches of a step; {' and '.join(contrastive_objectives())} contrast the images of a micro-batch only",
+        f"micro-batches of a step; in {objectives_of_batches()} the loss of an image depends on the other images of "
+        "its micro-batch only",
         "optimisation",
     )
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = correction(

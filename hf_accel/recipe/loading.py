@@ -126,10 +126,15 @@ def describe_keys(task: str = DEFAULT_TASK) -> str:
         for key in keys:
             lines.append(f"  {key.name} ({type_name(kind.types()[key.name])}; default {default_of(kind, key.name)!r})")
             lines.append(f"      {key.metadata['help']}")
-    for name, declared in configured_classes().items():
+    for name, read in configured_classes().items():
         if not kind.reads(name.partition(" ")[0]):
             continue
         lines.append(f"\n{name}:")
+        try:
+            declared = read()
+        except RecipeError as error:  # What is wrong with one class is no reason to say nothing of the others.
+            lines.append(f"  {error}")
+            continue
         for setting, (annotation, default) in declared.settings.items():
             lines.append(f"  {setting} ({type_name(annotation)}; default {default!r})")
         about = declared.description.partition("Args:\n")[2].partition("\n\n")[0].splitlines()

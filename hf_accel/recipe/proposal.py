@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ..utils.pretrain_settings import scale_learning_rate
-from .checks import objective_attribute
+from .checks import base_learning_rate
 
 RELEASED = "facebook/dinov2-small"
 RELEASED_PATCH = 14
@@ -172,7 +172,7 @@ def settle_rate(proposal: Proposal) -> None:
     """Choose the learning rate for the batch."""
     values, why = proposal.values, proposal.why
     name, batch = values["objective"], values["batch_size"]
-    base, continues = objective_attribute(name, "base_learning_rate"), "init_from" in values
+    base, continues = base_learning_rate(name), "init_from" in values
     rate = scale_learning_rate(name, base, batch, continues)
     if "model_config" in values:
         values["learning_rate"] = SMALL_RATE

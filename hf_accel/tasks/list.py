@@ -3,7 +3,7 @@
 import argparse
 
 from ..recipe import RECIPES
-from ..recipe.checks import PRESETS, objectives
+from ..recipe.checks import PRESETS, objective_names
 from ..utils.shipped import list_recipes
 from . import COMMANDS, PREVIEWS
 
@@ -13,7 +13,7 @@ def print_list(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     print(format_table("tasks", summarize_tasks()))
     print("\n" + format_table("recipes", list_recipes()))
     print(f"\npresets (key model):\n  {', '.join(PRESETS)}")
-    print(f"\nobjectives (key objective):\n  {', '.join(objectives())}")
+    print(f"\nobjectives (key objective):\n  {', '.join(objective_names())}")
 
 
 def summarize_tasks() -> dict[str, str]:

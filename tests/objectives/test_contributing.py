@@ -14,8 +14,9 @@ from tests.commands import ROOT
 SOURCE = ROOT / "tests/objectives/fourth_objective.py"
 
 
-@pytest.mark.slow
-def test_the_steps_of_contributing_register_an_objective(tmp_path: Path):
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the package in which the two lines of CONTRIBUTING register byol.py, the fourth objective."""
     for name in ("hf_accel", "docs", "recipes"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     objectives = tmp_path / "hf_accel/objectives"
@@ -33,10 +34,37 @@ def test_the_steps_of_contributing_register_an_objective(tmp_path: Path):
         .replace('"dino":', f'{entry}\n    "dino":')
     )
     registry.write_text(found)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    assert "Run `python docs/key_tables.py`" in steps
+    return tmp_path
+
+
+def run(copy: Path, *command: str) -> tuple[int, str, str]:
+    environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=copy, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_the_steps_of_contributing_register_an_objective(copy: Path):
+    assert "Run `python docs/key_tables.py`" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for command in (["docs/key_tables.py"], ["-m", "hf_accel", "list"], ["-m", "hf_accel", "pretrain", "--help"]):
-        done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert command[0] != "-m" or "byol" in done.stdout
-    assert "`objective_config` of byol" in (tmp_path / "docs/recipes.md").read_text(encoding="utf-8")
+        code, out, err = run(copy, *command)
+        assert code == 0, err
+        assert command[0] != "-m" or "byol" in out
+    page = (copy / "docs/recipes.md").read_text(encoding="utf-8")
+    assert "`objective_config` of byol" in page and "in moco, simclr and byol the loss of an image depends" in page
+
+
+@pytest.mark.slow
+def test_a_fault_in_a_new_file_is_laid_at_its_door(copy: Path):
+    file = copy / "hf_accel/objectives/byol.py"
+    text = file.read_text()
+    file.write_text(text.replace("predictor_hidden_size: int", "predictor_hidden_size: Tensor"))
+    assert run(copy, "-m", "hf_accel", "list")[0] == 0
+    code, out, _ = run(copy, "-m", "hf_accel", "pretrain", "--help")
+    fault = "hf_accel/objectives/byol.py, BYOLForPreTraining.__init__, predictor_hidden_size: the annotation Tensor"
+    assert code == 0 and fault in out and "objective_config of simclr" in out
+    code, _, err = run(copy, "-m", "hf_accel", "pretrain", "moco", "objective=byol", "objective_config={}")
+    assert code == 1 and err.count("\n") == 1 and fault in err
+    file.write_text(text.replace("import mlp", "import mlpp"))
+    code, _, err = run(copy, "-m", "hf_accel", "pretrain", "moco", "objective=byol", "objective_config={}")
+    assert code == 1 and "ImportError: cannot import name 'mlpp'" in err and "model_config" not in err

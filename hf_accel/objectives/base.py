@@ -84,7 +84,7 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
     base_learning_rate: ClassVar[float | None] = None
     """Published learning rate for 256 images, which `learning_rate=auto` scales with the batch; None: there is none."""
     least_batch: ClassVar[int] = 1
-    """Images that a micro-batch of all processes must have; 2 where they are contrasted with each other."""
+    """Images that a micro-batch of all processes must have; 2 where the loss of an image depends on the others."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -41,8 +41,9 @@ def advise(args: PretrainConfig, model: ObjectiveForPreTraining) -> str:
     ways: list[str] = []
     if smaller:
         half = args.batch_size // smaller[0]
-        contrast = f"; {model.name} then contrasts these {half} images only" if model.least_batch > 1 else ""
-        ways.append(f"gradient_accumulation_steps={smaller[0]}, for micro-batches of {half} images{contrast}")
+        fewer = f"; in {model.name} the loss of an image then depends on these {half} only"
+        fewer = fewer if model.least_batch > 1 else ""
+        ways.append(f"gradient_accumulation_steps={smaller[0]}, for micro-batches of {half} images{fewer}")
     if not args.activation_checkpointing:
         ways.append("gradient_checkpointing=true, which computes activations again instead of keeping them")
     ways = ways or ["a smaller model, smaller images or more compression"]

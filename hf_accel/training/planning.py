@@ -183,9 +183,9 @@ def find_oddities(args: PretrainConfig, model: ObjectiveForPreTraining, plan: Pl
     found, micro_batches = [], args.gradient_accumulation_steps
     if micro_batches > 1 and model.least_batch > 1:
         found.append(
-            f"gradient_accumulation_steps={micro_batches}: {model.name} contrasts the "
-            f"{args.batch_size // micro_batches} images of each micro-batch with each other, not the "
-            f"{args.batch_size} of the whole batch"
+            f"gradient_accumulation_steps={micro_batches}: in {model.name} the loss of an image depends on the "
+            f"{args.batch_size // micro_batches} images of its micro-batch, not on the {args.batch_size} of the whole "
+            "batch"
         )
     if args.schedule != "auto" and not plan.pays_for_last_stage():
         found.append(

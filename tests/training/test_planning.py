@@ -63,18 +63,19 @@ def price(strategy: Strategy) -> float:
 
 
 @pytest.mark.parametrize("objective", ["moco", "simclr", "dino"])
-def test_contrast_within_a_micro_batch_is_said_at_start(objective):
+def test_a_loss_within_a_micro_batch_is_said_at_start(objective):
     assert lines(objective) == [] == lines(objective, "gradient_accumulation_steps=1")
     said = lines(objective, "gradient_accumulation_steps=4")
     if objective == "dino":
         assert said == []
     else:
-        assert len(said) == 1 and f"{objective} contrasts the 25 images of each micro-batch" in said[0]
+        assert len(said) == 1 and f"in {objective} the loss of an image depends on the 25 images of its" in said[0]
+        assert "contrast" not in said[0]  # BatchNorm does the same to objectives that contrast nothing
 
 
-def test_contrast_within_a_micro_batch_is_in_the_help():
+def test_a_loss_within_a_micro_batch_is_in_the_help():
     text = describe_keys("pretrain").split("  gradient_accumulation_steps (")[1].split("  learning_rate (")[0]
-    assert "moco and simclr contrast the images of a micro-batch only" in text
+    assert "in moco and simclr the loss of an image depends on the other images of its micro-batch only" in text
 
 
 def test_a_budget_that_does_not_pay_for_the_last_stage_is_said():

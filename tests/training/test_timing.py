@@ -111,7 +111,8 @@ def test_too_little_memory_names_settings_that_need_less(tmp_path, monkeypatch):
         trainer.train()
     text = str(raised.value)
     assert "cpu has too little memory for micro-batches of 16 images" in text and "\n" not in text
-    assert "gradient_accumulation_steps=2, for micro-batches of 8 images; moco then contrasts these 8 images" in text
+    assert "gradient_accumulation_steps=2, for micro-batches of 8 images; in moco the loss" in text
+    assert "the loss of an image then depends on these 8 only." in text
     assert "gradient_checkpointing=true" in text and raised.value.__cause__ is error
 
 

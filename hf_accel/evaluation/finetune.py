@@ -229,6 +229,11 @@ class FineTuneTrainer(Trainer):
         alphas = (self.config.mixup, self.config.cutmix)
         return mix_batch(images, labels, classes, *alphas, seed, step, distributed.rank())
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # The Trainer takes the whole run, which is one pass of the loader, for one epoch.
+        self.state.epoch = self.state.global_step * self.config.epochs / self.args.max_steps
+        super().log(logs, start_time)
+
     def floating_point_ops(self, inputs) -> int:
         return 0  # batches have no input that the Trainer's estimate knows
 

@@ -184,10 +184,11 @@ def test_a_run_is_a_function_of_its_seed(sources, tmp_path):
 def test_a_step_gets_augmented_images_and_its_learning_rate(sources, tmp_path, monkeypatch):
     """It gets augmented, normalised images with labels, smoothed targets, and a rate with warm-up and cosine."""
     source, validation = sources
-    seen, rates = [], []
+    seen, rates, trainers = [], [], []
     step = FineTuneTrainer.training_step
 
     def recording(self, model, inputs, num_items_in_batch=None):
+        trainers.append(self)
         images, targets = self._augmented(inputs)
         seen.append((images, targets, source.labels[inputs["index"]]))
         rates.append([group["lr"] for group in self.optimizer.param_groups])
@@ -196,6 +197,7 @@ def test_a_step_gets_augmented_images_and_its_learning_rate(sources, tmp_path, m
     monkeypatch.setattr(FineTuneTrainer, "training_step", recording)
     config = FineTuneConfig(epochs=10, batch_size=30, learning_rate=1.0e-3, warmup=0.1, mixup=0.0, cutmix=0.0)
     finetune(encoder("vit"), image_processor(source, 16), source, validation, config, 0, tmp_path, **QUICK)
+    assert trainers[0].state.log_history[-1]["epoch"] == 10
     assert len(seen) == 40 and all(images.shape == (30, 3, 16, 16) for images, _, _ in seen)
     for images, targets, labels in seen:
         assert targets.argmax(1).tolist() == labels.tolist() and targets.sum() == 30

@@ -74,11 +74,11 @@ def describe_result(trainer: Any, results: dict[str, Any]) -> str:
         value = in_words.format(best[best["measure"]])
         kept = f"; best/ holds the best, {value} at {best['progress']:.0%} of the budget"
     if results["knn_top1"] is None:
-        lack = "for lack of labels or of images kept for it"
-        why = "as eval_points asks for none at the end" if trainer.has_labels() else lack
+        lack = "no labels, or no held-out images"
+        why = "eval_points asks for none at the end" if trainer.has_labels() else lack
         rank = "" if results["rank_me"] is None else f"; RankMe {results['rank_me']:.1f}"
         start = f" (at the start {best['start']:.1f})" if rank and best and best["start"] is not None else ""
-        return f"Results in {folder}; no accuracy, {why}{rank}{start}{kept}"
+        return f"Results in {folder}; no accuracy: {why}{rank}{start}{kept}"
     said = {"random initialisation": results["knn_top1_random_init"], "at the start": accuracy_at_start(results)}
     start = "".join(f" ({name} {value:.2%})" for name, value in said.items() if value is not None)
     return f"kNN accuracy {results['knn_top1']:.2%}{start}{kept}; results in {folder}"

@@ -4,7 +4,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 
@@ -65,7 +65,13 @@ class EvaluatingTrainer(SavingTrainer):
 
         Raises:
             Stopped: the stop came before the first step of this launch, so that there is nothing to save.
+            TypeError: images are passed, which would not be those that are measured.
         """
+        if eval_dataset is not None:
+            raise TypeError(
+                "evaluate() measures the eval_dataset that the trainer was made with: pass other images to a "
+                "PretrainTrainer of their own, or measure a saved encoder by hf-accel evaluate"
+            )
         start, cpu_start = time.perf_counter(), time.process_time()
         metrics: dict[str, float] = {}
         self.evaluation_due = False
@@ -86,3 +92,10 @@ class EvaluatingTrainer(SavingTrainer):
         self._cpu_before -= time.process_time() - cpu_start
         self._window = (self._window[0] + taken, *self._window[1:])
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse what the model cannot do: raises TypeError."""
+        raise TypeError(
+            "predict(): an encoder in pretraining predicts nothing. evaluate() measures it; for the features of images "
+            "save it by save_model(FOLDER), and use hf-accel embed checkpoint=FOLDER data=IMAGES, or AutoModel"
+        )

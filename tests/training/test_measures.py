@@ -57,6 +57,14 @@ def test_labels_give_accuracies_beside_the_spectrum_of_the_bank(encoder, monkeyp
     assert measure_encoder(encoder, source, validation, ARGS)["rank_me"] == pytest.approx(rank_me(few))
 
 
+def test_what_the_trainer_cannot_measure_is_refused(tmp_path):
+    trainer = PretrainTrainer(moco(), config(tmp_path), Tensors())
+    with pytest.raises(TypeError, match=r"predicts nothing.*evaluate\(\).*hf-accel embed"):
+        trainer.predict(Tensors(30))
+    with pytest.raises(TypeError, match="measures the eval_dataset that the trainer was made with"):
+        trainer.evaluate(Tensors(30))
+
+
 @pytest.mark.parametrize("validation", [None, images(30, False), images(30, True)])
 def test_without_labels_a_sample_of_the_training_images_is_encoded(encoder, validation):
     source = images(60, False)

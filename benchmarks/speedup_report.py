@@ -286,7 +286,7 @@ def plot(objectives: Sequence[Mapping[str, Any]], title: str, clock: str, path: 
             for axes, amount in zip(panels, ("budget", "seconds"), strict=True):
                 _panel(axes, entry, amount)
             panels[0].set_ylabel(f"{NAMES[entry['objective']]}: kNN top-1 (%)")
-            panels[0].legend(loc="center right", fontsize=8)
+            panels[0].legend(loc="lower right", bbox_to_anchor=(1, 0.1), fontsize=8)  # between the dashed lines
         grid[-1][0].set_xlabel("units of training (1 unit: a forward pass on one uncompressed image)")
         grid[-1][1].set_xlabel("seconds of one core" if clock == "cpu" else "seconds of training")
         figure.suptitle(title, fontsize=10)

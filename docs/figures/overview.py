@@ -35,7 +35,7 @@ def draw_accuracy(axes: Axes, report: dict[str, Any]) -> None:
     whole = moco["baseline"]["budget"]
     for kind, budget, color, label in (
         ("baseline", whole, GRAY, "uncompressed"),
-        ("accelerated", whole / 4, BLUE, "short sequences first"),
+        ("accelerated", whole / 4, BLUE, "a quarter of\nthe budget"),
         ("accelerated", whole, BLUE, "short sequences first"),
     ):
         curves = [run for run in report["curves"] if (run["objective"], run["schedule"]) == ("moco", kind)]
@@ -49,7 +49,7 @@ def draw_accuracy(axes: Axes, report: dict[str, Any]) -> None:
         axes.annotate(f"{end[1]:.1f}", end, (0, 8), textcoords="offset points", ha="center")
         words = f"{label}, {len(curves)} run{'s' * (len(curves) > 1)}"
         if budget < whole:
-            beside, place = (end[0], end[1] - 1.4), (8, 0)
+            beside, place = end, (-72, 22)
         else:
             beside, place = (whole / 2, float(np.interp(whole / 2, units.mean(0), knn.mean(0)))), (0, -22)
         axes.annotate(words, beside, place, textcoords="offset points", color=color, fontsize=9)

@@ -39,6 +39,7 @@ class Publication:
         license: the licence that the card states.
         optimizer: whether the last checkpoint is pushed with its optimizer, so that others can resume from it.
         in_python: whether messages are for a program that calls a trainer, and not for a command.
+        by_call: whether the program itself calls `push_to_hub()`, and no setting asks for it.
     """
 
     output_dir: str | Path
@@ -47,6 +48,7 @@ class Publication:
     license: str = "apache-2.0"
     optimizer: bool = False
     in_python: bool = False
+    by_call: bool = False
     run: RunFolder = field(init=False)
     repository: HubRepository = field(init=False)
 
@@ -86,11 +88,14 @@ class Publication:
             PushFailed: the Hub cannot be reached.
         """
         yes, no = (True, False) if self.in_python else ("true", "false")
-        key = f"push_to_hub={yes}, hub_model_id={self.repository.name!r}" + " (the folder's name)" * (not self.name)
+        asked = "push_to_hub()" if self.by_call else f"push_to_hub={yes}"
+        key = f"{asked}, hub_model_id={self.repository.name!r}" + " (the folder's name)" * (not self.name)
         if constants.HF_HUB_OFFLINE:
-            raise PushRefused(f"{key}: HF_HUB_OFFLINE is set; unset it, or set push_to_hub={no} and push another day")
+            later = "call trainer.push_to_hub()" if self.in_python else f"hf-accel card checkpoint={self.run} {asked}"
+            remedy = "" if self.by_call else f", or set push_to_hub={no}, and after training push by: {later}"
+            raise PushRefused(f"{key}: HF_HUB_OFFLINE is set; unset it{remedy}")
         if get_token() is None:
-            raise PushRefused(f"{key}: there is no token; run `hf auth login`, or set HF_TOKEN")
+            raise PushRefused(f"{key}: there is no token; log in by `hf auth login`, or set HF_TOKEN")
         try:
             self.repository.open()
         except PushRefused as error:

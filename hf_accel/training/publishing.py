@@ -44,6 +44,7 @@ class PublishingTrainer(Trainer):
             license=license or recorded or self._licence_of_start() or Publication.license,
             optimizer=args.hub_strategy == HubStrategy.CHECKPOINT,
             in_python=self.given_record is None,
+            by_call=not args.push_to_hub,
         )
 
     def _licence_of_start(self) -> str | None:
@@ -70,6 +71,9 @@ class PublishingTrainer(Trainer):
 
     def push_to_hub(self, commit_message: str | None = None, blocking: bool = True, **kwargs: Any) -> None:
         """Upload the finished run: encoder, processor, code, card, settings and results. Nothing that is there already.
+
+        It takes a token: log in by `hf auth login`, or set HF_TOKEN. The repository is public unless
+        `hub_private_repo=True`.
 
         Args:
             license (`str`, *optional*): The model's, for its card. Default: what the encoder that training started from

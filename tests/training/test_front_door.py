@@ -30,7 +30,7 @@ from hf_accel import (
     vit_tiny,
 )
 from hf_accel.compression.schedule import Stage
-from hf_accel.hub.repository import PushFailed
+from hf_accel.hub.repository import PushFailed, PushRefused
 from hf_accel.recipe import PretrainRecipe
 from hf_accel.run_folder import RunFolder
 from hf_accel.tasks.setup import pretrain_config
@@ -417,7 +417,16 @@ def test_a_push_that_fails_names_the_call_that_repeats_it(tmp_path, monkeypatch)
     trainer.train()
     with pytest.raises(PushFailed) as raised:
         trainer.push_to_hub()
-    assert str(raised.value).startswith("push_to_hub=True, hub_model_id='run' (the folder's name): there is no token")
+    named = "hub_model_id='run' (the folder's name): "
+    no_token = f"{named}there is no token; log in by `hf auth login`, or set HF_TOKEN"
+    assert str(raised.value).startswith(f"push_to_hub(), {no_token}")
+    with pytest.raises(PushRefused) as asked:
+        replace(trainer.publication(), by_call=False).check()
+    assert str(asked.value) == f"push_to_hub=True, {no_token}"
+    monkeypatch.setattr("hf_accel.hub.publish.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(PushRefused) as offline:
+        trainer.publication().check()
+    assert str(offline.value) == f"push_to_hub(), {named}HF_HUB_OFFLINE is set; unset it"
     assert str(raised.value).endswith("call trainer.push_to_hub() to push")
 
 

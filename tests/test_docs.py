@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from hf_accel.recipe.checks import configured_classes
 from hf_accel.training.config import INSTEAD
 from tests.commands import ROOT, code_blocks
 from tests.tiny_runs import image_folder
+from tests.training.test_front_door import SIZES, Tensors
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/**/*.md")]
 NOTEBOOKS = {path.stem: path for path in (ROOT / "notebooks").glob("*.ipynb")}
@@ -179,6 +181,28 @@ def test_python_page_names_every_default_that_differs():
     text = (ROOT / "docs/python.md").read_text(encoding="utf-8").partition("have other defaults here")[2]
     differ = [field.name for field in others if ours[field.name].default != field.default and field.name not in INSTEAD]
     assert "report_to" in differ and not [name for name in differ if f"`{name}" not in text.partition("\n\n")[0]]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_cache_and_threads")
+def test_the_search_of_the_python_page_runs_at_toy_size(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos = Tensors()
+    run: dict[str, Any] = {"batch_size": 16, "report_to": "none", "eval_points": [], "keep_points": [0.0, 1.0]}
+    transformers.set_seed(0)
+    model = hf_accel.MoCoForPreTraining(hf_accel.vit_tiny(**SIZES), projector_hidden_size=16)
+    config = hf_accel.PretrainConfig("runs/pilot", budget="1 epoch", **run)
+    hf_accel.PretrainTrainer(model, config, train_dataset=photos).train()
+    blocks = code_blocks((ROOT / "docs/python.md").read_text(encoding="utf-8"), "python")
+    (code,) = (block for block in blocks if "choose_strategies" in block)
+    found: dict[str, Any] = {"photos": photos}
+    for text, replacement in {"draws=16": "draws=3", "batch_size=256": "batch_size=16"}.items():
+        assert code.count(text) == 1, text
+        code = code.replace(text, replacement)
+    exec(code, found)
+    assert found["points"] == [0.0, 1.0]
+    for name in ("schedule", "by_own_criterion"):
+        assert isinstance(found[name], hf_accel.Schedule) and found[name].stages[-1].until == 1
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

@@ -13,6 +13,7 @@ from ..compression import Compression, Strategy, forward_cost
 from ..compression.strategy import check_compression, check_type
 from ..data import AUGMENTATIONS, ImageSource, TrainSampler, ViewConfig, image_source, make_views, train_loader
 from ..objectives import Draw, ObjectiveForPreTraining
+from ..utils.errors import fail
 from ..utils.seeding import generator
 from .choose import build_grid
 from .gradient_error import GradientError, estimate_errors
@@ -136,11 +137,17 @@ def estimate_gradient_errors(
         A [`GradientError`] for each strategy: squared bias, variance, cost-adjusted mean squared error and gain, with
         intervals of 95%.
 
+    Raises:
+        SettingError: progress outside of [0, 1].
+
     Example:
         >>> errors = estimate_gradient_errors(model, config, photos)
         >>> best = min(errors, key=lambda strategy: errors[strategy].ca_mse)
     """
-    source, config = image_source(train_dataset, "train_dataset"), model.config
+    if not 0 <= progress <= 1:
+        fail("progress", progress, "must lie in [0, 1], as the share of the budget at which the parameters stand")
+    config = model.config
+    source = image_source(train_dataset, "train_dataset", num_channels=config.num_channels)
     base = Strategy(Compression(config.patch_size))
     if strategies is None:
         strategies = build_grid(config.image_size, config.patch_size, [0.0, 0.25, 0.5, 0.75])

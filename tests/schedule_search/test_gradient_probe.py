@@ -11,8 +11,9 @@ from hf_accel.data import AUGMENTATIONS, ImageSource, TrainSampler, ViewConfig, 
 from hf_accel.objectives import OBJECTIVES, Draw
 from hf_accel.recipe import Recipe, load_recipe
 from hf_accel.schedule_search.gradient_error import estimate_errors
-from hf_accel.schedule_search.gradient_probe import GradientProbe
+from hf_accel.schedule_search.gradient_probe import GradientProbe, estimate_gradient_errors
 from hf_accel.tasks.setup import build_objective, images_of, pretrain_config
+from hf_accel.utils.errors import SettingError
 
 SMALL = [
     "model_config.hidden_size=16",
@@ -70,6 +71,22 @@ def test_a_probe_changes_neither_objective_nor_next_step(name, device):
     for one, other in [(alone[0], again[0]), *((alone[1][key], again[1][key]) for key in alone[1])]:
         # some of a GPU's backward passes add in any order
         torch.testing.assert_close(one, other, rtol=0, atol=0 if device == "cpu" else 1e-5 * one.abs().max().item())
+
+
+@pytest.mark.parametrize("progress", [-0.1, 1.5, float("nan")])
+def test_progress_of_an_estimate_lies_between_0_and_1(progress):
+    recipe = small()
+    with pytest.raises(SettingError, match=r"^progress=.*: must lie in \[0, 1\]"):
+        estimate_gradient_errors(build_objective(recipe), pretrain_config(recipe), None, progress=progress)
+
+
+def test_an_estimate_takes_images_of_the_channels_of_the_model():
+    recipe = small("moco", "num_channels=1", "schedule=null", "view_resolution=full", "data=x")
+    pixels = [torch.randint(0, 255, (1, 28, 28), dtype=torch.uint8) for _ in range(40)]
+    errors = estimate_gradient_errors(
+        build_objective(recipe), pretrain_config(recipe), pixels, [Strategy(Compression(7))], draws=3
+    )
+    assert len(errors) == 1
 
 
 def test_what_a_step_freezes_is_not_probed():

@@ -56,7 +56,16 @@ class ObjectiveOutput(ModelOutput):
     metrics: dict[str, torch.Tensor] | None = None
 
 
-class ObjectiveForPreTraining(AccelViTPreTrainedModel):
+class Checked(type):
+    """Checks what every objective needs, once its whole `__init__` has run."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().__call__(*args, **kwargs)
+        model.check_modules()
+        return model
+
+
+class ObjectiveForPreTraining(AccelViTPreTrainedModel, metaclass=Checked):
     """Base of the `...ForPreTraining` models.
 
     `self.encoder` is the encoder that is evaluated and saved in `final/`, under the prefix by which a training
@@ -71,6 +80,7 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
     encoder: AccelViTModel
     settings: dict[str, Any]
     _replays_graphs = False
+    _initialised = 0
     name: ClassVar[str] = ""
     """The name in recipes and results; default: the class's."""
     display_name: ClassVar[str] = ""
@@ -104,6 +114,19 @@ class ObjectiveForPreTraining(AccelViTPreTrainedModel):
                 )
             model.settings = dict([*bound.arguments.items()][2:])
         return model
+
+    def post_init(self) -> None:
+        """Draw the first weights. A subclass calls it in `__init__`, once all of its modules are there."""
+        super().post_init()
+        self._initialised = sum(1 for _ in self.modules())
+
+    def check_modules(self) -> None:
+        """Raise TypeError if `__init__` has made no `encoder`, or has left modules at torch's initialisation."""
+        kind = type(self).__name__
+        if not isinstance(getattr(self, "encoder", None), AccelViTModel):
+            raise TypeError(f"{kind}.__init__: set self.encoder to the AccelViTModel that is to be evaluated and saved")
+        if self._initialised != sum(1 for _ in self.modules()):
+            raise TypeError(f"{kind}.__init__: call self.post_init() after the last module; it draws the first weights")
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save the model, and in its config.json its settings, with which `from_pretrained` makes it again."""

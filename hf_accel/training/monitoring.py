@@ -2,13 +2,34 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
 FOR_LINES, FOR_PROGRESS = 5, 0.05
 """A symptom is reported once it has lasted for so many log lines in a row, over so much of progress."""
+
+
+def read_metrics(metrics: Mapping[str, Any] | None, objective: str) -> dict[str, Any]:
+    """Return the metrics of a step without their graph, which a sum over steps would keep.
+
+    Raises:
+        ValueError: one is no scalar.
+    """
+    found: dict[str, Any] = {}
+    for name, value in (metrics or {}).items():
+        if isinstance(value, torch.Tensor):
+            if value.numel() != 1:
+                shape = tuple(value.shape)
+                raise ValueError(
+                    f"metrics[{name!r}] of {objective} has the shape {shape}; return a scalar, as its mean()"
+                )
+            value = value.detach().reshape(())
+        found[name] = value
+    return found
 
 
 class CollapseMonitor(TrainerCallback):

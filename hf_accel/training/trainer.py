@@ -37,7 +37,7 @@ from .evaluating import EvaluatingTrainer
 from .extending import choose_draw_seed, describe_earlier, read_earlier, take_normalisation
 from .finish import finish_run
 from .memory import explained_memory
-from .monitoring import CollapseMonitor
+from .monitoring import CollapseMonitor, read_metrics
 from .normalising import normalise_source
 from .planning import Costs, describe_plan, plan_run, read_costs, read_schedule
 from .record import RULES, describe_optimizer, describe_settings, sample_colours
@@ -308,7 +308,7 @@ class PretrainTrainer(EvaluatingTrainer):
         views = inputs.pop("views", None) or self.views_of(inputs, self.view_size(step))
         self._seconds_of_views += time.perf_counter() - start
         output = model(views, now.strategy, Draw(self.draw_seed, step, micro_step), now.progress)
-        for name, value in output.metrics.items():
+        for name, value in read_metrics(output.metrics, self.objective.name).items():
             self._metric_sums[name] = self._metric_sums.get(name, 0) + value
         self._metric_count += 1
         return (output.loss, output) if return_outputs else output.loss

@@ -131,6 +131,14 @@ def test_each_machine_gets_its_part(job: Callable[..., Job]):
     assert ranks == {0, 1} and not it.calls("scancel", "scontrol")
 
 
+@pytest.mark.parametrize(("on_node", "expected"), [("64", 64), ("", 1)])
+def test_cpus_that_were_not_asked_for_are_those_of_the_node(job: Callable[..., Job], on_node, expected):
+    it = job(RUN="0", SLURM_CPUS_PER_TASK="", SLURM_CPUS_ON_NODE=on_node)
+    assert it.end() == 0
+    (srun,) = it.calls("srun")
+    assert f"--cpus-per-task={expected}" in srun
+
+
 def test_a_run_that_fails_is_not_queued_again(job: Callable[..., Job]):
     it = job(RUN="3")
     assert it.end() == 3 and not it.calls("scancel", "scontrol")

@@ -103,16 +103,16 @@ def _plain(value: Any) -> Any:
 def describe_labels(source: "ImageSource", validation: "ImageSource | None") -> str:
     """Say in one line where the labels come from, and how many images have none."""
     if source.labels is None or source.class_names is None:
-        found = f"{source.name}: {source.unlabelled}" if source.unlabelled else ""
+        found = f"{source.title}: {source.unlabelled}" if source.unlabelled else ""
         if validation is not None and validation.labels is not None:
-            found = f"{validation.name} has labels, {source.name} has none{found.removeprefix(source.name)}"
+            found = f"{validation.title} has labels, {source.title} has none{found.removeprefix(source.title)}"
         return "Labels: none" + f" ({found})" * bool(found)
     listed = ", ".join(source.class_names[:5]) + ", ..." * (len(source.class_names) > 5)
     text = f"Labels: {source.labels_from}, {len(source.class_names)} classes ({listed})"
     for images in filter(None, (source, validation)):
         labelled = 0 if images.labels is None else int((images.labels != UNLABELLED).sum())
         if labelled < len(images):
-            text += f"; {labelled:,} of {len(images):,} images of {images.name} have one"
+            text += f"; {labelled:,} of {len(images):,} images of {images.title} have one"
             text += f" ({images.unlabelled})" if images.unlabelled else ""
     return text
 

@@ -1,6 +1,7 @@
 """Load the bundled digits, a dataset from the Hub, or image files in any layout that `datasets` reads."""
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
+
+HELD_OUT_NAME = "held-out"
+"""The name of the images that are held out of the training split."""
 
 NO_COMMON_CLASSES = (
     "%s: the split %s has no labels of the training split's classes, so no accuracy will be measured: set "
@@ -63,6 +67,7 @@ def load_sources(
             raise ValueError(f"num_channels={num_channels}: the bundled digits have 3; leave it out")
         return _bundled(seed, label_column != NO_LABELS, only_train)
     tables = ShardTables(data, config, image_column, label_column) if streaming else load_tables(data, config)
+    split_matters = bool(train_split or validation_split) or len(tables) > 1 or not Path(data).exists()
     train_split, validation_split = choose_splits(data, list(tables), train_split, validation_split)
     train = take_part(tables, train_split)
     if streaming:
@@ -89,6 +94,7 @@ def load_sources(
         name = "/".join(filter(None, (data, config, part)))
         images, about = select_undecoded(table, image_column), {"labels_from": origin, "channels": num_channels}
         source = ImageSource(name, images, None, part_labels, names, **about)
+        source.title = _title("/".join(filter(None, (data, config))), part, split_matters)
         source.shards = Shards.of_index(table) if streaming else None
         warned |= source.look_at_pixels(warns=not warned)
         if num_channels != 3:
@@ -98,6 +104,20 @@ def load_sources(
             source.hold_in_memory()
         sources.append(source)
     return sources[0], sources[1] if len(sources) == 2 else None
+
+
+def _title(data: str, part: str, split_matters: bool) -> str:
+    """Name a part of the images as messages do: "photos", "photos/train" or "user/photos (split train)".
+
+    Args:
+        part: the name of a split, which `datasets` makes up where there is none, or HELD_OUT_NAME.
+        split_matters: whether the data have several splits or are from the Hub, or a split was asked for.
+    """
+    if part == HELD_OUT_NAME:
+        return f"{data} ({part})"
+    if (Path(data) / part).is_dir():
+        return f"{data}/{part}"
+    return f"{data} (split {part})" if split_matters else data
 
 
 def _hold_out_rows(
@@ -113,7 +133,7 @@ def _hold_out_rows(
         )
         return [(train, labels, split)]
     logger.warning("%s has no validation split: %d of %d images are held out", data, len(out), len(labels))
-    return [(train.select(rows), labels[rows], part) for rows, part in ((kept, "train"), (out, "held-out"))]
+    return [(train.select(rows), labels[rows], part) for rows, part in ((kept, "train"), (out, HELD_OUT_NAME))]
 
 
 def _bundled(seed: int, with_labels: bool, only_train: bool) -> tuple[ImageSource, ImageSource | None]:

@@ -33,7 +33,7 @@ def measure_normalisation(source: ImageSource) -> tuple[list[float], list[float]
             means.append(mean)
             squares.append(values.var(1, correction=0).double() + mean**2)
     if not means:
-        raise ValueError(f"{source.name}: none of the images that were looked at can be read")
+        raise ValueError(f"{source.title}: none of the images that were looked at can be read")
     mean = torch.stack(means).mean(0)
     std = (torch.stack(squares).mean(0) - mean**2).clamp(min=0).sqrt()
     deviations = [round(value, 4) or 1.0 for value in std.tolist()]

@@ -74,6 +74,7 @@ class ImageSource:
     int64 (N,), with -1 for an image without a label, or None. `class_names[label]` is the name of a class, and
     `labels_from` says where labels come from. `mean` and `std` normalise the channels of pixels in [0, 1]. `bad` holds
     the images that could not be read so far: index -> (name, reason). `made_of` describes the dataset of a program.
+    `name` identifies the set, and `title` names it in messages.
     """
 
     made_of: str | None = None
@@ -97,7 +98,7 @@ class ImageSource:
         """Take either `pixels` or a `table`, which has one column of select_undecoded images."""
         if (table is None) == (pixels is None):
             raise ValueError("an ImageSource takes either a table or pixels")
-        self.name, self._table, self.pixels, self.labels = name, table, pixels, labels
+        self.name, self.title, self._table, self.pixels, self.labels = name, name, table, pixels, labels
         self.class_names = list(class_names) if class_names is not None else None
         self.mean, self.std, self.labels_from = tuple(mean), tuple(std), labels_from
         self.channels = channels if pixels is None else pixels.shape[1]
@@ -125,7 +126,7 @@ class ImageSource:
         """
         rows = () if self.labels is None else (self.labels != UNLABELLED).nonzero()[:, 0]
         if self.labels is None or len(rows) == 0:
-            raise ValueError(f"{self.name} has no labels")
+            raise ValueError(f"{self.title} has no labels")
         return self if len(rows) == len(self) else self.take(rows)
 
     @property
@@ -140,7 +141,7 @@ class ImageSource:
         labels = self.labels[rows] if self.labels is not None else None
         about = (self.class_names, self.mean, self.std, self.labels_from, self.channels)
         part = ImageSource(self.name, table, pixels, labels, *about)
-        part.bad, part._whole, part.deep = self.bad, (self, rows), self.deep
+        part.bad, part._whole, part.deep, part.title = self.bad, (self, rows), self.deep, self.title
         part.shards = self.shards and self.shards.select(rows)
         return part
 
@@ -246,7 +247,7 @@ class ImageSource:
         for index, name, reason in bad:
             if index not in self.bad:
                 self.bad[index] = (name, reason)
-                logger.warning("%s: image %d (%s) cannot be read and is skipped: %s", self.name, index, name, reason)
+                logger.warning("%s: image %d (%s) cannot be read and is skipped: %s", self.title, index, name, reason)
         if self._is_condemned_by(len(self.bad)):
             raise self._too_many([(index, *what) for index, what in self.bad.items()])
 
@@ -262,7 +263,7 @@ class ImageSource:
     def _too_many(self, bad: Sequence[Bad]) -> CorruptDataError:
         examples = "\n".join(f"  {index}: {name}: {reason}" for index, name, reason in bad[:5])
         return CorruptDataError(
-            f"{self.name}: at least {len(bad)} of {len(self)} images cannot be read, and at most {MAX_BAD:.0%}, or "
+            f"{self.title}: at least {len(bad)} of {len(self)} images cannot be read, and at most {MAX_BAD:.0%}, or "
             f"one, may be skipped. For example:\n{examples}\n"
             "Remove these files from the data set or replace them by good copies."
         )
@@ -315,7 +316,7 @@ class ImageSource:
                 "%s: pixels of 16 or 32 bits are taken as 0 to %d, and of %d images that were looked at %d stay below "
                 "an eighth of it or exceed it, so that they become nearly black or are clipped: rescale them to 8 "
                 "bits, or keep 16 bits of gray images by num_channels: 1, for example %s",
-                self.name,
+                self.title,
                 DEEP_RANGE - 1,
                 deep,
                 len(names),

@@ -99,7 +99,7 @@ def check_data(recipe: Recipe) -> tuple[Check, Images | None]:
             bad.append(f"{error.bad[1]}: {error.bad[2]}")
     if len(bad) >= len(indices):
         return Check("data", "failed", f"none of {len(indices)} images can be read, as {bad[0]}", advice), None
-    found = f"{len(source):,} images of {source.name}, {len(indices)} of them decoded"
+    found = f"{len(source):,} images of {source.title}, {len(indices)} of them decoded"
     if bad:
         advice = "A run takes another image in place of each, and ends if they are more than 1%"
         return Check("data", "warning", f"{found}; {len(bad)} cannot be read, as {bad[0]}", advice), images

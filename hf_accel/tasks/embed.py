@@ -41,7 +41,7 @@ def embed(recipe: Recipe) -> None:
         with naming(f"checkpoint={recipe.checkpoint!r}"):
             channels = count_input_channels(str(recipe.checkpoint))
         source, _ = load_images(recipe, in_memory=False, num_channels=channels)
-        say(f"Images: {len(source):,} of {source.name}\n{describe_labels(source, None)}")
+        say(f"Images: {len(source):,} of {source.title}\n{describe_labels(source, None)}")
         with naming(f"checkpoint={recipe.checkpoint!r}"):
             encoder, processor = open_encoder(str(recipe.checkpoint), source, recipe.image_size)
             table = _table(recipe, folder, source, encoder, processor)

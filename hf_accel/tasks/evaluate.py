@@ -115,7 +115,7 @@ def evaluate(recipe: Recipe) -> None:
         entries = RunFolder(recipe.output_dir).read_results().get("evaluations", [])
         same = [entry for entry in entries if (entry["data"], entry["validation"]) == (recipe.data, validation.name)]
         table = format_evaluations(same, [(str(recipe.checkpoint), *row) for row in skipped])
-        say(f"\n{recipe.data}, {validation.name}, {len(validation)} images:\n{table}")
+        say(f"\n{validation.title}, {len(validation):,} images:\n{table}")
     barrier()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -248,14 +248,14 @@ def labelled_images(recipe: Recipe, num_channels: int | None = None) -> tuple[Im
     present, asked = (set(cast(Tensor, images.labels).unique().tolist()) for images in (source, validation))
     if len(present) < 2:
         raise RecipeError(
-            f"{about}: {source.name} has only the class {names[present.pop()]!r}: choose a label_column with more "
+            f"{about}: {source.title} has only the class {names[present.pop()]!r}: choose a label_column with more "
             "classes, or a train_split of shuffled images"
         )
     unseen = sorted(asked - present)
     if unseen:
         listed = ", ".join(names[label] for label in unseen[:5])
         raise RecipeError(
-            f"{about}: {len(unseen)} classes of {validation.name} are not in {source.name} ({listed}): choose a "
+            f"{about}: {len(unseen)} classes of {validation.title} are not in {source.title} ({listed}): choose a "
             "train_split that has images of every class"
         )
     return source, validation

@@ -69,7 +69,7 @@ def explore(recipe: Recipe) -> None:
         size = input_of(processor)[0]
         sizes = choose_patch_sizes(recipe, encoder, size)
         loader = processed_loader(source, processor, EVALUATED_BATCH, choose_workers(recipe))
-        say(f"Features of {len(source):,} images of {source.name}, {size} px wide")
+        say(f"Features of {len(source):,} images of {source.title}, {size} px wide")
         features, labels = extract_features(encoder, label_batches(loader), device, sizes[0])
     images = keep_readable(recipe, source, features, labels)
     sections = [draw_neighbours(images, output), *look_closely(images, source, encoder, processor, sizes, output)]

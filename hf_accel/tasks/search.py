@@ -100,7 +100,7 @@ def search_checkpoints(recipe: Recipe, config: PretrainConfig, checkpoints: list
     source, _ = images_of(recipe)
     source = normalise_source(source, objective.config, config.normalisation)
     if len(source) < recipe.batch_size:
-        raise RecipeError(f"batch_size={recipe.batch_size}: {source.name} has only {len(source)} images")
+        raise RecipeError(f"batch_size={recipe.batch_size}: {source.title} has only {len(source)} images")
     objective.to(config.device)  # pyright: ignore[reportArgumentType]
     load_weights(objective, checkpoints[0][1])
     if is_main():  # not before everything that a user may have to correct has been checked

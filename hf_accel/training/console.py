@@ -58,7 +58,7 @@ def describe_run(trainer: Any) -> list[str]:
     sizes = [sum(weights.numel() for weights in part.parameters()) for part in (model.encoder, model)]
     found = args.schedule == "auto"
     return [
-        f"Images: {len(source):,} of {source.name}{describe_pixels(source)}",
+        f"Images: {len(source):,} of {source.title}{describe_pixels(source)}",
         describe_labels(source, trainer.validation),
         f"Model:  {model.name}; encoder of {sizes[0]:,} parameters; {sizes[1]:,} with all branches and heads",
         describe_launch(args, args.precision),

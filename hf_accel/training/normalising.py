@@ -26,7 +26,7 @@ def normalise_source(
     """
     channels = config.num_channels
     if source.channels != channels:
-        fail("num_channels", channels, f"the images of {source.name} have {source.channels} channels")
+        fail("num_channels", channels, f"the images of {source.title} have {source.channels} channels")
     if choice == "imagenet" and channels != 3:
         fail("normalisation", choice, f"ImageNet has 3 channels, and num_channels is {channels}; leave it out")
     brought: tuple = config.image_mean, config.image_std
@@ -51,6 +51,6 @@ def warn_of_other_images(source: ImageSource) -> None:
         logger.warning(
             "%s: the channels have the means %s and the deviations %s, and are normalised by those of ImageNet, %s and "
             "%s: for a new run, normalisation: data takes their own",
-            source.name,
+            source.title,
             *([round(value, 2) for value in values] for values in (mean, std, IMAGENET_MEAN, IMAGENET_STD)),
         )

@@ -103,7 +103,7 @@ class PretrainTrainer(EvaluatingTrainer):
         self.source = normalise_source(self.source, config, None if measured else args.normalisation)
         self.validation = self.validation and self.validation.renormalised(self.source.mean, self.source.std)
         if len(self.source) < args.batch_size:
-            fail("batch_size", args.batch_size, f"{self.source.name} has only {len(self.source)} images")
+            fail("batch_size", args.batch_size, f"{self.source.title} has only {len(self.source)} images")
         if args.batch_size < model.least_batch * args.gradient_accumulation_steps:
             least = f"{model.name} needs at least {model.least_batch} images in each micro-batch"
             fail("batch_size", args.batch_size, least)

@@ -241,8 +241,9 @@ def test_images_that_cannot_be_evaluated_on(whole, tmp_path):
     unlabelled = image_folder(tmp_path / "flat", labels=False, count=20)
     refused(unlabelled, tmp_path / "1", "task=evaluate needs labels", final)
     data = image_folder(tmp_path / "classes", count=30)
-    refused(data, tmp_path / "2", r"train\[:10\] has only the class 'a'.*shuffled", final, "train_split=train[:10]")
-    lacking = r"1 classes of .*validation are not in .*train\[:20\] \(c\)"
+    one_class = r"\(split train\[:10\]\) has only the class 'a'.*shuffled"
+    refused(data, tmp_path / "2", one_class, final, "train_split=train[:10]")
+    lacking = r"1 classes of .*validation are not in .*train\[:20\]\) \(c\)"
     refused(data, tmp_path / "3", lacking, final, "train_split=train[:20]")
 
 

@@ -1,15 +1,18 @@
 """What CONTRIBUTING says of a new objective is enough: its two lines and its command are carried out in a copy."""
 
+import inspect
 import os
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT
+from hf_accel.objectives import base, momentum
+from tests.commands import ROOT, code_blocks
 
 SOURCE = ROOT / "tests/objectives/fourth_objective.py"
 
@@ -41,6 +44,21 @@ def run(copy: Path, *command: str) -> tuple[int, str, str]:
     environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command], cwd=copy, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
+
+
+def test_the_skeleton_is_a_piece_of_the_fourth_objective():
+    (skeleton,) = code_blocks((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), "python")
+    skeleton = textwrap.indent(textwrap.dedent(skeleton), "    ").strip()
+    assert skeleton in SOURCE.read_text(encoding="utf-8") and "self.post_init()" in skeleton
+
+
+def test_the_names_in_the_table_exist():
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("### Names of an objective")[2]
+    named = re.findall(r"`(?:self\.)?(\w+)[^`]*`", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)))
+    known = {*dir(base), *dir(momentum), *dir(base.ObjectiveForPreTraining), "encoder", "metrics", "draw"}
+    assert {"update_target", "embedding_std"} <= known and len(named) > 20 and {*named} <= known
+    hooks = {name for name, value in vars(base.ObjectiveForPreTraining).items() if inspect.isfunction(value)}
+    assert {"collapse_symptoms", "frozen_parameters", "before_optimizer_step", "view_configs"} <= hooks & {*named}
 
 
 @pytest.mark.slow

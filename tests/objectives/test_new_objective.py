@@ -73,5 +73,6 @@ def test_a_step_takes_an_output_without_metrics():
     trainer: Any = SimpleNamespace(plan=[step], draw_seed=0, objective=SimpleNamespace(name="byol"))
     trainer._metric_sums, trainer._metric_count, trainer._seconds_of_views = {}, 0, 0.0
     inputs = {"step": 0, "micro_step": 0, "views": [torch.zeros(1)]}
-    loss = PretrainTrainer.compute_loss(trainer, lambda *_: ObjectiveOutput(loss=torch.ones(())), inputs)
+    model: Any = lambda *_: ObjectiveOutput(loss=torch.ones(()))  # noqa: E731
+    loss = PretrainTrainer.compute_loss(trainer, model, inputs)
     assert loss == 1 and trainer._metric_sums == {} and trainer._metric_count == 1

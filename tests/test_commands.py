@@ -7,6 +7,8 @@ import argparse
 import importlib
 import re
 import shutil
+import subprocess
+import sys
 from importlib.metadata import metadata
 from pathlib import Path
 
@@ -186,7 +188,13 @@ def check_sbatch(words: list[str]) -> None:
     load_recipe(words[script + 1], words[script + 2 :])
 
 
+def check_hf(words: list[str]) -> None:
+    program = Path(sys.executable).with_name("hf")
+    subprocess.run([program, *words[1:], "--help"], check=True, capture_output=True)
+
+
 COVERS = {
+    "hf": check_hf,
     "accelerate": check_launch,
     "hf-accel": check_hf_accel,
     "sbatch": check_sbatch,

@@ -51,7 +51,7 @@ def image_source(dataset: Any, name: str, like: ImageSource | None = None, num_c
 
     Args:
         dataset: an `ImageSource`, a `datasets.Dataset` with a column of images, or a torch `Dataset` (anything with a
-            length and items by number) of PIL images, of tensors (C, H, W) or (H, W) or of NumPy's arrays (H, W, C) or
+            length and an index) of PIL images, of tensors (C, H, W) or (H, W) or of NumPy's arrays (H, W, C) or
             (H, W), of uint8 or uint16. An item is an image, or a dict or tuple that holds one, and perhaps an integer
             or text as label. Each item is read at most once here, apart from a few whose images are looked at.
         name: of the set, for messages.
@@ -69,9 +69,9 @@ def image_source(dataset: Any, name: str, like: ImageSource | None = None, num_c
     by_number = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     if isinstance(dataset, IterableDataset) or not by_number:
         raise TypeError(
-            f"{name}: a {type(dataset).__name__} has no length or no items by number, so its order cannot be drawn or "
-            "resumed exactly: pass a datasets.Dataset or a torch Dataset. To read Parquet or tar files where they lie, "
-            "pass what hf_accel.data.load_sources(PATH, streaming=True) returns, where PATH may be a Hub id"
+            f"{name}: {type(dataset).__name__} is not map-style (it lacks a length or an index), so its order cannot "
+            "be drawn or resumed exactly: pass a datasets.Dataset or a torch Dataset. To read Parquet or tar files "
+            "where they lie, pass what hf_accel.data.load_sources(PATH, streaming=True) returns; PATH may be a Hub id"
         )
     if len(dataset) == 0:
         raise ValueError(f"{name}: the dataset is empty")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..utils.counts import count_of
 from ..utils.seeding import generator
 from .class_folders import shorten
 
@@ -68,7 +69,7 @@ def read_labels(
         low, high = present[0], present[-1]
         if low < 0 or high >= len(feature.names):
             wrong = low if low < 0 else high
-            raise ValueError(f"{key}: there is a label {wrong}, and {len(feature.names)} classes; {remedy}")
+            raise ValueError(f"{key}: there is a label {wrong}, and {count_of(len(feature.names), 'class')}; {remedy}")
         name_of = {value: feature.names[value] for value in present}
         class_names = class_names or list(feature.names)
     else:
@@ -108,7 +109,7 @@ def describe_labels(source: "ImageSource", validation: "ImageSource | None") -> 
             found = f"{validation.title} has labels, {source.title} has none{found.removeprefix(source.title)}"
         return "Labels: none" + f" ({found})" * bool(found)
     listed = ", ".join(source.class_names[:5]) + ", ..." * (len(source.class_names) > 5)
-    text = f"Labels: {source.labels_from}, {len(source.class_names)} classes ({listed})"
+    text = f"Labels: {source.labels_from}, {count_of(len(source.class_names), 'class')} ({listed})"
     for images in filter(None, (source, validation)):
         labelled = 0 if images.labels is None else int((images.labels != UNLABELLED).sum())
         if labelled < len(images):

@@ -30,8 +30,8 @@ ENDS = 4096
 """Bytes at the end of a file that are compared first: those of two photographs hardly ever agree."""
 
 KINDS = {
-    **{"RGB": "RGB", "L": "grey", "1": "black and white", "P": "palette", "RGBA": "RGB with transparency"},
-    **{"LA": "grey with transparency", "CMYK": "CMYK", "YCbCr": "YCbCr", "F": "grey, floating point"},
+    **{"RGB": "RGB", "L": "gray", "1": "black and white", "P": "palette", "RGBA": "RGB with transparency"},
+    **{"LA": "gray with transparency", "CMYK": "CMYK", "YCbCr": "YCbCr", "F": "gray, floating point"},
 }
 """What the modes of Pillow are, in words. Those with I have 16 or 32 bits."""
 
@@ -148,7 +148,7 @@ def _kind(image: AnyImage) -> str:
     """Describe the channels and bits of an opened image."""
     if isinstance(image, ArrayImage):
         return f"{image.channels} channels of {8 * image.dtype.itemsize} bits"
-    return KINDS.get(image.mode) or ("grey of 16 or 32 bits" if image.mode.startswith("I") else image.mode)
+    return KINDS.get(image.mode) or ("gray of 16 or 32 bits" if image.mode.startswith("I") else image.mode)
 
 
 def find_copies(places: Sequence[Place]) -> tuple[int, list[tuple[str, str]]]:

@@ -296,8 +296,8 @@ def select_undecoded(table: "Dataset", column: str) -> "Dataset":
     except Exception as error:  # pyarrow and numpy raise errors of several types
         kind = type(table.features[column]).__name__
         raise ValueError(
-            f"image_column={column}: a {kind} cannot be read as one image a row; set image_column to a column of images"
-            f" ({reason(error)})"
+            f"image_column={column}: values of type {kind} are not one image a row; set image_column to a column "
+            f"of images ({reason(error)})"
         ) from error
 
 

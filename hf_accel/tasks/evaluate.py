@@ -39,6 +39,7 @@ from ..evaluation import (
 from ..recipe import Recipe, RecipeError
 from ..report import add_run, environment, find_run, format_evaluations
 from ..run_folder import RunFolder
+from ..utils.counts import count_of
 from .setup import EVALUATED_BATCH, build_objective, choose_workers, images_of, naming, output_of, start
 
 RANDOM = "random"
@@ -255,8 +256,8 @@ def labelled_images(recipe: Recipe, num_channels: int | None = None) -> tuple[Im
     if unseen:
         listed = ", ".join(names[label] for label in unseen[:5])
         raise RecipeError(
-            f"{about}: {len(unseen)} classes of {validation.title} are not in {source.title} ({listed}): choose a "
-            "train_split that has images of every class"
+            f"{about}: {source.title} lacks {count_of(len(unseen), 'class')} of {validation.title} ({listed}): choose "
+            "a train_split that has images of every class"
         )
     return source, validation
 

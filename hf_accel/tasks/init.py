@@ -24,6 +24,7 @@ from ..training.memory import OutOfMemory
 from ..training.timing import StepTime, format_duration, predict_seconds, time_steps
 from ..training.trainer import PretrainTrainer
 from ..utils.causes import reason
+from ..utils.counts import count_of
 from ..utils.errors import fail
 from .plan import format_memory, preview_run
 from .setup import load_images
@@ -200,7 +201,7 @@ def _describe_labels(found: Survey) -> str:
     more = ", ..." if len(found.classes) > NAMED else ""
     without = f"; {found.unlabelled:,} images have none" if found.unlabelled else ""
     sizes = f"{counts[0]:,} to {counts[-1]:,} training images"
-    return f"{found.labels_from}, {len(counts)} classes ({names}{more}) of {sizes}{without}"
+    return f"{found.labels_from}, {count_of(len(counts), 'class')} ({names}{more}) of {sizes}{without}"
 
 
 def _describe_unreadable(found: Survey, folder: str, part: str) -> str:

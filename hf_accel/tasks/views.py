@@ -9,6 +9,7 @@ from ..report import describe_data, plot_contact_sheet
 from ..run_folder import RunFolder
 from ..training.stage_views import collect_stage_views
 from ..training.step_costs import prepare_steps
+from ..utils.counts import count_of
 from .plan import preview_run
 from .setup import output_of
 
@@ -38,4 +39,4 @@ def views(recipe: ViewsRecipe) -> None:
         stages = collect_stage_views(trainer)
         if is_main():
             plot_contact_sheet(stages, run.views, f"{title}, seed {recipe.seed}", notes)
-    say(f"Views of {len(stages)} stages: {run.views}")
+    say(f"Views of {count_of(len(stages), 'stage')}: {run.views}")

@@ -96,7 +96,7 @@ def test_unwritable_cache_is_named_with_a_remedy(tmp_path, monkeypatch, number, 
 
 def test_column_of_lists_is_named_with_a_remedy(tmp_path):
     pq.write_table(pa.table({"images": [[png()]] * 4}), tmp_path / "train.parquet")
-    assert "image_column=images: a List cannot be read as one image a row" in error_of(tmp_path, "image_column=images")
+    assert "image_column=images: values of type List are not one image" in error_of(tmp_path, "image_column=images")
 
 
 def test_zip_of_class_folders_says_to_unpack_it(tmp_path):

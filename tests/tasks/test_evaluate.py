@@ -243,7 +243,7 @@ def test_images_that_cannot_be_evaluated_on(whole, tmp_path):
     data = image_folder(tmp_path / "classes", count=30)
     one_class = r"\(split train\[:10\]\) has only the class 'a'.*shuffled"
     refused(data, tmp_path / "2", one_class, final, "train_split=train[:10]")
-    lacking = r"1 classes of .*validation are not in .*train\[:20\]\) \(c\)"
+    lacking = r"train\[:20\]\) lacks 1 class of .*validation.* \(c\)"
     refused(data, tmp_path / "3", lacking, final, "train_split=train[:20]")
 
 

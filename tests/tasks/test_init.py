@@ -77,7 +77,7 @@ def test_the_report_names_what_is_odd(odd, place, timed, capsys):
     assert report["Images"].startswith(f"47 in {odd}: ") and "to measure accuracy on" in report["Images"]
     assert report["Sizes"] == "short side 70 to 109 pixels, median 88"
     assert report["Formats"] == "JPEG (42), PNG (2)"
-    assert report["Channels"] == "RGB (42), RGB with transparency (1), grey (1)"
+    assert report["Channels"] == "RGB (42), RGB with transparency (1), gray (1)"
     assert "2 classes (a, b)" in report["Labels"]
     assert report["Unreadable"].startswith("3: a/cut.jpg (") and "b/empty.jpg" in report["Unreadable"]
     assert "A run stops if more than 1% are unreadable" in report["Unreadable"]

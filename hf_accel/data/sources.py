@@ -264,8 +264,7 @@ class ImageSource:
         examples = "\n".join(f"  {index}: {name}: {reason}" for index, name, reason in bad[:5])
         return CorruptDataError(
             f"{self.title}: at least {len(bad)} of {len(self)} images cannot be read, and at most {MAX_BAD:.0%}, or "
-            f"one, may be skipped. For example:\n{examples}\n"
-            "Remove these files from the data set or replace them by good copies."
+            f"one, may be skipped. Remove these files from the data set or replace them by good copies:\n{examples}"
         )
 
     def sample_sizes(self) -> list[tuple[int, int]]:

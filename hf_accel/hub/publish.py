@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..checkpoints import CARD_NAME
 from ..distributed import broadcast_object, is_main, say
 from ..models import AccelViTConfig
+from ..objectives import OBJECTIVES
 from ..report import plot_schedule
 from ..run_folder import RunFolder
 from ..utils.errors import SettingError
@@ -122,7 +123,10 @@ class Publication:
         if "units_per_image" in results:  # earlier versions did not write it
             relative = [units / results["units_per_image_uncompressed"] for units in results["units_per_image"]]
             costs = dict(zip((stage.strategy for stage in schedule.stages), relative, strict=True))
-            plot_schedule(schedule, costs, config.image_size, self.run.path / "schedule")
+            objective = OBJECTIVES.get(results["objective"])
+            has_target = bool(objective and objective.has_target_branch)
+            path = self.run.path / "schedule"
+            plot_schedule(schedule, costs, config.image_size, path, has_target_branch=has_target)
         for name in FIGURES:
             if (self.run.path / name).exists():
                 shutil.copy(self.run.path / name, final)

@@ -191,13 +191,19 @@ def compact(value: float) -> str:
 
 
 def plot_schedule(
-    schedule: Schedule, cost: Mapping[Strategy, float], image_size: int, path: Path, title: str = ""
+    schedule: Schedule,
+    cost: Mapping[Strategy, float],
+    image_size: int,
+    path: Path,
+    title: str = "",
+    has_target_branch: bool = True,
 ) -> None:
-    """Draw tokens per image of both branches, their compressions, and the cost per image, over progress.
+    """Draw tokens per image of each branch, their compressions, and the cost per image, over progress.
 
     Args:
         cost: of a training image under each strategy, relative to the uncompressed one's.
         image_size: pixels of a view.
+        has_target_branch: whether the objective has one, which is drawn then.
     """
     starts = [0.0, *(stage.until for stage in schedule.stages)]
     strategies = [stage.strategy for stage in schedule.stages]
@@ -208,11 +214,12 @@ def plot_schedule(
         figure = Figure(figsize=(6.4, 5.2 if narrow else 4.7), layout="constrained")
         grid = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2.2 if narrow else 1.2, 2.4])
         _steps(grid[0], starts, online, BLUE, "-", "online")
-        _steps(grid[0], starts, target, ORANGE, "--", "target")
+        if has_target_branch:
+            _steps(grid[0], starts, target, ORANGE, "--", "target")
         grid[0].yaxis.set_major_locator(MaxNLocator(6, integer=True))
         grid[0].set_ylabel("patch tokens\nper image")
         grid[0].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-        _names(grid[1], starts, strategies)
+        _names(grid[1], starts, strategies, ("online", "target") if has_target_branch else ("online",))
         _steps(grid[2], starts, [cost[strategy] for strategy in strategies], BLUE, "-", "")
         grid[2].set_ylabel("cost per image\n(uncompressed: 1)")
         grid[2].set_xlim(0, 1)
@@ -227,16 +234,16 @@ def _steps(axes: Axes, starts: Sequence[float], values: Sequence[float], color: 
     axes.set_ylim(0, max(1.12 * max(values), axes.get_ylim()[1]))
 
 
-def _names(axes: Axes, starts: Sequence[float], strategies: Sequence[Strategy]) -> None:
+def _names(axes: Axes, starts: Sequence[float], strategies: Sequence[Strategy], branches: Sequence[str]) -> None:
     """Write the compressions as text, a line a branch."""
     for (start, end), strategy in zip(pairwise(starts), strategies, strict=True):
-        for line, compression in enumerate((strategy.online, strategy.target_branch)):
+        for line, compression in enumerate((strategy.online, strategy.target_branch)[: len(branches)]):
             options = {"ha": "center", "va": "center", "fontsize": 8, "rotation": 90 if end - start < NARROW else 0}
             axes.text((start + end) / 2, line, compression.abbreviate(), color=(BLUE, ORANGE)[line], **options)
         axes.axvline(end, color=GRAY, linewidth=0.6)
     axes.axvline(0, color=GRAY, linewidth=0.6)
-    axes.set_ylim(1.5, -0.5)
-    axes.set_yticks([0, 1], ["online", "target"])
+    axes.set_ylim(len(branches) - 0.5, -0.5)
+    axes.set_yticks(range(len(branches)), branches)
     axes.grid(visible=False)
     axes.tick_params(axis="y", length=0)
 

@@ -40,6 +40,7 @@ from ..recipe import Recipe, RecipeError
 from ..report import add_run, environment, find_run, format_evaluations
 from ..run_folder import RunFolder
 from ..utils.counts import count_of
+from ..utils.errors import fail
 from .setup import EVALUATED_BATCH, build_objective, choose_workers, images_of, naming, output_of, start
 
 RANDOM = "random"
@@ -100,6 +101,7 @@ def evaluate(recipe: Recipe) -> None:
         with naming(f"checkpoint={recipe.checkpoint!r}"):
             channels = count_input_channels(str(recipe.checkpoint))
     source, validation = labelled_images(recipe, channels)
+    _check_batch(recipe, source)
     with naming(f"checkpoint={recipe.checkpoint!r}"):
         encoder, processor = encoder_of(recipe, source)
         shown = describe_input(processor)
@@ -229,6 +231,18 @@ EVALUATIONS: dict[str, tuple[Callable[[Recipe], dict[str, Any]], Run]] = {
 
 
 # The images and the encoder, with checks
+
+
+def _check_batch(recipe: Recipe, source: ImageSource) -> None:
+    """Refuse a batch of fine-tuning that other evaluations would run before. Raises SettingError."""
+    size = FineTuneConfig(**recipe.finetune_config).batch_size
+    if "finetune" not in recipe.evaluations:
+        return
+    if size > len(source):
+        few = f"{source.title} has only {len(source):,} labelled images; set a lower one"
+        fail("finetune_config.batch_size", size, few)
+    if size % world_size():
+        fail("finetune_config.batch_size", size, f"must be a multiple of {world_size()} processes")
 
 
 def labelled_images(recipe: Recipe, num_channels: int | None = None) -> tuple[ImageSource, ImageSource]:

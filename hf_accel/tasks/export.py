@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+import logging
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +31,9 @@ TOLERANCE = 1e-5
 """Largest difference of any feature, relative to the largest feature."""
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+EXPORTER = "torch.onnx._internal.exporter._registration"
+"""The logger of torch that names what its exporter leaves out."""
 
 Features = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 """Pixels (B, C, S, S) -> what is compared, by name."""
@@ -204,12 +209,27 @@ def write_timm(source: Checkpoint, patch_size: int, folder: Path) -> Features:
     return features_of(accel_model(*from_timm(written, arguments["num_heads"], arguments["global_pool"])))
 
 
+@contextmanager
+def without_lines_on_torchvision() -> Iterator[None]:
+    """Within it, torch's exporter does not say of each operation of torchvision that it is left out."""
+
+    def is_of_use(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("torchvision is not installed. Skipping")
+
+    logger = logging.getLogger(EXPORTER)
+    logger.addFilter(is_of_use)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_of_use)
+
+
 def write_onnx(source: Checkpoint, patch_size: int, folder: Path) -> Features:
     """Write `model.onnx`, which takes any number of images of the base size."""
     model = accel_model(*with_learned_positions(source.config, source.state, patch_size))
     size = (2, source.config.num_channels, source.config.image_size, source.config.image_size)
     names = ["logits"] if isinstance(model, AccelViTForImageClassification) else ["last_hidden_state", "pooler_output"]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), without_lines_on_torchvision():
         warnings.simplefilter("ignore")  # torch's exporter warns of its own calls of torch
         torch.onnx.export(
             model,

@@ -137,7 +137,7 @@ def predict(proposal: Proposal, images: Loaded, device: Device) -> None:
             return predict(proposal, images, device)
         values["budget"] = "20 epochs"
         proposal.why["budget"] = "What so many passes over the images cost without compression. Steps were not timed."
-        proposal.predicted = f"Time and memory could not be predicted: {str(error).splitlines()[0]}"
+        proposal.predicted = f"Time and memory could not be predicted: {_in_one_line(error)}"
         return None
     taken = format_duration(settle_budget(proposal, seconds, device.is_gpu))
     proposal.why["budget"] = (
@@ -147,6 +147,12 @@ def predict(proposal: Proposal, images: Loaded, device: Device) -> None:
         f"Predicted: about {taken}, and {format_memory(StepTime(0.0, memory))} of memory at most, from a few steps. "
         "Evaluations, checkpoints and the first reading of the images are not counted."
     )
+
+
+def _in_one_line(error: Exception) -> str:
+    """Return the first line of a message, and the first of the examples that follow it."""
+    first, *examples = str(error).splitlines()
+    return f"{first} {examples[0].strip()}" + ", ..." * (len(examples) > 1) if first.endswith(":") else first
 
 
 def _time(proposal: Proposal, images: Loaded) -> tuple[float, int]:

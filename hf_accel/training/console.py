@@ -144,7 +144,9 @@ class ConsoleCallback(TrainerCallback):
             self.bar.update(self.trainer.plan.spent_after(state.global_step) - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        line = describe_logs(logs or {}, state.global_step, self.trainer.plan.num_steps)
+        plan, step = self.trainer.plan, state.global_step
+        # A budget rarely pays for whole steps. The share of the plan is 100% after the last one, as a reader expects.
+        line = describe_logs({**(logs or {}), "progress": plan.share_done(step)}, step, plan.num_steps)
         if line and state.is_world_process_zero:
             tqdm.write(line)
             sys.stdout.flush()

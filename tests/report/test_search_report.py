@@ -2,13 +2,14 @@
 
 import html
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from hf_accel.compression import Schedule, Stage, Strategy
+from hf_accel.compression import Compression, Schedule, Stage, Strategy
 from hf_accel.report import write_search_report
 from hf_accel.report.search_figures import (
     compact,
@@ -239,6 +240,15 @@ def test_schedule_steps(drawn) -> None:
     np.testing.assert_allclose(np.asarray(cost.lines[0].get_ydata())[[2, 3]], [1, 1])
     shown = [(text.get_text(), text.get_rotation()) for text in names.texts]
     assert shown == [("p14 d0.75", 90), ("p14 d0", 90), ("p14 d0.5", 0), ("p14 d0", 0), ("p4 d0", 0), ("p4 d0", 0)]
+
+
+def test_schedule_without_a_target_branch_draws_online_alone(drawn) -> None:
+    schedule = Schedule((Stage(1.0, Strategy(Compression(4))),))
+    cost = {schedule.stages[0].strategy: 1.0}
+    plot = partial(plot_schedule, has_target_branch=False)
+    tokens, names, _ = drawn(plot, schedule, cost, 28).axes
+    assert [line.get_label() for line in tokens.lines] == ["online"]
+    assert [label.get_text() for label in names.get_yticklabels()] == ["online"] and len(names.texts) == 1
 
 
 def test_values_stay_as_they_are_where_the_norm_is_lost_in_noise(drawn) -> None:

@@ -243,6 +243,9 @@ def test_images_that_cannot_be_evaluated_on(whole, tmp_path):
     data = image_folder(tmp_path / "classes", count=30)
     one_class = r"\(split train\[:10\]\) has only the class 'a'.*shuffled"
     refused(data, tmp_path / "2", one_class, final, "train_split=train[:10]")
+    large = [final, "evaluations=[knn,finetune]", "finetune_config.batch_size=64"]
+    refused(data, tmp_path / "4", r"finetune_config.batch_size=64: .*has only 30 labelled images; set a lower", *large)
+    assert not (tmp_path / "4/results.json").exists()
     lacking = r"train\[:20\]\) lacks 1 class of .*validation.* \(c\)"
     refused(data, tmp_path / "3", lacking, final, "train_split=train[:20]")
 

@@ -1,6 +1,7 @@
 """`task=export`: every format from every kind of checkpoint, read by the class it is for."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,15 @@ def test_from_timm(tmp_path: Path, form: str) -> None:
     if form.endswith("folder"):
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         assert (processor.size["shortest_edge"], list(processor.image_mean)) == (40, [0.2] * 3)
+
+
+def test_exporter_says_nothing_of_torchvision_alone(caplog):
+    logger = logging.getLogger(export_task.EXPORTER)
+    with export_task.without_lines_on_torchvision():
+        logger.warning("torchvision is not installed. Skipping %s", "torchvision::nms")
+        logger.warning("another warning")
+    logger.warning("torchvision is not installed. Skipping %s", "later")
+    assert "nms" not in caplog.text and "another warning" in caplog.text and "later" in caplog.text
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """`hf-accel init`: what it finds in a folder, the recipe that it writes, and what it refuses."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,7 @@ def test_a_recipe_is_written_where_no_step_can_be_taken(odd, place, capsys):
     said, text = capsys.readouterr().out, (place / "recipe.yaml").read_text()
     assert load_recipe("recipe.yaml").budget == "20 epochs" and "Steps were not timed." in text
     assert "Time and memory could not be predicted: " in said and "images cannot be read" in said
+    assert re.search(r"replace them by good copies: \d+: \S+: .+", said) and "For example" not in said
 
 
 def test_nothing_is_overwritten(odd, place, timed, monkeypatch):

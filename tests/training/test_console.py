@@ -83,6 +83,8 @@ def test_log_lines_are_aligned_and_hold_what_one_watches(tmp_path, capsys):
     console.on_log(None, state(1), None, logs=LOGS)
     console.on_log(None, state(1, main=False), None, logs=LOGS)
     assert capsys.readouterr().out.count("loss") == 1
+    console.on_log(None, state(7), None, logs={**LOGS, "progress": 0.94})  # of the budget, less than a step is left
+    assert capsys.readouterr().out.startswith("step 7/7  100%")
 
 
 def test_a_schedule_in_words_names_unusual_targets_only():

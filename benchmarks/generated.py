@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speedup_report import NAMES, format_speedups, join_words, peer_label
+from benchmarks.speedup_report import NAMES, format_speedups, peer_label
+from hf_accel.recipe.values import join_names
 from hf_accel.utils.writing import write_text
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +77,6 @@ def _sentence(entry: Mapping[str, Any]) -> str:
     seeds = entry["seeds"]
     cells = "".join(cell for means in _means(entry).values() for cell in means.values())
     but = ", where no other number of runs is given" if " run" in cells else ""
-    of = f"seed {seeds[0]}" if len(seeds) == 1 else f"means over seeds {join_words([*map(str, seeds)])}{but}"
+    of = f"seed {seeds[0]}" if len(seeds) == 1 else f"means over seeds {join_names([*map(str, seeds)])}{but}"
     raw = "" if entry["raw_pixels_knn"] is None else f" Raw pixels reach {entry['raw_pixels_knn']:.1f}%."
     return f"- {NAMES[entry['objective']]}: {of}. {format_speedups(entry)}{raw}"

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
+from hf_accel.recipe.values import join_names
 from hf_accel.report.curves import BLUE, GRAY, STYLE
 from hf_accel.utils.writing import write_json, write_text
 
@@ -212,17 +213,12 @@ def format_speedups(entry: Mapping[str, Any]) -> str:
         return "No speedup yet: it takes a finished baseline of the whole budget and a finished accelerated run."
     units, time = (_speedup_text(entry[f"speedup_{amount}"]) for amount in ("units", "seconds"))
     paired = set(entry["baseline"]["seed"]) & {seed for row in entry["accelerated"] for seed in row["seed"]}
-    shared = join_words([str(seed) for seed in sorted(paired)])
+    shared = join_names([str(seed) for seed in sorted(paired)])
     of = f" (by seed{'s' * (len(paired) > 1)} {shared}, which both have)" if set(entry["seeds"]) - paired else ""
     smallest = min(row["budget"] for row in entry["accelerated"])
     # Runs of the smallest budget are as accurate already, and a still smaller one might be.
     least = "at least " * (entry["speedup_units"]["value"] == entry["baseline"]["budget"] / smallest)
     return f"Speedup at equal kNN accuracy{of}: {least}{units} in units, {time} in seconds."
-
-
-def join_words(words: Sequence[str]) -> str:
-    """Join words as in a sentence: a, b and c."""
-    return " and ".join([*([", ".join(words[:-1])] if words[1:] else []), *words[-1:]])
 
 
 def _references(label: str, values: Sequence[float | None] | None) -> list[str]:

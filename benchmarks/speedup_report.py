@@ -106,7 +106,7 @@ def of_objective(name: str, plan_name: str, records: Sequence[Record]) -> dict[s
         "speedup_units": {"value": None, "low": None, "high": None},
         "speedup_seconds": {"value": None, "low": None, "high": None},
     }
-    if whole and accelerated:
+    if whole and accelerated and has_learnt(entry):
         entry["speedup_units"] = speedup(whole, accelerated, "budget")
         entry["speedup_seconds"] = speedup(whole, accelerated, "seconds")
         long = [record for record in accelerated if record["divisor"] == 1]
@@ -121,6 +121,12 @@ def of_objective(name: str, plan_name: str, records: Sequence[Record]) -> dict[s
         {"name": name, "peer": peer, **row} for (name, peer), group in by_peer.items() for row in _rows(group)
     ]
     return entry
+
+
+def has_learnt(entry: Mapping[str, Any]) -> bool:
+    """Whether the baseline of the whole budget ends above its encoder before training. Otherwise nothing is gained."""
+    before = [value for value in entry["random_knn"] or [] if value is not None]
+    return not before or statistics.fmean(entry["baseline"]["knn"]) > statistics.fmean(before)
 
 
 def _rows(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -211,6 +217,10 @@ def format_speedups(entry: Mapping[str, Any]) -> str:
     """One sentence about an objective's speedups in units and in seconds."""
     if not (entry["baseline"] and entry["accelerated"]):
         return "No speedup yet: it takes a finished baseline of the whole budget and a finished accelerated run."
+    if not has_learnt(entry):
+        ends, before = (statistics.fmean(values) for values in (entry["baseline"]["knn"], entry["random_knn"]))
+        than = f"{ends:.1f}%, no higher than the encoder before training ({before:.1f}%)"
+        return f"No speedup is given, as the uncompressed run of the whole budget ends at {than}."
     units, time = (_speedup_text(entry[f"speedup_{amount}"]) for amount in ("units", "seconds"))
     paired = set(entry["baseline"]["seed"]) & {seed for row in entry["accelerated"] for seed in row["seed"]}
     shared = join_names([str(seed) for seed in sorted(paired)])

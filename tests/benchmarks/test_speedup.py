@@ -90,6 +90,15 @@ def test_a_report_holds_what_it_prints(tmp_path):
     assert (tmp_path / "toy.png").stat().st_size > 10_000 and (tmp_path / "toy.md").read_text() == text + "\n"
 
 
+def test_no_speedup_over_a_baseline_that_learnt_nothing(tmp_path):
+    plan = {"title": "A title", "clock": "cpu", "objectives": {"moco": {}}}
+    before = [{**run, "random_knn": run["knn"]} for run in BASELINES]
+    text = speedup_report.write_report("toy", plan, [*before, *ACCELERATED], tmp_path)
+    (found,) = read(tmp_path / "toy.json")["objectives"]
+    assert {*found["speedup_units"].values(), *found["speedup_seconds"].values(), found["crossing_units"]} == {None}
+    assert "ends at 51.0%, no higher than the encoder before training (51.0%)." in text and "reached" not in text
+
+
 def test_without_a_baseline_a_report_names_no_speedup(tmp_path):
     plan = {"title": "A title", "clock": "cpu", "objectives": {"moco": {}}}
     tried = [record("choice", 200, 0, 47.0, 24, 4, "patch 16")]

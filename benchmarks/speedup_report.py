@@ -292,10 +292,10 @@ def plot(objectives: Sequence[Mapping[str, Any]], title: str, clock: str, path: 
             for axes, amount in zip(panels, ("budget", "seconds"), strict=True):
                 _panel(axes, entry, amount)
             panels[0].set_ylabel(f"{NAMES[entry['objective']]}: kNN top-1 (%)")
-            panels[0].legend(loc="lower right", bbox_to_anchor=(1, 0.1), fontsize=8)  # between the dashed lines
         grid[-1][0].set_xlabel("units of training (1 unit: a forward pass on one uncompressed image)")
         grid[-1][1].set_xlabel("seconds of one core" if clock == "cpu" else "seconds of training")
         figure.suptitle(title, fontsize=10)
+        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
         figure.savefig(path.with_suffix(".png"), dpi=200)
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})  # the same runs give the same file
 

@@ -264,7 +264,8 @@ def test_images_that_cannot_be_read_are_said(recipe, images, tmp_path):
 class Unreadable(list):
     """Images that are decoded one by one, as those of a large set."""
 
-    name, bad = "large", {}
+    name = title = "large"
+    bad = {}
 
     def read(self, index: int):
         if index in self:

@@ -323,7 +323,7 @@ def test_corrupt_images_are_replaced_by_the_next(tmp_path, caplog, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_corrupt_images(tmp_path, workers):
     source = folder(tmp_path / "set", 100, broken=(3, 60))
-    with pytest.raises(CorruptDataError, match=r"2 of 100 images (.|\n)*003.png(.|\n)*Remove these files"):
+    with pytest.raises(CorruptDataError, match=r"2 of 100 images .*Remove these files(.|\n)*003.png"):
         list(train_loader(source, TrainSampler(100, 50, last_step=2), MOCO, view_size, num_workers=workers))
     source.bad.clear()
     with pytest.raises(CorruptDataError, match="2 of 100"):

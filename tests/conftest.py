@@ -28,7 +28,10 @@ def own_cache_and_threads(tmp_path_factory):
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         patch.setattr("datasets.config.HF_HUB_OFFLINE", True)
         patch.setenv("OMP_NUM_THREADS", "1")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # An earlier run in this process may have set another number.
         yield
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

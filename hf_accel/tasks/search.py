@@ -277,14 +277,8 @@ def describe_doubt(uncompressed: GradientError, draws: int) -> str:
 def describe_tie(errors: Mapping[Strategy, GradientError], criterion: str) -> str:
     """Say so where the errors do not tell strategies apart, and what is chosen then; nothing at any other stage."""
     if criterion == "gain":
-        return (
-            ""
-            if has_certain_gain(errors)
-            else "; no gain is certain here, and so the most expensive one counts as best"
-        )
-    tied = len(list_tied(errors))
-    return (
-        ""
-        if tied == 1
-        else f"; {tied} of {len(errors)} cannot be told apart here, and the cheapest of them counts as best"
-    )
+        unsure = "" if has_certain_gain(errors) else "no gain is certain here, and so the most expensive one"
+    else:
+        tied = len(list_tied(errors))
+        unsure = "" if tied == 1 else f"{tied} of {len(errors)} cannot be told apart here, and the cheapest of them"
+    return f"; {unsure} counts as best" if unsure else ""

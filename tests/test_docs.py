@@ -200,7 +200,7 @@ def test_the_search_of_the_python_page_runs_at_toy_size(tmp_path, monkeypatch):
         assert code.count(text) == 1, text
         code = code.replace(text, replacement)
     exec(code, found)
-    assert found["points"] == [0.0, 1.0]
+    assert found["points"] == [0.0, pytest.approx(1, abs=0.05)]  # 16 steps of unequal cost leave a rest
     for name in ("schedule", "by_own_criterion"):
         assert isinstance(found[name], hf_accel.Schedule) and found[name].stages[-1].until == 1
 

@@ -327,7 +327,8 @@ def test_task_card_writes_it_anew_and_keeps_what_is_somebodys_own(no_push, image
     assert "license: mit" in first and 'model_id = "."  #' in first and str(tmp_path) not in first
     (code,) = re.findall(r"```python\n(.*?)```", first, re.DOTALL)
     shapes = "\nprint(tuple(features.shape), tuple(cheaper.shape))"
-    assert python("http://127.0.0.1:9", code + shapes, tmp_path).strip() == "(1, 32) (1, 32)"
+    there = f"import os\nos.chdir({str(path.parent)!r})\n"  # "." is the folder of the encoder
+    assert python("http://127.0.0.1:9", there + code + shapes, tmp_path).strip() == "(1, 32) (1, 32)"
     assert {"curves.png", "schedule.png"} <= {file.name for file in path.parent.iterdir()}
     path.unlink()
     card = ["task=card", f"checkpoint={no_push / 'final'}"]

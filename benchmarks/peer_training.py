@@ -32,6 +32,7 @@ from hf_accel.training.accuracy import measure_knn
 from hf_accel.training.caching import start_cache
 from hf_accel.training.trainer import PretrainTrainer
 from hf_accel.training.views import start_views
+from hf_accel.utils.clock import cpu_seconds
 from hf_accel.utils.errors import fail
 from hf_accel.utils.progress import cosine, learning_rate_factor
 from hf_accel.utils.writing import write_json, write_text
@@ -64,7 +65,7 @@ class PeerRun:
         self.cpu_seconds = 0.0
 
     def train(self) -> None:
-        start, cpu_start = time.perf_counter(), time.process_time()
+        start, cpu_start = time.perf_counter(), cpu_seconds()
         start_cache(self.source)
         start_views(self.source)
         points = list(self.args.eval_points)
@@ -79,7 +80,7 @@ class PeerRun:
             if any(before < point <= done for point in points):
                 self.evaluate(step + 1)
         self.seconds["total"] += time.perf_counter() - start
-        self.cpu_seconds += time.process_time() - cpu_start
+        self.cpu_seconds += cpu_seconds() - cpu_start
 
     def take_step(self, step: int, batch: dict[str, Any]) -> torch.Tensor:
         args, progress = self.args, self.plan[step].progress
@@ -97,12 +98,12 @@ class PeerRun:
 
     def evaluate(self, steps: int) -> None:
         """Measure kNN accuracy. The time of this does not count as training."""
-        start, cpu_start = time.perf_counter(), time.process_time()
+        start, cpu_start = time.perf_counter(), cpu_seconds()
         encoder = cast(nn.Module, self.peer.to_accel_vit()).to(self.args.device)
         self.note(steps, eval_knn_top1=measure_knn(encoder, *self.images(), self.args)["top1"])
         taken = time.perf_counter() - start
         self.seconds["evaluation"] += taken
-        self.cpu_seconds -= time.process_time() - cpu_start
+        self.cpu_seconds -= cpu_seconds() - cpu_start
 
     def images(self) -> tuple[Any, Any]:
         return self.source.source, self.source.validation
@@ -127,6 +128,7 @@ class PeerRun:
             "schedule": self.plan.followed().to_list(),
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
+            **{"view_backend": self.source.view_backend, "cache": self.source.cache},
             "data": self.source.describe_data(),
             "environment": environment(),
         }

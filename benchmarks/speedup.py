@@ -9,6 +9,9 @@ by a signal, saves the runs that are under way, and the same command goes on wit
 `docs/results/PLAN.json` (`benchmarks.speedup_report`) and the numbers in README and docs (`benchmarks.generated`) are
 made from the finished runs.
 
+With `--results FOLDER`, records, tables and figures lie in that folder. An empty one has every run trained anew, and
+each that is also recorded in `docs/results/` is compared with its record.
+
 `key=value` overrides keys of the recipe in every run, such as `data=FOLDER` for images that are on this machine.
 """
 
@@ -47,6 +50,11 @@ DIVISORS = (1, 4, 2, 8)
 """The budgets of a plan are X over these; baselines leave out the last."""
 CURVE_POINTS = [point / 8 for point in range(9)]
 """Progress at which the runs of the whole budget X take their accuracy; the others do so half-way and at the end."""
+
+DATA_KEYS = ("name", "images", "train_split", "validation_images", "validation_split")
+
+COMPARED = ("knn", "linear", "units", "steps")
+"""What a rerun of a run repeats, to the last digit on the same kind of processor."""
 
 TOY = ("train_split=train[:512]", "validation_split=train[512:640]", "batch_size=16")
 """What `--toy` overrides in every run: few images to evaluate on, and steps that a thousandth of a budget pays for."""
@@ -194,7 +202,7 @@ class Bench:
         task = settings.get("task", "pretrain")
         program = ["-m", "benchmarks.peer_training"] if (run.kind, task) == (PEER, "pretrain") else ["hf_accel/run.py"]
         command = [*program, run.recipe, *keys, *overrides_for(task, self.overrides)]
-        environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
         if self.clock == "cpu":
             environment["OMP_NUM_THREADS"] = "1"  # seconds of a processor are comparable between runs of one thread
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +240,8 @@ class Bench:
             "raw_pixels_knn": percent["knn_top1_raw_pixels"],
             "random_knn": percent["knn_top1_random_init"],
             "curve": {"units": [u for u, _ in curve], "knn": [k for _, k in curve]},
-            "data": {key: results["data"][key] for key in ("name", "images", "train_split", "validation_split")},
+            "data": {key: results["data"][key] for key in DATA_KEYS},
+            **{key: results[key] for key in ("view_backend", "cache")},
             "command": " ".join(["python", *command[: len(command) - len(self.overrides)]]),
             "commit": where["commit"],
             "dirty": where["dirty"],
@@ -248,7 +257,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, help="runs at once (default: one a core; one with the clock wall)")
     words = "take only runs whose folder's name holds this word; may be given several times"
     parser.add_argument("--only", action="append", metavar="WORD", help=words)
-    parser.add_argument("--runs", type=Path, help="folder of the runs (default runs/speedup/PLAN)")
+    parser.add_argument("--runs", type=Path, help="folder of the runs (default runs/speedup/PLAN, or in --results)")
+    parser.add_argument("--results", type=Path, help="folder of records and tables (default docs/results)")
     parser.add_argument("--list", action="store_true", help="only print the runs, in order, and which are known")
     toy = "a thousandth of each budget, on 640 images; records stay in RUNS"
     parser.add_argument("--toy", action="store_true", help=toy)
@@ -259,8 +269,9 @@ def main(arguments: list[str] | None = None) -> int:
         plan = load_plan(path)
     except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(str(error))
-    folder = args.runs or ROOT / "runs" / "speedup" / (f"{path.stem}_toy" if args.toy else path.stem)
-    results = folder if args.toy else RESULTS
+    default = args.results / "runs" if args.results else ROOT / "runs" / "speedup"
+    folder = args.runs or default / (f"{path.stem}_toy" if args.toy else path.stem)
+    results = args.results or (folder if args.toy else RESULTS)
     overrides = [*(TOY if args.toy else ()), *args.overrides]
     bench = Bench(results / path.stem, folder, overrides, plan["clock"], 60 * args.minutes)
     every = runs_of(plan, 1e-3 if args.toy else 1.0)
@@ -276,9 +287,23 @@ def main(arguments: list[str] | None = None) -> int:
     known = [run for run in every if bench.is_known(run)]
     print(write_report(path.stem, plan, [json.loads(bench.record_path(run).read_text()) for run in known], results))
     print(f"{len(known)} of {len(every)} runs are known")
-    if not args.toy:
+    if results != RESULTS and not args.toy:
+        print("\n".join(compare_with_committed(results / path.stem, RESULTS / path.stem)))
+    if results == RESULTS:
         write_pages(path.stem, json.loads((results / f"{path.stem}.json").read_text()), pages())
     return 1 if failures else 0
+
+
+def compare_with_committed(records: Path, committed: Path) -> list[str]:
+    """Say of each record of `records` what differs from the one of the same run in `committed`, if there is one."""
+    lines = []
+    for path in sorted(records.glob("*.json")):
+        if not (committed / path.name).exists():
+            continue
+        here, there = (json.loads((folder / path.name).read_text()) for folder in (records, committed))
+        differ = [f"{key} {here[key]} ({there[key]} recorded)" for key in COMPARED if here[key] != there[key]]
+        lines.append(f"{path.stem}: {'; '.join(differ) or 'as recorded'}")
+    return lines
 
 
 def plan_names() -> set[str]:

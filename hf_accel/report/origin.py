@@ -17,6 +17,9 @@ from ..utils.redact import without_local_paths
 
 PACKAGES = ("hf-accel", "transformers", "accelerate", "datasets", "evaluate", "huggingface_hub", "numpy")
 
+DOCUMENTS = (":(top,exclude)docs", ":(top,exclude)*.md")
+"""What of the repository no run reads, as git's path patterns."""
+
 MOST_NAMED = 100
 """The number of unreadable images of a split that results.json names."""
 
@@ -93,7 +96,10 @@ def find_version(package: str) -> str | None:
 
 
 def _git(folder: Path) -> dict[str, Any]:
-    """Return {"commit", "dirty"} of the repository that tracks this file, not of one around a virtual environment."""
+    """Return {"commit", "dirty"} of the repository that tracks this file, not of one around a virtual environment.
+
+    Changes of documents do not make it dirty: a benchmark writes its tables into them, and no run reads them.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
@@ -103,7 +109,7 @@ def _git(folder: Path) -> dict[str, Any]:
         git("ls-files", "--error-unmatch", Path(__file__).name)
         return {
             "commit": git("rev-parse", "HEAD"),
-            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *DOCUMENTS)),
         }
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}

@@ -12,6 +12,7 @@ from ..compression import Compression, Plan, Strategy
 from ..data import ViewConfig
 from ..distributed.stopping import Stopped
 from ..evaluation import lidar
+from ..utils.clock import cpu_seconds
 from .accuracy import Samples, choose_samples, measure_encoder, measure_knn
 from .saving import SavingTrainer
 from .view_features import encode_views
@@ -72,7 +73,7 @@ class EvaluatingTrainer(SavingTrainer):
                 "evaluate() measures the eval_dataset that the trainer was made with: pass other images to a "
                 "PretrainTrainer of their own, or measure a saved encoder by hf-accel evaluate"
             )
-        start, cpu_start = time.perf_counter(), time.process_time()
+        start, cpu_start = time.perf_counter(), cpu_seconds()
         metrics: dict[str, float] = {}
         self.evaluation_due = False
         try:
@@ -89,7 +90,7 @@ class EvaluatingTrainer(SavingTrainer):
             self.control.should_save = self.control.should_training_stop = True
         taken = time.perf_counter() - start
         self.seconds["evaluation"] += taken
-        self._cpu_before -= time.process_time() - cpu_start
+        self._cpu_before -= cpu_seconds() - cpu_start
         self._window = (self._window[0] + taken, *self._window[1:])
         return metrics
 

@@ -12,6 +12,7 @@ from ..compression import Compression, Strategy
 from ..data import CorruptImage, ImageSource
 from ..distributed.launch import engine_of
 from ..models.configuration_accel_vit import changed_fields
+from ..utils.clock import cpu_seconds
 from ..utils.pretrain_settings import PretrainSettings, Rule
 from .continuing import describe_best
 from .extending import note_earlier
@@ -110,7 +111,7 @@ def are_other_images(before: list[Any], now: list[Any]) -> bool:
 def run_state(trainer: Any) -> dict[str, Any]:
     """The counters that a resumed run continues from."""
     trainer.seconds["total"] = trainer._seconds_before + time.perf_counter() - trainer._started
-    trainer.cpu_seconds = trainer._cpu_before + time.process_time()
+    trainer.cpu_seconds = trainer._cpu_before + cpu_seconds()
     steps = trainer.state.global_step
     units = trainer.plan.spent_after(steps)
     progress = trainer.plan.progress(units)
@@ -157,7 +158,7 @@ def training_results(trainer: Any) -> dict[str, Any]:
         "images_seen": state["step"] * plan.batch_size,
         "learning_rate": trainer.args.learning_rate,
         "seconds": {**seconds, "rest": seconds["total"] - in_parts},
-        # Of the main process, without its evaluations. Other work on the machine hardly changes this time.
+        # Of the main process and its children, such as compilers, without evaluations.
         "cpu_seconds": state["cpu_seconds"],
         "processes": trainer.args.world_size,
         **{"view_backend": trainer.view_backend, "cache": trainer.cache},

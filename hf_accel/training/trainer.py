@@ -22,6 +22,7 @@ from ..distributed.signals import stopping_on_sigterm
 from ..distributed.stopping import Stopped, stop_agreed, stop_requested
 from ..objectives import Draw, ObjectiveForPreTraining
 from ..run_folder import RunFolder
+from ..utils.clock import cpu_seconds
 from ..utils.errors import fail
 from ..utils.pretrain_settings import Rule
 from ..utils.seeding import generator
@@ -253,7 +254,7 @@ class PretrainTrainer(EvaluatingTrainer):
         if checkpoint:
             self._first_step = take_over(self, checkpoint)
         self._started, self._seconds_before = time.perf_counter(), self.seconds["total"]
-        self._cpu_before = self.cpu_seconds - time.process_time()
+        self._cpu_before = self.cpu_seconds - cpu_seconds()
         start_cache(self)
         with stopping_on_sigterm():
             try:

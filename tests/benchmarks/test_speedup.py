@@ -1,6 +1,7 @@
 """benchmarks/speedup.py and its report: the definition of a speedup, the order of runs, records, resumption."""
 
 import math
+import os
 import signal
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import yaml
 
 import hf_accel.run as entry
 from benchmarks import peer_training, peers, speedup, speedup_report
+from hf_accel.utils.writing import write_json
 from tests.tiny_runs import RECIPE, image_folder, read
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
@@ -185,7 +187,8 @@ def bench(tmp_path, monkeypatch):
     launched = []
 
     class Process:
-        def __init__(self, command, **_):
+        def __init__(self, command, env, **_):
+            assert env.get("HF_HUB_OFFLINE") == os.environ.get("HF_HUB_OFFLINE")  # a recipe's data may be on the Hub
             self.command, self.code = command[1:], 0
             launched.append(self)
 
@@ -223,7 +226,8 @@ def test_runs_are_recorded_and_not_trained_again(bench, capsys):
     ]
     assert code == 0 and set(records) == set(names)
     chosen, baseline = records["moco-choice-patch_8-256-0"], records["moco-baseline-256-0"]
-    assert chosen["data"]["images"] == 96 and chosen["linear"] is None  # four fifths of the training images
+    assert chosen["data"]["images"] == 96 and chosen["data"]["validation_images"] == 24
+    assert chosen["view_backend"] == "eager" and chosen["linear"] is None  # four fifths of the training images
     assert baseline["data"]["images"] == 120 and 0 <= baseline["linear"] <= 100 and baseline["seconds"] > 0
     assert baseline["curve"]["units"][-1] == baseline["units"] == 256
     assert records["moco-ablation-batch_8-256-0"]["steps"] == 2 * baseline["steps"]
@@ -239,6 +243,26 @@ def test_runs_are_recorded_and_not_trained_again(bench, capsys):
     bench.plan["accelerated"] = {"schedule": [{"until": 1.0, "patch_size": 4, "token_dropout": 0.5}]}
     with pytest.raises(SystemExit, match="holds a run with schedule"):  # it is trained again, not in the same folder
         bench.command("--only", "accelerated-256")
+
+
+@pytest.mark.slow
+def test_an_empty_folder_of_results_has_a_run_trained_again_and_compared(bench, capsys):
+    _, records = bench.command("--only", "baseline-256")
+    capsys.readouterr()
+    again = bench.folder / "again"
+    bench.command("--only", "baseline-256", "--results", str(again), "--runs", str(again / "runs"))
+    assert len(bench.launched) == 2 and "moco-baseline-256-0: as recorded" in capsys.readouterr().out
+    assert read(again / "toy" / "moco-baseline-256-0.json")["curve"] == records["moco-baseline-256-0"]["curve"]
+
+
+def test_records_are_compared_with_the_committed_ones(tmp_path):
+    for folder, knn in (("here", 50.0), ("committed", 50.5)):
+        (tmp_path / folder).mkdir()
+        for name in ("same", "other", folder):
+            changes = {"knn": knn} if name == "other" else {}
+            write_json(tmp_path / folder / f"{name}.json", {**ACCELERATED[0], "seconds": knn, **changes})
+    lines = speedup.compare_with_committed(tmp_path / "here", tmp_path / "committed")
+    assert lines == ["other: knn 50.0 (50.5 recorded)", "same: as recorded"]
 
 
 def test_out_of_time_runs_are_stopped_and_not_recorded(bench):

@@ -15,6 +15,8 @@ import torch
 from hf_accel.report import environment, origin
 from hf_accel.utils.writing import write_json
 
+DOCUMENTS = ("README.md", "docs/table.json")
+
 
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -30,9 +32,12 @@ def repository(tmp_path, monkeypatch) -> Path:
     source = tmp_path / "package" / "origin.py"
     source.parent.mkdir()
     shutil.copy(origin.__file__, source)
+    (tmp_path / "docs").mkdir()
+    for name in DOCUMENTS:
+        (tmp_path / name).touch()
     monkeypatch.setattr(origin, "__file__", str(source))
     git(tmp_path, "init", "-q")
-    git(tmp_path, "add", "package")
+    git(tmp_path, "add", "package", *DOCUMENTS)
     git(tmp_path, "commit", "-qm", "first")
     return tmp_path
 
@@ -41,6 +46,9 @@ def test_commit_clean_and_dirty(repository) -> None:
     head = git(repository, "rev-parse", "HEAD")
     assert {"commit": head, "dirty": False}.items() <= environment().items()
     (repository / "note").write_text("untracked files, as of a run's output, do not count")
+    assert environment()["dirty"] is False
+    for name in DOCUMENTS:
+        (repository / name).write_text("nor do documents, which a benchmark writes its tables into")
     assert environment()["dirty"] is False
     (repository / "package" / "origin.py").write_text("changed")
     assert {"commit": head, "dirty": True}.items() <= environment().items()

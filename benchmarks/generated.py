@@ -55,7 +55,7 @@ def summarize(report: Mapping[str, Any]) -> str:
         if means:
             numbers = (means.get(budget, "") for budget in budgets)
             lines.append(f"| {NAMES[objective]}, {label} | " + " | ".join(numbers) + " |")
-    return "\n".join([*lines, "", *(_sentence(entry) for entry in entries if entry["seeds"])])
+    return "\n".join([*lines, "", *(_sentence(entry) for entry in entries if entry["seeds"]), *_references(entries)])
 
 
 def _means(entry: Mapping[str, Any]) -> dict[str, dict[float, str]]:
@@ -78,5 +78,13 @@ def _sentence(entry: Mapping[str, Any]) -> str:
     cells = "".join(cell for means in _means(entry).values() for cell in means.values())
     but = ", where no other number of runs is given" if " run" in cells else ""
     of = f"seed {seeds[0]}" if len(seeds) == 1 else f"means over seeds {join_names([*map(str, seeds)])}{but}"
-    raw = "" if entry["raw_pixels_knn"] is None else f" Raw pixels reach {entry['raw_pixels_knn']:.1f}%."
-    return f"- {NAMES[entry['objective']]}: {of}. {format_speedups(entry)}{raw}"
+    return f"- {NAMES[entry['objective']]}: {of}. {format_speedups(entry)}"
+
+
+def _references(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line that says what raw pixels and encoders before training reach, as means over objectives and seeds."""
+    raw = [entry["raw_pixels_knn"] for entry in entries if entry["raw_pixels_knn"] is not None]
+    before = [value for entry in entries for value in entry["random_knn"] or [] if value is not None]
+    known = ((raw, "raw pixels reach"), (before, "encoders before training"))
+    said = [f"{words} {statistics.fmean(values):.1f}%" for values, words in known if values]
+    return [f"- For comparison, {' and '.join(said)}."] if said else []

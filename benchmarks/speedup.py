@@ -34,6 +34,7 @@ import yaml
 
 from benchmarks.generated import pages, write_pages
 from benchmarks.options import parser_of
+from benchmarks.speedup_figure import plot
 from benchmarks.speedup_report import write_report
 from hf_accel.recipe import overrides_for
 from hf_accel.run_folder import RunFolder
@@ -286,11 +287,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(failure, file=sys.stderr)
     known = [run for run in every if bench.is_known(run)]
     print(write_report(path.stem, plan, [json.loads(bench.record_path(run).read_text()) for run in known], results))
+    report = json.loads((results / f"{path.stem}.json").read_text())
+    plot(report, results / path.stem)
     print(f"{len(known)} of {len(every)} runs are known")
     if results != RESULTS and not args.toy:
         print("\n".join(compare_with_committed(results / path.stem, RESULTS / path.stem)))
     if results == RESULTS:
-        write_pages(path.stem, json.loads((results / f"{path.stem}.json").read_text()), pages())
+        write_pages(path.stem, report, pages())
     return 1 if failures else 0
 
 

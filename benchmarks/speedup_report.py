@@ -6,13 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from hf_accel.recipe.values import join_names
-from hf_accel.report.curves import BLUE, GRAY, STYLE
 from hf_accel.utils.writing import write_json, write_text
 
 Record = Mapping[str, Any]
@@ -36,7 +32,9 @@ def crossing(points: Iterable[tuple[float, float]], accuracy: float) -> float | 
     return None
 
 
-def speedup(baseline: Sequence[Record], accelerated: Sequence[Record], amount: str) -> dict[str, float | None]:
+def speedup(
+    baseline: Sequence[Record], accelerated: Sequence[Record], amount: str, accuracy: str = "knn"
+) -> dict[str, float | None]:
     """The baseline's amount ("budget" or "seconds") over the least with which finished accelerated runs are as good.
 
     `baseline` are runs of the whole budget, `accelerated` those of all budgets; only seeds that both have count.
@@ -44,9 +42,11 @@ def speedup(baseline: Sequence[Record], accelerated: Sequence[Record], amount: s
     None where no accelerated run is as good; `low` is None also where that is so for a single seed.
     """
     seeds = _paired_seeds(baseline, accelerated)
-    values = [_speedup_of_seed(baseline, accelerated, amount, seed) for seed in seeds]
-    paired = [[record for record in records if record["seed"] in seeds] for records in (baseline, accelerated)]
-    value = _ratio(*(_means(records, amount) for records in paired)) if seeds else None
+    both = (baseline, accelerated)
+    of_seeds = [[[record for record in records if record["seed"] == seed] for records in both] for seed in seeds]
+    values = [_ratio(*(_means(records, amount, accuracy) for records in pair)) for pair in of_seeds]
+    paired = [[record for record in records if record["seed"] in seeds] for records in both]
+    value = _ratio(*(_means(records, amount, accuracy) for records in paired)) if seeds else None
     known = [single for single in values if single is not None]
     low = min(known) if known and len(known) == len(values) else None
     return {"value": value, "low": low, "high": max(known, default=None)}
@@ -56,15 +56,10 @@ def _paired_seeds(baseline: Sequence[Record], accelerated: Sequence[Record]) -> 
     return sorted({record["seed"] for record in baseline} & {record["seed"] for record in accelerated})
 
 
-def _speedup_of_seed(baseline, accelerated, amount: str, seed: int) -> float | None:
-    mine = [[(r[amount], r["knn"]) for r in records if r["seed"] == seed] for records in (baseline, accelerated)]
-    return _ratio(*mine)
-
-
-def _means(records: Sequence[Record], amount: str) -> list[tuple[float, float]]:
-    """(mean amount, mean kNN accuracy) of each budget."""
+def _means(records: Sequence[Record], amount: str, accuracy: str) -> list[tuple[float, float]]:
+    """(mean amount, mean accuracy) of each budget."""
     by_budget = _by(records, lambda record: record["budget"])
-    return [(_mean(group, amount), _mean(group, "knn")) for group in by_budget.values()]
+    return [(_mean(group, amount), _mean(group, accuracy)) for group in by_budget.values()]
 
 
 def _mean(records: Sequence[Record], key: str) -> float:
@@ -105,10 +100,13 @@ def of_objective(name: str, plan_name: str, records: Sequence[Record]) -> dict[s
         "crossing_units": None,
         "speedup_units": {"value": None, "low": None, "high": None},
         "speedup_seconds": {"value": None, "low": None, "high": None},
+        "speedup_units_linear": {"value": None, "low": None, "high": None},
     }
     if whole and accelerated and has_learnt(entry):
         entry["speedup_units"] = speedup(whole, accelerated, "budget")
         entry["speedup_seconds"] = speedup(whole, accelerated, "seconds")
+        if all(record["linear"] is not None for record in [*whole, *accelerated]):
+            entry["speedup_units_linear"] = speedup(whole, accelerated, "budget", "linear")
         long = [record for record in accelerated if record["divisor"] == 1]
         if long:
             curve = _mean_curve(long)
@@ -167,7 +165,7 @@ def curve_of(record: Record) -> dict[str, Any]:
 
 
 def write_report(name: str, plan: Mapping[str, Any], records: Sequence[Record], folder: Path) -> str:
-    """Write NAME.json, NAME.md and, once both kinds of runs are there, the figure. Returns the tables."""
+    """Write NAME.json and NAME.md. Returns the tables."""
     by_objective = _by(records, lambda record: record["objective"])
     names = [objective for objective in plan["objectives"] if objective in by_objective]
     objectives = [of_objective(objective, name, by_objective[objective]) for objective in names]
@@ -182,9 +180,6 @@ def write_report(name: str, plan: Mapping[str, Any], records: Sequence[Record], 
     write_json(folder / f"{name}.json", report)
     text = format_report(report)
     write_text(folder / f"{name}.md", text + "\n")
-    drawn = [entry for entry in objectives if entry["baseline"] and entry["accelerated"]]
-    if drawn:
-        plot(drawn, plan["title"], plan["clock"], folder / f"{name}.png")
     return text
 
 
@@ -210,25 +205,27 @@ def format_report(report: Mapping[str, Any]) -> str:
 
 def peer_label(row: Mapping[str, Any]) -> str:
     """Name a row of `peers` and what the peer was built from, without the reason where lightly was not there."""
-    return f"{row['name']}, by another library ({row['peer'].partition(',')[0]})"
+    return f"{row['name']}, another implementation ({row['peer'].partition(',')[0]})"
 
 
 def format_speedups(entry: Mapping[str, Any]) -> str:
-    """One sentence about an objective's speedups in units and in seconds."""
+    """Two sentences about an objective's speedups, in units and in seconds, and by the linear probe."""
     if not (entry["baseline"] and entry["accelerated"]):
         return "No speedup yet: it takes a finished baseline of the whole budget and a finished accelerated run."
     if not has_learnt(entry):
         ends, before = (statistics.fmean(values) for values in (entry["baseline"]["knn"], entry["random_knn"]))
         than = f"{ends:.1f}%, no higher than the encoder before training ({before:.1f}%)"
         return f"No speedup is given, as the uncompressed run of the whole budget ends at {than}."
-    units, time = (_speedup_text(entry[f"speedup_{amount}"]) for amount in ("units", "seconds"))
+    smallest = min(row["budget"] for row in entry["accelerated"])
+    # Runs of the smallest budget may be as accurate already, and still smaller ones might be.
+    most = entry["baseline"]["budget"] / smallest
+    units, linear = (_speedup_text(entry[f"speedup_{amount}"], most) for amount in ("units", "units_linear"))
+    time = _speedup_text(entry["speedup_seconds"], math.inf)
     paired = set(entry["baseline"]["seed"]) & {seed for row in entry["accelerated"] for seed in row["seed"]}
     shared = join_names([str(seed) for seed in sorted(paired)])
     of = f" (by seed{'s' * (len(paired) > 1)} {shared}, which both have)" if set(entry["seeds"]) - paired else ""
-    smallest = min(row["budget"] for row in entry["accelerated"])
-    # Runs of the smallest budget are as accurate already, and a still smaller one might be.
-    least = "at least " * (entry["speedup_units"]["value"] == entry["baseline"]["budget"] / smallest)
-    return f"Speedup at equal kNN accuracy{of}: {least}{units} in units, {time} in seconds."
+    by_probe = f" At equal accuracy of the linear probe: {linear} in units." if any(entry["baseline"]["linear"]) else ""
+    return f"Speedup at equal kNN accuracy{of}: {units} in units, {time} in seconds.{by_probe}"
 
 
 def _references(label: str, values: Sequence[float | None] | None) -> list[str]:
@@ -252,14 +249,17 @@ def _choices(rows: Sequence[Mapping[str, Any]], seconds: str) -> list[str]:
     return lines
 
 
-def _speedup_text(value: Mapping[str, float | None]) -> str:
-    if value["value"] is None:
-        return "not reached"
-    low, high = (value[key] for key in ("low", "high"))
-    ends = (
-        f" ({'not reached' if low is None else f'{low:.2f}'} to {high:.2f} over seeds)" if high and low != high else ""
-    )
-    return f"{value['value']:.2f}x{ends}"
+def _speedup_text(speedup: Mapping[str, float | None], most: float) -> str:
+    """`most` is the speedup by the smallest budget that was tried."""
+
+    def number(value: float | None) -> str:
+        if value is None:
+            return "not reached"
+        return f"at least {value:.1f}" if value >= most else f"{value:.1f}"
+
+    value, low, high = (speedup[key] for key in ("value", "low", "high"))
+    ends = f" ({number(low)} to {number(high)} over seeds)" if value and low != high else ""
+    return f"{number(value)}{'x' if value else ''}{ends}"
 
 
 def _line(label: str, row: Mapping[str, Any]) -> str:
@@ -277,56 +277,3 @@ def _list(values: Sequence[float]) -> str:
 
 def _integers(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):,.0f}"
-
-
-def plot(objectives: Sequence[Mapping[str, Any]], title: str, clock: str, path: Path) -> None:
-    """Accuracy of finished runs against units, on the left, and seconds, on the right; a row of panels an objective.
-
-    Lines join means over seeds; bands reach from the least to the largest. The dashed line is the accuracy that the
-    baseline ends at with the whole budget, and the arrow the speedup by it.
-    """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.4, 3.3 * len(objectives)), layout="constrained")
-        grid = figure.subplots(len(objectives), 2, squeeze=False)
-        for entry, panels in zip(objectives, grid, strict=True):
-            for axes, amount in zip(panels, ("budget", "seconds"), strict=True):
-                _panel(axes, entry, amount)
-            panels[0].set_ylabel(f"{NAMES[entry['objective']]}: kNN top-1 (%)")
-        grid[-1][0].set_xlabel("units of training (1 unit: a forward pass on one uncompressed image)")
-        grid[-1][1].set_xlabel("seconds of one core" if clock == "cpu" else "seconds of training")
-        figure.suptitle(title, fontsize=10)
-        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-        figure.savefig(path.with_suffix(".png"), dpi=200)
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})  # the same runs give the same file
-
-
-def _panel(axes: Any, entry: Mapping[str, Any], amount: str) -> None:
-    baselines = [entry["baseline"], *entry["smaller_baselines"]]
-    for rows, color, marker, label in (
-        (entry["accelerated"], BLUE, "o", "short sequences first"),
-        (baselines, GRAY, "s", "uncompressed"),
-    ):
-        rows = sorted(rows, key=lambda row: row["budget"])
-        amounts = [row["budget"] if amount == "budget" else statistics.fmean(row["seconds"]) for row in rows]
-        means = [statistics.fmean(row["knn"]) for row in rows]
-        axes.plot(amounts, means, color=color, marker=marker, markersize=5, linewidth=1.6, label=label)
-        ends = [(min(row["knn"]), max(row["knn"])) for row in rows]
-        axes.fill_between(amounts, *zip(*ends, strict=True), color=color, alpha=0.15, linewidth=0)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_minor_locator(NullLocator())
-    accuracy = statistics.fmean(entry["baseline"]["knn"])
-    axes.axhline(accuracy, color=GRAY, linestyle=(0, (5, 2)), linewidth=1)
-    if entry["raw_pixels_knn"] is not None:
-        axes.axhline(entry["raw_pixels_knn"], color="black", linestyle=(0, (1, 1.5)), linewidth=1)
-        axes.annotate(
-            "raw pixels", (0.01, entry["raw_pixels_knn"]), xycoords=("axes fraction", "data"), fontsize=7, va="bottom"
-        )
-    value = entry["speedup_units" if amount == "budget" else "speedup_seconds"]["value"]
-    if value:
-        end = entry["baseline"]["budget"] if amount == "budget" else statistics.fmean(entry["baseline"]["seconds"])
-        arrow = {"arrowstyle": "<->", "color": "#222222"}
-        axes.annotate("", (end, accuracy), (end / value, accuracy), arrowprops=arrow)
-        place = {"ha": "center", "va": "bottom", "fontsize": 10, "weight": "bold"}
-        axes.annotate(f"{value:.1f}x", (end / value**0.5, accuracy), **place)

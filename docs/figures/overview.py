@@ -1,76 +1,53 @@
 """Draw docs/figures/overview.png from docs/results/imagenette_cpu.json: python docs/figures/overview.py"""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter
-
-from hf_accel.data.bundled import digits
-from hf_accel.report.curves import BLUE, GRAY
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))  # benchmarks is no installed package
+
+from benchmarks.speedup_figure import draw_panel, name_seconds  # noqa: E402
+from hf_accel.data.bundled import digits  # noqa: E402
+from hf_accel.report.curves import BLUE  # noqa: E402
+
+STAGES = [(16, "first"), (8, "then"), (4, "last")]
 
 
-def draw_patches(axes: Axes, pixels, patch: int, title: str) -> None:
+def draw_patches(axes: Axes, pixels: Any, patch: int, stage: str) -> None:
     side = pixels.shape[-1]
     axes.imshow(pixels, cmap="Greys", extent=(0, side, side, 0))
     for line in range(0, side + 1, patch):
-        axes.axhline(line, color=BLUE, linewidth=1.2)
-        axes.axvline(line, color=BLUE, linewidth=1.2)
+        axes.axhline(line, color=BLUE, linewidth=1)
+        axes.axvline(line, color=BLUE, linewidth=1)
     axes.set(xticks=[], yticks=[], xlim=(0, side), ylim=(side, 0))
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel(f"{(side // patch) ** 2} tokens", fontsize=10)
-
-
-def draw_accuracy(axes: Axes, report: dict[str, Any]) -> None:
-    """Draw the accuracy along runs of the whole budget and along those of a quarter of it.
-
-    Lines are means over seeds, and bands reach from the least to the largest.
-    """
-    (moco,) = (entry for entry in report["objectives"] if entry["objective"] == "moco")
-    whole = moco["baseline"]["budget"]
-    for kind, budget, color, label in (
-        ("baseline", whole, GRAY, "uncompressed"),
-        ("accelerated", whole / 4, BLUE, "a quarter of\nthe budget"),
-        ("accelerated", whole, BLUE, "short sequences first"),
-    ):
-        curves = [run for run in report["curves"] if (run["objective"], run["schedule"]) == ("moco", kind)]
-        curves = [run for run in curves if run["budget"] == budget]
-        if not curves:
-            continue
-        units, knn = (np.array([run[key] for run in curves]) for key in ("units", "knn"))
-        axes.plot(units.mean(0), knn.mean(0), "-o", color=color, linewidth=2, markersize=4)
-        axes.fill_between(units.mean(0), knn.min(0), knn.max(0), color=color, alpha=0.2, linewidth=0)
-        end = (units.mean(0)[-1], knn.mean(0)[-1])
-        axes.annotate(f"{end[1]:.1f}", end, (0, 8), textcoords="offset points", ha="center")
-        words = f"{label}, {len(curves)} run{'s' * (len(curves) > 1)}"
-        if budget < whole:
-            beside, place = end, (-72, 22)
-        else:
-            beside, place = (whole / 2, float(np.interp(whole / 2, units.mean(0), knn.mean(0)))), (0, -22)
-        axes.annotate(words, beside, place, textcoords="offset points", color=color, fontsize=9)
-    axes.axhline(moco["raw_pixels_knn"], color="black", linewidth=1, linestyle=":")
-    axes.annotate("raw pixels", (whole, moco["raw_pixels_knn"] - 0.3), fontsize=8, ha="right", va="top")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlabel("units spent along the runs (one unit: a forward pass on one full image)", fontsize=8)
-    axes.set_ylabel("kNN top-1 on Imagenette, 64 px (%)", fontsize=9)
-    axes.set_title("Short sequences first: better with a quarter of the budget", fontsize=10)
-    axes.margins(0.06, 0.1)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(f"{stage}: {(side // patch) ** 2} tokens", fontsize=9, pad=4)
 
 
 def main() -> None:
-    pixels = digits()[0][3 * 500].numpy()
-    figure = plt.figure(figsize=(10, 3.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, squeeze=False)[0]
-    stages = [(14, "first: large patches"), (7, "then"), (4, "last: the base patch")]
-    for axes, (patch, title) in zip(left.subplots(1, 3), stages, strict=True):
-        draw_patches(axes, pixels, patch, title)
-    draw_accuracy(right.subplots(), json.loads((HERE.parent / "results/imagenette_cpu.json").read_text()))
+    report = json.loads((HERE.parent / "results/imagenette_cpu.json").read_text())
+    (moco,) = (entry for entry in report["objectives"] if entry["objective"] == "moco")
+    figure = plt.figure(figsize=(10, 3.7), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 5.5))
+    pixels = np.pad(digits()[0][3 * 500].numpy(), 2)  # of 32 px, so that patches are as many as on Imagenette at 64 px
+    for axes, (patch, stage) in zip(left.subplots(3, 1), STAGES, strict=True):
+        draw_patches(axes, pixels, patch, stage)
+    panels = right.subplots(1, 2, sharey=True)
+    for axes, amount in zip(panels, ("budget", "seconds"), strict=True):
+        draw_panel(axes, moco, amount)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=9)
+    panels[0].set_ylabel("kNN top-1 on Imagenette (%)", fontsize=9)
+    panels[0].set_xlabel("budget in units, 1 unit: a forward pass on one full image", fontsize=9)
+    panels[1].set_xlabel(name_seconds(report["clock"]), fontsize=9)
+    panels[0].legend(fontsize=8, loc="upper left", frameon=False)
+    right.suptitle("MoCo-v3: equal accuracy for a fraction of the budget (each dot is a finished run)", fontsize=10)
     figure.savefig(HERE / "overview.png", dpi=110)
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import hf_accel.run as entry
-from benchmarks import peer_training, peers, speedup, speedup_report
+from benchmarks import peer_training, peers, speedup, speedup_figure, speedup_report
 from hf_accel.utils.writing import write_json
 from tests.tiny_runs import RECIPE, image_folder, read
 
@@ -67,7 +67,8 @@ def test_no_speedup_where_no_accelerated_run_is_as_good():
 
 def test_a_report_holds_what_it_prints(tmp_path):
     curve = ((0, 11.0), (400, 49.0), (800, 61.0))
-    long = [{**r, "curve": {"units": [u for u, _ in curve], "knn": [k for _, k in curve]}} for r in ACCELERATED]
+    curve = {"units": [u for u, _ in curve], "knn": [k for _, k in curve]}
+    long = [{**run, "curve": curve, "linear": 2 * run["knn"] - 40} for run in ACCELERATED]
     tried = [record("choice", 200, 0, 47.0, 24, 4, "patch 16"), record("ablation", 200, 0, 43.0, 24, 4, "batch 64")]
     parts = ("lightly 1.6.0", "plain transcription, for lightly cannot be imported: No module")
     theirs = [{**record("peer", 200, seed, 41.0, 25, 4, "uncompressed"), "peer": parts[seed]} for seed in (0, 1)]
@@ -85,10 +86,14 @@ def test_a_report_holds_what_it_prints(tmp_path):
         ("uncompressed", parts[seed], [41.0], [seed]) for seed in (0, 1)
     ]
     for peer in ("lightly 1.6.0", "plain transcription"):
-        assert f"| uncompressed, by another library ({peer}) | 200 | 10 | 25 | 41.0 | 41.0 | 46.0 |" in text
+        assert f"| uncompressed, another implementation ({peer}) | 200 | 10 | 25 | 41.0 | 41.0 | 46.0 |" in text
     assert len(report["curves"]) == 8 and report["curves"][0]["seconds"][-1] > 0
-    assert f"Speedup at equal kNN accuracy: {found['speedup_units']['value']:.2f}x" in text
-    assert "| short sequences first | 200 | 10 | 24 | 52.0 54.0 | 53.0 | 57.0 59.0 |" in text
+    assert f"Speedup at equal kNN accuracy: {found['speedup_units']['value']:.1f}x" in text
+    linear = speedup_report.speedup(BASELINES, long, "budget", "linear")
+    assert found["speedup_units_linear"] == linear != speedup_report.speedup(BASELINES, long, "budget", "knn")
+    assert f" At equal accuracy of the linear probe: {linear['value']:.1f}x" in text
+    assert "| short sequences first | 200 | 10 | 24 | 52.0 54.0 | 53.0 | 64.0 68.0 |" in text
+    speedup_figure.plot(report, tmp_path / "toy")
     assert (tmp_path / "toy.png").stat().st_size > 10_000 and (tmp_path / "toy.md").read_text() == text + "\n"
 
 
@@ -99,6 +104,8 @@ def test_no_speedup_over_a_baseline_that_learnt_nothing(tmp_path):
     (found,) = read(tmp_path / "toy.json")["objectives"]
     assert {*found["speedup_units"].values(), *found["speedup_seconds"].values(), found["crossing_units"]} == {None}
     assert "ends at 51.0%, no higher than the encoder before training (51.0%)." in text and "reached" not in text
+    speedup_figure.plot(read(tmp_path / "toy.json"), tmp_path / "toy")
+    assert not (tmp_path / "toy.png").exists()
 
 
 def test_without_a_baseline_a_report_names_no_speedup(tmp_path):
@@ -106,6 +113,7 @@ def test_without_a_baseline_a_report_names_no_speedup(tmp_path):
     tried = [record("choice", 200, 0, 47.0, 24, 4, "patch 16")]
     text = speedup_report.write_report("toy", plan, tried, tmp_path)
     assert "No speedup yet" in text and "not reached" not in text and "| patch 16 | 200 | 10 | 24 | 47.0 |" in text
+    speedup_figure.plot(read(tmp_path / "toy.json"), tmp_path / "toy")
     assert read(tmp_path / "toy.json")["objectives"][0]["baseline"] is None and not (tmp_path / "toy.png").exists()
 
 

@@ -107,15 +107,6 @@ def test_every_recipe_key_and_setting_is_in_the_tables():
     assert {key for kind in RECIPES.values() for key in kind.types()} | settings <= described
 
 
-def test_numbers_of_the_overview_figure_are_in_the_results():
-    results = json.loads((ROOT / "docs/results/cifar10_moco.json").read_text(encoding="utf-8"))
-    rows = (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines()
-    for name, words in (("short sequences first", "by hand"), ("full sequences throughout", "uncompressed")):
-        for seeds in results[name].values():
-            cell = f"| {' '.join(map(str, seeds))} | **{sum(seeds) / 3:.1f}** |"
-            assert any(row.startswith(f"| {words}") and row.endswith(cell) for row in rows), cell
-
-
 def test_figures_of_schedules_show_the_rows_of_the_tables():
     figures = json.loads((ROOT / "docs/results/schedules.json").read_text(encoding="utf-8"))["figures"]
     page = (ROOT / "docs/results.md").read_text(encoding="utf-8")

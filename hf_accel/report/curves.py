@@ -45,6 +45,7 @@ def plot_curves(
     title: str = "",
     baselines: Mapping[str, float] | None = None,
     rank_me_start: float | None = None,
+    has_target_branch: bool = True,
 ) -> None:
     """Draw what evaluations measured, loss, patch tokens, patch size and token dropout against the units spent.
 
@@ -57,6 +58,7 @@ def plot_curves(
         image_size: pixels of a view.
         baselines: kNN accuracies in [0, 1] to draw as dashed lines, such as {"random initialisation": 0.4}.
         rank_me_start: RankMe of the released weights that training started from, to draw as a dashed line.
+        has_target_branch: whether the objective has one, whose compression is drawn then.
     """
     panels: list[tuple[float, Callable[[Axes], None]]] = []
     accuracy, loss = (_series(log_history, key) for key in ("eval_knn_top1", "loss"))
@@ -76,7 +78,7 @@ def plot_curves(
         ("patch_size", "patch size\n(px)", 1.2),
         ("token_dropout", "token\ndropout", 1.2),
     ):
-        branches = _series(stages, key), _series(stages, f"target_{key}")
+        branches = _series(stages, key), _series(stages, f"target_{key}" if has_target_branch else key)
         panels.append((height, lambda axes, of=branches, label=label: _compression(axes, *of, label)))
 
     heights = [height for height, _ in panels]

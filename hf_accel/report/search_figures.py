@@ -23,6 +23,9 @@ from .heatmap import draw_heatmap
 
 DECADES = 5
 """Powers of ten that a logarithmic axis reaches below its largest value."""
+CA_MSE = {True: "CA-MSE / ‖G‖²", False: "CA-MSE"}
+GAIN = {True: "gain / uncompressed", False: "gain"}
+"""Names of the criteria, by whether the table's values are relative."""
 NARROW = 0.12
 """Share of progress below which the name of a compression does not fit and is turned upright."""
 
@@ -33,16 +36,16 @@ def plot_gradient_error(table: ErrorTable, path: Path, title: str = "") -> None:
     The strategies run downwards, so that the names of sixty can be read. All figures here are written with the
     suffixes .png and .svg.
     """
-    unit = r" / $\|G\|^2$" if table.relative else ""
+    unit = " / ‖G‖²" if table.relative else ""
     count = len(table.strategies)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.4, 2.0 + 0.165 * count), layout="constrained")
         grid = figure.subplots(1, 4, sharey=True)
         clipped = [
-            _errors(grid[0], table, "bias2", rf"bias$^2${unit}", interval=True),
+            _errors(grid[0], table, "bias2", f"bias²{unit}", interval=True),
             _errors(grid[1], table, "ca_variance", f"cost-adjusted variance{unit}", interval=False),
-            _errors(grid[2], table, "ca_mse", f"CA-MSE{unit}", interval=True),
-            _errors(grid[3], table, "gain", "gain" + " / uncompressed" * table.relative, interval=True),
+            _errors(grid[2], table, "ca_mse", CA_MSE[table.relative], interval=True),
+            _errors(grid[3], table, "gain", GAIN[table.relative], interval=True),
         ]
         grid[0].set_yticks(range(count), [table.label(strategy) for strategy in table.strategies], fontsize=8)
         grid[0].set_ylim(count - 0.4, -0.6)
@@ -124,11 +127,14 @@ def _floor(values: np.ndarray) -> float:
     return max(positive.min() / 1.25, positive.max() / 10**DECADES) if len(positive) else 1e-3
 
 
-def plot_ca_mse_heatmap(table: ErrorTable, path: Path, title: str = "") -> None:
-    """Draw CA-MSE over token dropout and patch size, a panel a stage, each symmetry in rows of its own.
+def plot_heatmap(table: ErrorTable, path: Path, title: str = "", criterion: str = "ca_mse") -> None:
+    """Draw a criterion over token dropout and patch size, a panel a stage, each symmetry in rows of its own.
 
     Each stage has its own colours, from its least to its largest value, because a schedule chooses within a stage. The
     numbers can be compared between stages.
+
+    Args:
+        criterion: "ca_mse" or "gain".
     """
     strategies = table.strategies
     columns = sorted({strategy.online.token_dropout for strategy in strategies})
@@ -146,27 +152,28 @@ def plot_ca_mse_heatmap(table: ErrorTable, path: Path, title: str = "") -> None:
             for number, progress in enumerate(table.points):
                 axes = grid[block * lines + number // across, number % across]
                 axes.set_axis_on()
-                _heatmap(axes, table, progress, members, rows, columns)
+                _heatmap(axes, table, criterion, progress, members, rows, columns)
                 name = f"{symmetry}, " if len(table.symmetries) > 1 else ""
                 axes.set_title(f"{name}progress {percent(progress)}", fontsize=9)
                 if number % across == 0:
                     axes.set_ylabel("patch size (px)")
                 if number + across >= len(table.points):
                     axes.set_xlabel("token dropout")
-        unit = r"CA-MSE / $\|G\|^2$" if table.relative else "CA-MSE"
-        figure.supxlabel(f"{unit}; colours from each stage's least (dark) to its largest; framed: chosen", fontsize=8)
+        name = {"ca_mse": CA_MSE, "gain": GAIN}[criterion][table.relative]
+        figure.supxlabel(f"{name}; colours from each stage's least (dark) to its largest; framed: chosen", fontsize=8)
         _save(figure, path, title)
 
 
 def _heatmap(
     axes: Axes,
     table: ErrorTable,
+    criterion: str,
     progress: float,
     members: Sequence[Strategy],
     rows: Sequence[int],
     columns: Sequence[float],
 ) -> None:
-    values = dict(zip(table.strategies, table.values("ca_mse", progress), strict=True))
+    values = dict(zip(table.strategies, table.values(criterion, progress), strict=True))
     positive = [value for value in values.values() if value > 0]
     low, high = (min(positive), max(positive)) if positive else (1.0, 1.0)
     norm = LogNorm(low, high if high > low else 2 * low)

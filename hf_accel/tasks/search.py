@@ -35,6 +35,7 @@ from ..schedule_search.gradient_probe import GradientProbe
 from ..training.config import PretrainConfig
 from ..training.normalising import normalise_source
 from ..training.planning import make_forward_cost
+from ..utils.errors import fail
 from ..utils.writing import write_text
 from .setup import build_objective, continue_recipe, images_of, naming, output_of, pretrain_config
 
@@ -90,6 +91,9 @@ def search_checkpoints(recipe: Recipe, config: PretrainConfig, checkpoints: list
     objective = build_objective(recipe)
     if config.torch_compile:
         objective.compile_encoders(**config.compile_options)
+    has_target_branch = objective.has_target_branch
+    if not has_target_branch and recipe.search_symmetry != ["paper"]:
+        fail("search_symmetry", recipe.search_symmetry, f"{objective.display_name} has no target branch; leave it out")
     with naming("the grid of the search"):
         of_grid = recipe.search_token_dropout, recipe.search_patch_size, recipe.search_symmetry
         strategies = build_grid(recipe.image_size, recipe.patch_size, *of_grid)
@@ -120,16 +124,20 @@ def search_checkpoints(recipe: Recipe, config: PretrainConfig, checkpoints: list
     stages = [table.errors(progress) for progress in table.points]
     chosen = choose_strategies(stages, cost, recipe.search_criterion)
     if is_main():
-        write_result(recipe, table.choose(chosen), build_schedule(table.points, chosen), source.name)
+        schedule = build_schedule(table.points, chosen)
+        write_result(recipe, table.choose(chosen), schedule, source.name, has_target_branch)
     barrier()
     for progress, strategy, errors in zip(table.points, chosen, stages, strict=True):
         doubt = describe_doubt(errors[strategies[0]], table.rows[progress, strategies[0]]["draws"])
         doubt += describe_tie(errors, recipe.search_criterion)
-        say(f"progress {progress:.0%}: {strategy} (cost {cost[strategy]:.2f} of uncompressed){doubt}")
+        shown = strategy if has_target_branch else strategy.online
+        say(f"progress {progress:.0%}: {shown} (cost {cost[strategy]:.2f} of uncompressed){doubt}")
     say(f"schedule: {output / SCHEDULE_NAME} (use it as schedule={output / SCHEDULE_NAME}), report in {output}")
 
 
-def write_result(recipe: Recipe, table: ErrorTable, schedule: Schedule, data_name: str) -> None:
+def write_result(
+    recipe: Recipe, table: ErrorTable, schedule: Schedule, data_name: str, has_target_branch: bool
+) -> None:
     """Write the schedule, the table and the report into `output_dir`."""
     output = Path(recipe.output_dir)
     origin = {
@@ -143,7 +151,7 @@ def write_result(recipe: Recipe, table: ErrorTable, schedule: Schedule, data_nam
     write_text(output / SCHEDULE_NAME, text)
     table.save(output / ERRORS_NAME)
     title = f"{recipe.objective} on {data_name}"
-    write_search_report(table, schedule, output, title, recipe.search_criterion)
+    write_search_report(table, schedule, output, title, recipe.search_criterion, has_target_branch)
 
 
 def kept_checkpoints(pilot: Path) -> list[tuple[float, Path]]:

@@ -114,6 +114,7 @@ def write_results(trainer: Any, results: dict[str, Any]) -> None:
     size, best = trainer.objective.config.image_size, results.get("best") or {}
     rank = best["start"] if best.get("measure") == "rank_me" else None
     drawn: dict[str, Any] = {"baselines": baselines, "rank_me_start": rank}
+    drawn["has_target_branch"] = trainer.objective.has_target_branch
     plot_curves(history, folder.curves, title=title, plan=plan, image_size=size, **drawn)
     write_json(folder.log_history, {"log_history": history})
     with folder.update_results() as written:  # It may hold evaluations of a checkpoint.

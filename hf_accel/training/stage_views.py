@@ -41,24 +41,26 @@ def collect_stage_views(trainer: Any) -> list[StageViews]:
     """
     made, step, before = [], 0, trainer.plan.start
     ends, count = trainer.plan.stage_ends(), len(trainer.plan.segments)
+    has_target = trainer.objective.has_target_branch
     for number, ((strategy, steps), (end, _)) in enumerate(zip(trainer.plan.stage_steps(), ends, strict=True)):
         until = 1.0 if number == count - 1 else trainer.plan.progress(end)
         extent = f"{trainer.plan.progress(before):.0%} to {until:.0%} of the budget, {steps:,} steps"
-        title = f"Stage {number + 1} of {count}: {extent}. {describe_strategy(strategy)}"
+        title = f"Stage {number + 1} of {count}: {extent}. {describe_strategy(strategy, has_target)}"
         made.append(_collect_step(trainer, step, title))
         step, before = step + steps, end
     return made
 
 
-def describe_strategy(strategy: Strategy) -> str:
-    """Describe a strategy in words."""
+def describe_strategy(strategy: Strategy, has_target_branch: bool = True) -> str:
+    """Describe a strategy in words, with the target branch only where the objective has one."""
 
     def words(branch: Any) -> str:
         dropped = f", {branch.token_dropout:.0%} of the patches dropped" if branch.token_dropout else ""
         return f"patches of {branch.patch_size} px{dropped}"
 
     online, target = words(strategy.online), words(strategy.target_branch)
-    return f"{online[0].upper()}{online[1:]}" + ("" if online == target else f" (target branch: {target})")
+    differs = has_target_branch and target != online
+    return f"{online[0].upper()}{online[1:]}" + (f" (target branch: {target})" if differs else "")
 
 
 def _collect_step(trainer: Any, step: int, title: str) -> StageViews:

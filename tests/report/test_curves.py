@@ -97,6 +97,11 @@ def test_a_plan_is_drawn_as_it_was_followed(panels) -> None:
     assert bottom < 0 and top > 0.5, "a line at 0 must be seen"
 
 
+def test_without_a_target_branch_there_is_one_line(panels) -> None:
+    drawn = panels([], Plan(100, Schedule.constant(Strategy(Compression(4, 0.5))), 2, unit), has_target_branch=False)
+    assert len(drawn) == 3 and all(len(axes.lines) == 1 and not axes.get_legend() for axes in drawn.values())
+
+
 def test_a_revised_plan_is_drawn_with_its_probes(panels) -> None:
     cheap, costly = Strategy(Compression(8)), Strategy(Compression(4))
     plan = Plan(100, Schedule.constant(cheap), 2, unit)

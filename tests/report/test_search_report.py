@@ -13,8 +13,8 @@ from hf_accel.compression import Compression, Schedule, Stage, Strategy
 from hf_accel.report import write_search_report
 from hf_accel.report.search_figures import (
     compact,
-    plot_ca_mse_heatmap,
     plot_gradient_error,
+    plot_heatmap,
     plot_schedule,
 )
 from hf_accel.report.search_report import build_report
@@ -156,7 +156,7 @@ def test_no_text_is_cut_or_overlaps(drawn, name: str) -> None:
     table = ErrorTable(rows)
     for figure in (
         drawn(plot_gradient_error, table),
-        drawn(plot_ca_mse_heatmap, table),
+        drawn(plot_heatmap, table),
         drawn(plot_schedule, schedule, table.cost, table.image_size),
     ):
         box = figure.get_tightbbox()
@@ -197,9 +197,14 @@ def test_gradient_errors_are_drawn_as_they_are(drawn) -> None:
         assert shown == [Strategy.from_dict(row) for row in rows if row["chosen"]]
 
 
-def test_heatmaps_hold_each_symmetry(drawn) -> None:
+@pytest.mark.parametrize("criterion", ["ca_mse", "gain"])
+def test_heatmaps_hold_each_symmetry(drawn, criterion) -> None:
     rows, _ = search_of("three symmetries")
-    figure = drawn(plot_ca_mse_heatmap, ErrorTable(rows))
+    table = ErrorTable(rows)
+    figure = drawn(partial(plot_heatmap, criterion=criterion), table)
+    assert figure._supxlabel.get_text().startswith(
+        {"ca_mse": "CA-MSE / ‖G‖²;", "gain": "gain / uncompressed;"}[criterion]
+    )
     panels = {axes.get_title(): axes for axes in figure.axes if axes.axison}
     assert len(panels) == 9
     for row in rows:
@@ -217,11 +222,10 @@ def test_heatmaps_hold_each_symmetry(drawn) -> None:
             frames = {(round(patch.get_x() + 0.5), round(patch.get_y() + 0.5)) for patch in axes.patches}
             if fit:
                 texts = {text.get_position(): text.get_text() for text in axes.texts}
-                assert texts[place] == compact(row["ca_mse"] / row["reference_norm2"])
+                assert texts[place] == compact(row[criterion] / table.unit(row, criterion))
                 assert (place in frames) == row["chosen"]
-    table = ErrorTable(rows)
     for progress in table.points:  # a stage is one choice: its panels have the same colours for the same values
-        values = table.values("ca_mse", progress)
+        values = table.values(criterion, progress)
         for symmetry in ("paper", "symmetric", "asymmetric"):
             norm = panels[f"{symmetry}, progress {100 * progress:g}%"].images[0].norm
             assert (norm.vmin, norm.vmax) == pytest.approx((values[values > 0].min(), values.max()))
@@ -249,6 +253,35 @@ def test_schedule_without_a_target_branch_draws_online_alone(drawn) -> None:
     tokens, names, _ = drawn(plot, schedule, cost, 28).axes
     assert [line.get_label() for line in tokens.lines] == ["online"]
     assert [label.get_text() for label in names.get_yticklabels()] == ["online"] and len(names.texts) == 1
+
+
+def test_a_report_without_a_target_branch_shows_none() -> None:
+    rows, schedule = search_of()
+    table = ErrorTable(rows)
+    pages = [build_report(table, schedule, "", "ca_mse", has_target_branch=has) for has in (True, False)]
+    with_target, without = (page.partition("## Schedule")[2].splitlines() for page in pages)
+    assert any("target" in line for line in with_target) and not any("target" in line for line in without)
+    tables = [[line.split("|")[1:-1] for line in page if line.startswith("|")] for page in (with_target, without)]
+    stages = 2 + len(schedule.stages)
+    for number, (wide, narrow) in enumerate(zip(*tables, strict=True)):
+        cells, left = [cell.strip(" *") for cell in wide], [cell.strip(" *") for cell in narrow]
+        if number not in (1, stages + 1):  # the rules below the headers
+            del cells[2 if number < stages else 3]
+            if number < stages:
+                cells[2] = cells[2].partition(", online")[0].partition(" / ")[0]
+            assert left == cells
+
+
+def test_the_report_draws_the_criterion_that_chose(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: path.touch())
+    rows, schedule = search_of("one strategy")
+    for criterion, other in (("ca_mse", "gain"), ("gain", "ca_mse")):
+        write_search_report(ErrorTable(rows), schedule, tmp_path, "", criterion)
+        assert {path.name for path in tmp_path.glob("*_heatmap.*")} == {
+            f"{criterion}_heatmap{s}" for s in (".png", ".svg")
+        }
+        text = (tmp_path / "report.md").read_text()
+        assert f"({criterion}_heatmap.png)" in text and f"{other}_heatmap" not in text
 
 
 def test_values_stay_as_they_are_where_the_norm_is_lost_in_noise(drawn) -> None:

@@ -297,12 +297,15 @@ def test_all_three_symmetries(pilot, folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "moco"])
-def test_every_objective_can_be_searched(objective, folder, tmp_path):
+def test_every_objective_can_be_searched(objective, folder, tmp_path, capsys):
     heads = {"simclr": "{projector_hidden_size: 32, projection_size: 16}"}
     own = "{num_prototypes: 64, num_local_crops: 2, local_crop_size: 8}"
     settings = [f"objective={objective}", f"objective_config={heads.get(objective, own)}"]
     pilot = launch(folder, tmp_path / "pilot", *settings, f"keep_points={POINTS}", "eval_points=[]", "budget=1200")
+    capsys.readouterr()
     output = launch(folder, tmp_path / "run", *settings, *SEARCH, f"pilot={pilot}")
+    page = (output / "report.md").read_text().partition("## Schedule")[2]
+    assert ("target" in page) == ("target" in capsys.readouterr().out) == OBJECTIVES[objective].has_target_branch
     rows = rows_of(output)
     points = sorted({row["progress"] for row in rows})
     assert len(points) == 3 and len(rows) == len(GRID) * 3 and sum(row["chosen"] for row in rows) == 3
@@ -333,6 +336,9 @@ def test_a_search_that_cannot_be_done_says_why_in_a_line(pilot, folder, tmp_path
     assert "encoder.layers.2." in deeper and "missing there" in deeper
     assert "missing here" in refused(folder, tmp_path / "other", at, "model_config.num_hidden_layers=1")
     assert "patch_size 5" in refused(folder, tmp_path / "grid", at, "search_patch_size=[5]")
+    simclr = ["objective=simclr", "objective_config={projector_hidden_size: 32, projection_size: 16}"]
+    symmetric = refused(folder, tmp_path / "symmetric", at, *simclr, "search_symmetry=[symmetric]")
+    assert "search_symmetry=['symmetric']: SimCLR has no target branch; leave it out" in symmetric
     assert not list(tmp_path.glob("*/recipe.yaml"))  # which would refuse the corrected command
     used = (pilot / "recipe.yaml").read_text()
     assert f"output_dir='{pilot}': it holds the recipe.yaml of task=pretrain" in refused(folder, pilot, at)

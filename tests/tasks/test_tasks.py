@@ -146,10 +146,11 @@ def test_curves_show_the_plan_that_was_followed(tmp_path, monkeypatch):
     results: dict[str, Any] = {"data": {"name": "photos"}, "objective": "moco"}
     results |= dict.fromkeys(["knn_top1_raw_pixels", "knn_top1_random_init"])
     trainer: Any = SimpleNamespace(folder=RunFolder(tmp_path), plan=object(), state=SimpleNamespace(log_history=[]))
-    trainer.objective = SimpleNamespace(config=SimpleNamespace(image_size=32))
+    trainer.objective = SimpleNamespace(config=SimpleNamespace(image_size=32), has_target_branch=False)
     trainer.publication = lambda: SimpleNamespace(complete_final=lambda _: True)
     write_results(trainer, results)
     assert drawn["plan"] is trainer.plan and drawn["image_size"] == 32
+    assert drawn["has_target_branch"] is False
 
 
 def test_the_last_steps_are_logged_also_where_they_fill_no_window(folder, tmp_path):

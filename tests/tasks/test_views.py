@@ -62,6 +62,7 @@ def test_the_sheet_shows_what_training_encodes(objective, folder, tmp_path, monk
 
     monkeypatch.setattr(PretrainTrainer, "compute_loss", compute_loss)
     pretrain(recipe)
+    assert ("target branch" in stages[0].title) == (objective != "simclr")
     assert first > 0 < second and len(stages) == 2 and len(trained) == first + second
     for stage, step in zip(stages, (0, first), strict=True):
         batch, calls = trained[step]

@@ -157,11 +157,16 @@ def _finite(value: Any) -> bool:
     return value is not None and math.isfinite(value)
 
 
+def _put_legend_above(axes: Axes) -> None:
+    """Put the legend above the axes, where it covers no line, however many there are."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=3, fontsize=8)
+
+
 def _measure(axes: Axes, series: Series, label: str, start: float | None) -> None:
     axes.plot(*series, color=BLUE, marker="o", markersize=4)
     if start is not None:
         axes.axhline(start, color=GRAY, linestyle=DASHES[0], label=f"start: {start:.1f}")
-        axes.legend(loc="best", fontsize=8)
+        _put_legend_above(axes)
     axes.margins(y=0.2)
     axes.set_ylabel(label)
 
@@ -186,7 +191,7 @@ def _accuracy(axes: Axes, accuracy: Series, linear: Series, baselines: Mapping[s
             label = f"{name}: {100 * value:.1f}"
             axes.axhline(100 * value, color=GRAY, linestyle=DASHES[number % len(DASHES)], label=label)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="best", fontsize=8)
+        _put_legend_above(axes)
     axes.margins(y=0.15)
     axes.set_ylabel("top-1 (%)" if len(linear[0]) else "kNN top-1 (%)")
 
@@ -200,7 +205,7 @@ def _loss(axes: Axes, loss: Series) -> None:
         width = len(values) // 20
         mean_units, mean = (np.convolve(series, np.full(width, 1 / width), "valid") for series in loss)
         axes.plot(mean_units, mean, color=BLUE, label=f"mean of {width} logs")
-        axes.legend(loc="best", fontsize=8)
+        _put_legend_above(axes)
     axes.set_ylabel("training loss")
 
 

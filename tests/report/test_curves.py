@@ -102,6 +102,21 @@ def test_without_a_target_branch_there_is_one_line(panels) -> None:
     assert len(drawn) == 3 and all(len(axes.lines) == 1 and not axes.get_legend() for axes in drawn.values())
 
 
+@pytest.mark.parametrize(
+    "count, measured", [(60, {"eval_knn_top1": 0.5, "eval_ridge_top1": 0.6}), (2, {"eval_rank_me": 9.0})]
+)
+def test_legends_cover_no_line_and_are_whole(panels, count, measured) -> None:
+    history = [{"units": 2.0 * n, "loss": n % 7, **measured} for n in range(count)]
+    baselines = {f"raw pixels {n}": 0.5 + 0.02 * n for n in range(3)}
+    figure = next(iter(panels(history, baselines=baselines, rank_me_start=12.0, title="title").values())).figure
+    figure.draw_without_rendering()
+    boxes = [axes.get_legend().get_window_extent() for axes in figure.axes if axes.get_legend()]
+    assert len(boxes) == (2 if count == 60 else 1)
+    for box in boxes:
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(axes.get_window_extent()) for axes in figure.axes)
+
+
 def test_a_revised_plan_is_drawn_with_its_probes(panels) -> None:
     cheap, costly = Strategy(Compression(8)), Strategy(Compression(4))
     plan = Plan(100, Schedule.constant(cheap), 2, unit)

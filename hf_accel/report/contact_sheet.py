@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from .curves import BLUE, GRAY, ORANGE
+from .fonts import save_figure
 
 CELL = 224
 """Side in pixels at which an image is drawn."""
@@ -93,7 +94,7 @@ def plot_contact_sheet(stages: Sequence[StageViews], path: Path, title: str, not
                 figure.text(GAP / width, 1 - (top + INCHES / 2) / height, label, va="center", color=color)
                 top += INCHES + GAP
         figure.text(GAP / width, 0.12 / height, "\n".join(lines), fontsize=8.5, color=GRAY, va="bottom")
-        figure.savefig(path, dpi=160)
+        save_figure(figure, path, dpi=160)
 
 
 def describe_seen(row: SeenView) -> str:

@@ -8,6 +8,7 @@ import matplotlib
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from .fonts import save_figure
 from .heatmap import draw_heatmap
 from .tables import format_table
 
@@ -46,7 +47,7 @@ def plot_cost(table: Rows, path: str | Path, title: str = "") -> None:
             axes.set_ylabel("patch size (px)")
         if title:
             figure.suptitle(title, fontsize=10)
-        figure.savefig(path, dpi=160)
+        save_figure(figure, path, dpi=160)
 
 
 def format_cost_table(rows: Rows) -> str:

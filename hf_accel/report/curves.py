@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from ..compression import Plan
+from .fonts import save_figure
 
 BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "#555555"  # of Okabe and Ito's palette, for the colour-blind, too
 COLORS = [BLUE, ORANGE, "#009E73", "#CC79A7", GRAY, "#E69F00", "#56B4E9", "#000000"]  # the rest of the palette
@@ -93,7 +94,7 @@ def plot_curves(
         figure.align_ylabels(grid)
         if title:
             figure.suptitle(title, fontsize=10)
-        figure.savefig(path, dpi=160)
+        save_figure(figure, path, dpi=160)
 
 
 def plot_accuracies(names: Sequence[str], logs: Sequence[Logs], batch_sizes: Sequence[int], path: Path) -> None:
@@ -121,9 +122,8 @@ def plot_accuracies(names: Sequence[str], logs: Sequence[Logs], batch_sizes: Seq
             axes.set_xlabel(label)
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.set_xlim(left=0)
-        handles, labels = by_units.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=1, fontsize=8)
-        figure.savefig(path, dpi=160)
+        figure.legend(by_units.lines, names, loc="outside lower center", ncols=1, fontsize=8)
+        save_figure(figure, path, dpi=160)
 
 
 def _with_seconds(log_history: Logs, batch_size: int) -> Logs:

@@ -1,10 +1,13 @@
 """Pictures of what an encoder makes of images: neighbours, map, near-duplicates, outliers, patches, attention."""
 
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import east_asian_width
 
 import matplotlib
 import numpy as np
@@ -19,6 +22,7 @@ from ..data.pictures import to_picture
 from ..evaluation.knn import nearest_others
 from ..utils.seeding import generator
 from .feature_map import plot_feature_map
+from .fonts import compose, find_missing
 from .pages import escape
 from .tables import format_table
 from .tiles import Tile, plot_tiles
@@ -44,6 +48,8 @@ GROUPS = 10
 CLUSTERS = 8
 PAIRS, ODD = 12, 24
 """Pairs of near-duplicates and outliers that are shown."""
+
+NUMBERED = "No font on this machine has the characters of some class names, so the figures number these classes"
 
 
 class Section(NamedTuple):
@@ -89,6 +95,24 @@ class Explored:
             return ""
         return self.class_names[int(self.labels[row])]
 
+    @cached_property
+    def figure_names(self) -> list[str]:
+        """The class names in figures: "class 3" for one with characters that no font of this machine has."""
+        names = [compose(name) for name in self.class_names]
+        missing = find_missing(" ".join(names))
+        return [f"class {label}" if missing.intersection(name) else name for label, name in enumerate(names)]
+
+    def describe_numbers(self) -> str:
+        """Say which classes of the images the figures number, if any, in Markdown."""
+        labels = [] if self.labels is None else self.labels[self.labels != UNLABELLED].unique().tolist()
+        names = [(self.figure_names[label], self.class_names[label]) for label in labels]
+        numbered = [f"{shown} is {escape(name)}" for shown, name in names if shown != compose(name)]
+        return f"{NUMBERED}: {', '.join(numbered)}." if numbered else ""
+
+    def caption(self, row: int) -> str:
+        """The class of an image as it fits beneath the image; empty if it has none."""
+        return cut_name(self.figure_names[int(self.labels[row])]) if self.labels is not None and self.label(row) else ""
+
     def draw_samples(self, count: int) -> list[int]:
         """Draw rows, from as many classes as possible where there are labels."""
         order = torch.randperm(len(self.features), generator=generator(self.seed, "explore"))
@@ -106,14 +130,13 @@ def draw_neighbours(images: Explored, folder: Path) -> Section:
     similarity, index = images.nearest
     rows = []
     for row in images.draw_samples(SAMPLES):
-        tiles = [Tile(images.image(row), short(images.label(row)) or "sample")]
+        tiles = [Tile(images.image(row), images.caption(row) or "sample")]
         for other, near in zip(index[row, :SHOWN].tolist(), similarity[row, :SHOWN].tolist(), strict=True):
             color = None
             if images.label(row) and images.label(other):
                 color = SAME if images.label(row) == images.label(other) else OTHER
-            tiles.append(
-                Tile(images.image(other), "\n".join(filter(None, [f"{near:.3f}", short(images.label(other))])), color)
-            )
+            text = "\n".join(filter(None, [f"{near:.3f}", images.caption(other)]))
+            tiles.append(Tile(images.image(other), text, color))
         rows.append(tiles)
     plot_tiles(rows, folder / "explore_neighbours.png", apart=[1])
     text = (
@@ -166,7 +189,7 @@ def draw_map(images: Explored, folder: Path) -> Section:
             "clusters that k-means finds in the features",
         )
     else:
-        groups, names = group_by_class(images.labels[rows], images.class_names)
+        groups, names = group_by_class(images.labels[rows], images.figure_names)
         kind = f"the {len(names)} largest classes" if (groups == len(names)).any() else "classes"
     path = folder / "explore_map.png"
     plot_feature_map(points, np.asarray(groups), names, lambda row: images.image(int(rows[row])), path)
@@ -195,7 +218,7 @@ def draw_duplicates(images: Explored, folder: Path) -> Section:
     for number, (near, one, other) in enumerate(pairs, 1):
         shown = [images.image(row) for row in (one, other)]
         difference = float(np.abs(shown[0] - shown[1]).mean())
-        classes = [short(images.label(row)) for row in (one, other)]
+        classes = [images.caption(row) for row in (one, other)]
         tiles += [Tile(shown[0], f"pair {number}\n{classes[0]}"), Tile(shown[1], f"{near:.3f}\n{classes[1]}")]
         lines.append(
             [str(number), f"{near:.4f}", f"{difference:.1%}", *(escape(images.name(row)) for row in (one, other))]
@@ -226,7 +249,7 @@ def draw_outliers(images: Explored, folder: Path) -> Section:
     similarity = images.nearest[0][:, :COMPARED]
     usual = similarity.mean(1)
     rows = usual.argsort(stable=True)[:ODD].tolist()
-    tiles = [Tile(images.image(row), f"{usual[row]:.3f}\n{short(images.label(row))}") for row in rows]
+    tiles = [Tile(images.image(row), f"{usual[row]:.3f}\n{images.caption(row)}") for row in rows]
     plot_tiles([tiles[start : start + 8] for start in range(0, len(tiles), 8)], folder / "explore_outliers.png")
     lines = [[f"{usual[row]:.4f}", escape(images.label(row)), escape(images.name(row))] for row in rows[: ODD // 2]]
     text = (
@@ -277,7 +300,8 @@ def draw_attention(pictures: Sequence[np.ndarray], attention: Tensor, folder: Pa
     return Section("Attention of the CLS token", "explore_attention.png", text)
 
 
-def short(text: str, most: int = 17) -> str:
-    """Cut a name to what fits beneath an image."""
+def cut_name(text: str, most: int = 17) -> str:
+    """Cut a name to what fits beneath an image, where a Chinese, Japanese or Korean character takes two places."""
     text = text.partition(",")[0]
-    return text if len(text) <= most else text[: most - 1] + "…"
+    ends = list(accumulate(1 + (east_asian_width(character) in "WF") for character in text))
+    return text if not ends or ends[-1] <= most else text[: bisect(ends, most - 1)] + "…"

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .curves import COLORS
+from .fonts import save_figure
 
 PLACES = 15
 """Images along each side of the map of images."""
@@ -39,12 +40,14 @@ def plot_feature_map(
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(12, 6.5), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for group, color in zip(range(len(names) + 1), [*GROUP_COLORS[: len(names)], OTHERS], strict=True):
+        handles, labels = [], []  # given to the legend by hand, as it leaves out names that begin with "_"
+        colors = [*GROUP_COLORS[: len(names)], OTHERS]
+        for group, (name, color) in enumerate(zip([*names, "other"], colors, strict=True)):
             rows = groups == group
-            label = names[group] if group < len(names) else "other"
             if rows.any():
                 below = group == len(names)
-                left.scatter(*places[rows].T, s=7, color=color, label=label, zorder=1 if below else 2, linewidths=0)
+                handles.append(left.scatter(*places[rows].T, s=7, color=color, zorder=1 if below else 2, linewidths=0))
+                labels.append(name)
         _draw_images(right, places, image)
         for axes in (left, right):
             axes.set_xlim(-0.02, 1.02)
@@ -54,10 +57,9 @@ def plot_feature_map(
             axes.set_yticks([])
             for spine in axes.spines.values():
                 spine.set_color("#CCCCCC")
-        handles, labels = left.get_legend_handles_labels()
         columns = min(5, len(labels))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, markerscale=2.5)
-        figure.savefig(path, dpi=160)
+        save_figure(figure, path, dpi=160)
 
 
 def _draw_images(axes: Axes, places: np.ndarray, image: Callable[[int], np.ndarray]) -> None:

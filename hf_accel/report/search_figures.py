@@ -19,6 +19,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFor
 from ..compression import Schedule, Strategy
 from ..schedule_search.error_table import ErrorTable, percent
 from .curves import BLUE, COLORS, GRAY, MARKERS, ORANGE, STYLE
+from .fonts import save_figure
 from .heatmap import draw_heatmap
 
 DECADES = 5
@@ -257,6 +258,6 @@ def _names(axes: Axes, starts: Sequence[float], strategies: Sequence[Strategy], 
 
 def _save(figure: Figure, path: Path, title: str) -> None:
     if title:
-        figure.suptitle(textwrap.fill(title, int(11 * figure.get_figwidth())), fontsize=10, parse_math=False)
+        figure.suptitle(textwrap.fill(title, int(11 * figure.get_figwidth())), fontsize=10)
     for suffix in (".png", ".svg"):
-        figure.savefig(path.with_suffix(suffix), dpi=220)
+        save_figure(figure, path.with_suffix(suffix), dpi=220)

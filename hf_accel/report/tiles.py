@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from .fonts import save_figure
+
 GAP, MARGIN, LINE = 0.08, 0.08, 0.155
 """Inches between images, around the figure, and of a line of text."""
 
@@ -63,4 +65,4 @@ def plot_tiles(
                     axes.add_patch(frame)
                 place = (left + inches / 2) / width, 1 - (top + inches + 0.03) / height
                 figure.text(*place, tile.text, ha="center", va="top", color=tile.color or "black")
-        figure.savefig(path, dpi=130)
+        save_figure(figure, path, dpi=130)

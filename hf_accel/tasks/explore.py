@@ -28,6 +28,7 @@ from ..evaluation import (
 from ..evaluation.patches import attention_is_trained, color_patches, look_at_patches
 from ..recipe import Recipe, RecipeError
 from ..report.exploration import (
+    NUMBERED,
     Explored,
     Section,
     draw_attention,
@@ -37,6 +38,7 @@ from ..report.exploration import (
     draw_outliers,
     draw_patches,
 )
+from ..report.fonts import REMEDY
 from ..report.pages import escape, write_page
 from ..run_folder import RunFolder
 from ..utils.seeding import generator
@@ -74,6 +76,8 @@ def explore(recipe: Recipe) -> None:
     images = keep_readable(recipe, source, features, labels)
     sections = [draw_neighbours(images, output), *look_closely(images, source, encoder, processor, sizes, output)]
     sections += [draw(images, output) for draw in (draw_map, draw_duplicates, draw_outliers)]
+    if images.describe_numbers():
+        say(f"{NUMBERED}, and the page names them. {REMEDY}")
     page = RunFolder(output).explore
     title = f"What {name_encoder(recipe)} has learnt"
     write_page(describe(recipe, title, encoder, images, sizes, size, sections), page, title)
@@ -197,6 +201,8 @@ def describe(
     ]
     if (views := RunFolder(recipe.output_dir).views).exists():
         lines.append(f"The views of its training: [{views.name}]({views.name}).")
+    if numbers := images.describe_numbers():
+        lines.append(numbers)
     for section in sections:
         lines += [f"## {section.heading}", f"![{section.heading}]({section.figure})", section.text]
     return "\n\n".join(lines) + "\n"

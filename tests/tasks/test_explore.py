@@ -17,8 +17,8 @@ from hf_accel.data.loader import image_processor
 from hf_accel.evaluation import load_processor, processed_loader
 from hf_accel.models import AccelViTConfig, AccelViTModel
 from hf_accel.recipe import ExploreRecipe, RecipeError, load_recipe
-from hf_accel.report import exploration
-from hf_accel.report.exploration import Explored, draw_map, list_pairs, measure_agreement
+from hf_accel.report import exploration, fonts
+from hf_accel.report.exploration import Explored, cut_name, draw_map, list_pairs, measure_agreement
 from hf_accel.run_folder import RunFolder
 from hf_accel.tasks import explore as task
 from hf_accel.training.finish import describe_pictures
@@ -101,6 +101,49 @@ def test_patch_sizes_of_the_recipe_are_looked_at(folder, checkpoints, tmp_path, 
     assert shapes[1] == {"patches of 8 px": (2, 2), "patches of 2 px": (8, 8)}
     with pytest.raises(RecipeError, match=r"eval_patch_sizes=\[8\]: the encoder has one patch size"):
         task.explore(recipe_of(checkpoints["vit"], folder, tmp_path / "out", "eval_patch_sizes=[8]"))
+
+
+@pytest.fixture
+def latin_fonts(monkeypatch):
+    """No font of the machine has more than those of matplotlib."""
+    monkeypatch.setattr(fonts, "list_fonts", dict)
+    monkeypatch.setattr(fonts, "_families", {})
+
+
+def test_classes_that_no_font_can_write_are_numbered(
+    checkpoints, tmp_path, quick_map, latin_fonts, monkeypatch, capsys
+):
+    data = image_folder(tmp_path / "photos", count=30) / "train"
+    for old, new in (("a", "猫"), ("b", "собака"), ("c", "_犬_")):
+        (data / old).rename(data / new)
+    monkeypatch.setattr(task, "look_closely", lambda *_: [])
+    drawn: list[str] = []
+    monkeypatch.setattr(exploration, "plot_tiles", lambda rows, *_, **__: drawn.extend(t.text for r in rows for t in r))
+    monkeypatch.setattr(exploration, "plot_feature_map", lambda points, groups, names, *_: drawn.extend(names))
+    monkeypatch.setattr(task, "write_page", lambda text, path, title: path.write_text(text))
+    task.explore(recipe_of(checkpoints["vit"], data, tmp_path / "out"))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("No font")]
+    assert len(said) == 1 and "the page names them. Install fonts" in said[0]
+    text = (tmp_path / "out" / "explore.md").read_text()
+    assert r"so the figures number these classes: class 0 is \_犬\_, class 2 is 猫." in text and r"| \_犬\_ " in text
+    shown = {line for text in drawn for line in text.splitlines() if line[:1].isalpha() and "pair" not in line}
+    assert shown == {"class 0", "собака", "class 2"}
+
+
+def test_classes_that_a_font_can_write_keep_their_names(monkeypatch):
+    monkeypatch.setattr(fonts, "_families", {})
+    monkeypatch.setattr(fonts, "list_fonts", lambda: {"Chinese": ""})
+    monkeypatch.setattr(fonts, "_select", lambda characters, path: characters)
+    images = explored(torch.randn(12, 4), [1] + [-1] * 11)
+    images.class_names = ["a", "猫"]
+    assert images.figure_names == ["a", "猫"] and images.describe_numbers() == ""
+    assert images.caption(0) == "猫" and images.caption(1) == ""
+
+
+def test_a_name_is_cut_to_the_room_beneath_an_image():
+    assert cut_name("tench, Tinca tinca") == "tench" and cut_name("a" * 17) == "a" * 17
+    assert cut_name("a" * 18) == "a" * 16 + "…" and cut_name("") == ""
+    assert cut_name("猫" * 8) == "猫" * 8 and cut_name("猫" * 9) == "猫" * 8 + "…"
 
 
 def test_unreadable_images_are_left_out(folder, checkpoints, tmp_path):

@@ -7,12 +7,14 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .compression.schedule import describe_change, names_file
 from .distributed import broadcast_object, is_main, say
 from .utils.errors import SettingError, fail, format_value
 from .utils.pretrain_settings import Rule
@@ -138,12 +140,21 @@ class RunFolder:
         """Return the settings that the run was started with, or nothing if no run was started."""
         return _read(self.recipe, yaml.safe_load) if self.recipe.exists() else {}
 
-    def compare_settings(self, now: Mapping[str, Any], rules: Mapping[str, Rule]) -> list[str]:
+    def offer_stages(self) -> str:
+        """Say how the run in this folder goes on without the file of its schedule, if it holds the stages of it."""
+        if not isinstance(self.read_recipe().get("schedule"), list):
+            return ""
+        return f"; to go on with the run in {self}, give the stages that {self.recipe} holds"
+
+    def compare_settings(
+        self, now: Mapping[str, Any], rules: Mapping[str, Rule], files: Mapping[str, str] = MappingProxyType({})
+    ) -> list[str]:
         """Refuse to continue the run in this folder under other settings than those it was started with.
 
         Args:
             now: the settings of this launch, in plain YAML values.
             rules: for every key of `now`, whether it may change.
+            files: for keys whose value was read from a file, its path.
 
         Returns:
             What to tell the user about settings that change from the last checkpoint on.
@@ -160,17 +171,23 @@ class RunFolder:
         for key, value in now.items():  # in their order, so that every process names the same key
             if rules[key] == "free" or key not in started or started[key] == value:
                 continue
+            if key == "schedule" and names_file(started[key]):
+                continue  # Earlier versions recorded the path. The plan in a checkpoint tells the stages.
             if rules[key] == "correction" and checkpoint and not complete:
                 notes.append(f"Continuing with {key}={format_value(value)} (until here {format_value(started[key])})")
                 continue
             begun = checkpoint or task not in (None, "pretrain")  # Other tasks save no checkpoints.
-            remedy = "choose another output_dir, or restore the key to continue that run"
+            what = "file" if key in files else "key"
+            remedy = f"choose another output_dir, or restore the {what} to continue that run"
             if complete:
                 further = f"; to train it further, give continue_from={self} and another output_dir" * (key == "budget")
                 remedy = f"which is complete; choose another output_dir for a new run{further}"
             elif not begun:
                 remedy = "of which no checkpoint was saved; choose another output_dir, or remove this one"
             comma = "," if complete or not begun else ";"
+            if key in files:
+                change = f"{describe_change(started[key], value)}{comma} {remedy}"
+                fail(key, files[key], f"{self} holds a run with other stages than this file: {change}")
             fail(key, value, f"{self} holds a run with {key}={format_value(started[key])}{comma} {remedy}")
         return notes
 

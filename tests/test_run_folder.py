@@ -141,6 +141,25 @@ def test_settings_that_may_change_and_when(state: str, tmp_path: Path):
         run.compare_settings({"undeclared": 1}, rules)
 
 
+def test_a_changed_schedule_file_is_named_with_the_change(tmp_path: Path):
+    run, rules, files = RunFolder(tmp_path), cast(Any, {"schedule": "fixed"}), {"schedule": "s.yaml"}
+    stages = [{"until": 0.5, "patch_size": 8}, {"until": 1.0, "patch_size": 4}]
+    assert run.offer_stages() == ""
+    run.recipe.write_text(json.dumps({"schedule": stages}))
+    assert run.compare_settings({"schedule": stages}, rules, files) == []
+    for now, change in (
+        ([{"until": 0.75, "patch_size": 8}, stages[1]], "stage 1 had until=0.5 and now has 0.75"),
+        (stages[1:], r"they were \[{'until': 0.5, .* and now are \[{'until': 1.0, 'patch_size': 4}\]"),
+    ):
+        with pytest.raises(SettingError, match=rf"^schedule='s.yaml': {run} .*: {change}, of which no checkpoint"):
+            run.compare_settings({"schedule": now}, rules, files)
+    checkpoint(tmp_path, 1)
+    with pytest.raises(SettingError, match=r"now are \[\]; choose another output_dir, or restore the file to continue"):
+        run.compare_settings({"schedule": []}, rules, files)
+    run.recipe.write_text("schedule: s.yaml")  # of an earlier version, whose checkpoints tell the stages
+    assert run.compare_settings({"schedule": stages}, rules, files) == [] and run.offer_stages() == ""
+
+
 # The lock
 
 

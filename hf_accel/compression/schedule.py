@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -21,6 +21,21 @@ STANDARD_DROPOUT = ((0.8, 0.5), (1.0, 0.0))
 FILE_KEYS = ("patch_size", "stages")
 ORIGIN_KEYS = ("data", "model", "model_config", "objective", "image_size", "criterion", "pilot", "command", "date")
 """The keys of a schedule's file, and those with which a search says where its schedule comes from."""
+
+
+def names_file(schedule: Any) -> TypeGuard[str]:
+    """Whether a `schedule` is the path of a file, whose stages may change while its name stays."""
+    return isinstance(schedule, str) and schedule not in ("standard", "auto")
+
+
+def describe_change(before: Any, now: list[dict[str, Any]]) -> str:
+    """Name the keys in which the stages of two schedules differ, or show both where that does not tell them apart."""
+    changes: list[str] = []
+    if isinstance(before, list) and len(before) == len(now):
+        for number, (old, new) in enumerate(zip(before, now, strict=True), 1):
+            differing = [key for key in new if key in old and old[key] != new[key]]
+            changes += [f"stage {number} had {key}={old[key]} and now has {new[key]}" for key in differing]
+    return "; ".join(changes) or f"they were {before} and now are {now}"
 
 
 def list_stage_keys() -> list[str]:

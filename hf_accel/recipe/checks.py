@@ -8,11 +8,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..compression.schedule import Schedule
+from ..compression.schedule import Schedule, names_file
 from ..utils.errors import SettingError as RecipeError
 from ..utils.errors import fail
 from ..utils.pretrain_settings import PretrainSettings, scale_learning_rate
@@ -215,11 +216,24 @@ def _check_evaluation(recipe: Any) -> None:
 
 
 def _check_schedule(recipe: Any) -> None:
+    """Check the schedule, and take the stages of its file, so that what is recorded is what is followed."""
+    given = recipe.schedule
     try:
         schedule: Schedule = recipe.compression_schedule()
         schedule.validate(recipe.image_size, recipe.patch_size, recipe.local_crop_size())
     except (ValueError, yaml.YAMLError) as error:
-        raise RecipeError(f"schedule={recipe.schedule!r}: {error}") from None
+        raise RecipeError(f"schedule={given!r}: {error}{_recorded_stages(recipe)}") from None
+    if names_file(given):
+        recipe.files, recipe.schedule = {"schedule": given}, schedule.to_list()
+
+
+def _recorded_stages(recipe: Any) -> str:
+    """Say where a run that has begun holds the stages of a file that is gone or broken."""
+    if not (names_file(recipe.schedule) and Path(recipe.output_dir).is_dir()):
+        return ""
+    from ..run_folder import RunFolder  # imports torch
+
+    return RunFolder(recipe.output_dir).offer_stages()
 
 
 def _check_classes(recipe: Any) -> None:

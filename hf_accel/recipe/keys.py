@@ -2,6 +2,7 @@
 
 import os
 import typing
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -40,6 +41,8 @@ class Recipe:
     task: ClassVar[str]
     named = frozenset[str]()
     """The keys that a file or a command gives. The others have their defaults."""
+    files: ClassVar[Mapping[str, str]] = {}
+    """The file that the value of a key was read from when the recipe was made."""
 
     def __post_init__(self):
         for key in (

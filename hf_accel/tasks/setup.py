@@ -197,4 +197,4 @@ def continue_recipe(recipe: Recipe) -> list[str]:
     for key, earlier in earlier_defaults(recipe, begun).items():
         setattr(recipe, key, earlier)
     now = recipe.used()
-    return run.compare_settings(now, {key: recipe.resume_rule(key) for key in now})
+    return run.compare_settings(now, {key: recipe.resume_rule(key) for key in now}, recipe.files)

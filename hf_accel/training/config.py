@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 from ..compression import Schedule
+from ..compression.schedule import names_file
 from ..data import AUGMENTATIONS
 from ..distributed.launch import DTYPES, autocast_arguments, check_launch, choose_precision, on_cpu
 from ..objectives.base import REPLAYED
@@ -229,7 +230,8 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
             if self.schedule != "auto":
                 Schedule.parse(self.schedule, None)
         except ValueError as error:
-            raise SettingError(f"schedule={self.schedule!r}: {error}") from None
+            recorded = RunFolder(str(self.output_dir)).offer_stages() if names_file(self.schedule) else ""
+            raise SettingError(f"schedule={self.schedule!r}: {error}{recorded}") from None
 
     def _refuse_foreign(self) -> None:
         """Refuse INSTEAD, except what this class sets itself: a copy by `dataclasses.replace` passes that on."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..compression import Compression, Strategy
+from ..compression.schedule import names_file
 from ..data import CorruptImage, ImageSource
 from ..distributed.launch import engine_of
 from ..models.configuration_accel_vit import changed_fields
@@ -71,6 +72,7 @@ def describe_settings(trainer: Any) -> dict[str, Any]:
         "objective": model.name,
         "objective_config": model.settings,
         **{key: getattr(args, key) for key in same},
+        **({"schedule": trainer.schedule.to_list()} if names_file(args.schedule) else {}),
         **trainer.pace._asdict(),
         "optim": args.optim.value,
         **{key: getattr(args, key) for key in OPTIMIZER_SETTINGS},

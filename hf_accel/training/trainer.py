@@ -14,6 +14,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from .. import distributed
 from ..compression import Strategy
+from ..compression.schedule import names_file
 from ..data import AUGMENTATIONS, Renderer, TrainSampler, image_processor, image_source, make_views, train_loader
 from ..data.loader import StepBatches, WholeRun
 from ..distributed.launch import connect_processes
@@ -225,7 +226,8 @@ class PretrainTrainer(EvaluatingTrainer):
                 self.set_costs(find_costs(checkpoint))
             record = dict(self.given_record or describe_settings(self))
             rules: dict[str, Rule] = {key: self.rules.get(key, "fixed") for key in record}
-            for note in self.folder.compare_settings(record, rules):
+            files = {"schedule": self.args.schedule} if names_file(self.args.schedule) else {}
+            for note in self.folder.compare_settings(record, rules, files):
                 distributed.say(note)
             if self.folder.is_complete() and resume_from_checkpoint == "auto":
                 return load_complete(self)

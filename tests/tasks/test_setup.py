@@ -68,6 +68,33 @@ def test_a_run_keeps_the_defaults_that_it_began_with(tmp_path):
         continue_recipe(load_recipe(None, [*settings, "schedule=standard"]))
 
 
+def test_a_run_records_the_stages_of_a_schedule_file(tmp_path):
+    run, path = RunFolder(tmp_path / "run"), tmp_path / "stages.yaml"
+    settings = ["data=bundled", "budget=64", "mixed_precision=no", f"output_dir={run}", f"schedule={path}"]
+    path.write_text("{patch_size: 8, stages: [{until: 0.5, patch_size: 28, token_dropout: 0.5}, {until: 1.0}]}")
+    sizes = ["image_size=28", "patch_size=4"]
+    first = load_recipe(None, [*settings, *sizes])
+    whole = {"target_patch_size": 14, "target_token_dropout": 0.0}
+    assert first.schedule[0] == {"until": 0.5, "patch_size": 14, "token_dropout": 0.5, **whole}
+    assert pretrain_config(first).schedule == first.used()["schedule"] == first.schedule
+    run.path.mkdir()
+    run.recipe.write_text(first.to_yaml())
+    again = load_recipe(None, [*settings, *sizes])
+    path.write_text("[{until: 0.6, patch_size: 14, token_dropout: 0.5}, {until: 1.0}]")
+    assert continue_recipe(again) == []  # The file was read when the recipe was.
+    with pytest.raises(RecipeError, match=rf"^schedule='{path}': {run} .*: stage 1 had until=0.5 and now has 0.6,"):
+        continue_recipe(load_recipe(None, [*settings, *sizes]))
+    path.unlink()
+    with pytest.raises(
+        RecipeError, match=rf"no file '{path}'; .* run in {run}, give the stages that {run.recipe} holds"
+    ):
+        load_recipe(None, [*settings, *sizes])
+    assert load_recipe(run.recipe) == first and continue_recipe(load_recipe(run.recipe)) == []
+    run.recipe.unlink()
+    with pytest.raises(RecipeError, match=r"or null for no compression$"):
+        load_recipe(None, [*settings, *sizes])
+
+
 DINO = ["objective=dino", "objective_config={num_prototypes: 8, head_hidden_size: 8, bottleneck_size: 8}"]
 
 

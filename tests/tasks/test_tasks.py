@@ -16,6 +16,7 @@ from typing import Any
 import PIL.Image
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
@@ -231,13 +232,20 @@ def test_a_schedule_file_that_changed_is_not_continued_with(folder, tmp_path, mo
         stop_at(patch, 3)
         output = launch_until_stopped(folder, tmp_path / "run", f"schedule={path}", "eval_points=[]")
     path.write_text("[{until: 0.75, patch_size: 8}, {until: 1.0}]")
-    with pytest.raises(
-        SystemExit, match=r"SettingError: schedule='.*schedule\.yaml': .*checkpoint-3 was trained along"
-    ):
-        launch(folder, output, f"schedule={path}", "eval_points=[]")
-    path.write_text("[{until: 0.5, patch_size: 8}, {until: 1.0, patch_size: 4}]  # the same")
-    launch(folder, output, f"schedule={path}", "eval_points=[]")
-    assert (output / "results.json").exists()
+    again = f"schedule={path}", "eval_points=[]"
+    with pytest.raises(SystemExit, match=r"SettingError: schedule='.*schedule\.yaml': .* now has 0\.75; choose"):
+        launch(folder, output, *again)
+    recipe = RunFolder(output).recipe
+    recorded = recipe.read_text()
+    recipe.write_text(yaml.safe_dump({**yaml.safe_load(recorded), "schedule": str(path)}))  # as earlier versions did
+    with pytest.raises(SystemExit, match=r"SettingError: schedule=.*: .*checkpoint-3 was trained along another plan"):
+        launch(folder, output, *again)
+    recipe.write_text(recorded)
+    path.unlink()
+    with pytest.raises(SystemExit, match=r"no file '.*schedule\.yaml'.* give the stages that .*recipe\.yaml holds"):
+        launch(folder, output, *again)
+    entry.main([str(recipe)])
+    assert [stage["patch_size"] for stage in read(output / "results.json")["schedule"]] == [8, 4]
 
 
 @pytest.mark.slow

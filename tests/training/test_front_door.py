@@ -378,6 +378,21 @@ def test_settings_of_the_optimizer_are_recorded(tmp_path, key):
         PretrainTrainer(moco(), config(tmp_path, **second), Tensors()).train(resume_from_checkpoint="auto")
 
 
+def test_a_program_records_the_stages_of_a_schedule_file(tmp_path):
+    path, run = tmp_path / "stages.yaml", RunFolder(tmp_path / "run")
+    path.write_text("[{until: 0.5, patch_size: 8}, {until: 1.0}]")
+    trainer = PretrainTrainer(moco(), config(run.path, schedule=str(path)), Tensors())
+    recorded = describe_settings(trainer)
+    assert recorded["schedule"] == trainer.schedule.to_list() and len(recorded["schedule"]) == 2
+    run.recipe.write_text(yaml.safe_dump(recorded))
+    path.write_text("[{until: 0.75, patch_size: 8}, {until: 1.0}]")
+    with pytest.raises(ValueError, match=rf"^schedule='{path}': .*stage 1 had until=0.5 and now has 0.75"):
+        PretrainTrainer(moco(), config(run.path, schedule=str(path)), Tensors()).train(resume_from_checkpoint="auto")
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"^schedule='{path}': .*give the stages that {run.recipe} holds$"):
+        config(run.path, schedule=str(path))
+
+
 def test_a_programs_own_optimizer_is_recorded(tmp_path):
     def recorded(factor: float = 1.0, kind: Any = torch.optim.AdamW, **settings: Any) -> Any:
         model, args = moco(), config(tmp_path, learning_rate=1e-3 * factor)

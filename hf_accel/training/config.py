@@ -30,7 +30,10 @@ LOADER = (
     *("dataloader_drop_last", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
     *("dataloader_multiprocessing_context", "dataloader_in_order", "train_sampling_strategy", "length_column_name"),
 )
-TEXT = ("neftune_noise_alpha", "use_liger_kernel", "liger_kernel_config")
+TEXT = (
+    *("neftune_noise_alpha", "use_liger_kernel", "liger_kernel_config", "use_cache"),
+    "average_tokens_across_devices",
+)
 
 INSTEAD = {
     "num_train_epochs": "set budget='N epochs'",
@@ -43,6 +46,7 @@ INSTEAD = {
     "eval_strategy": "set eval_points",
     "eval_steps": "set eval_points",
     "eval_delay": "set eval_points",
+    "eval_on_start": "with 0.0 in eval_points the features are measured before the first step",
     "load_best_model_at_end": "the result of a run is its last encoder; set keep_points to keep earlier ones",
     "metric_for_best_model": "the result of a run is its last encoder; set keep_points to keep earlier ones",
     "lr_scheduler_kwargs": "set lr_schedule",
@@ -51,11 +55,19 @@ INSTEAD = {
     "ignore_data_skip": "the loader starts at the step that is next; leave it out",
     "label_smoothing_factor": "labels are never trained on; leave it out",
     "label_names": "labels are found in each item; leave it out",
+    "ddp_find_unused_parameters": "the trainer sets it; leave it out",
+    "ddp_broadcast_buffers": "the trainer sets it; leave it out",
+    "hub_token": "log in by `hf auth login`, or set HF_TOKEN",
+    "hub_revision": "a run is pushed to the main branch; leave it out",
+    "hub_always_push": "a push that waits is replaced by a newer one; leave it out",
     **dict.fromkeys(EVALUATION, "kNN accuracy is measured at eval_points; leave it out"),
     **dict.fromkeys(LOADER, "the loader has one setting, dataloader_num_workers; leave it out"),
     **dict.fromkeys(TEXT, "it is for text; leave it out"),
 }
 """Arguments of the Trainer that have no meaning here, and what to set in place of them."""
+
+SET_HERE = {"lr_scheduler_type": "constant", "ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
+"""Those that `PretrainConfig` sets itself, which a copy by `dataclasses.replace` passes on."""
 
 ABOVE_0 = ("learning_rate", "gradient_accumulation_steps", "logging_steps", "save_steps")
 AT_LEAST_0 = ("weight_decay", "max_grad_norm", "dataloader_num_workers", "adam_epsilon")
@@ -158,6 +170,8 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
         if self.save_total_limit is not None and self.save_total_limit < 2:
             problem = "must be at least 2, so that a kill during a save loses none"
             fail("save_total_limit", self.save_total_limit, problem)
+        if self.hub_strategy == "all_checkpoints":
+            fail("hub_strategy", "all_checkpoints", "a push holds one checkpoint; take every_save, checkpoint or end")
         if self.save_only_model:
             fail("save_only_model", True, "a run could not be resumed exactly; leave it out, and call save_model()")
         check_launch()
@@ -177,11 +191,10 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
         for name, value in autocast_arguments(self.precision).items():
             setattr(self, name, value)
         self.per_device_train_batch_size = Derived(share)
-        self.lr_scheduler_type = "constant"  # The learning rate is a function of progress, set at each step.
+        for name, value in SET_HERE.items():  # The learning rate is a function of progress, set at each step.
+            setattr(self, name, value)
         self.use_cpu = self.use_cpu or on_cpu()
-        self.eval_on_start = 0.0 in self.eval_points
         self.logging_nan_inf_filter = False
-        self.ddp_find_unused_parameters = self.ddp_broadcast_buffers = False
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
         compilation = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
@@ -234,14 +247,17 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
             raise SettingError(f"schedule={self.schedule!r}: {error}{recorded}") from None
 
     def _refuse_foreign(self) -> None:
-        """Refuse INSTEAD, except what this class sets itself: a copy by `dataclasses.replace` passes that on."""
+        """Refuse INSTEAD, except for what this class sets itself and for defaults.
+
+        A dataclass does not tell an argument that was given from a default that it equals.
+        """
         arguments = {argument.name: argument for argument in fields(self)}
         for name, instead in INSTEAD.items():
             value, factory = getattr(self, name), arguments[name].default_factory
             default = arguments[name].default if factory is MISSING else factory()
-            ours = isinstance(value, Derived) or (name == "lr_scheduler_type" and value == "constant")
+            ours = isinstance(value, Derived) or (name in SET_HERE and value == SET_HERE[name])
             if value != default and not ours:
-                fail(name, value, f"has no meaning here; {instead}")
+                fail(name, "..." if name == "hub_token" else value, f"has no meaning here; {instead}")
 
     def _check_numbers(self) -> None:
         """Check the numbers among the arguments that `TrainingArguments` declares, which takes them as they are."""

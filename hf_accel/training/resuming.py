@@ -103,7 +103,7 @@ def take_over(trainer: Any, checkpoint: Path) -> int:
     trainer.source.bad |= {int(index): tuple(what) for index, what in state.get("unreadable", {}).items()}
     trainer.view_backend = state.get("view_backend", "eager")
     trainer.cache = state.get("cache", "none")
-    trainer.args.eval_on_start |= state.get("evaluation_due", False)
+    trainer.args.eval_on_start = Derived(trainer.args.eval_on_start or state.get("evaluation_due", False))
     if trainer.controller:
         try:
             trainer.controller.restore(state["controller"])

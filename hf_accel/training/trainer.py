@@ -196,7 +196,7 @@ class PretrainTrainer(EvaluatingTrainer):
         # Workers also cut for steps that a plan which a probe has shortened no longer has.
         size = self.objective.config.image_size
         views = self.view_configs, (lambda step: size) if self.controller else self.view_size
-        pinned = args.device.type != "cpu"
+        pinned = args.dataloader_pin_memory and args.device.type != "cpu"
         workers = args.dataloader_num_workers
         loader = train_loader(self.source, sampler, *views, workers, self.draw_seed, pin_memory=pinned)
         return WholeRun(loader, self.most_steps * args.gradient_accumulation_steps)
@@ -235,7 +235,8 @@ class PretrainTrainer(EvaluatingTrainer):
                 with writing(self.folder.recipe, AGAIN):
                     write_text(self.folder.recipe, yaml.safe_dump(record, sort_keys=False))
             is_trained = bool(self.objective.config.init_from or self.earlier)
-            self.args.eval_on_start = (0.0 in self.args.eval_points or is_trained) and checkpoint is None
+            starts_measured = (0.0 in self.args.eval_points or is_trained) and checkpoint is None
+            self.args.eval_on_start = Derived(starts_measured)  # pyright: ignore[reportAttributeAccessIssue]
             for line in describe_run(self):
                 distributed.say(line)
             if checkpoint:

@@ -57,6 +57,7 @@ def test_a_wrong_word_or_type_is_refused(name, value, problem):
         ("load_best_model_at_end", True, "its last encoder"),
         ("metric_for_best_model", "knn", "its last encoder"),
         ("eval_steps", 10, "set eval_points"),
+        ("eval_on_start", True, "with 0.0 in eval_points .* before the first step"),
         ("lr_scheduler_kwargs", {"num_cycles": 2}, "set lr_schedule"),
         ("data_seed", 3, "function of seed"),
         ("remove_unused_columns", True, "leave it out"),
@@ -67,11 +68,28 @@ def test_a_wrong_word_or_type_is_refused(name, value, problem):
         ("per_device_eval_batch_size", 64, "eval_points"),
         ("include_for_metrics", ["loss"], "eval_points"),
         ("dataloader_prefetch_factor", 4, "dataloader_num_workers"),
+        ("ddp_find_unused_parameters", True, "the trainer sets it"),
+        ("ddp_broadcast_buffers", True, "the trainer sets it"),
+        ("average_tokens_across_devices", False, "for text"),
+        ("use_cache", True, "for text"),
+        ("hub_revision", "tuned", "to the main branch"),
+        ("hub_always_push", True, "replaced by a newer one"),
     ],
 )
 def test_an_argument_without_effect_is_refused(name, value, instead):
     with pytest.raises(SettingError, match=rf"^{name}=.*has no meaning here; .*{instead}"):
         config(**{name: value})
+
+
+def test_a_refused_token_is_not_printed():
+    with pytest.raises(SettingError, match=r"^hub_token='\.\.\.': has no meaning here; log in .*HF_TOKEN$"):
+        config(hub_token="hf_secret")
+
+
+def test_pushes_of_all_checkpoints_are_refused():
+    with pytest.raises(SettingError, match=r"^hub_strategy='all_checkpoints': .* take every_save, checkpoint or end"):
+        config(hub_strategy="all_checkpoints")
+    assert replace(config(hub_strategy="checkpoint"), seed=1).hub_strategy == "checkpoint"
 
 
 def test_a_precision_is_named_as_it_was_given(monkeypatch):

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -287,6 +288,16 @@ def test_settings_are_compared_once_the_lock_is_free(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"seed=0: .* holds a run with seed=1"):
         trainer.train(resume_from_checkpoint="auto")
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_pinned_memory_can_be_turned_off(tmp_path, monkeypatch):
+    trainer, pinned = PretrainTrainer(moco(), config(tmp_path), Tensors()), []
+    loader = Mock(side_effect=lambda *_, pin_memory: pinned.append(pin_memory) or Mock())
+    monkeypatch.setattr("hf_accel.training.trainer.train_loader", loader)
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda"))
+    for trainer.args.dataloader_pin_memory in (True, False):
+        trainer.get_train_dataloader()
+    assert pinned == [True, False]
 
 
 def test_weight_decay_that_begins_at_0_is_for_matrices(tmp_path):

@@ -20,8 +20,9 @@ from .utils.errors import SettingError, fail, format_value
 from .utils.pretrain_settings import Rule
 from .utils.writing import write_json
 
-LOCK_PATIENCE = 60.0
-"""Seconds to wait for a lock: a run whose launcher has ended saves a checkpoint, or ends itself, within this time."""
+LOCK_PATIENCE = 100.0
+"""Seconds to wait for a lock. It ends with its process or, if the machine of the process crashes, with the lease that a
+file server has granted: after 90 s by default with version 4 of NFS."""
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """The errors of a file system that has no locks."""
@@ -123,7 +124,7 @@ class RunFolder:
         Only the main process of a launch may enter. A launch that trains in this folder does not have to end first.
         """
         lock = FileLock(self.path / ".results.lock", fallback_to_soft=False)
-        if not _acquire(lock, LOCK_PATIENCE):
+        if not _acquire(lock, f"Another process is at work on {self.results}"):
             fail("output_dir", str(self), "another process holds its results.json; wait for its end, or stop it")
         try:
             results = self.read_results()
@@ -203,10 +204,7 @@ class RunFolder:
         """
         lock, is_taken = FileLock(self.lock_file, fallback_to_soft=False), False
         if is_main():
-            is_taken = not _acquire(lock, 0)
-            if is_taken:
-                say(f"Another launch is at work in {self}: waiting for {LOCK_PATIENCE:g} s for its end")
-                is_taken = not _acquire(lock, LOCK_PATIENCE)
+            is_taken = not _acquire(lock, f"Another launch is at work in {self}")
         if broadcast_object(is_taken):
             fail("output_dir", str(self), "another launch is at work there; wait for its end, or stop it")
         try:
@@ -215,16 +213,20 @@ class RunFolder:
             lock.release()
 
 
-def _acquire(lock: FileLock, patience: float) -> bool:
-    """Take a lock within `patience` seconds. Return False if another process keeps it."""
-    try:
-        lock.acquire(timeout=patience, poll_interval=0.2)
-    except Timeout:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    return True
+def _acquire(lock: FileLock, taken: str) -> bool:
+    """Take a lock. If it is `taken`, say so and wait. Return False if another process keeps it for LOCK_PATIENCE."""
+    for patience in (0.0, LOCK_PATIENCE):
+        try:
+            lock.acquire(timeout=patience, poll_interval=0.2)
+        except Timeout:
+            if not patience:
+                say(f"{taken}: waiting for {LOCK_PATIENCE:g} s for its end")
+            continue
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        return True
+    return False
 
 
 def _read(path: Path, load: Callable[[str], Any]) -> dict[str, Any]:

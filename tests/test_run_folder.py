@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Timer
 from typing import Any, cast
 
 import pytest
 
-from hf_accel.run_folder import RunFolder, find_damage
+from hf_accel.run_folder import LOCK_PATIENCE, RunFolder, find_damage
 from hf_accel.utils.errors import SettingError
 from hf_accel.utils.writing import write_json
 
@@ -211,6 +212,32 @@ def test_lock_does_not_outlive_a_killed_launch_in_its_workers(tmp_path: Path, im
             pass
     finally:
         os.kill(int(worker_file.read_text()), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_launch_that_waits_goes_on_when_the_other_is_killed(tmp_path: Path, capsys):
+    ready = tmp_path / "ready"
+
+    def launch() -> None:
+        with RunFolder(tmp_path).lock(), RunFolder(tmp_path).update_results():
+            ready.touch()
+            time.sleep(60)
+
+    launched = fork(launch)
+    while not ready.exists():
+        time.sleep(0.01)
+    Timer(1.0, os.kill, (launched, signal.SIGKILL)).start()
+    start = time.monotonic()
+    with RunFolder(tmp_path).update_results(), RunFolder(tmp_path).lock():
+        assert 0.5 < time.monotonic() - start < 30
+    os.waitpid(launched, 0)
+    (line,) = capsys.readouterr().out.splitlines()  # The second lock is free by now.
+    assert line == f"Another process is at work on {tmp_path}/results.json: waiting for 100 s for its end"
+
+
+def test_patience_outlasts_the_lease_of_a_machine_that_crashed():
+    text = (Path(__file__).parents[1] / "docs/launching.md").read_text()
+    assert 90 < LOCK_PATIENCE < 120 and f"for at most {LOCK_PATIENCE:g}\n  seconds" in text
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])

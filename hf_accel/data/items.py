@@ -19,11 +19,12 @@ from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 
 from ..distributed import is_main, say, warning_once
+from ..utils.counts import count_of
 from .arrays import AnyImage, open_array
-from .labels import LABEL_KEYS, UNLABELLED, read_labels
+from .labels import LABEL_KEYS, ONE_HOT, UNLABELLED, read_labels
 from .normalisation import measure_normalisation
 from .sources import HEADER_SAMPLE, ImageSource
-from .tables import choose_columns, name_origin, select_undecoded
+from .tables import choose_columns, holds_lists, name_origin, select_undecoded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -142,18 +143,22 @@ def _from_table(table: "Dataset", name: str, class_names: list[str] | None) -> I
     source = ImageSource(name, images, None, labels, class_names if labels is not None else None, labels_from=origin)
     if len(table.column_names) > 1 and not label_column:
         source.unlabelled = f"no ClassLabel among its columns {', '.join(table.column_names)}"
+        if lists := [name for name in LABEL_KEYS if holds_lists(table, name)]:
+            source.unlabelled = f"column {lists[0]} holds lists, neither integers nor text; {ONE_HOT}"
     return source
 
 
 class _Item(NamedTuple):
     """What one item holds: its image, or why there is none, and the values that may be its label.
 
-    `other_keys` are those that hold a value that would be a label if it were named as one.
+    `other_keys` are those that hold a value that would be a label if it were named as one, and `vectors` the lengths of
+    what cannot be a label because it is a list, such as a one-hot label.
     """
 
     image: AnyImage | Exception
     labels: Sequence[Any] = ()
     other_keys: Sequence[str] = ()
+    vectors: Sequence[int] = ()
 
 
 class _Items:
@@ -238,7 +243,7 @@ class _Items:
                     "files, for example an OSError or ValueError, are skipped"
                 ) from error
             return _Item(error)
-        found = _find_labels(item), _find_other_keys(item)
+        found = _find_labels(item), _find_other_keys(item), _find_vectors(item)
         try:
             return _Item(_as_image(item, row, self.channels), *found)
         except TypeError as error:
@@ -304,7 +309,9 @@ def _read_item_labels(
     values = [_as_label(value) for value in values]
     if all(value is None for value in values) or any(isinstance(value, float) for value in values):
         why = next((f"{value:g} is neither an integer nor text" for value in values if type(value) is float), None)
-        if (keys := items.item(0).other_keys) and not labelled:
+        if (lengths := items.item(0).vectors) and not labelled:
+            why = f"a list of {count_of(lengths[0], 'value')} is neither an integer nor text; {ONE_HOT}"
+        elif (keys := items.item(0).other_keys) and not labelled:
             why = f"it has none of the keys {', '.join(LABEL_KEYS)}"
             logger.warning(
                 "%s: no labels, as only the keys %s are looked at; to use one of these, rename it: %s",
@@ -328,7 +335,7 @@ def _read_all_labels(items: _Items, sample: Sequence[int]) -> list[Any]:
     """Read every item for its label, and keep the images if all of them may be held in memory."""
     labels, keep, sizes = [], True, set()
     for row in range(len(items)):
-        image, values, _ = items.item(row, keep)
+        image, values, *_ = items.item(row, keep)
         labels.append(next((value for value in map(_as_label, values) if value is not None), None))
         if not keep or isinstance(image, Exception):
             continue
@@ -353,12 +360,22 @@ def _listed(dataset: Any, key: str) -> list[Any]:
 
 def _find_labels(item: Any) -> list[Any]:
     """The values in an item that may be its label. A missing label is None or NaN."""
-    if isinstance(item, Mapping):
-        values = [item[key] for key in LABEL_KEYS if key in item]
-    else:
-        values = [*item[1:]] if isinstance(item, list | tuple) else []
+    values = _list_beside_image(item)
     scalars = (v.item() if isinstance(v, Tensor | np.generic | np.ndarray) and v.ndim == 0 else v for v in values)
     return [value for value in scalars if isinstance(value, int | float | str | None)]
+
+
+def _find_vectors(item: Any) -> list[int]:
+    """The lengths of the lists, arrays and tensors of one axis where the label of an item is looked for."""
+    kinds = (list, tuple, Tensor, np.ndarray)
+    return [len(v) for v in _list_beside_image(item) if isinstance(v, kinds) and getattr(v, "ndim", 1) == 1]
+
+
+def _list_beside_image(item: Any) -> list[Any]:
+    """The values among which the label of an item is looked for."""
+    if isinstance(item, Mapping):
+        return [item[key] for key in LABEL_KEYS if key in item]
+    return [*item[1:]] if isinstance(item, list | tuple) else []
 
 
 def _as_label(value: Any) -> Any:

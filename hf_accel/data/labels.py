@@ -24,6 +24,9 @@ HELD_OUT = 10
 LABEL_KEYS = ("label", "labels", "target", "targets", "class")
 """The keys under which a label is looked for, where a sample is a dictionary."""
 
+ONE_HOT = "take the argmax of one-hot labels"
+"""The remedy where labels are lists."""
+
 UNLABELLED = -1
 """The label of an image without a label, here and in many datasets."""
 
@@ -61,7 +64,7 @@ def read_labels(
     if in_python:
         key, remedy = f"{name}: column {column}", f"or train without labels: leave {column} out"
     if kinds not in ({int}, {str}, {bool}):
-        got = ", ".join(sorted(kind.__name__ for kind in kinds))
+        got = ", ".join(sorted(kind.__name__ for kind in kinds)) + f"; {ONE_HOT}" * (list in kinds)
         raise ValueError(f"{key}: labels must be integers or text, one per image, and are {got}; {remedy}")
     present = sorted({value for value in values if value is not None})
     feature = table.features[column]

@@ -259,7 +259,8 @@ def choose_columns(
     """
     import datasets
 
-    columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in table.features.items())
+    described = {name: f"{name} ({type(feature).__name__})" for name, feature in table.features.items()}
+    columns = ", ".join(described.values())
 
     def choose(key: str, named: str | None, kind: type) -> str | None:
         candidates = [name for name, feature in table.features.items() if isinstance(feature, kind)]
@@ -283,8 +284,17 @@ def choose_columns(
         raise ValueError(f"label_column={label_column}: this is the column of images; {data} has the columns {columns}")
     if label_column is None and wants_labels and len(table.column_names) > 1:
         remedy = "make one by dataset.class_encode_column(name) of" if in_python else "set label_column to use one of"
-        logger.warning("%s has no column of type ClassLabel; %s: %s", data, remedy, columns)
+        values = [described[name] for name, feature in table.features.items() if isinstance(feature, datasets.Value)]
+        remedy = f"; {remedy}" if values else ", and none of integers or text that could be one"
+        logger.warning("%s has no column of type ClassLabel%s: %s", data, remedy, ", ".join(values) or columns)
     return image_column, label_column
+
+
+def holds_lists(table: "Dataset", column: str) -> bool:
+    """Whether there is such a column, and its rows are lists."""
+    import datasets
+
+    return isinstance(table.features.get(column), datasets.List | datasets.LargeList)
 
 
 def select_undecoded(table: "Dataset", column: str) -> "Dataset":

@@ -139,14 +139,21 @@ def test_labels_under_another_key_are_pointed_out(caplog):
     assert not caplog.text
 
 
+ONE_HOT_LABELS = " (train: a list of 3 values is neither an integer nor text; take the argmax of one-hot labels)"
+
+
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
         (pil, ""),
         (lambda i: (pil(i), i / 4), " (train: 0.25 is neither an integer nor text)"),
+        (lambda i: (pil(i), torch.eye(3)[i % 3]), ONE_HOT_LABELS),
+        (lambda i: (pil(i), np.eye(3)[i % 3]), ONE_HOT_LABELS),
+        (lambda i: {"image": tensor(i), "label": [0, 1, 0]}, ONE_HOT_LABELS),
+        (lambda i: (tensor(i), tensor(i), pil(i)), ""),
         (lambda i: {"image": pil(i), "fine": 1}, f" (train: it has none of the keys {', '.join(LABEL_KEYS)})"),
     ],
-    ids=["bare", "floats", "other key"],
+    ids=["bare", "floats", "one-hot tensors", "one-hot arrays", "one-hot lists", "more images", "other key"],
 )
 def test_the_line_of_labels_says_why_there_are_none(make, expected):
     train = image_source(Items(make), "train")
@@ -163,6 +170,15 @@ def test_the_line_of_labels_names_columns_that_are_no_classes():
     table = datasets.Dataset.from_dict({"image": [pil(i) for i in range(6)], "labels": [0, 1] * 3}, features=features)
     line = describe_labels(image_source(table, "train"), None)
     assert line == "Labels: none (train: no ClassLabel among its columns image, labels)"
+
+
+def test_the_line_of_labels_says_that_a_column_holds_lists(caplog):
+    features = datasets.Features(image=datasets.Image(), label=datasets.List(datasets.Value("float32")))
+    values = {"image": [pil(i) for i in range(6)], "label": np.eye(6).tolist()}
+    source = image_source(datasets.Dataset.from_dict(values, features=features), "train")
+    why = "column label holds lists, neither integers nor text; take the argmax of one-hot labels"
+    assert describe_labels(source, None) == f"Labels: none (train: {why})"
+    assert "ClassLabel, and none of integers or text that could be one: image (Image), label (List)\n" in caplog.text
 
 
 class Counted(Items):
@@ -296,7 +312,7 @@ def test_an_item_that_fails_is_skipped_and_counted():
 def test_messages_about_columns_say_what_a_program_can_do(caplog):
     words = table().cast_column("label", datasets.Value("string")).rename_column("label", "kind")
     image_source(words, "mine")
-    assert "class_encode_column(name) of: image (Image), kind (Value)" in caplog.text
+    assert "class_encode_column(name) of: kind (Value)\n" in caplog.text
     two = table().add_column("twin", [{"bytes": None, "path": "x"}] * 6).cast_column("twin", datasets.Image())
     with pytest.raises(ValueError, match=r"several Image columns: keep one by dataset.remove_columns: image, twin$"):
         image_source(two, "mine")

@@ -66,6 +66,11 @@ def test_null_and_minus_one_mean_no_label(values, feature):
     assert names is not None and len(names) == 2
 
 
+def test_one_hot_labels_are_refused_with_the_remedy():
+    with pytest.raises(ValueError, match="one per image, and are list; take the argmax of one-hot labels; or train"):
+        read_labels(column([[0, 1], [1, 0]], datasets.List(NUMBER)), "label")
+
+
 @pytest.mark.parametrize(
     ("values", "feature"), [([None, None], TEXT), ([-1, -1], class_label("a", "b")), ([None, -1], NUMBER)]
 )

@@ -33,7 +33,7 @@ def main() -> None:
     report = json.loads((HERE.parent / "results/imagenette_cpu.json").read_text())
     (moco,) = (entry for entry in report["objectives"] if entry["objective"] == "moco")
     figure = plt.figure(figsize=(10, 3.7), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 5.5))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 5.5))[0]
     pixels = np.pad(digits()[0][3 * 500].numpy(), 2)  # of 32 px, so that patches are as many as on Imagenette at 64 px
     for axes, (patch, stage) in zip(left.subplots(3, 1), STAGES, strict=True):
         draw_patches(axes, pixels, patch, stage)

@@ -104,8 +104,8 @@ class Explored:
 
     def describe_numbers(self) -> str:
         """Say which classes of the images the figures number, if any, in Markdown."""
-        labels = [] if self.labels is None else self.labels[self.labels != UNLABELLED].unique().tolist()
-        names = [(self.figure_names[label], self.class_names[label]) for label in labels]
+        known = [] if self.labels is None else self.labels[self.labels != UNLABELLED].unique().tolist()
+        names = [(self.figure_names[label], self.class_names[label]) for label in map(int, known)]
         numbered = [f"{shown} is {escape(name)}" for shown, name in names if shown != compose(name)]
         return f"{NUMBERED}: {', '.join(numbered)}." if numbered else ""
 

@@ -27,7 +27,7 @@ def shipped_fonts(monkeypatch):
 
 
 def test_a_character_comes_from_another_font(tmp_path, monkeypatch, capsys, caplog) -> None:
-    is_bold = [font.name == "STIXGeneral" and font.weight > 400 for font in fonts.fontManager.ttflist]
+    is_bold = [font.name == "STIXGeneral" and int(font.weight) > 400 for font in fonts.fontManager.ttflist]
     upright = [font for font, left_out in zip(fonts.fontManager.ttflist, is_bold, strict=True) if not left_out]
     monkeypatch.setattr(fonts.fontManager, "ttflist", upright)
     figure = Figure()

@@ -55,7 +55,7 @@ CURVE_POINTS = [point / 8 for point in range(9)]
 DATA_KEYS = ("name", "images", "train_split", "validation_images", "validation_split")
 
 COMPARED = ("knn", "linear", "units", "steps")
-"""What a rerun of a run repeats, to the last digit on the same kind of processor."""
+"""What a rerun repeats to the last digit, on the same processor and at the same commit."""
 
 TOY = ("train_split=train[:512]", "validation_split=train[512:640]", "batch_size=16")
 """What `--toy` overrides in every run: few images to evaluate on, and steps that a thousandth of a budget pays for."""

@@ -138,6 +138,11 @@ def test_classes_that_a_font_can_write_keep_their_names(monkeypatch):
     images.class_names = ["a", "猫"]
     assert images.figure_names == ["a", "猫"] and images.describe_numbers() == ""
     assert images.caption(0) == "猫" and images.caption(1) == ""
+    monkeypatch.setattr(fonts, "_families", {})
+    monkeypatch.setattr(fonts, "list_fonts", dict)
+    absent = explored(torch.randn(12, 4), [0] * 12)
+    absent.class_names = images.class_names
+    assert absent.figure_names == ["a", "class 1"] and absent.describe_numbers() == ""  # No image is of that class.
 
 
 def test_a_name_is_cut_to_the_room_beneath_an_image():

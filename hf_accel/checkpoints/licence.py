@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 from transformers.utils.hub import cached_file
 
+from ..utils.weight_files import opening
+
 logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
@@ -19,12 +21,16 @@ def stated_licence(checkpoint: str, config: Mapping[str, Any]) -> dict[str, str 
     """Return the licence that the card of a folder or Hub id states, or else the configuration of a timm model.
 
     A link to a file of a Hub repository becomes a URL. The result is empty if no licence is stated.
+
+    Raises:
+        CannotBeOpened: the card of a Hub id cannot be stored in the cache.
     """
     card = Path(checkpoint) / CARD_NAME
     is_on_hub = not Path(checkpoint).exists()
     if is_on_hub:
         options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        card = Path(cached_file(checkpoint, CARD_NAME, **options) or card)
+        with opening(checkpoint):
+            card = Path(cached_file(checkpoint, CARD_NAME, **options) or card)
     metadata = _read_metadata(card) if card.is_file() else {}
     for source in (metadata, config.get("pretrained_cfg"), config):
         stated = {key: source[key] for key in LICENCE_KEYS if source.get(key)} if isinstance(source, Mapping) else {}

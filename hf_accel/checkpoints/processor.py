@@ -12,6 +12,7 @@ from transformers.image_utils import PILImageResampling
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.utils.hub import cached_file
 
+from ..utils.caches import explain_download
 from ..utils.causes import reason
 from ..utils.weight_files import FAILURES
 
@@ -23,7 +24,8 @@ def load_processor(checkpoint: str) -> Any | None:
             return None
         return AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
     except FAILURES as error:
-        raise ValueError(f"its image processor cannot be opened: {reason(error)}") from error
+        why = explain_download(error, reason(error))
+        raise ValueError(f"its image processor cannot be opened: {why}") from error
 
 
 def timm_processor(config: dict[str, Any]) -> BitImageProcessorPil | None:

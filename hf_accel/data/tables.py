@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..utils.causes import UNWRITABLE, causes, lacks_room, reason
+from ..utils.caches import describe_refusal, offer_room
+from ..utils.causes import lacks_room, reason
 from ..utils.errors import SettingError
 from ..utils.weight_files import may_be_hub_id
 from .folders import Found, find_layout, read_image_folder, scan_folder, warn_of_left_out, warn_of_tables
@@ -63,29 +64,11 @@ def explained() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # from pyarrow, pandas and fsspec, each of which has its own errors
-        text = reason(error)
-        if _is_cache_refused(error):
-            raise SettingError(
-                f"the cache of Hugging Face cannot be written: {text}; set HF_HOME, or HF_DATASETS_CACHE (now "
-                f"{config.HF_DATASETS_CACHE}), to a folder that can be written"
-            ) from error
-        if lacks_room(error):
-            text += f"; make room in {config.HF_DATASETS_CACHE}, or set HF_DATASETS_CACHE to a folder on another disk"
+        cache = "HF_DATASETS_CACHE", config.HF_DATASETS_CACHE
+        if refused := describe_refusal(error, *cache):
+            raise SettingError(refused) from error
+        text = reason(error) + (offer_room(*cache) if lacks_room(error) else "")
         raise (OSError if isinstance(error, OSError) else ValueError)(text) from error
-
-
-def _is_cache_refused(error: BaseException) -> bool:
-    """Whether nothing may be written in a cache of Hugging Face, or in a folder that it would lie in."""
-    from datasets import config
-    from huggingface_hub import constants
-
-    caches = [Path(cache).absolute() for cache in (config.HF_DATASETS_CACHE, constants.HF_HOME)]
-    for cause in causes(error):
-        if isinstance(cause, OSError) and cause.errno in UNWRITABLE and cause.filename:
-            path = Path(os.fsdecode(cause.filename)).absolute()
-            if any(cache.is_relative_to(path) or path.is_relative_to(cache) for cache in caches):
-                return True
-    return False
 
 
 @contextlib.contextmanager

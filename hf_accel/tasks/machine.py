@@ -49,7 +49,7 @@ def check_machine() -> Iterator[Check]:
     yield check_compiler()
     yield check_threads()
     yield check_shared_memory()
-    yield check_disk("cache of Hugging Face", Path(constants.HF_HOME))
+    yield check_cache(Path(constants.HF_HOME))
     yield from check_launcher()
 
 
@@ -168,15 +168,29 @@ def check_disk(subject: str, folder: Path, needed: float = 0.0) -> Check:
     return Check(subject, "ok", found)
 
 
-def check_writing(folder: Path) -> Check:
-    """See whether a file can be written in a folder, or where it will be created. Nothing stays there."""
+def find_refusal(folder: Path) -> str | None:
+    """Return why no file can be written in a folder, or where it will be created. Nothing stays there."""
     there = existing_part(folder)
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
-        problem = f"nothing can be written in {there}: {error.strerror or error}"
+        return f"nothing can be written in {there}: {error.strerror or error}"
+    return None
+
+
+def check_writing(folder: Path) -> Check:
+    """See whether the files of a run can be written."""
+    if problem := find_refusal(folder):
         return Check("output_dir", "failed", problem, "Choose another output_dir, or change the folder's permissions")
     return Check("output_dir", "ok", f"{folder} can be written")
+
+
+def check_cache(folder: Path) -> Check:
+    """See whether models and datasets of the Hub can be stored."""
+    subject, advice = "cache of Hugging Face", "To download from the Hub, set HF_HOME to a folder that can be written"
+    if problem := find_refusal(folder):
+        return Check(subject, "warning", problem, advice)
+    return check_disk(subject, folder)
 
 
 def check_launcher() -> Iterator[Check]:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .caches import explain_download
 from .causes import causes, reason
 
 POINTER = b"version https://git-lfs"
@@ -48,7 +49,8 @@ def opening(checkpoint: str) -> Iterator[None]:
         missing = "" if Path(checkpoint).exists() else "there is no such folder, and as a Hub id "
         if missing and not may_be_hub_id(checkpoint):
             raise CannotBeOpened("there is no such file or folder") from error
-        raise CannotBeOpened(f"{missing}it cannot be opened: {_damage(error)}") from error
+        why = f"{missing}it cannot be opened: {_damage(error)}"
+        raise CannotBeOpened(explain_download(error, why) if missing else why) from error
 
 
 def may_be_hub_id(name: str) -> bool:

@@ -157,6 +157,7 @@ def test_a_folder_that_cannot_be_written_is_said(monkeypatch, tmp_path):
 
     monkeypatch.setattr(machine.tempfile, "TemporaryFile", refuse)
     assert_said(machine.check_writing(tmp_path / "a/b"), "failed", "Permission denied", "another output_dir")
+    assert_said(machine.check_cache(tmp_path / "a/b"), "warning", "Permission denied", "set HF_HOME")
 
 
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {

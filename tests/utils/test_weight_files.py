@@ -1,7 +1,9 @@
 """Weight files that cannot be read are named with their cause and a remedy, by every task that opens them."""
 
 import argparse
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import Dinov2Config, Dinov2Model
 
+from hf_accel.checkpoints import read_checkpoint, stated_licence
 from hf_accel.evaluation import load_encoder, load_processor
 from hf_accel.utils.weight_files import opening, read_tensors, refuse_pointers
 from tests.tasks.test_export import export
@@ -44,6 +47,30 @@ def test_tensors_are_found_with_settings_beside_them(tmp_path, name, key):
         value = TENSORS
     found = read_tensors(saved(value, tmp_path / name))
     assert found.keys() == TENSORS.keys() and all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_cache_that_takes_no_download_is_named_with_a_remedy(tmp_path, monkeypatch, number):
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+    def download(*_, **__):
+        try:
+            raise OSError(number, os.strerror(number), str(cache / "models--ann--vit"))
+        except PermissionError as error:  # as transformers does
+            raise OSError("Check cache directory permissions.\nCommon causes: 1) ...") from error
+
+    for module in ("reading", "licence", "processor"):
+        monkeypatch.setattr(f"hf_accel.checkpoints.{module}.cached_file", download)
+    monkeypatch.setattr("transformers.AutoModel.from_pretrained", download)
+    path, remedy = f"'{cache}/models--ann--vit'", f"set HF_HOME, or HF_HUB_CACHE (now {cache}), to a folder that can"
+    end = f"cannot be written: [Errno {number}] {os.strerror(number)}: {path}; {remedy} be written"
+    if number == errno.ENOSPC:
+        end = f"No space left on device: {path}; make room in {cache}, or set HF_HUB_CACHE to a folder on another disk"
+    for open_from_hub in (read_checkpoint, load_encoder, load_processor, lambda name: stated_licence(name, {})):
+        with pytest.raises(ValueError) as error:
+            open_from_hub("ann/vit")
+        assert str(error.value).endswith(end) and "\n" not in str(error.value)
 
 
 UNREADABLE: dict[str, tuple[Callable[[Path], Any], str]] = {

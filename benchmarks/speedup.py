@@ -9,8 +9,8 @@ by a signal, saves the runs that are under way, and the same command goes on wit
 `docs/results/PLAN.json` (`benchmarks.speedup_report`) and the numbers in README and docs (`benchmarks.generated`) are
 made from the finished runs.
 
-With `--results FOLDER`, records, tables and figures lie in that folder. An empty one has every run trained anew, and
-each that is also recorded in `docs/results/` is compared with its record.
+`--results FOLDER` puts records, tables and figures into that folder. If it is empty, every run is trained again. At the
+end the command says where the new records differ from those in `docs/results/`.
 
 `key=value` overrides keys of the recipe in every run, such as `data=FOLDER` for images that are on this machine.
 """
@@ -272,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     default = args.results / "runs" if args.results else ROOT / "runs" / "speedup"
     folder = args.runs or default / (f"{path.stem}_toy" if args.toy else path.stem)
-    results = args.results or (folder if args.toy else RESULTS)
+    results = args.results.resolve() if args.results else folder if args.toy else RESULTS
     overrides = [*(TOY if args.toy else ()), *args.overrides]
     bench = Bench(results / path.stem, folder, overrides, plan["clock"], 60 * args.minutes)
     every = runs_of(plan, 1e-3 if args.toy else 1.0)

@@ -54,7 +54,7 @@ def draw_panel(axes: Any, entry: Mapping[str, Any], amount: str) -> None:
     for rows, color, marker, label in (
         (entry["accelerated"], BLUE, "o", "short sequences first"),
         ([entry["baseline"], *entry["smaller_baselines"]], GRAY, "s", "uncompressed"),
-        (entry["peers"], ORANGE, "D", "uncompressed, peer"),
+        (entry["peers"], ORANGE, "D", "uncompressed, another implementation"),
     ):
         if rows:
             _draw_runs(axes, rows, amount, color, marker, label)

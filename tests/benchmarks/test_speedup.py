@@ -180,9 +180,15 @@ def test_by_the_wall_clock_one_run_trains_at_a_time(clock, jobs, tmp_path, monke
     speedup.main([*command, "--only", "baseline-0-0", "--only", "choice"])
     speedup.main([*command, "--jobs", "2", "batch_size=8"])
     speedup.main([*command[:-1], "batch_size=8"])
-    assert [jobs for jobs, _, _ in asked] == [jobs, 2, jobs] and len(asked[1][1]) == 19
+    (tmp_path / "results" / "plan.md").unlink()
+    monkeypatch.chdir(tmp_path)  # the committed folder by a relative path is no other folder
+    written: list = []
+    monkeypatch.setattr(speedup, "write_pages", lambda *arguments: written.append(arguments))
+    speedup.main([*command[:-1], "--results", "results"])
+    assert written and (tmp_path / "results" / "plan.md").exists()
+    assert [jobs for jobs, _, _ in asked] == [jobs, 2, jobs, jobs] and len(asked[1][1]) == 19
     few = ["train_split=train[:512]", "validation_split=train[512:640]", "batch_size=16"]
-    assert [bench.overrides for *_, bench in asked] == [few, [*few, "batch_size=8"], ["batch_size=8"]]
+    assert [bench.overrides for *_, bench in asked[:3]] == [few, [*few, "batch_size=8"], ["batch_size=8"]]
     assert [run.folder for run in asked[0][1]] == ["moco-choice-patch_8-0-0", "moco-baseline-0-0"]
 
 

@@ -181,6 +181,7 @@ def test_bf16_leaves_weights_and_momentum_branch_in_fp32(engine, recipes, tmp_pa
 
 def test_a_schedule_is_found_under_zero3_as_in_one_process(recipes, tmp_path):
     auto = ["schedule=auto", "auto_share=0.8", "auto_draws=3", "budget=4000", "batch_size=64"]
+    auto += ["learning_rate=1.0e-5"]  # long steps enlarge the rounding
     entry.main([str(recipes / "moco.yaml"), f"output_dir={tmp_path / 'one'}", *auto])
     launch_with(ENGINES["zero3"], recipes / "moco.yaml", tmp_path / "zero3", *auto)
     probes = {}
@@ -190,4 +191,4 @@ def test_a_schedule_is_found_under_zero3_as_in_one_process(recipes, tmp_path):
     assert len(probes["one"]) == len(probes["zero3"]) >= 1
     for one, other in zip(probes["one"], probes["zero3"], strict=True):
         assert one["probe_tokens"] == other["probe_tokens"] and one["step"] == other["step"]
-        assert one["probe_ca_mse"] == pytest.approx(other["probe_ca_mse"], rel=0.02)
+        assert one["probe_ca_mse"] == pytest.approx(other["probe_ca_mse"], rel=1e-4)

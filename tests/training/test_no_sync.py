@@ -111,6 +111,7 @@ def train(name: str, device: torch.device | None, folder: str) -> dict[str, Any]
         os.environ["ACCELERATE_USE_CPU"] = "false"
         PartialState._shared_state |= {"device": device, "_cpu": False}
         arguments.__dict__["_setup_devices"] = device
+        arguments.dataloader_pin_memory = True  # the Trainer turns it off on a CPU
     arguments.disable_tqdm = True
     torch.manual_seed(0)
     model = build_objective(recipe)

@@ -1,4 +1,4 @@
-"""The licence that the origin of some weights states."""
+"""The licence that the origin of some weights states, and that of what is trained from them."""
 
 import logging
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from transformers.utils.hub import cached_file
 
 from ..utils.weight_files import opening
@@ -17,10 +18,16 @@ CARD_NAME = "README.md"
 LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
-def stated_licence(checkpoint: str, config: Mapping[str, Any]) -> dict[str, str | list[str]]:
+def licence_of_trained(stated: str | list[str] | None) -> str:
+    """Return the licence of a model that was trained from weights under the `stated` one, in one word of the Hub."""
+    return stated if isinstance(stated, str) else "other" if stated else "unknown"
+
+
+def stated_licence(checkpoint: str, config: Mapping[str, Any]) -> dict[str, str | list[str]] | None:
     """Return the licence that the card of a folder or Hub id states, or else the configuration of a timm model.
 
-    A link to a file of a Hub repository becomes a URL. The result is empty if no licence is stated.
+    A link to a file of a Hub repository becomes a URL. The result is empty if no licence is stated, and None if the
+    card of a Hub id is not in the cache and the Hub cannot be reached.
 
     Raises:
         CannotBeOpened: the card of a Hub id cannot be stored in the cache.
@@ -40,7 +47,8 @@ def stated_licence(checkpoint: str, config: Mapping[str, Any]) -> dict[str, str 
         if link and is_on_hub and "://" not in link:
             stated["license_link"] = f"https://huggingface.co/{checkpoint}/blob/main/{link}"
         return {key: [*map(str, value)] if isinstance(value, list) else str(value) for key, value in stated.items()}
-    return {}
+    is_known = not is_on_hub or card.is_file() or try_to_load_from_cache(checkpoint, CARD_NAME) is _CACHED_NO_EXIST
+    return {} if is_known else None
 
 
 def _read_metadata(card: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,8 +50,8 @@ class Checkpoint:
         config, state: the model as AccelViT has it, with a classifier if it has one.
         model: what computes the true features.
         processor: its image processor, or None.
-        licence: what its card states about its licence.
         left_out: the parts that `state` leaves out.
+        origin: what `stated_licence` takes.
     """
 
     kind: str
@@ -58,8 +59,13 @@ class Checkpoint:
     state: State
     model: nn.Module
     processor: Any = None
-    licence: dict[str, str | list[str]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    origin: tuple[str, dict[str, Any]] = ("", {})
+
+    @cached_property
+    def licence(self) -> dict[str, str | list[str]] | None:
+        """What its card states about its licence. Only who asks for it needs the card."""
+        return stated_licence(*self.origin)
 
 
 def refuse_run_folder(checkpoint: str) -> None:
@@ -104,7 +110,7 @@ def read_checkpoint(checkpoint: str, num_attention_heads: int | None = None, enc
         read = read_timm(Path(weights), config, num_attention_heads)
     else:
         read = read_transformers(checkpoint, config, encoder_only)
-    read.licence = stated_licence(folder, config)
+    read.origin = folder, config
     return read
 
 

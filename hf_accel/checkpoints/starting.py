@@ -68,7 +68,7 @@ def read_start(checkpoint: str, image_size: int | None = None, patch_size: int |
         "name": checkpoint if is_on_hub else "/".join(path.parts[-2:]),
         "is_on_hub": is_on_hub,
         "kind": read.kind,
-        "license": read.licence.get("license"),
+        "license": (read.licence or {}).get("license"),
     }
     fields = {name: value for name, value in fields.items() if name != "init_from"}
     config = AccelViTConfig.from_dict(config.to_dict(), **fields)
@@ -77,6 +77,10 @@ def read_start(checkpoint: str, image_size: int | None = None, patch_size: int |
         sizes += f" (stored: {base.image_size} px in patches of {base.patch_size})"
     about = f"Starting from {checkpoint} ({read.kind}): {len(encoder)} tensors of its encoder, {sizes}"
     about += f"; left out: {', '.join(left_out)}" if left_out else "; nothing is left out"
+    if not config.init_from["license"]:
+        unread = read.licence is None
+        why = "its card, which may state a licence, cannot be read" if unread else "no licence is stated"
+        about += f"; {why}: the card of the run says license: unknown, unless the key license names one"
     if read.processor is None and config.image_mean is None:
         about += "; it has no image processor, so that views are normalised as the data alone would be"
     return Start(config, encoder, about)

@@ -24,7 +24,7 @@ class Export:
         weights: a digest of the exported weights.
         date: of the export.
         kind: the format of the checkpoint.
-        licence: those of LICENCE_KEYS that the card of the checkpoint states.
+        licence: those of LICENCE_KEYS that the card of the checkpoint states. None: it could not be read.
         config: the configuration of the encoder.
         patch_size: of the export, in pixels.
         classifies: whether the model has a classifier.
@@ -37,7 +37,7 @@ class Export:
     weights: str
     date: str
     kind: str
-    licence: Mapping[str, str | list[str]]
+    licence: Mapping[str, str | list[str]] | None
     config: AccelViTConfig
     patch_size: int
     classifies: bool
@@ -57,7 +57,8 @@ def export_card(export: Export) -> str:
     config, export_format = export.config, export.export_format
     is_on_hub = not Path(export.checkpoint).exists()
     origin = export.checkpoint if is_on_hub else folder_name(Path(export.checkpoint))
-    licence, link = dict(export.licence), str(export.licence.get("license_link", ""))
+    licence = dict(export.licence or {})
+    link = str(licence.get("license_link", ""))
     if link and "://" not in link:  # A file of the original, which does not lie beside this card.
         del licence["license_link"]
         link = f"its text is in the file {link} of the original"

@@ -156,4 +156,4 @@ class HubKeys:
     )
     hub_private: bool = free(False, "make the repository on the Hub private when it is created")
     hub_optimizer: bool = free(False, "upload the optimizer's state, too, so that others can resume the run")
-    license: str = free("apache-2.0", "license of the model, for its card")
+    license: str = free("apache-2.0", "license of the model, for its card; with init_from that of the weights")

@@ -36,7 +36,7 @@ def settle_start(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(checkpoint: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    from ..checkpoints import read_start
+    from ..checkpoints import licence_of_trained, read_start
     from ..models import PRESETS, AccelViTConfig
     from ..models.configuration_accel_vit import changed_fields
 
@@ -54,7 +54,6 @@ def _read(checkpoint: str, values: Mapping[str, Any]) -> dict[str, Any]:
             other = f"that of init_from={checkpoint} is {getattr(config, size)}"
             problem = f"its {size} is {getattr(preset, size)}, and {other}"
             fail("model", values["model"], f"{problem}; leave model out, or say model=null")
-    licence = (config.init_from or {})["license"]
     fields = {name: value for name, value in changed_fields(config).items() if name in AccelViTConfig.__annotations__}
     return {
         # An objective has a default of its own for the projection, which is for random weights.
@@ -62,5 +61,5 @@ def _read(checkpoint: str, values: Mapping[str, Any]) -> dict[str, Any]:
         "num_channels": config.num_channels,
         "image_size": config.image_size,
         "patch_size": config.patch_size,
-        **({"license": licence} if isinstance(licence, str) else {}),
+        "license": licence_of_trained((config.init_from or {})["license"]),
     }

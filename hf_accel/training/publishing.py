@@ -6,6 +6,7 @@ from typing import Any, cast
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
+from ..checkpoints import licence_of_trained
 from ..data import ImageSource
 from ..hub import Publication
 from ..hub.callback import PushCallback
@@ -48,9 +49,9 @@ class PublishingTrainer(Trainer):
         )
 
     def _licence_of_start(self) -> str | None:
-        """The licence of the encoder that training started from, which a card states in one word."""
-        stated = (cast(Any, self.model).config.init_from or {}).get("license")
-        return stated if isinstance(stated, str) else None
+        """The licence that follows from that of the encoder which training started from, if it did."""
+        start = cast(Any, self.model).config.init_from
+        return licence_of_trained(start.get("license")) if start else None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Find out before training why nothing could be pushed to the Hub."""
@@ -76,8 +77,8 @@ class PublishingTrainer(Trainer):
         `hub_private_repo=True`.
 
         Args:
-            license (`str`, *optional*): The model's, for its card. Default: what the encoder that training started from
-                states, or apache-2.0.
+            license (`str`, *optional*): The model's, for its card. Default: that of the encoder which training
+                started from, or unknown if none is stated. From random weights: apache-2.0.
 
         Raises:
             SettingError: the run is not finished.

@@ -182,7 +182,9 @@ def test_normalisation_and_origin_are_the_encoders(tmp_path):
         **{"name": f"{tmp_path.name}/released", "is_on_hub": False},
         **{"kind": "vit", "license": "cc-by-nc-4.0"},
     }
+    assert "license" not in read_start(path).description
     without = read_start(saved(ViTModel(ViTConfig(**SIZES, **MLP)), tmp_path / "b", processor=False))
+    assert "no licence is stated: the card of the run says license: unknown" in without.description
     assert without.config.image_mean is None and "no image processor" in without.description
 
 

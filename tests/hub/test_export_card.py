@@ -1,5 +1,6 @@
 """The README of an export: origin, licence and pooling, and code that runs in a fresh process from anywhere."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -187,6 +188,20 @@ def test_the_licence_of_a_weight_file_is_that_of_its_folder(tmp_path):
     (weights.parent / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
     again = export(weights, tmp_path / "again", "vit", "model_config.num_attention_heads=3")
     assert ModelCard((again / "README.md").read_text()).data.to_dict()["license"] == "cc-by-nc-4.0"
+
+
+def test_a_card_that_cannot_be_read_is_not_one_without_a_licence(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert stated_licence("ann/vit", {}) is None
+    text = export_card(dataclasses.replace(about(), licence=None))
+    assert "could not be read when this was made" in text and "license" not in ModelCard(text).data.to_dict()
+    assert stated_licence("ann/vit", {"license": "mit"}) == {"license": "mit"}
+    cache = tmp_path / "models--ann--vit"
+    for path, text in {"refs/main": "1" * 40, f".no_exist/{'1' * 40}/README.md": ""}.items():
+        (cache / path).parent.mkdir(parents=True)
+        (cache / path).write_text(text)
+    assert stated_licence("ann/vit", {}) == {}
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,14 @@ def write_recipe(output: Path, released: Path, images: Path, **keys: Any) -> str
     return str(recipe)
 
 
+@pytest.mark.parametrize(("stated", "expected"), [("", "unknown"), ("license: [mit, 0bsd]", "other")])
+def test_a_licence_that_is_not_one_word_never_becomes_the_default(released, images, tmp_path, stated, expected):
+    shutil.copytree(released, tmp_path / "released")
+    (tmp_path / "released" / "README.md").write_text(f"---\n{stated}\n---\n")
+    recipe: Any = load_recipe(write_recipe(tmp_path / "run", tmp_path / "released", images))
+    assert recipe.license == expected
+
+
 def test_the_encoder_settles_what_a_recipe_leaves_open(released, images, tmp_path):
     recipe: Any = load_recipe(write_recipe(tmp_path / "run", released, images))
     assert (recipe.model, recipe.image_size, recipe.patch_size, recipe.license) == (None, 16, 4, "mit")

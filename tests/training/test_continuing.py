@@ -168,6 +168,17 @@ def test_without_labels_the_best_is_chosen_by_rank(tmp_path, encoder, monkeypatc
     assert ("The best of the run, 30.0, was reached at 50% of the budget." in card) == (best == 1)
 
 
+@pytest.mark.parametrize("stated, expected", [("mit", "mit"), (["mit", "0bsd"], "other"), (None, "unknown")])
+def test_the_licence_of_a_start_is_not_replaced_by_the_default(tmp_path, encoder, stated, expected):
+    model = started(encoder)
+    model.config.init_from["license"] = stated
+    trainer = PretrainTrainer(model, config(tmp_path, **QUIET, budget=12 * STEP, schedule=STAGES), Tensors())
+    assert trainer.publication().license == expected and trainer.publication("isc").license == "isc"
+    random = PretrainTrainer(MoCoForPreTraining(model.config), trainer.args, Tensors())
+    random.model.config.init_from = None
+    assert random.publication().license == "apache-2.0"
+
+
 def test_a_run_from_random_weights_keeps_no_best(tmp_path):
     args = config(tmp_path / "run", **QUIET | {"eval_points": [0.0, 1.0]}, budget=2 * STEP)
     PretrainTrainer(moco(), args, Tensors(), Tensors(30)).train()

@@ -64,20 +64,19 @@ def read_start(checkpoint: str, image_size: int | None = None, patch_size: int |
         config.image_mean, config.image_std = normalisation_of(read.processor)
     is_on_hub = not Path(checkpoint).exists()
     path = Path(checkpoint).resolve()
-    config.init_from = {
+    start = {
         "name": checkpoint if is_on_hub else "/".join(path.parts[-2:]),
         "is_on_hub": is_on_hub,
         "kind": read.kind,
         "license": (read.licence or {}).get("license"),
     }
-    fields = {name: value for name, value in fields.items() if name != "init_from"}
-    config = AccelViTConfig.from_dict(config.to_dict(), **fields)
+    config = AccelViTConfig.from_dict(config.to_dict(), **{**fields, "init_from": start})
     sizes = f"{config.image_size} px in patches of {config.patch_size}"
     if config.image_size != base.image_size or config.patch_size != base.patch_size:
         sizes += f" (stored: {base.image_size} px in patches of {base.patch_size})"
     about = f"Starting from {checkpoint} ({read.kind}): {len(encoder)} tensors of its encoder, {sizes}"
     about += f"; left out: {', '.join(left_out)}" if left_out else "; nothing is left out"
-    if not config.init_from["license"]:
+    if not start["license"]:
         unread = read.licence is None
         why = "its card, which may state a licence, cannot be read" if unread else "no licence is stated"
         about += f"; {why}: the card of the run says license: unknown, unless the key license names one"

@@ -62,6 +62,8 @@ def _means(entry: Mapping[str, Any]) -> dict[str, dict[float, str]]:
     """The cells of each kind of run, by budget."""
     whole = [entry["baseline"]] if entry["baseline"] else []
     kinds = {"short sequences first": entry["accelerated"], "uncompressed": [*whole, *entry["smaller_baselines"]]}
+    for row in entry.get("ablations", []):
+        kinds.setdefault(row["name"], []).append(row)
     for row in entry.get("peers", []):
         kinds.setdefault(peer_label(row), []).append(row)
     return {label: {row["budget"]: _cell(row, entry["seeds"]) for row in rows} for label, rows in kinds.items()}

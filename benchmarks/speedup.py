@@ -89,7 +89,8 @@ def load_plan(path: Path) -> dict[str, Any]:
     Its keys are `title`; `clock`, "cpu" (seconds that the run's process computed) or "wall"; `common` overrides;
     `choice_split`, the overrides that keep the test images out of sight; `objectives`, each with `recipe`, `budget`
     (X, in units), `seeds`, overrides of the `baseline` and the `accelerated` runs, and, by name, `choices` (with their
-    `divisors` of X), `ablations` (at X/4) and `peers` (at X/4, by `benchmarks.peer_training`).
+    `divisors` of X), `ablations` (at X/4, unless they have `divisors`) and `peers` (at X/4, by
+    `benchmarks.peer_training`).
 
     Raises:
         ValueError: a key is missing or unknown.
@@ -148,7 +149,9 @@ def _runs_of_objective(plan: Mapping[str, Any], name: str, scale: float) -> Iter
             yield run(ACCELERATED, ACCELERATED, divisor, seed, objective["accelerated"])
         for kind in (ABLATION, PEER):
             for label, keys in objective.get(f"{kind}s", {}).items():
-                yield run(kind, label, 4, seed, keys)
+                keys = dict(keys)
+                for divisor in keys.pop("divisors", [4]):
+                    yield run(kind, label, divisor, seed, keys)
 
 
 class Bench:

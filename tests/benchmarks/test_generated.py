@@ -74,6 +74,16 @@ def test_a_cell_says_its_runs_where_some_are_missing():
     assert "| MoCo-v3, uncompressed | 40.5 (60.0), 2 runs | 51.0 (60.0), 2 runs |" in three
 
 
+def test_a_summary_names_ablations():
+    rows = [
+        {**entry()["smaller_baselines"][0], "name": "constant patch 16", "budget": budget} for budget in (200.0, 800.0)
+    ]
+    lines = generated.summarize({"objectives": [entry(ablations=rows[1:])]}).splitlines()
+    assert lines[4] == "| MoCo-v3, constant patch 16 |  | 40.5 (60.0) |"
+    lines = generated.summarize({"objectives": [entry(ablations=rows)]}).splitlines()
+    assert lines[4] == "| MoCo-v3, constant patch 16 | 40.5 (60.0) | 40.5 (60.0) |"
+
+
 def test_a_summary_names_the_peer_and_its_parts():
     peers = [{**entry()["smaller_baselines"][0], "name": "uncompressed", "peer": "lightly 1.6.0"}]
     lines = generated.summarize({"objectives": [entry(peers=peers)]}).splitlines()

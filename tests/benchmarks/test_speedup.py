@@ -151,6 +151,15 @@ def test_runs_come_in_the_order_of_what_they_tell():
     assert len(names) == len(set(names)) == 1 + 2 * 2 * 7 + 4
 
 
+def test_ablations_have_a_quarter_of_the_budget_or_their_own_divisors():
+    moco = {**PLAN["objectives"]["moco"], "ablations": {"a": {"batch_size": 8}, "b": {"divisors": [1, 8]}}}
+    runs = [run for run in speedup.runs_of({**PLAN, "objectives": {"moco": moco}}) if run.kind == "ablation"]
+    assert {(run.name, run.divisor, run.seed) for run in runs} == {
+        *((name, divisor, seed) for name, divisor in (("a", 4), ("b", 1), ("b", 8)) for seed in (0, 1))
+    }
+    assert all("divisors" not in run.settings() for run in runs)
+
+
 def test_a_plan_with_a_misspelt_key_is_refused(tmp_path):
     path = tmp_path / "plan.yaml"
     broken = [{**PLAN, "clocks": 1}, {**PLAN, "objectives": {"moco": {**PLAN["objectives"]["moco"], "sed": 1}}}]

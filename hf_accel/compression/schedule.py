@@ -165,7 +165,8 @@ class Schedule:
         if value is None or value == "standard":
             return cls.constant(Strategy(Compression(base_patch_size or 1)))
         if isinstance(value, str):
-            path = find_file(value if folder is None or Path(value).exists() else folder / value, "recipes")
+            named = Path(value).expanduser()
+            path = find_file(named if folder is None or named.exists() else folder / named, "recipes")
             if not path.is_file():
                 forms = "a list of stages, the path of a YAML file, standard, auto, or null for no compression"
                 raise ValueError(f"schedule: no file {value!r}; give {forms}")

@@ -164,6 +164,8 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
             self.continue_from = os.path.expanduser(self.continue_from)
         if isinstance(self.schedule, Schedule):
             self.schedule = self.schedule.to_list()
+        elif isinstance(self.schedule, os.PathLike):
+            self.schedule = os.fspath(self.schedule)
         self.check_pretraining()
         if self.augmentation not in AUGMENTATIONS:
             fail("augmentation", self.augmentation, f"must be one of {list(AUGMENTATIONS)}")

@@ -10,6 +10,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from hf_accel import PretrainConfig
+from hf_accel.compression import Schedule
 from hf_accel.utils.errors import SettingError
 
 
@@ -138,6 +139,15 @@ def test_a_schedule_file_is_checked_in_its_own_patches(tmp_path):
     path.write_text("stages: [")
     with pytest.raises(SettingError, match=r"schedule\.yaml is not valid YAML"):
         config(schedule=str(path))
+
+
+def test_a_schedule_file_may_be_a_path_and_lie_at_home(tmp_path, monkeypatch):
+    path = tmp_path / "schedule.yaml"
+    path.write_text("[{until: 1.0, patch_size: 28}]")
+    assert config(schedule=path).schedule == str(path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Schedule.parse("~/schedule.yaml", 7) == Schedule.parse(str(path), 7)
+    assert config(schedule="~/schedule.yaml").schedule == "~/schedule.yaml"
 
 
 @pytest.mark.parametrize("text", ["null", "None", "none"])

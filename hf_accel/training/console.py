@@ -56,13 +56,15 @@ def describe_run(trainer: Any) -> list[str]:
     """Describe a run in the lines that it opens with: model, data, device, length, and what may not be intended."""
     args, model, source = trainer.args, trainer.objective, trainer.source
     sizes = [sum(weights.numel() for weights in part.parameters()) for part in (model.encoder, model)]
-    found = args.schedule == "auto"
+    stages = "found while training runs (schedule=auto)"
+    if args.schedule != "auto":
+        stages = in_words(trainer.plan.schedule, model.has_target_branch)
     return [
         f"Images: {len(source):,} of {source.title}{describe_pixels(source)}",
         describe_labels(source, trainer.validation),
         f"Model:  {model.name}; encoder of {sizes[0]:,} parameters; {sizes[1]:,} with all branches and heads",
         describe_launch(args, args.precision),
-        f"Stages: {'found while training runs (schedule=auto)' if found else in_words(trainer.plan.schedule)}",
+        f"Stages: {stages}",
         *(describe_plan(args, model, trainer.plan) if trainer.plan_is_final else []),
         *([describe_rate(args)] if trainer.scales_rate else []),
     ]
@@ -84,13 +86,13 @@ def describe_pixels(source: ImageSource) -> str:
     return f", {source.channels} channel{'s' * (source.channels > 1)} of {8 * source.dtype.itemsize} bits"
 
 
-def in_words(schedule: Schedule) -> str:
-    """Describe a schedule in one line, without its middle if it has many stages."""
+def in_words(schedule: Schedule, has_target_branch: bool = True) -> str:
+    """Describe a schedule in one line, without its middle if it has many stages, and a target where there is one."""
 
     def stage_in_words(stage: Stage) -> str:
         strategy = stage.strategy
         usual = strategy.target_branch == Compression(strategy.online.patch_size) and not strategy.local
-        return f"{strategy.online if usual else strategy} until {stage.until:.0%}"
+        return f"{strategy.online if usual or not has_target_branch else strategy} until {stage.until:.0%}"
 
     stages = [stage_in_words(stage) for stage in schedule.stages]
     return "; ".join(stages if len(stages) <= 4 else [*stages[:2], f"({len(stages) - 3} more)", stages[-1]])

@@ -90,7 +90,9 @@ def test_log_lines_are_aligned_and_hold_what_one_watches(tmp_path, capsys):
 def test_a_schedule_in_words_names_unusual_targets_only():
     schedule = Schedule.parse([{"until": 0.5, "patch_size": 8, "token_dropout": 0.5}, {"until": 1.0}], 4)
     assert in_words(schedule) == "patch 8, dropout 0.5 until 50%; patch 4, dropout 0 until 100%"
-    assert "target patch 4" in in_words(Schedule.constant(Strategy(Compression(8), Compression(4))))
+    unusual = Schedule.constant(Strategy(Compression(8), Compression(4)))
+    assert "target patch 4" in in_words(unusual)
+    assert in_words(unusual, has_target_branch=False) == "patch 8, dropout 0 until 100%"
     many = Schedule.parse([{"until": step / 10, "token_dropout": 1 - step / 10} for step in range(1, 11)], 4)
     assert "; (7 more); " in in_words(many) and in_words(many).endswith("dropout 0 until 100%")
 

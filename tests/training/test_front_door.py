@@ -484,6 +484,17 @@ def test_the_steps_of_an_automatic_schedule_are_an_upper_limit(tmp_path, capsys)
         assert [line for line in describe_run(trainer) if line.startswith(said)], schedule
 
 
+def test_a_target_branch_is_described_where_there_is_one(tmp_path):
+    stages = [{"until": 1.0, "patch_size": 8, "target_patch_size": 4}]
+    for model, described in ((moco(), True), (SimCLRForPreTraining(vit_tiny(**SIZES), **HEADS), False)):
+        (line,) = (
+            line
+            for line in describe_run(PretrainTrainer(model, config(tmp_path, schedule=stages), Tensors()))
+            if line.startswith("Stages:")
+        )
+        assert ("target" in line) == described
+
+
 def test_strategies_and_stages_of_other_types_are_refused(tmp_path):
     with pytest.raises(TypeError, match=r"strategies: .* Strategy, and not Compression\(patch_size=8"):
         estimate_gradient_errors(moco(), config(tmp_path), Tensors(), cast(Any, [Compression(8)]))

@@ -172,8 +172,10 @@ def check_pip(words: list[str]) -> None:
     for word in words[2:]:
         if word in ("-e", ".", "--index-url") or word.startswith("https://download.pytorch.org/"):
             continue
-        requirement = Requirement(word)
-        assert requirement.name != "hf-accel" or requirement.extras <= extras, f"no extra {word}"
+        if word.startswith("hf-accel"):
+            raise AssertionError(f"{word}: it is installed from a clone, as .[EXTRA]")
+        requirement = Requirement(word.replace(".[", "hf-accel[", 1))
+        assert requirement.extras <= extras or requirement.name != "hf-accel", f"no extra {word}"
 
 
 def check_hf_accel(words: list[str]) -> None:
@@ -236,7 +238,8 @@ def test_a_command_can_be_given(command, workplace):
         "python -m benchmarks.schedules benchmarks/no_such.yaml",
         "python -m benchmarks.no_such",
         "make coffee",
-        "pip install 'hf-accel[no_such]'",
+        "pip install -e '.[no_such]'",
+        "pip install 'hf-accel[onnx]'",
         "hf-accel pretrain no_such",
         "hf-accel pretrain moco --config_file accelerate_configs/no_such.yaml",
         "hf-accel train moco",

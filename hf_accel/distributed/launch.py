@@ -60,7 +60,7 @@ def check_launch() -> None:
             "and set torch_compile=true in the recipe"
         )
     if _is_on("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
-        raise SettingError("DeepSpeed is not installed: pip install 'hf-accel[deepspeed]', or launch with ddp.yaml")
+        raise SettingError("DeepSpeed is not installed: pip install deepspeed ninja, or launch with ddp.yaml")
 
 
 def choose_precision(asked: str, begun: str | None = None, given: tuple[str, Any] | None = None) -> str:

@@ -50,7 +50,8 @@ def export(recipe: Recipe) -> None:
         raise RecipeError(f"output_dir={recipe.output_dir!r}: {target} exists already; remove it, or choose another")
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if recipe.export_format == "onnx" and missing:
-        raise RecipeError(f"export_format='onnx': {', '.join(missing)} not installed; pip install 'hf-accel[onnx]'")
+        names = " ".join(missing)
+        raise RecipeError(f"export_format='onnx': not installed: {names}; pip install {names}")
     with naming(f"checkpoint={recipe.checkpoint!r}"):
         source = read_checkpoint(str(recipe.checkpoint), recipe.model_config.get("num_attention_heads"))
     patch_size = exported_patch_size(recipe, source.config)

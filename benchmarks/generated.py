@@ -84,9 +84,21 @@ def _sentence(entry: Mapping[str, Any]) -> str:
 
 
 def _references(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line that says what raw pixels and encoders before training reach, as means over objectives and seeds."""
+    """A line that says what raw pixels and encoders before training reach, as means over seeds."""
     raw = [entry["raw_pixels_knn"] for entry in entries if entry["raw_pixels_knn"] is not None]
-    before = [value for entry in entries for value in entry["random_knn"] or [] if value is not None]
-    known = ((raw, "raw pixels reach"), (before, "encoders before training"))
-    said = [f"{words} {statistics.fmean(values):.1f}%" for values, words in known if values]
+    before, probed = (_mean_of_seeds(entries, f"random_{measure}") for measure in ("knn", "linear"))
+    said = [f"raw pixels reach {statistics.fmean(raw):.1f}%"] if raw else []
+    if before is not None:
+        probe = f" ({probed:.1f}% by the linear probe)" if probed is not None else ""
+        said.append(f"encoders before training {before:.1f}%{probe}")
     return [f"- For comparison, {' and '.join(said)}."] if said else []
+
+
+def _mean_of_seeds(entries: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """The mean of means over objectives, whose encoders with the same seed are one and the same."""
+    by_seed: dict[int, list[float]] = {}
+    for entry in entries:
+        for seed, value in zip((entry["baseline"] or {}).get("seed", []), entry.get(key) or [], strict=False):
+            if value is not None:
+                by_seed.setdefault(seed, []).append(value)
+    return statistics.fmean(map(statistics.fmean, by_seed.values())) if by_seed else None

@@ -79,6 +79,11 @@ class Run:
         words = [self.objective, self.kind if self.kind == self.name else f"{self.kind}-{self.name}"]
         return "-".join([*(re.sub(r"[^\w.-]+", "_", word) for word in words), f"{self.budget:.0f}", str(self.seed)])
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether speedups refer to this run, so that what its encoder had before training is measured, too."""
+        return self.kind == BASELINE and self.divisor == 1
+
     def settings(self) -> dict[str, Any]:
         return {**self.keys, "seed": self.seed, "budget": self.budget}
 
@@ -191,11 +196,12 @@ class Bench:
         results = RunFolder(folder).read_results()
         if "units" not in results:
             return None if self.stopping.is_set() else f"{run.folder}: exit code {code}, see {folder}.log"
-        if run.kind != CHOICE and results["knn_top1"] is not None and not self.stopping.is_set():
-            keys = {"task": "evaluate", "checkpoint": str(folder / "final"), "evaluations": ["linear"]}
-            _, code = self._launch(run, folder, {**keys, "seed": run.seed})
-            if code:
-                return None if self.stopping.is_set() else f"{run.folder}: linear probe: exit code {code}"
+        if run.kind != CHOICE and results["knn_top1"] is not None:
+            for checkpoint in (str(folder / "final"), *["random"] * run.is_reference):
+                keys = {"task": "evaluate", "checkpoint": checkpoint, "evaluations": ["linear"], "seed": run.seed}
+                code = 0 if self.stopping.is_set() else self._launch(run, folder, keys)[1]
+                if code and not self.stopping.is_set():
+                    return f"{run.folder}: linear probe of {checkpoint}: exit code {code}"
         if not self.stopping.is_set():
             self.records.mkdir(parents=True, exist_ok=True)
             write_json(self.record_path(run), self.record_of(run, folder, command))
@@ -225,7 +231,10 @@ class Bench:
         results = RunFolder(folder).read_results()
         history = json.loads((folder / "log_history.json").read_text())["log_history"]
         seconds = results["seconds"]
-        linear = [entry for entry in results.get("evaluations", []) if entry["evaluation"] == "linear"]
+        linear = {
+            entry["checkpoint"]: entry for entry in results.get("evaluations", []) if entry["evaluation"] == "linear"
+        }
+        probed = {name: 100 * entry["top1"] for name, entry in linear.items()}
         curve = [(log["units"], 100 * log["eval_knn_top1"]) for log in history if "eval_knn_top1" in log]
         top1 = {name: results[name] for name in ("knn_top1", "knn_top1_raw_pixels", "knn_top1_random_init")}
         percent = {name: None if value is None else 100 * value for name, value in top1.items()}
@@ -235,7 +244,7 @@ class Bench:
             **{name: asdict(run)[name] for name in names},
             "settings": run.settings(),
             "knn": percent["knn_top1"],
-            "linear": 100 * linear[-1]["top1"] if linear else None,
+            "linear": probed.get(str(folder / "final")),
             "seconds": results["cpu_seconds"] if self.clock == "cpu" else seconds["total"] - seconds["evaluation"],
             "clock": self.clock,
             "units": results["units"],
@@ -243,6 +252,7 @@ class Bench:
             "schedule": results["schedule"],
             "raw_pixels_knn": percent["knn_top1_raw_pixels"],
             "random_knn": percent["knn_top1_random_init"],
+            **({"random_linear": probed.get("random")} if run.is_reference else {}),
             "curve": {"units": [u for u, _ in curve], "knn": [k for _, k in curve]},
             "data": {key: results["data"][key] for key in DATA_KEYS},
             **{key: results[key] for key in ("view_backend", "cache")},
@@ -279,12 +289,12 @@ def main(arguments: list[str] | None = None) -> int:
     overrides = [*(TOY if args.toy else ()), *args.overrides]
     bench = Bench(results / path.stem, folder, overrides, plan["clock"], 60 * args.minutes)
     every = runs_of(plan, 1e-3 if args.toy else 1.0)
+    wanted = [run for run in every if any(word in run.folder for word in args.only or [""])]
     if args.list:
-        print("\n".join(f"{'known' if bench.is_known(run) else '     '} {run.folder}" for run in every))
+        print("\n".join(f"{'known' if bench.is_known(run) else '     '} {run.folder}" for run in wanted))
         return 0
     # Runs that share a device would slow each other, and the wall clock would count that.
     jobs = args.jobs or (1 if plan["clock"] == "wall" else os.cpu_count() or 1)
-    wanted = [run for run in every if any(word in run.folder for word in args.only or [""])]
     failures = train_all(bench, wanted, jobs)
     for failure in failures:
         print(failure, file=sys.stderr)

@@ -97,6 +97,7 @@ def of_objective(name: str, plan_name: str, records: Sequence[Record]) -> dict[s
         "accelerated": _rows(accelerated),
         "raw_pixels_knn": next((r["raw_pixels_knn"] for r in main if r["raw_pixels_knn"] is not None), None),
         "random_knn": [r["random_knn"] for r in whole] or None,
+        "random_linear": [r.get("random_linear") for r in whole] or None,
         "crossing_units": None,
         "speedup_units": {"value": None, "low": None, "high": None},
         "speedup_seconds": {"value": None, "low": None, "high": None},
@@ -197,7 +198,7 @@ def format_report(report: Mapping[str, Any]) -> str:
         if rows:
             lines += ["", f"| runs | budget | steps | {seconds} | kNN top-1, % | mean | linear, % |"]
             lines += ["|---|---:|---:|---:|---|---:|---|", *rows]
-            lines += _references("the encoder before training", entry["random_knn"])
+            lines += _references("the encoder before training", entry["random_knn"], entry["random_linear"])
             lines += _references("raw pixels", [entry["raw_pixels_knn"]])
         lines += _choices(entry["choices"], seconds)
     return "\n".join(lines)
@@ -228,9 +229,11 @@ def format_speedups(entry: Mapping[str, Any]) -> str:
     return f"Speedup at equal kNN accuracy{of}: {units} in units, {time} in seconds.{by_probe}"
 
 
-def _references(label: str, values: Sequence[float | None] | None) -> list[str]:
-    known = [value for value in values or [] if value is not None]
-    return [f"| {label} | | | | {_list(known)} | {statistics.fmean(known):.1f} | |"] if known else []
+def _references(
+    label: str, knn: Sequence[float | None] | None, linear: Sequence[float | None] | None = None
+) -> list[str]:
+    known, probed = ([value for value in values or [] if value is not None] for values in (knn, linear))
+    return [f"| {label} | | | | {_list(known)} | {statistics.fmean(known):.1f} | {_list(probed)} |"] if known else []
 
 
 def _choices(rows: Sequence[Mapping[str, Any]], seconds: str) -> list[str]:

@@ -19,7 +19,15 @@ pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
 def record(kind, budget, seed, knn, seconds, divisor=1, name=None, curve=((0, 10.0), (1, 20.0))):
     units, accuracies = zip(*curve, strict=True)
     same = {"objective": "moco", "recipe": "r.yaml", "settings": {}, "clock": "cpu", "steps": 10, "schedule": []}
-    same |= {"raw_pixels_knn": 12.0, "random_knn": 11.0, "commit": "c", "dirty": False, "data": {}, "hardware": {}}
+    same |= {
+        "raw_pixels_knn": 12.0,
+        "random_knn": 11.0,
+        "random_linear": 15.0,
+        "commit": "c",
+        "dirty": False,
+        "data": {},
+        "hardware": {},
+    }
     run = {"kind": kind, "name": name or kind, "budget": budget, "units": budget, "divisor": divisor, "seed": seed}
     measured = {"knn": knn, "linear": knn + 5, "seconds": seconds}
     return {**same, **run, **measured, "curve": {"units": list(units), "knn": list(accuracies)}, "command": "python"}
@@ -80,7 +88,8 @@ def test_a_report_holds_what_it_prints(tmp_path):
     assert found["baseline"] == {"budget": 800, **measured}
     assert [row["budget"] for row in found["accelerated"]] == [800, 200, 100] and found["seeds"] == [0, 1]
     assert found["crossing_units"] == pytest.approx(math.exp(math.log(400) + (51 - 49) / 12 * math.log(2)))
-    assert (found["raw_pixels_knn"], found["random_knn"]) == (12.0, [11.0, 11.0])
+    assert (found["raw_pixels_knn"], found["random_knn"], found["random_linear"]) == (12.0, [11.0, 11.0], [15.0, 15.0])
+    assert "| the encoder before training | | | | 11.0 11.0 | 11.0 | 15.0 15.0 |" in text
     assert found["choices"][0]["name"] == "patch 16" and found["ablations"][0]["name"] == "batch 64"
     assert [(row["name"], row["peer"], row["knn"], row["seed"]) for row in found["peers"]] == [
         ("uncompressed", parts[seed], [41.0], [seed]) for seed in (0, 1)
@@ -201,6 +210,17 @@ def test_by_the_wall_clock_one_run_trains_at_a_time(clock, jobs, tmp_path, monke
     assert [run.folder for run in asked[0][1]] == ["moco-choice-patch_8-0-0", "moco-baseline-0-0"]
 
 
+def test_a_list_holds_the_runs_that_are_asked_for(tmp_path, capsys):
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN))
+    command = [str(tmp_path / "plan.yaml"), "--runs", str(tmp_path), "--results", str(tmp_path), "--list"]
+    speedup.main([*command, "--only", "baseline-256", "--only", "choice"])
+    assert capsys.readouterr().out.split() == [
+        "moco-choice-patch_8-256-0",
+        "moco-baseline-256-0",
+        "moco-baseline-256-1",
+    ]
+
+
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
     """The command for a plan of tiny runs, which take place in this process. `plan` can be changed between commands."""
@@ -261,6 +281,7 @@ def test_runs_are_recorded_and_not_trained_again(bench, capsys):
     assert {key: peer[key] for key in same} == {key: baseline[key] for key in same}
     assert [*peer["curve"]["units"]] == baseline["curve"]["units"] and peer["seconds"] > 0
 
+    assert "random_linear" not in baseline  # it is measured beside the whole budget
     code, again = bench.command("--only", "256")
     assert again == records and not bench.launched and "5 of 10 runs are known" in capsys.readouterr().out
     bench.plan["accelerated"] = {"schedule": [{"until": 1.0, "patch_size": 4, "token_dropout": 0.5}]}
@@ -270,12 +291,15 @@ def test_runs_are_recorded_and_not_trained_again(bench, capsys):
 
 @pytest.mark.slow
 def test_an_empty_folder_of_results_has_a_run_trained_again_and_compared(bench, capsys):
-    _, records = bench.command("--only", "baseline-256")
+    _, records = bench.command("--only", "baseline-1024")
     capsys.readouterr()
     again = bench.folder / "again"
-    bench.command("--only", "baseline-256", "--results", str(again), "--runs", str(again / "runs"))
-    assert len(bench.launched) == 2 and "moco-baseline-256-0: as recorded" in capsys.readouterr().out
-    assert read(again / "toy" / "moco-baseline-256-0.json")["curve"] == records["moco-baseline-256-0"]["curve"]
+    bench.command("--only", "baseline-1024", "--results", str(again), "--runs", str(again / "runs"))
+    # the run, and the linear probe of its encoder at the end and before training
+    assert len(bench.launched) == 3 and "moco-baseline-1024-0: as recorded" in capsys.readouterr().out
+    first, second = records["moco-baseline-1024-0"], read(again / "toy" / "moco-baseline-1024-0.json")
+    assert first["curve"] == second["curve"] and 0 <= first["random_linear"] == second["random_linear"]
+    assert first["random_linear"] != first["linear"]
 
 
 def test_records_are_compared_with_the_committed_ones(tmp_path):

@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,7 @@ class Bench:
             "data": {key: results["data"][key] for key in DATA_KEYS},
             **{key: results[key] for key in ("view_backend", "cache")},
             "command": " ".join(["python", *command[: len(command) - len(self.overrides)]]),
+            "finished": datetime.now(timezone.utc).isoformat(timespec="minutes"),
             "commit": where["commit"],
             "dirty": where["dirty"],
             "hardware": {**where["hardware"], "torch": where["versions"]["torch"]},

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 
 import pytest
@@ -281,6 +282,7 @@ def test_runs_are_recorded_and_not_trained_again(bench, capsys):
     assert {key: peer[key] for key in same} == {key: baseline[key] for key in same}
     assert [*peer["curve"]["units"]] == baseline["curve"]["units"] and peer["seconds"] > 0
 
+    assert datetime.now(timezone.utc) - datetime.fromisoformat(baseline["finished"]) < timedelta(minutes=10)
     assert "random_linear" not in baseline  # it is measured beside the whole budget
     code, again = bench.command("--only", "256")
     assert again == records and not bench.launched and "5 of 10 runs are known" in capsys.readouterr().out

@@ -301,7 +301,9 @@ def test_an_empty_folder_of_results_has_a_run_trained_again_and_compared(bench, 
     assert len(bench.launched) == 3 and "moco-baseline-1024-0: as recorded" in capsys.readouterr().out
     first, second = records["moco-baseline-1024-0"], read(again / "toy" / "moco-baseline-1024-0.json")
     assert first["curve"] == second["curve"] and 0 <= first["random_linear"] == second["random_linear"]
-    assert first["random_linear"] != first["linear"]
+    run = again / "runs" / "moco-baseline-1024-0"
+    probed = {entry["checkpoint"]: 100 * entry["top1"] for entry in read(run / "results.json")["evaluations"]}
+    assert probed == {str(run / "final"): second["linear"], "random": second["random_linear"]}
 
 
 def test_records_are_compared_with_the_committed_ones(tmp_path):

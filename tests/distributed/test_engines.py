@@ -55,11 +55,8 @@ def alone(recipes) -> dict[str, Path]:
     return runs
 
 
-PAIRS = [(engine, name) for engine in ENGINES for name in OBJECTIVES if engine != "zero1" or name == "dino"]
-"""ZeRO-1 does nothing that ZeRO-2 does not, so the objective with most state has to do for it."""
-
-
-@pytest.mark.parametrize("engine, objective", PAIRS)
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+@pytest.mark.parametrize("engine", list(ENGINES))
 def test_two_processes_train_as_one(engine, objective, recipes, alone, tmp_path):
     run, recipe = tmp_path / "run", recipes / f"{objective}.yaml"
     launch_with(ENGINES[engine], recipe, run)
@@ -75,7 +72,7 @@ def test_two_processes_train_as_one(engine, objective, recipes, alone, tmp_path)
             (again / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace(str(run), str(again)))
             tear(last_checkpoint(again))
         go_on(engine, recipe, run, again)
-        if engine in ("ddp", "zero3"):
+        if engine != "zero1":
             longer, expected = tmp_path / "longer", tmp_path / "alone-longer"
             launch_with(ENGINES[engine], recipe, longer, f"continue_from={run}")
             entry.main([str(recipe), f"output_dir={expected}", f"continue_from={alone[objective]}"])

@@ -232,10 +232,8 @@ class Bench:
         results = RunFolder(folder).read_results()
         history = json.loads((folder / "log_history.json").read_text())["log_history"]
         seconds = results["seconds"]
-        linear = {
-            entry["checkpoint"]: entry for entry in results.get("evaluations", []) if entry["evaluation"] == "linear"
-        }
-        probed = {name: 100 * entry["top1"] for name, entry in linear.items()}
+        evaluations = results.get("evaluations", [])
+        probed = {entry["checkpoint"]: 100 * entry["top1"] for entry in evaluations if entry["evaluation"] == "linear"}
         curve = [(log["units"], 100 * log["eval_knn_top1"]) for log in history if "eval_knn_top1" in log]
         top1 = {name: results[name] for name in ("knn_top1", "knn_top1_raw_pixels", "knn_top1_random_init")}
         percent = {name: None if value is None else 100 * value for name, value in top1.items()}

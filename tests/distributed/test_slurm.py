@@ -58,6 +58,10 @@ COMMANDS = {
             run "$@"
         fi
     """,
+    # reads what a step prints, once a signal does not end it
+    "cat": """record cat
+        exec /bin/cat
+    """,
 }
 ARGUMENTS = ["my recipes/moco.yaml", "output_dir=runs/a b", "schedule=[{until: 1.0}]"]
 
@@ -84,7 +88,7 @@ class Job:
 
     def wait_until_it_runs(self) -> None:
         deadline = time.monotonic() + 60
-        while len(self.calls("accelerate")) < 2:
+        while len(self.calls("accelerate", "cat")) < 4:
             assert time.monotonic() < deadline and self.script.poll() is None
             time.sleep(0.02)
 

@@ -114,6 +114,10 @@ def test_no_speedup_over_a_baseline_that_learnt_nothing(tmp_path):
     (found,) = read(tmp_path / "toy.json")["objectives"]
     assert {*found["speedup_units"].values(), *found["speedup_seconds"].values(), found["crossing_units"]} == {None}
     assert "ends at 51.0%, no higher than the encoder before training (51.0%)." in text and "reached" not in text
+    whole = [run["knn"] for run in ACCELERATED if run["budget"] == 800]
+    assert f"Short sequences first end at {sum(whole) / len(whole):.1f}% with as many units." in text
+    quarter = [run for run in ACCELERATED if run["budget"] < 800]
+    assert "as many units" not in speedup_report.write_report("toy", plan, [*before, *quarter], tmp_path)
     speedup_figure.plot(read(tmp_path / "toy.json"), tmp_path / "toy")
     assert not (tmp_path / "toy.png").exists()
 

@@ -9,16 +9,15 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
-from benchmarks.speedup_report import NAMES, has_learnt
+from benchmarks.speedup_report import NAMES
 from hf_accel.report.curves import BLUE, GRAY, ORANGE, STYLE
 
 UNITS = "budget, in units (1 unit: a forward pass on one full image)"
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Draw a row of panels for each objective of NAME.json whose baseline has learnt, as PNG and as SVG."""
+    """Draw a row of panels for each objective of NAME.json that has both kinds of runs, as PNG and as SVG."""
     objectives = [entry for entry in report["objectives"] if entry["baseline"] and entry["accelerated"]]
-    objectives = [entry for entry in objectives if has_learnt(entry)]
     if not objectives:
         return
     with matplotlib.rc_context(STYLE):
@@ -49,7 +48,8 @@ def draw_panel(axes: Any, entry: Mapping[str, Any], amount: str) -> None:
     """Draw an objective's finished runs against `amount`, "budget" (units) or "seconds".
 
     A dot is a run, a line joins means over seeds. The dashed line is the accuracy that the baseline ends at with the
-    whole budget, and the arrow the speedup by it. Dotted lines are raw pixels and the encoder before training.
+    whole budget, and the arrow the speedup by it, if there is one. Dotted lines are raw pixels and the encoder before
+    training.
     """
     for rows, color, marker, label in (
         (entry["accelerated"], BLUE, "o", "short sequences first"),

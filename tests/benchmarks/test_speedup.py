@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 import hf_accel.run as entry
 from benchmarks import peer_training, peers, speedup, speedup_figure, speedup_report
@@ -119,7 +120,13 @@ def test_no_speedup_over_a_baseline_that_learnt_nothing(tmp_path):
     quarter = [run for run in ACCELERATED if run["budget"] < 800]
     assert "as many units" not in speedup_report.write_report("toy", plan, [*before, *quarter], tmp_path)
     speedup_figure.plot(read(tmp_path / "toy.json"), tmp_path / "toy")
-    assert not (tmp_path / "toy.png").exists()
+    assert (tmp_path / "toy.png").exists()
+    axes = Figure().subplots()
+    for drawn, texts in (({**found, "speedup_units": {"value": 3.0}}, ["", "3.0x"]), (found, [])):
+        axes.clear()
+        speedup_figure.draw_panel(axes, drawn, "budget")
+        said = [text.get_text() for text in axes.texts]
+        assert said == ["raw pixels", "encoder before training", *texts]
 
 
 def test_without_a_baseline_a_report_names_no_speedup(tmp_path):

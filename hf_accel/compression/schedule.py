@@ -88,7 +88,7 @@ class Schedule:
 
     @classmethod
     def standard(cls, image_size: int, base_patch_size: int, one_patch_size: bool = False) -> "Schedule":
-        """Build the schedule of `schedule: standard`: patches four times as large, then twice, then the base patch.
+        """Build the schedule of `schedule: standard`: patches of four times the side, then twice, then the base patch.
 
         Where a size does not divide the image, the one with the closest ratio does, among those that leave 4 patches.
         With `one_patch_size`, for weights that were trained at the base patch size alone, patches keep their size, and

@@ -139,7 +139,7 @@ def _propose_random(proposal: Proposal, images: Images, device: Device) -> None:
         values |= {"objective": "simclr", "objective_config": dict(SMALL_HEADS)}
         why["objective"] = "SimCLR, the best of the three on small images in short runs (docs/results.md)."
     values |= {"budget": f"{EPOCHS} epochs", "schedule": "standard"}
-    why["schedule"] = "Patches four times as large until 40% of the budget, then twice: cheap steps first."
+    why["schedule"] = "Patches of four times the side until 40% of the budget, then twice: cheap steps first."
     _propose_steps(proposal, images, most=_gpu_batch(device) if device.is_gpu else 128)
 
 

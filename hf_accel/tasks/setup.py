@@ -38,8 +38,18 @@ def naming(subject: str):
 
 
 def output_of(recipe: Recipe) -> Path:
-    """Return `output_dir`, which is created if it is missing. Raises RecipeError if nothing can be written there."""
+    """Return `output_dir`, which is created if it is missing.
+
+    Raises:
+        RecipeError: nothing can be written there, or it lies in the folder of the images, where the figures of a run
+            would become images of its next launch.
+    """
     output = Path(recipe.output_dir)
+    if recipe.reads("data"):
+        images = Path(str(recipe.data)).expanduser()
+        if images.is_dir() and output.resolve().is_relative_to(images.resolve()):
+            inside = f"it lies in data={recipe.data}, where its figures would be read as images"
+            fail("output_dir", recipe.output_dir, f"{inside}; choose a folder outside, and move there what it holds")
     try:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()

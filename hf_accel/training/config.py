@@ -96,8 +96,8 @@ class PretrainConfig(PretrainSettings, TrainingArguments):
             it was there.
         schedule (`list`, `str`, [`Schedule`], *optional*, defaults to `"standard"`): Stages of compression, the path of
             a YAML file that holds them, `"standard"`, `"auto"`, which finds stages while training runs, or `None`, no
-            compression. `"standard"` is patches four times as large until 40% of the budget and twice until 80%. For a
-            model from `from_encoder` it is half of the patches left out until 80%, and with `continue_from` the
+            compression. `"standard"` is patches of four times the side until 40% of the budget and twice until 80%.
+            For a model from `from_encoder` it is half of the patches left out until 80%, and with `continue_from` the
             compression of the last step there.
         cost (`str`, *optional*): Whether units are `"analytic"`, counted in FLOPs, or `"measured"`, timed on this
             device. Default: analytic, and measured where the budget is a time.

@@ -59,8 +59,8 @@ class PretrainSettings:
     schedule: list[Any] | str | None = fixed(
         "standard",
         "list of stages, path of a YAML file of them, standard, auto (found while the run trains), or null (no "
-        "compression); standard: patches four times as large until 40% of the budget, twice until 80%; with init_from "
-        "half of the patches left out until 80%; with continue_from the compression of the last step there",
+        "compression); standard: patches of four times the side until 40% of the budget, twice until 80%; with "
+        "init_from half of the patches left out until 80%; with continue_from the compression of the last step there",
     )
     cost: Literal["analytic", "measured"] | None = fixed(
         None,

@@ -47,6 +47,20 @@ def test_a_refused_launch_leaves_no_output_dir(monkeypatch, tmp_path, task, over
     assert not output.exists()
 
 
+@pytest.mark.parametrize("inside", ["runs/photos", "."])
+def test_an_output_dir_among_the_images_is_refused(monkeypatch, tmp_path, inside):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    monkeypatch.chdir(photos)
+    with pytest.raises(
+        SettingError, match=r"^output_dir=.*: it lies in data=\., where its figures would be read as images"
+    ):
+        output_of(load_recipe(None, ["data=.", "budget=9", f"output_dir={inside}"]))
+    assert not [*photos.iterdir()]
+    assert output_of(load_recipe(None, ["data=.", "budget=9", "output_dir=../photos_runs"])).is_dir()
+    assert output_of(load_recipe(None, ["task=cost", "output_dir=runs"])).is_dir()  # which reads no images
+
+
 def test_a_search_has_no_trackers():
     recipe = load_recipe("recipes/moco.yaml", ["task=search", "pilot=x", "mixed_precision=no"])
     assert pretrain_config(recipe).report_to == []

@@ -1,5 +1,6 @@
 """The figure of `benchmarks.speedup`: accuracy of finished runs against units and against seconds."""
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,9 +48,9 @@ def name_seconds(clock: str) -> str:
 def draw_panel(axes: Any, entry: Mapping[str, Any], amount: str) -> None:
     """Draw an objective's finished runs against `amount`, "budget" (units) or "seconds".
 
-    A dot is a run, a line joins means over seeds. The dashed line is the accuracy that the baseline ends at with the
-    whole budget, and the arrow the speedup by it, if there is one. Dotted lines are raw pixels and the encoder before
-    training.
+    A dot is a run, a hollow one that of an ablation, and a line joins means over seeds. The dashed line is the accuracy
+    that the baseline ends at with the whole budget, and the arrow the speedup by it, if there is one. Dotted lines are
+    raw pixels and the encoder before training.
     """
     for rows, color, marker, label in (
         (entry["accelerated"], BLUE, "o", "short sequences first"),
@@ -58,6 +59,10 @@ def draw_panel(axes: Any, entry: Mapping[str, Any], amount: str) -> None:
     ):
         if rows:
             _draw_runs(axes, rows, amount, color, marker, label)
+    names = dict.fromkeys(row["name"] for row in entry["ablations"])
+    for name, marker in zip(names, itertools.cycle("^vd")):
+        rows = [row for row in entry["ablations"] if row["name"] == name]
+        _draw_runs(axes, rows, amount, GRAY if name.startswith("uncompressed") else BLUE, marker, name, filled=False)
     _draw_amounts(axes)
     for value, words in (
         (entry["raw_pixels_knn"], "raw pixels"),
@@ -71,13 +76,17 @@ def draw_panel(axes: Any, entry: Mapping[str, Any], amount: str) -> None:
     _draw_speedup(axes, entry, amount)
 
 
-def _draw_runs(axes: Any, rows: Sequence[Mapping[str, Any]], amount: str, color: str, marker: str, label: str) -> None:
+def _draw_runs(
+    axes: Any, rows: Sequence[Mapping[str, Any]], amount: str, color: str, marker: str, label: str, filled: bool = True
+) -> None:
     rows = sorted(rows, key=lambda row: row["budget"])
     amounts = [_amounts(row, amount) for row in rows]
     means = [statistics.fmean(row["knn"]) for row in rows]
     axes.plot([*map(statistics.fmean, amounts)], means, color=color, linewidth=1.6)
     every = [(x, y) for xs, row in zip(amounts, rows, strict=True) for x, y in zip(xs, row["knn"], strict=True)]
-    axes.plot(*zip(*every, strict=True), color=color, marker=marker, markersize=4, linestyle="", label=label, alpha=0.8)
+    inside = {} if filled else {"markerfacecolor": "white", "markersize": 5}
+    dots = {"color": color, "marker": marker, "markersize": 4, "linestyle": "", "alpha": 0.8} | inside
+    axes.plot(*zip(*every, strict=True), label=label, **dots)
 
 
 def _amounts(row: Mapping[str, Any], amount: str) -> list[float]:

@@ -32,7 +32,7 @@ def draw_patches(axes: Axes, pixels: Any, patch: int, stage: str) -> None:
 def main() -> None:
     report = json.loads((HERE.parent / "results/imagenette_cpu.json").read_text())
     (moco,) = (entry for entry in report["objectives"] if entry["objective"] == "moco")
-    figure = plt.figure(figsize=(10, 3.7), layout="constrained")
+    figure = plt.figure(figsize=(10, 3.9), layout="constrained")
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 5.5))[0]
     pixels = np.pad(digits()[0][3 * 500].numpy(), 2)  # of 32 px, so that patches are as many as on Imagenette at 64 px
     for axes, (patch, stage) in zip(left.subplots(3, 1), STAGES, strict=True):
@@ -46,7 +46,9 @@ def main() -> None:
     panels[0].set_ylabel("kNN top-1 on Imagenette (%)", fontsize=9)
     panels[0].set_xlabel("budget in units, 1 unit: a forward pass on one full image", fontsize=9)
     panels[1].set_xlabel(name_seconds(report["clock"]), fontsize=9)
-    panels[0].legend(fontsize=8, loc="upper left", frameon=False)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5, frameon=False
+    )
     left.suptitle("A digit in tokens", fontsize=10)
     right.suptitle("MoCo-v3, small ViT, Imagenette at 64 px: finished runs (dots) and their means (lines)", fontsize=10)
     figure.savefig(HERE / "overview.png", dpi=110)

@@ -105,6 +105,10 @@ def test_a_report_holds_what_it_prints(tmp_path):
     assert f" At equal accuracy of the linear probe: {linear['value']:.1f}x" in text
     assert "| short sequences first | 200 | 10 | 24 | 52.0 54.0 | 53.0 | 64.0 68.0 |" in text
     speedup_figure.plot(report, tmp_path / "toy")
+    axes = Figure().subplots()
+    speedup_figure.draw_panel(axes, found, "budget")
+    (hollow,) = (line for line in axes.get_lines() if line.get_label() == "batch 64")
+    assert (*hollow.get_xdata(), *hollow.get_ydata()) == (200, 43.0) and hollow.get_markerfacecolor() == "white"
     assert (tmp_path / "toy.png").stat().st_size > 10_000 and (tmp_path / "toy.md").read_text() == text + "\n"
 
 

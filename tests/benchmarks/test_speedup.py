@@ -108,7 +108,7 @@ def test_a_report_holds_what_it_prints(tmp_path):
     axes = Figure().subplots()
     speedup_figure.draw_panel(axes, found, "budget")
     (hollow,) = (line for line in axes.get_lines() if line.get_label() == "batch 64")
-    assert (*hollow.get_xdata(), *hollow.get_ydata()) == (200, 43.0) and hollow.get_markerfacecolor() == "white"
+    assert hollow.get_xydata().tolist() == [[200, 43.0]] and hollow.get_markerfacecolor() == "white"  # pyright: ignore
     assert (tmp_path / "toy.png").stat().st_size > 10_000 and (tmp_path / "toy.md").read_text() == text + "\n"
 
 

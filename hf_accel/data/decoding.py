@@ -41,7 +41,7 @@ def read_image(image: str | Path | bytes) -> Image:
         image: the path of a file, or its content.
 
     Raises:
-        ValueError, OSError: it is no image, or one that cannot be read.
+        ValueError, OSError: it is no image, or one that cannot be read. The message names the path.
 
     Example:
         >>> import io
@@ -52,10 +52,35 @@ def read_image(image: str | Path | bytes) -> Image:
         >>> image.mode, image.size, image.getpixel((0, 0))
         ('RGB', (40, 30), (200, 200, 200))
     """
-    opened = open_image(image if isinstance(image, bytes) else Path(image).read_bytes())
+    if isinstance(image, bytes):
+        return _read_content(image)
+    content = Path(image).read_bytes()
+    try:
+        return _read_content(content)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise errors of many types
+        raise _with_path(error, image, content) from error
+
+
+def _read_content(content: bytes) -> Image:
+    opened = open_image(content)
     if isinstance(opened, ArrayImage) and opened.dtype == np.uint16:
         opened = open_array((np.asarray(opened) // 257).astype(np.uint8))
     return cast(Image, upright(opened))
+
+
+def _with_path(error: Exception, path: str | Path, content: bytes) -> Exception:
+    """Return an error of the same type whose message names the file."""
+    why = str(error) or type(error).__name__
+    if not content:
+        why = "the file is empty"
+    elif isinstance(error, PIL.UnidentifiedImageError):  # Pillow names the object in memory that holds the content.
+        why = "it is no image that Pillow can open"
+    try:
+        return type(error)(f"{path}: {why}")
+    except TypeError:  # The type takes other arguments.
+        return ValueError(f"{path}: {why}")
 
 
 def image_tensor(image: AnyImage) -> Tensor:

@@ -1,12 +1,14 @@
 """Test that the size in a header equals the size of the decoded image, however it is rotated."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
+from hf_accel import read_image
 from hf_accel.data import decoding
 from hf_accel.data.decoding import ORIENTATION, upright_rgb, upright_size
 
@@ -88,3 +90,55 @@ def test_pillow_decodes_what_simplejpeg_does_not(monkeypatch) -> None:
 @pytest.mark.parametrize(("shrink", "size"), [(1.9, (74, 101)), (2.0, (37, 51)), (5.0, (19, 26))])
 def test_jpegs_are_decoded_no_smaller_than_asked(shrink, size, monkeypatch) -> None:
     assert decoded_by(False, monkeypatch, jpeg_of(), shrink).shape == (3, *size)
+
+
+def write_unreadable(path: Path, kind: str) -> Path:
+    if kind == "floats":
+        PIL.Image.new("F", (8, 8)).save(path, "tiff")
+    elif kind == "floats of numpy":
+        np.save(path, np.zeros((8, 8, 3), np.float32))
+    else:
+        path.write_bytes({"empty": b"", "text": b"words", "truncated": jpeg_of(cut=900).getvalue()}[kind])
+    return path
+
+
+UNREADABLE = {
+    "empty": (PIL.UnidentifiedImageError, "the file is empty"),
+    "text": (PIL.UnidentifiedImageError, "it is no image that Pillow can open"),
+    "truncated": (OSError, "truncated"),
+    "floats": (ValueError, "its pixels are floating-point numbers"),
+    "floats of numpy": (ValueError, "its pixels are float32"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+@pytest.mark.parametrize("as_text", [False, True])
+def test_an_image_that_cannot_be_read_is_named(kind, as_text, tmp_path):
+    path = write_unreadable(tmp_path / "image.npy", kind)
+    error_type, why = UNREADABLE[kind]
+    with pytest.raises(error_type) as raised:
+        read_image(str(path) if as_text else path)
+    assert str(raised.value).startswith(f"{path}: ") and why in str(raised.value)
+    cause = raised.value.__cause__
+    assert type(cause) is type(raised.value) and "_io.BytesIO" not in str(raised.value)
+
+
+def test_errors_of_any_type_name_the_image(tmp_path, monkeypatch):
+    class Odd(Exception):
+        def __init__(self, number: int, text: str):
+            super().__init__(number, text)
+
+    def fail(error):
+        raise error
+
+    path = write_unreadable(tmp_path / "image", "text")
+    for error, kind in ((SyntaxError("broken PNG file"), SyntaxError), (Odd(3, "words"), ValueError)):
+        monkeypatch.setattr(decoding, "open_image", lambda _, error=error: fail(error))
+        with pytest.raises(kind) as raised:
+            read_image(path)
+        assert str(raised.value).startswith(f"{path}: ") and raised.value.__cause__ is error
+
+
+def test_a_missing_image_keeps_the_error_of_the_system(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.jpg"):
+        read_image(tmp_path / "none.jpg")

@@ -171,9 +171,18 @@ class Schedule:
                 forms = "a list of stages, the path of a YAML file, standard, auto, or null for no compression"
                 raise ValueError(f"schedule: no file {value!r}; give {forms}")
             try:
-                value = load_yaml(path.read_text(encoding="utf-8"))
+                loaded = load_yaml(path.read_text(encoding="utf-8"))
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise ValueError(f"schedule: {path} is not valid YAML: {error}") from None
+            try:
+                return cls._build(loaded, base_patch_size)
+            except ValueError as error:
+                raise ValueError(f"schedule: {path}: {str(error).removeprefix('schedule: ')}") from error
+        return cls._build(value, base_patch_size)
+
+    @classmethod
+    def _build(cls, value: Any, base_patch_size: int | None) -> "Schedule":
+        """Build a schedule from a list of stages, or from what a file holds."""
         if isinstance(value, Mapping):
             if unknown := [key for key in value if key not in (*FILE_KEYS, *ORIGIN_KEYS)]:
                 instead = "give the list alone, without this key" if unknown == ["schedule"] else "leave it out"
@@ -187,7 +196,7 @@ class Schedule:
                     "schedule: a file holds a list of stages, or `stages`, such a list, and `patch_size`, the base "
                     f"patch in pixels that they are meant for; got stages={stages!r} and patch_size={meant_for!r}"
                 )
-            return cls.parse(stages, meant_for).transferred(meant_for, base_patch_size or meant_for)
+            return cls._build(stages, meant_for).transferred(meant_for, base_patch_size or meant_for)
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise ValueError(f"schedule: expected a list of stages or a path, got {value!r}")
         return cls(tuple(_parse_stage(stage, number, base_patch_size or 1) for number, stage in enumerate(value, 1)))

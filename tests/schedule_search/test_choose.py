@@ -143,3 +143,12 @@ def test_an_unknown_key_of_a_schedule_file_is_refused(text, message, tmp_path):
     (tmp_path / "schedule.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         Schedule.parse(str(tmp_path / "schedule.yaml"), 4)
+
+
+@pytest.mark.parametrize("text", ["{}", "patch_sise: 4", "[]", "words", "- {until: 0.5}", "- {until: 1.0, patch: 4}"])
+def test_errors_in_a_schedule_file_name_the_file(text, tmp_path):
+    path = tmp_path / "schedule.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as raised:
+        Schedule.parse(str(path), 4)
+    assert str(raised.value).startswith(f"schedule: {path}: ")

@@ -128,10 +128,12 @@ def search_checkpoints(recipe: Recipe, config: PretrainConfig, checkpoints: list
         write_result(recipe, table.choose(chosen), schedule, source.name, has_target_branch)
     barrier()
     for progress, strategy, errors in zip(table.points, chosen, stages, strict=True):
+        (best,) = choose_strategies([errors], cost, recipe.search_criterion)
+        taken, alone = (s if has_target_branch else s.online for s in (strategy, best))
         doubt = describe_doubt(errors[strategies[0]], table.rows[progress, strategies[0]]["draws"])
         doubt += describe_tie(errors, recipe.search_criterion)
-        shown = strategy if has_target_branch else strategy.online
-        say(f"progress {progress:.0%}: {shown} (cost {cost[strategy]:.2f} of uncompressed){doubt}")
+        doubt += describe_order(f"{alone} (cost {cost[best]:.2f})", cost[best], cost[strategy])
+        say(f"progress {progress:.0%}: {taken} (cost {cost[strategy]:.2f} of uncompressed){doubt}")
     say(f"schedule: {output / SCHEDULE_NAME} (use it as schedule={output / SCHEDULE_NAME}), report in {output}")
 
 
@@ -290,3 +292,12 @@ def describe_tie(errors: Mapping[Strategy, GradientError], criterion: str) -> st
         tied = len(list_tied(errors))
         unsure = "" if tied == 1 else f"{tied} of {len(errors)} cannot be told apart here, and the cheapest of them"
     return f"; {unsure} counts as best" if unsure else ""
+
+
+def describe_order(best: str, cost_of_best: float, cost_of_choice: float) -> str:
+    """Say so where another stage forbids the strategy that is best at this stage alone; nothing at any other stage."""
+    if cost_of_best == cost_of_choice:
+        return ""
+    # Without such a neighbour the best one could take the place of the choice.
+    neighbour = "an earlier stage costs more" if cost_of_best < cost_of_choice else "a later stage costs less"
+    return f"; the best here alone is {best}, but compression may never increase with progress, and {neighbour}"

@@ -236,6 +236,35 @@ def test_a_stage_at_which_errors_tell_nothing_apart_is_named():
     assert "no gain is certain here, and so the most expensive" in search.describe_tie(unsure, "gain")
 
 
+def test_a_best_strategy_that_the_order_forbids_is_named():
+    assert search.describe_order("patch 16", 0.25, 0.25) == ""
+    words = "the best here alone is patch {}, but compression may never increase with progress, and "
+    assert words.format(8) + "a later stage costs less" in search.describe_order("patch 8", 1.0, 0.25)
+    assert words.format(16) + "an earlier stage costs more" in search.describe_order("patch 16", 0.25, 1.0)
+
+
+@pytest.mark.slow
+def test_a_search_says_where_the_order_forbids_the_best(pilot, folder, tmp_path, monkeypatch, capsys):
+    """At the start the uncompressed strategy is by far the best, and later all are equal."""
+
+    def measure(parts, checkpoint, progress, cost):
+        error = partial(GradientError, 0.0, 1.0, 1.0, reference_norm2=1.0, bias2_interval=(0.0, 0.0), gain=1.0)
+        values = {strategy: 100.0 if progress == 0 and strategy != GRID[0] else 1.0 for strategy in cost}
+        of = {s: error(ca_mse=v, ca_mse_interval=(v, v), gain_interval=(1.0, 1.0)) for s, v in values.items()}
+        return of, DRAWS
+
+    monkeypatch.setattr(search, "measure_errors", measure)
+    launch(folder, tmp_path / "run", *SEARCH, f"pilot={pilot}")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "of uncompressed)" in line]
+    starts = [f"progress {point:.0%}: patch 4, dropout 0 |" for point in POINTS]
+    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
+    assert "best" not in lines[0]
+    for line in lines[1:]:
+        assert "; 4 of 4 cannot be told apart here, and the cheapest of them counts as best; the best here" in line
+        assert "alone is patch 8, dropout 0.5 | target patch 8, dropout 0 (cost 0.2" in line
+        assert line.endswith("compression may never increase with progress, and an earlier stage costs more")
+
+
 def test_the_price_of_a_checkpoint_is_said_before_it(pilot, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(search, "estimate_errors", lambda *_: (_ for _ in ()).throw(RecipeError("enough")))
     refused(folder, tmp_path / "run", f"pilot={pilot}")

@@ -100,12 +100,17 @@ def plot_curves(
 def plot_accuracies(names: Sequence[str], logs: Sequence[Logs], batch_sizes: Sequence[int], path: Path) -> None:
     """Draw the kNN accuracy of several runs against the units spent, and against the seconds of training.
 
+    Where no run has measured any, draw RankMe.
+
     Args:
         names: of the runs, for the legend.
         logs: the Trainer's log history of each run.
         batch_sizes: images per step of each run.
         path: image to write.
     """
+    key, factor, measure = "eval_knn_top1", 100, "kNN top-1 (%)"
+    if not any(_finite(log.get(key)) for log_history in logs for log in log_history):
+        key, factor, measure = "eval_rank_me", 1, "RankMe"
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.4, 3.4 + 0.2 * len(names)), layout="constrained")
         by_units, by_seconds = figure.subplots(1, 2, sharey=True)
@@ -113,11 +118,11 @@ def plot_accuracies(names: Sequence[str], logs: Sequence[Logs], batch_sizes: Seq
             names, logs, batch_sizes, cycle(COLORS), cycle(MARKERS), strict=False
         ):
             style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 4, "label": name}
-            units, accuracy = _series(log_history, "eval_knn_top1")
-            by_units.plot(units, 100 * accuracy, **style)
-            seconds, accuracy = _series(_with_seconds(log_history, batch_size), "eval_knn_top1", "seconds")
-            by_seconds.plot(seconds, 100 * accuracy, **style)
-        by_units.set_ylabel("kNN top-1 (%)")
+            units, values = _series(log_history, key)
+            by_units.plot(units, factor * values, **style)
+            seconds, values = _series(_with_seconds(log_history, batch_size), key, "seconds")
+            by_seconds.plot(seconds, factor * values, **style)
+        by_units.set_ylabel(measure)
         for axes, label in (by_units, UNITS_SPENT), (by_seconds, "seconds of training, without evaluations"):
             axes.set_xlabel(label)
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -17,6 +17,10 @@ NOTE = (
     "kNN top-1 is in %, of the exported encoder at the end, of the encoder before training (random init), and of the "
     "images themselves (raw pixels). Seconds are those of training, without evaluations."
 )
+NOTE_ON_RANK = (
+    "RankMe is the effective rank of the exported encoder's features at the end, and needs no labels. Higher is better "
+    "among runs on the same images with encoders of the same hidden size."
+)
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,14 @@ def compare(runs: Sequence[str], output: Path = Path()) -> None:
     output.mkdir(parents=True, exist_ok=True)
     batches = [run.results["images_seen"] // run.results["steps"] for run in finished]
     logs = [run.log_history for run in finished]
-    plot_accuracies(names, logs, batches, output / "compare.png")
-    write_text(output / "compare.md", f"{text}\n\n![kNN accuracy of the runs](compare.png)\n")
+    page, figure = output / "compare.md", output / "compare.png"
+    replaced = [path.name for path in (page, figure) if path.exists()]
+    plot_accuracies(names, logs, batches, figure)
+    write_text(page, f"{text}\n\n![measures of the runs](compare.png)\n")
     print(text)
-    print(f"\nsaved to {output / 'compare.md'} and {output / 'compare.png'}")
+    print(f"\nsaved to {page} and {figure}")
+    if replaced:
+        print(f"replaced earlier files of these names: {' and '.join(replaced)} (--output names another folder)")
 
 
 def build_comparison(runs: Mapping[str, FinishedRun]) -> str:
@@ -88,7 +96,10 @@ def build_comparison(runs: Mapping[str, FinishedRun]) -> str:
     origins = [run.origin for run in runs.values()]
     differing = [key for key in origins[0] if len({origin[key] for origin in origins}) > 1]
     header = ["run", "objective", "schedule", "budget", "units", "seconds", "images/s"]
-    header += ["kNN top-1", "random init", "raw pixels", *differing]
+    header += ["kNN top-1", "random init", "raw pixels"]
+    accuracies, ranks = ([run.results.get(key) for run in runs.values()] for key in ("knn_top1", "rank_me"))
+    with_rank = None in accuracies and any(rank is not None for rank in ranks)
+    header += ["RankMe"] * with_rank + differing
     rows = []
     for name, run in runs.items():
         results = run.results
@@ -97,9 +108,12 @@ def build_comparison(runs: Mapping[str, FinishedRun]) -> str:
         cells = [name, results["objective"], summarize_schedule(Schedule.parse(results["schedule"], 1))]
         cells += [f"{number:,.0f}" for number in numbers]
         cells += ["-" if accuracy is None else f"{100 * accuracy:.1f}" for accuracy in accuracies]
+        rank = results.get("rank_me")
+        cells += ["-" if rank is None else f"{rank:.1f}"] * with_rank
         rows.append([*cells, *(run.origin[key] for key in differing)])
     common = "; ".join(f"{key}: {value}" for key, value in origins[0].items() if key not in differing)
-    notes = [NOTE, "In a schedule, p is the patch size in pixels, d the token dropout, and % the progress at its end."]
+    notes = [NOTE, NOTE_ON_RANK] if with_rank else [NOTE]
+    notes.append("In a schedule, p is the patch size in pixels, d the token dropout, and % the progress at its end.")
     notes += [
         f"{name} continues {run.results['continued_from']['name']}, whose units are not counted here."
         for name, run in runs.items()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from hf_accel.tasks import compare as comparing
 from hf_accel.tasks.compare import compare
 from hf_accel.utils.errors import SettingError
 
@@ -83,6 +84,45 @@ def test_the_figure_draws_accuracy_over_units_and_over_seconds(tmp_path, monkeyp
         for line, x, accuracy in zip(axes.lines, expected, (80, 90), strict=True):
             np.testing.assert_allclose(np.asarray(line.get_xdata()), x)
             np.testing.assert_allclose(np.asarray(line.get_ydata()), [25, accuracy / 4, accuracy / 2, accuracy])
+
+
+def test_runs_without_labels_are_compared_by_rank_me(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    logs = [{"eval_rank_me": 5.0 * step, "step": step, "units": 40.0 * step} for step in (1, 2)]
+    without: dict[str, Any] = dict.fromkeys(("knn_top1", "knn_top1_random_init", "knn_top1_raw_pixels"))
+    runs = []
+    for name, rank in (("plain", 10.04), ("fast", None)):
+        runs.append(write_run(tmp_path / name, rank_me=rank, **without))
+        (tmp_path / name / "log_history.json").write_text(json.dumps({"log_history": logs}))
+    compare(runs, tmp_path)
+    assert [(row["kNN top-1"], row["RankMe"]) for row in read_table(tmp_path / "compare.md")] == [
+        *(("-", "10.0"), ("-", "-"))
+    ]
+    assert "RankMe is the effective rank" in (tmp_path / "compare.md").read_text()
+    by_units = figures[0].axes[0]
+    assert by_units.get_ylabel() == "RankMe"
+    np.testing.assert_allclose(np.asarray(by_units.lines[0].get_ydata()), [5, 10])
+
+
+def test_rank_me_has_no_column_beside_accuracy_of_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+    compare([write_run(tmp_path / name, rank_me=9.0) for name in "ab"], tmp_path / "out")
+    assert "RankMe" not in (tmp_path / "out" / "compare.md").read_text()
+    compare([str(tmp_path / "a"), write_run(tmp_path / "c", rank_me=8.0, knn_top1=None)], tmp_path / "out")
+    assert [row["RankMe"] for row in read_table(tmp_path / "out" / "compare.md")] == ["9.0", "8.0"]
+
+
+def test_files_that_a_comparison_replaces_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(comparing, "plot_accuracies", lambda *arguments: arguments[-1].touch())
+    run, out = write_run(tmp_path / "run"), tmp_path / "out"
+    compare([run], out)
+    assert "replaced" not in capsys.readouterr().out
+    (out / "compare.png").unlink()
+    compare([run], out)
+    assert capsys.readouterr().out.endswith(
+        "replaced earlier files of these names: compare.md (--output names another folder)\n"
+    )
 
 
 def test_a_run_that_is_missing_or_unfinished_is_named(tmp_path):

@@ -27,6 +27,8 @@ SMALL_ENCODER = {
 SMALL_HEADS = {"projector_hidden_size": 1024, "projection_size": 128, "temperature": 0.2}
 SMALL_RATE = 1.0e-3
 """Encoder, heads and learning rate of recipes/imagenette/simclr_64px_cpu.yaml."""
+MEASURED_BATCHES = (64, 256)
+"""The least and the largest batch that SMALL_RATE was measured with."""
 
 HOURS = {True: 4.0, False: 1 / 6}
 """What a run may take on a GPU, and on a CPU."""
@@ -175,10 +177,12 @@ def settle_rate(proposal: Proposal) -> None:
     base, continues = base_learning_rate(name), "init_from" in values
     rate = scale_learning_rate(name, base, batch, continues)
     if "model_config" in values:
+        least, most = MEASURED_BATCHES
+        beyond = "" if least <= batch <= most else " only; another rate may be better for this one"
         values["learning_rate"] = SMALL_RATE
         why["learning_rate"] = (
-            f"Measured for such small encoders and short runs. `auto` would be {rate:.2g}, the published rate of large "
-            "encoders and long runs, scaled with the batch."
+            f"Measured for such small encoders and short runs with batches of {least} to {most}{beyond}. `auto` would "
+            f"be {rate:.2g}, the published rate of large encoders and long runs, scaled with the batch."
         )
     else:
         values["learning_rate"] = "auto"

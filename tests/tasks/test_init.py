@@ -114,6 +114,14 @@ def test_the_recipe_of_a_cpu_fits_and_loads(odd, place, timed):
     assert timed[0]["data"] == str(odd) and max(map(len, text.splitlines())) <= 120 + len(str(odd))
 
 
+@pytest.mark.parametrize(("images", "batch"), [(16, 4), (255, 32), (256, 64), (5000, 128)])
+def test_the_rate_of_a_small_encoder_names_its_batches(images, batch):
+    proposal = propose("data", "runs/data", Images(images, 64, 0), CPU)
+    reason = proposal.why["learning_rate"]
+    assert proposal.values["batch_size"] == batch and "Measured for" in reason and "batches of 64 to 256" in reason
+    assert ("64 to 256 only; another rate may be better" in reason) == (batch < 64)
+
+
 @pytest.mark.parametrize(("seconds", "epochs", "taken"), [(1e2, 100, 1e2), (6e3, 10, 6e2), (6e6, 0.01, 6e2)])
 def test_the_budget_of_a_cpu_fits_ten_minutes(seconds, epochs, taken):
     proposal = propose("data", "runs/data", Images(5000, 64, 0), CPU)

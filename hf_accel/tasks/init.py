@@ -61,7 +61,8 @@ def init(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         fail("FOLDER", arguments.folder, "it holds one image, and pretraining compares images: add more")
     print("\n".join(describe(found, device, folder)), flush=True)
     facts = Images(found.images, found.median_side(), len(found.classes), channels)
-    proposal = propose(folder, free_folder(Path("runs"), path.name if path.is_dir() else path.stem), facts, device)
+    output_dir = free_folder(runs_folder(path), path.name if path.is_dir() else path.stem)
+    proposal = propose(folder, output_dir, facts, device)
     print("\nTiming a few steps ...", flush=True)
     predict(proposal, images, device)
     number = f"{found.images:,} images and {device.name}"
@@ -116,6 +117,12 @@ def find_device() -> Device:
         return Device(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory, is_gpu=True)
     kind = torch.accelerator.current_accelerator()
     return Device(f"an accelerator ({kind})", psutil.virtual_memory().total, is_gpu=True)
+
+
+def runs_folder(images: Path) -> Path:
+    """Return `runs` in this folder or, if that lies inside the images, beside them: runs would train on figures."""
+    here, images = Path.cwd(), images.resolve()
+    return Path(os.path.relpath(images.parent, here) if images in (here, *here.parents) else "", "runs")
 
 
 def free_folder(parent: Path, name: str) -> str:

@@ -210,6 +210,23 @@ def test_another_run_gets_another_folder(odd, place, timed):
     assert load_recipe("other.yaml").output_dir == "runs/photos-2"
 
 
+@pytest.mark.parametrize(("inside", "given"), [("", "."), ("a", ".."), ("", "{}"), ("a", "{}")])
+def test_runs_lie_outside_of_the_images(inside, given, odd, tmp_path, timed, monkeypatch, capsys):
+    monkeypatch.chdir(odd / inside)
+    cli.main(["init", given.format(odd), "--output", str(tmp_path / "recipe.yaml")])
+    recipe, up = load_recipe(str(tmp_path / "recipe.yaml")), "../../" if inside else "../"
+    assert (recipe.data, recipe.output_dir) == (str(odd), f"{up}runs/photos")
+    assert Path(recipe.output_dir).resolve() == tmp_path / "runs" / "photos"
+    assert f"learns from, in {up}runs/photos\n" in capsys.readouterr().out
+
+
+def test_a_linked_folder_is_the_one_that_it_leads_to(odd, place, monkeypatch):
+    (place / "link").symlink_to(odd)
+    assert init_task.runs_folder(place / "link") == Path("runs")
+    monkeypatch.chdir(place / "link")
+    assert init_task.runs_folder(place / "link") == Path("../runs")
+
+
 def folder_of(root: Path, kind: str) -> Path:
     if kind != "missing":
         root.mkdir()

@@ -1,9 +1,11 @@
 """The `hf-accel` command: the tasks of recipes by name, in this process or launched through accelerate."""
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,6 +15,16 @@ from .recipe import RECIPES, RecipeError, load_recipe, split_words
 from .tasks import COMMANDS, PREVIEWS, TASKS
 from .tasks.list import format_table, summarize_tasks
 from .utils.shipped import find_file
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Its errors name a file or folder among `words` that was taken for an option because it begins with a dash."""
+
+    words: Sequence[str] = ()
+
+    def error(self, message: str) -> NoReturn:
+        dashed = next((word for word in self.words if word.startswith("-") and os.path.exists(word)), None)
+        super().error(message + (f"; {dashed} was taken for an option: write ./{dashed}" if dashed else ""))
 
 
 @run.ending_with_reader()
@@ -37,7 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.task in COMMANDS:
         module, function, text = COMMANDS[arguments.task]
-        parser = argparse.ArgumentParser(prog=f"hf-accel {arguments.task}", description=text)
+        parser = CommandParser(prog=f"hf-accel {arguments.task}", description=text)
+        parser.words = arguments.rest
         try:
             getattr(import_module(f"hf_accel.{module}"), function)(parser, arguments.rest)
         except RecipeError as error:

@@ -137,6 +137,18 @@ def test_a_command_without_a_task_asks_for_one(capsys):
     assert capsys.readouterr().err.endswith("required: TASK\n")
 
 
+@pytest.mark.parametrize("command", ["init", "compare"])
+def test_a_folder_that_begins_with_a_dash_is_explained(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for made in (False, True):
+        with pytest.raises(SystemExit):
+            cli.main([command, "-folder"])
+        error = capsys.readouterr().err
+        assert "arguments are required" in error
+        assert ("; -folder was taken for an option: write ./-folder" in error) == made
+        Path("-folder").mkdir(exist_ok=True)
+
+
 def test_version_is_that_of_the_package(capsys):
     assert end_of("--version") == "0" and capsys.readouterr().out == f"hf-accel {hf_accel.__version__}\n"
 

@@ -112,7 +112,8 @@ class BestCallback(TrainerCallback):
             return
         measured = watched_values(state.log_history, name)
         now, start = measured[-1][name], measured[0]
-        if broadcast_object(all(now > entry[name] for entry in measured[:-1])):
+        is_best = broadcast_object(all(now > entry[name] for entry in measured[:-1]))
+        if is_best and self.trainer.is_in_train:  # evaluate() may also be called before, or after, training
             self.keep()
         least = WATCHED[name](start[name])
         if start["step"] == 0 and now < least and not self.has_warned and state.is_world_process_zero:

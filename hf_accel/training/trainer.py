@@ -125,6 +125,7 @@ class PretrainTrainer(EvaluatingTrainer):
         self.render: Renderer | None = None
         self.seconds = {"total": 0.0, "data": 0.0, "forward_backward": 0.0, "evaluation": 0.0}
         self.cpu_seconds = 0.0
+        self._start_clock()
         self._metric_sums: dict[str, torch.Tensor] = {}
         self._metric_count = self._first_step = 0
         self._seconds_of_views = 0.0
@@ -254,10 +255,10 @@ class PretrainTrainer(EvaluatingTrainer):
     def _train(self, checkpoint: Path | None, **kwargs: Any):
         self._first_step, self.stopped = 0, False
         self.colours = sample_colours(self.source)
+        self.seconds, self.cpu_seconds = dict.fromkeys(self.seconds, 0.0), 0.0  # evaluate() may have come before
         if checkpoint:
             self._first_step = take_over(self, checkpoint)
-        self._started, self._seconds_before = time.perf_counter(), self.seconds["total"]
-        self._cpu_before = self.cpu_seconds - cpu_seconds()
+        self._start_clock()
         start_cache(self)
         with stopping_on_sigterm():
             try:
@@ -273,6 +274,10 @@ class PretrainTrainer(EvaluatingTrainer):
                 self._save_between_steps()
             finally:
                 self.console.close()
+
+    def _start_clock(self) -> None:
+        self._started, self._seconds_before = time.perf_counter(), self.seconds["total"]
+        self._cpu_before = self.cpu_seconds - cpu_seconds()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Gives the micro-batches of a step one by one: a list of hundreds would hold their memory and open files."""

@@ -150,6 +150,15 @@ def test_the_best_is_kept_and_a_fall_is_said_once(tmp_path, encoder, monkeypatch
     shutil.rmtree(tmp_path / "run")
 
 
+def test_an_evaluation_outside_of_training_does_not_replace_the_best(tmp_path, encoder, monkeypatch):
+    monkeypatch.setattr(PretrainTrainer, "measure_encoder", lambda self, model: {"rank_me": 3.0})
+    (tmp_path / "run/best").mkdir(parents=True)
+    (tmp_path / "run/best" / WEIGHTS).write_text("of a run that was interrupted")
+    trainer = PretrainTrainer(started(encoder), config(tmp_path / "run", **QUIET, budget=2 * STEP), Tensors())
+    assert trainer.evaluate() == {"eval_rank_me": 3.0}
+    assert (tmp_path / "run/best" / WEIGHTS).read_text() == "of a run that was interrupted"
+
+
 @pytest.mark.parametrize("ranks, best", [([20.0, 30.0, 25.0], 1), ([20.0, 15.0, 30.0], 2)])
 def test_without_labels_the_best_is_chosen_by_rank(tmp_path, encoder, monkeypatch, capsys, ranks, best):
     values, drawn = iter(ranks), {}

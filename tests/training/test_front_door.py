@@ -371,6 +371,26 @@ def test_auto_returns_a_complete_run_with_its_weights(tmp_path, capsys):
     assert first.folder.results.stat().st_mtime_ns == written
 
 
+def test_a_trainer_evaluates_before_training(tmp_path):
+    trainer = PretrainTrainer(moco(), config(tmp_path / "run"), Tensors(), Tensors(30))
+    before = trainer.evaluate()
+    assert 0.0 <= before["eval_knn_top1"] <= 1.0 and before["eval_rank_me"] > 0
+    assert trainer.results()["steps"] == 0 and not trainer.folder.recipe.exists()
+
+
+@pytest.mark.slow
+def test_a_trainer_evaluates_around_training_and_counts_only_what_lies_within(tmp_path):
+    trainer = PretrainTrainer(moco(), config(tmp_path / "run"), Tensors(), Tensors(30))
+    trainer.evaluate()
+    trainer.seconds["evaluation"] = trainer.seconds["total"] = trainer.cpu_seconds = 1e6
+    trainer.train()
+    seconds = trainer.folder.read_results()["seconds"]
+    assert seconds["rest"] >= 0 and seconds["total"] < 1e6 > trainer.cpu_seconds
+    again = PretrainTrainer(moco(), config(tmp_path / "run"), Tensors(), Tensors(30))
+    again.train(resume_from_checkpoint="auto")
+    assert again.evaluate() == trainer.evaluate()
+
+
 OPTIMIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "adam_epsilon": ({}, {"adam_epsilon": 1.0}),
     "optim_args": ({"optim": "rmsprop"}, {"optim": "rmsprop", "optim_args": "momentum=0.5"}),

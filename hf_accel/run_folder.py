@@ -91,6 +91,12 @@ class RunFolder:
         """Return the newest checkpoint whose saving was not interrupted and whose files are all there."""
         return next((path for path in self.checkpoints() if find_damage(path) is None), None)
 
+    def has_trained(self) -> bool:
+        """Whether anything that was trained was saved here, damaged or not. A start that is kept for good is not."""
+        kept = RunFolder(self.kept)
+        saved = {*self.checkpoints(), *kept.checkpoints()} - {kept.checkpoint(0)}
+        return any((path / RUN_STATE_NAME).exists() for path in saved)
+
     @staticmethod
     def seal(checkpoint: Path, state: dict[str, Any]) -> None:
         """Mark a checkpoint as complete once all of its files are there: write `state` and the size of each file."""
@@ -158,7 +164,8 @@ class RunFolder:
             files: for keys whose value was read from a file, its path.
 
         Returns:
-            What to tell the user about settings that change from the last checkpoint on.
+            What to tell the user about settings that change from the last checkpoint on or, if nothing was saved, from
+            the start.
 
         Raises:
             SettingError: the run is of another task, or was started with another value of a key that its result
@@ -169,27 +176,32 @@ class RunFolder:
         if task and "task" in now and task != now["task"]:
             fail("output_dir", str(self), f"it holds the recipe.yaml of task={task}; choose another output_dir")
         checkpoint, complete = self.last_complete_checkpoint(), self.is_complete()
+        # Other tasks save no checkpoints.
+        anew = task in (None, "pretrain") and not complete and not self.has_trained()
         for key, value in now.items():  # in their order, so that every process names the same key
             if rules[key] == "free" or key not in started or started[key] == value:
                 continue
             if key == "schedule" and names_file(started[key]):
                 continue  # Earlier versions recorded the path. The plan in a checkpoint tells the stages.
-            if rules[key] == "correction" and checkpoint and not complete:
-                notes.append(f"Continuing with {key}={format_value(value)} (until here {format_value(started[key])})")
+            new, old = f"{key}={format_value(value)}", format_value(started[key])
+            if rules[key] == "correction" and anew:
+                notes.append(f"Starting anew with {new}, as no checkpoint was saved with {old}")
                 continue
-            begun = checkpoint or task not in (None, "pretrain")  # Other tasks save no checkpoints.
+            if rules[key] == "correction" and checkpoint and not complete:
+                notes.append(f"Continuing with {new} (until here {old})")
+                continue
             what = "file" if key in files else "key"
             remedy = f"choose another output_dir, or restore the {what} to continue that run"
             if complete:
                 further = f"; to train it further, give continue_from={self} and another output_dir" * (key == "budget")
                 remedy = f"which is complete; choose another output_dir for a new run{further}"
-            elif not begun:
+            elif anew:
                 remedy = "of which no checkpoint was saved; choose another output_dir, or remove this one"
-            comma = "," if complete or not begun else ";"
+            comma = "," if complete or anew else ";"
             if key in files:
                 change = f"{describe_change(started[key], value)}{comma} {remedy}"
                 fail(key, files[key], f"{self} holds a run with other stages than this file: {change}")
-            fail(key, value, f"{self} holds a run with {key}={format_value(started[key])}{comma} {remedy}")
+            fail(key, value, f"{self} holds a run with {key}={old}{comma} {remedy}")
         return notes
 
     @contextmanager

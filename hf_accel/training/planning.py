@@ -64,16 +64,18 @@ def make_forward_cost(
     return CostTable.load(path)
 
 
-def read_costs(folder: RunFolder) -> Costs | None:
+def read_costs(folder: RunFolder, precision: str) -> Costs | None:
     """Read the costs that the run in a folder has measured, there or in its last checkpoint. None: there are none.
 
-    All processes must call it.
+    A run of which nothing was saved starts anew in another `precision`, and is measured again. All processes must call
+    it.
     """
     costs = None
     if is_main():
         checkpoint = folder.last_complete_checkpoint()
         paths = [folder.cost_table, *([checkpoint / TABLE_NAME] if checkpoint else [])]
-        costs = next((load_costs(path) for path in paths if path.exists()), None)
+        same = folder.has_trained() or folder.read_recipe().get("mixed_precision", precision) == precision
+        costs = next((load_costs(path) for path in paths if path.exists()), None) if same else None
     return broadcast_object(costs)
 
 

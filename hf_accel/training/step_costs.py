@@ -60,14 +60,14 @@ def prepare_steps(trainer: Any, started: float) -> dict[Strategy, StepTime]:
     base = times[strategies[0]].seconds
     took = format_duration(time.perf_counter() - started)
     say(f"Costs:  measured in {took}; an uncompressed step takes {format_duration(base)}")
-    _keep(trainer)
+    _keep(trainer, are_new=True)
     return times
 
 
-def _keep(trainer: Any) -> None:
+def _keep(trainer: Any, are_new: bool = False) -> None:
     """Save the measured costs in the folder of the run, from where each checkpoint copies them."""
     path = trainer.folder.cost_table
-    if trainer.costs is not None and is_main() and not path.exists():
+    if trainer.costs is not None and is_main() and (are_new or not path.exists()):
         with writing(path, AGAIN):
             path.parent.mkdir(parents=True, exist_ok=True)
             trainer.costs.save(path)

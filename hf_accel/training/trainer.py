@@ -117,7 +117,7 @@ class PretrainTrainer(EvaluatingTrainer):
         local_crop_size = next((view.size for view in self.view_configs if view.size), None)
         self.schedule = read_schedule(args, config, local_crop_size, self.earlier)
         self._make_plan = partial(plan_run, args, model, self.schedule, len(self.source))
-        self.set_costs(read_costs(self.folder) if args.cost == "measured" else None)
+        self.set_costs(read_costs(self.folder, args.precision) if args.cost == "measured" else None)
         self.given_record, self.rules, self.colours = record, rules or RULES, None
         self.stopped = self.evaluation_due = self.keep_now = False
         self.cache: str | None = None

@@ -37,6 +37,7 @@ from hf_accel.run_folder import RunFolder
 from hf_accel.tasks.setup import pretrain_config
 from hf_accel.training.console import describe_run
 from hf_accel.training.record import describe_settings
+from hf_accel.training.saving import TrainingDiverged
 from tests.tiny_runs import WEIGHTS, assert_same_weights, image_folder
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_threads", "blank_figures")
@@ -164,6 +165,21 @@ def test_train_refuses_a_run_and_resumes_it_exactly(tmp_path):
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
     with pytest.raises(ValueError, match="its run is complete"):
         again().train(resume_from_checkpoint=True)
+
+
+@pytest.mark.slow
+def test_a_run_that_diverged_before_its_first_checkpoint_starts_anew_with_a_lower_rate(tmp_path, capsys):
+    def trainer(rate: float) -> PretrainTrainer:
+        return PretrainTrainer(moco(), config(tmp_path / "run", learning_rate=rate, warmup=0.0), Tensors())
+
+    with pytest.raises(TrainingDiverged, match=r"Last good checkpoint: none yet\. Try a lower learning_rate"):
+        trainer(1e30).train()
+    again = trainer(1e-3)
+    with pytest.raises(ValueError, match="holds no complete checkpoint; leave it out to start"):
+        again.train(resume_from_checkpoint=True)
+    again.train()
+    assert "\nStarting anew with learning_rate=0.001, as no checkpoint was saved with 1" in capsys.readouterr().out
+    assert again.folder.is_complete() and again.folder.read_recipe()["learning_rate"] == 1e-3
 
 
 def test_a_resumed_run_repeats_no_warning_of_transformers(tmp_path, caplog):
@@ -404,8 +420,10 @@ def test_settings_of_the_optimizer_are_recorded(tmp_path, key):
     recorded = describe_settings(PretrainTrainer(moco(), config(tmp_path, **first), Tensors()))
     now = describe_settings(PretrainTrainer(moco(), config(tmp_path, **second), Tensors()))
     assert [name for name in now if now[name] != recorded[name]] == [key]
-    RunFolder(tmp_path).recipe.write_text(yaml.safe_dump(recorded))
-    with pytest.raises(ValueError, match=f"^{key}="):
+    run = RunFolder(tmp_path)
+    run.recipe.write_text(yaml.safe_dump(recorded))
+    run.results.write_text('{"units": 1.0}')
+    with pytest.raises(ValueError, match=f"^{key}=.*which is complete"):
         PretrainTrainer(moco(), config(tmp_path, **second), Tensors()).train(resume_from_checkpoint="auto")
 
 

@@ -125,6 +125,16 @@ def test_costs_are_read_from_the_folder_and_not_measured_again(timed, refused, t
     assert prepare_steps(second, time.perf_counter()) == {} and second.costs == first.costs
 
 
+def test_a_run_that_starts_anew_in_another_precision_is_measured_again(timed, tmp_path, monkeypatch):
+    prepare_steps(trainer_of(tmp_path, cost="measured", budget=1000), time.perf_counter())
+    (tmp_path / "recipe.yaml").write_text("mixed_precision: bf16")
+    second = trainer_of(tmp_path, cost="measured", budget=1000)
+    monkeypatch.setitem(SECONDS, COARSE, 0.2)
+    prepare_steps(second, time.perf_counter())
+    assert load_costs(tmp_path / TABLE_NAME) == second.costs
+    assert second.costs is not None and second.costs(COARSE) == pytest.approx(second.costs(BASE) / 2)
+
+
 def test_a_table_without_a_strategy_names_the_remedy(timed, tmp_path):
     prepare_steps(trainer_of(tmp_path, cost="measured", budget=1000), time.perf_counter())
     with pytest.raises(SettingError, match=rf"no cost of a step under patch 8, dropout 0 .*remove {TABLE_NAME}"):

@@ -1,18 +1,19 @@
 """The checkpoint that a run resumes from, and what it takes over from it besides weights and optimizer."""
 
 import json
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from transformers.trainer_utils import TrainOutput
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from ..compression import CostTable
 from ..compression.cost import TABLE_NAME, StepCosts, load_costs
 from ..distributed import barrier, broadcast_object, is_main, say
 from ..distributed.launch import engine_of
-from ..run_folder import RunFolder, find_damage, read_state
+from ..run_folder import RUN_STATE_NAME, RunFolder, find_damage, read_state
 from ..utils.errors import SettingError, fail
 from .config import Derived
 from .finish import restore_final
@@ -28,10 +29,15 @@ def choose_checkpoint(folder: RunFolder, resume: Any) -> Path | None:
     Raises:
         SettingError: the folder holds a run that was not to be resumed, or no complete checkpoint.
     """
-    if isinstance(resume, str) and resume != "auto":
-        if wrong := find_damage(Path(resume)):
-            fail("resume_from_checkpoint", resume, f"it cannot be resumed from: {wrong}")
-        return Path(resume)
+    if isinstance(resume, str | PathLike) and resume != "auto":
+        path = Path(resume)
+        if path.is_dir() and not (path / RUN_STATE_NAME).exists() and not path.name.startswith(PREFIX_CHECKPOINT_DIR):
+            what = "it holds an encoder and is" if (path / CONFIG_NAME).is_file() else "it is"
+            remedy = "name a folder checkpoint-N of its run, or give True for the last one in output_dir"
+            fail("resume_from_checkpoint", str(path), f"{what} no training checkpoint; {remedy}")
+        if wrong := find_damage(path):
+            fail("resume_from_checkpoint", str(path), f"it cannot be resumed from: {wrong}")
+        return path
     if folder.is_complete() and resume == "auto":
         return None
     found = _last_checkpoint(folder)

@@ -167,6 +167,26 @@ def test_train_refuses_a_run_and_resumes_it_exactly(tmp_path):
         again().train(resume_from_checkpoint=True)
 
 
+def test_a_folder_that_is_no_checkpoint_is_not_called_an_interrupted_one(tmp_path):
+    trainer = PretrainTrainer(moco(), config(tmp_path / "run"), Tensors())
+    for name, what in (
+        ("final", "it holds an encoder and is no"),
+        ("best", "it holds an encoder and is no"),
+        ("", "it is no"),
+    ):
+        folder = trainer.folder.path / name
+        if name:
+            trainer.save_model(str(folder))
+        for given in (folder, str(folder)):
+            with pytest.raises(
+                ValueError, match=rf"='{folder}': {what} training checkpoint; name a folder checkpoint-N"
+            ):
+                trainer.train(resume_from_checkpoint=given)
+    (tmp_path / "run/checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match=r"it was interrupted while it was saved"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
+
+
 @pytest.mark.slow
 def test_a_run_that_diverged_before_its_first_checkpoint_starts_anew_with_a_lower_rate(tmp_path, capsys):
     def trainer(rate: float) -> PretrainTrainer:

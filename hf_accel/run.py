@@ -17,7 +17,7 @@ import signal  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
-from contextlib import contextmanager  # noqa: E402
+from contextlib import contextmanager, suppress  # noqa: E402
 from importlib import import_module  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
@@ -86,6 +86,19 @@ def start(words: list[str], preview: str | None = None) -> None:
         sys.exit("Interrupted. The same command goes on from what is saved in output_dir" if first else 1)
 
 
+@contextmanager
+def leaving_no_empty_folders(folder: Path) -> Iterator[None]:
+    """Where a command is refused, remove what it has made on the way to `folder` and left empty."""
+    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    try:
+        yield
+    except RecipeError:
+        for path in made:
+            with suppress(OSError):  # There is something in it, or another process was faster.
+                path.rmdir()
+        raise
+
+
 def run_task(recipe: Recipe, entry: tuple[str, str]) -> None:
     """Call what takes the recipe, given by its module of hf_accel and its name."""
     from hf_accel.data import CorruptDataError, WorkersFailed, explained_failures
@@ -100,7 +113,12 @@ def run_task(recipe: Recipe, entry: tuple[str, str]) -> None:
     task = getattr(import_module(f"hf_accel.{module}"), function)
     folder = recipe.output_dir if recipe.reads("output_dir") else str(recipe.checkpoint)  # a card is its run's
     try:
-        with quiet(), explained_failures(), writing(Path(folder), AGAIN, reads_too=True):
+        with (
+            leaving_no_empty_folders(Path(folder)),
+            quiet(),
+            explained_failures(),
+            writing(Path(folder), AGAIN, reads_too=True),
+        ):
             task(recipe)
     except (TrainingDiverged, OutOfMemory, CorruptDataError, PushFailed, WorkersFailed, WriteFailed) as error:
         end_with(error)

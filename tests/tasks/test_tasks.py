@@ -371,11 +371,29 @@ def test_too_many_corrupt_files_stop_the_run(tmp_path):
         launch(images, tmp_path / "run")
 
 
+@pytest.mark.parametrize("there", ["nothing", "an empty folder", "a file"])
+def test_a_refused_command_leaves_no_folders_that_it_made(there, tmp_path):
+    output = tmp_path / "runs/new"
+    if there != "nothing":
+        output.mkdir(parents=True)
+    if there == "a file":
+        (output / "notes.txt").touch()
+    images = image_folder(tmp_path / "images", labels=False, count=3)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**RECIPE, "data": str(images), "output_dir": str(output)}))
+    for words in ([], ["task=evaluate", "checkpoint=/nowhere"], ["data=bundled", "budget=3"], ["data=/nowhere"]):
+        with pytest.raises(SystemExit, match="SettingError: "):
+            entry.main([str(recipe), *words])
+        assert output.exists() == output.parent.exists() == (there != "nothing"), words
+    assert not output.exists() or [path.name for path in output.iterdir()] == ["notes.txt"] * (there == "a file")
+
+
 def test_a_training_set_smaller_than_the_batch(tmp_path):
     images = image_folder(tmp_path / "images", count=12)
     output = tmp_path / "run"
     with pytest.raises(SystemExit, match=r"batch_size=16: .*train has only 12 images"):
         launch(images, output)
+    assert not output.exists()
     launch(images, output, "batch_size=4", "budget=64")  # what failed has left nothing that stands in the way
     assert read(output / "results.json")["steps"] == 4
 

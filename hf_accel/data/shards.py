@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from ..utils.errors import fail
 from ..utils.weight_files import may_be_hub_id
 from .folders import find_layout, scan_folder
 from .parquet_files import RowGroups, find_contents, read_features, scan_parquet
@@ -230,7 +231,7 @@ def _find_files(data: str, config: str | None) -> "tuple[dict[str, list[str]], F
     else:
         raise FileNotFoundError(f"data={data}: no such file or folder")
     if config is not None:
-        raise ValueError(f"data_config={config}: {data} has no configurations; leave it out")
+        fail("data_config", config, f"{data} has no configurations; leave it out")
     splits: dict[str, list[str]] = {}
     for name, split in zip(files, find_layout(data, [*files]).split if files else (), strict=True):
         if split is not None:

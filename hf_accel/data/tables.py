@@ -12,7 +12,7 @@ import yaml
 
 from ..utils.caches import describe_refusal, offer_room
 from ..utils.causes import lacks_room, reason
-from ..utils.errors import SettingError
+from ..utils.errors import SettingError, fail
 from ..utils.weight_files import may_be_hub_id
 from .folders import Found, find_layout, read_image_folder, scan_folder, warn_of_left_out, warn_of_tables
 
@@ -36,11 +36,11 @@ def load_tables(data: str, config: str | None) -> "dict[str, Dataset]":
     path = Path(data).expanduser()
     is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     if config is not None and (path.is_file() or is_saved):
-        raise ValueError(f"data_config={config}: {data} has no configurations; leave it out")
+        fail("data_config", config, f"{data} has no configurations; leave it out")
     if path.is_file():
         builder = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix)
         if builder is None:
-            raise ValueError(f"data={data}: a single file must be .parquet or .arrow")
+            fail("data", data, "a single file must be .parquet or .arrow")
         with explained():
             loaded = datasets.load_dataset(builder, data_files=glob.escape(str(path)))
     elif is_saved:

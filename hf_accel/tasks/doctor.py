@@ -18,6 +18,7 @@ from ..training.console import quiet
 from ..training.planning import find_oddities
 from ..training.trainer import PretrainTrainer
 from ..utils.causes import reason
+from ..utils.counts import count_of
 from .machine import Check, check_disk, check_machine, check_writing
 from .plan import predict_run, preview_run, time_stages
 from .setup import load_images
@@ -99,7 +100,7 @@ def check_data(recipe: Recipe) -> tuple[Check, Images | None]:
             bad.append(f"{error.bad[1]}: {error.bad[2]}")
     if len(bad) >= len(indices):
         return Check("data", "failed", f"none of {len(indices)} images can be read, as {bad[0]}", advice), None
-    found = f"{len(source):,} images of {source.title}, {len(indices)} of them decoded"
+    found = f"{count_of(len(source), 'image')} of {source.title}, {len(indices)} of them decoded"
     if bad:
         advice = "A run takes another image in place of each, and ends if they are more than 1%"
         return Check("data", "warning", f"{found}; {len(bad)} cannot be read, as {bad[0]}", advice), images

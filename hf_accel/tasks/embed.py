@@ -23,6 +23,7 @@ from ..evaluation import (
 )
 from ..recipe import Recipe
 from ..run_folder import RunFolder
+from ..utils.counts import count_of
 from ..utils.errors import fail
 from .setup import choose_workers, load_images, naming, output_of, start
 
@@ -97,7 +98,7 @@ def _write(
     barrier()  # All processes have seen the same parts before one of them writes.
     total = sum(len(table.images_of(number)) for number in parts)
     if total < len(source):
-        say(f"Going on after {len(source) - total:,} images that are embedded")
+        say(f"Going on after {count_of(len(source) - total, 'embedded image')}")
     begun = time.perf_counter()
     with (
         encoding(encoder, device, patch_size) as encode,

@@ -118,7 +118,7 @@ def evaluate(recipe: Recipe) -> None:
         entries = RunFolder(recipe.output_dir).read_results().get("evaluations", [])
         same = [entry for entry in entries if (entry["data"], entry["validation"]) == (recipe.data, validation.name)]
         table = format_evaluations(same, [(str(recipe.checkpoint), *row) for row in skipped])
-        say(f"\n{validation.title}, {len(validation):,} images:\n{table}")
+        say(f"\n{validation.title}, {count_of(len(validation), 'image')}:\n{table}")
     barrier()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -239,7 +239,7 @@ def _check_batch(recipe: Recipe, source: ImageSource) -> None:
     if "finetune" not in recipe.evaluations:
         return
     if size > len(source):
-        few = f"{source.title} has only {len(source):,} labelled images; set a lower one"
+        few = f"{source.title} has only {count_of(len(source), 'labelled image')}; set a lower one"
         fail("finetune_config.batch_size", size, few)
     if size % world_size():
         fail("finetune_config.batch_size", size, f"must be a multiple of {world_size()} processes")

@@ -41,6 +41,7 @@ from ..report.exploration import (
 from ..report.fonts import REMEDY
 from ..report.pages import escape, write_page
 from ..run_folder import RunFolder
+from ..utils.counts import count_of
 from ..utils.seeding import generator
 from .setup import EVALUATED_BATCH, choose_workers, load_images, naming, output_of
 
@@ -128,7 +129,8 @@ def keep_readable(recipe: Recipe, source: ImageSource, features: Tensor, labels:
     if source.bad:
         rows = rows[~torch.isin(places, torch.tensor(list(source.bad)))]
     if len(rows) < LEAST:
-        raise RecipeError(f"data={recipe.data!r}: it has {len(rows)} readable images, and a page needs {LEAST}")
+        found = count_of(len(rows), "readable image")
+        raise RecipeError(f"data={recipe.data!r}: it has {found}, and a page needs {LEAST}")
 
     features, of = features[rows], f"checkpoint={str(recipe.checkpoint)!r}: the features of the images"
     if not features.isfinite().all():

@@ -14,6 +14,7 @@ from ..models import AccelViTConfig
 from ..objectives import OBJECTIVES
 from ..recipe import Recipe, RecipeError
 from ..run_folder import RunFolder
+from ..utils.counts import count_of
 from ..utils.errors import fail
 from ..utils.writing import write_text
 from .setup import load_images, naming, output_of
@@ -96,7 +97,7 @@ def _pack(recipe: Recipe, folder: RunFolder, splits: dict[str, ImageSource]) -> 
         packed = PackedFolder(folder.path, about)
     before, start = packed.total("images"), time.perf_counter()
     if packed.shards:
-        say(f"Going on after {len(packed.shards)} complete shards, which hold {before:,} images")
+        say(f"Going on after {count_of(len(packed.shards), 'complete shard')} with {count_of(before, 'image')}")
     workers = count_workers(ROWS * about["short_side"] ** 2) if recipe.num_workers == "auto" else recipe.num_workers
     for split, source in splits.items():
         packed.add(split, source, about["short_side"], os.path.realpath(recipe.data), workers)
@@ -115,7 +116,7 @@ def _numbers(folder: RunFolder, packed: PackedFolder, about: dict[str, Any]) -> 
         **about,
         "files": "\n".join(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in splits),
         "name": folder.path.resolve().name,
-        "images": " and ".join(f"{count:,} {split} images" for split, count in images.items()),
+        "images": " and ".join(count_of(count, f"{split} image") for split, count in images.items()),
         "shards": len(packed.shards),
         "size": f"{packed.total('bytes') / 1e6:,.1f} MB",
         "original": f"{packed.total('original_bytes') / 1e6:,.1f} MB",

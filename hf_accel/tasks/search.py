@@ -35,6 +35,7 @@ from ..schedule_search.gradient_probe import GradientProbe
 from ..training.config import PretrainConfig
 from ..training.normalising import normalise_source
 from ..training.planning import make_forward_cost
+from ..utils.counts import count_of
 from ..utils.errors import fail
 from ..utils.writing import write_text
 from .setup import build_objective, continue_recipe, images_of, naming, output_of, pretrain_config
@@ -104,7 +105,7 @@ def search_checkpoints(recipe: Recipe, config: PretrainConfig, checkpoints: list
     source, _ = images_of(recipe)
     source = normalise_source(source, objective.config, config.normalisation)
     if len(source) < recipe.batch_size:
-        raise RecipeError(f"batch_size={recipe.batch_size}: {source.title} has only {len(source)} images")
+        raise RecipeError(f"batch_size={recipe.batch_size}: {source.title} has only {count_of(len(source), 'image')}")
     objective.to(config.device)  # pyright: ignore[reportArgumentType]
     load_weights(objective, checkpoints[0][1])
     if is_main():  # not before everything that a user may have to correct has been checked

@@ -178,7 +178,8 @@ def load_images(
     except (CorruptDataError, SettingError):  # They say enough.
         raise
     except (ValueError, OSError, RuntimeError) as error:  # datasets' own errors become one of these
-        raise RecipeError(f"data={recipe.data!r}: {reason(error)}") from error
+        said = reason(error).removeprefix(f"data={recipe.data}: ")
+        raise RecipeError(f"data={recipe.data!r}: {said}") from error
 
 
 EARLIER_DEFAULTS = {"view_resolution": "full", "cache": "none", "schedule": None, "search_draws": 16}

@@ -7,6 +7,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from ..objectives import ObjectiveForPreTraining
+from ..utils.counts import count_of
 from .config import PretrainConfig
 
 
@@ -43,11 +44,11 @@ def advise(args: PretrainConfig, model: ObjectiveForPreTraining) -> str:
         half = args.batch_size // smaller[0]
         fewer = f"; in {model.name} the loss of an image then depends on these {half} only"
         fewer = fewer if model.least_batch > 1 else ""
-        ways.append(f"gradient_accumulation_steps={smaller[0]}, for micro-batches of {half} images{fewer}")
+        ways.append(f"gradient_accumulation_steps={smaller[0]}, for micro-batches of {count_of(half, 'image')}{fewer}")
     if not args.activation_checkpointing:
         ways.append("gradient_checkpointing=true, which computes activations again instead of keeping them")
     ways = ways or ["a smaller model, smaller images or more compression"]
     return (
-        f"{args.device} has too little memory for micro-batches of {images} images. Start again in another output_dir "
-        f"with {'. Or with '.join(ways)}"
+        f"{args.device} has too little memory for micro-batches of {count_of(images, 'image')}. Start again in "
+        f"another output_dir with {'. Or with '.join(ways)}"
     )

@@ -24,6 +24,7 @@ from ..distributed.stopping import Stopped, stop_agreed, stop_requested
 from ..objectives import Draw, ObjectiveForPreTraining
 from ..run_folder import RunFolder
 from ..utils.clock import cpu_seconds
+from ..utils.counts import count_of
 from ..utils.errors import fail
 from ..utils.pretrain_settings import Rule
 from ..utils.seeding import generator
@@ -105,7 +106,7 @@ class PretrainTrainer(EvaluatingTrainer):
         self.source = normalise_source(self.source, config, None if measured else args.normalisation)
         self.validation = self.validation and self.validation.renormalised(self.source.mean, self.source.std)
         if len(self.source) < args.batch_size:
-            fail("batch_size", args.batch_size, f"{self.source.title} has only {len(self.source)} images")
+            fail("batch_size", args.batch_size, f"{self.source.title} has only {count_of(len(self.source), 'image')}")
         if args.batch_size < model.least_batch * args.gradient_accumulation_steps:
             least = f"{model.name} needs at least {model.least_batch} images in each micro-batch"
             fail("batch_size", args.batch_size, least)

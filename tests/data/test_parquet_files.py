@@ -145,7 +145,7 @@ dataset_info:
     assert (len(train), len(test)) == (6, 3) and train.class_names == ["cat", "dog"] and test.labels is None
     assert train.open(4).fp.getvalue() == contents[4]
     assert len(load(tmp_path, config="few", image_column="photo")[0]) == 3
-    with pytest.raises(ValueError, match=r"data_config=few: .*one.parquet has no configurations; leave it out"):
+    with pytest.raises(ValueError, match=r"data_config='few': .*one.parquet has no configurations; leave it out"):
         load(tmp_path / "a/one.parquet", config="few")
 
 

@@ -173,7 +173,7 @@ def test_an_interrupted_run_goes_on_and_leaves_no_half_file(whole, encoder, fold
     with pytest.raises(SystemExit, match="Interrupted"):  # after the last part, and the first one of the whole file
         embed(encoder, folder, output)
     assert (written, calls) == ([2], [20, 50, 50]) and not (output / "embeddings.parquet").exists()
-    assert "Going on after 100 images" in capsys.readouterr().out
+    assert "Going on after 100 embedded images" in capsys.readouterr().out
     monkeypatch.undo()
     monkeypatch.setattr(embeddings, "PART", 50)
     path = embed(encoder, folder, output)

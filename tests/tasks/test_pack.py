@@ -104,7 +104,7 @@ def test_packing_goes_on_and_says_so(photos, tmp_path, monkeypatch, capsys):
     with pytest.raises(RecipeError, match="holds images packed with seed=0"):
         pack(replace(recipe, seed=1))
     pack(replace(recipe, num_workers=1))
-    assert "Going on after 1 complete shards, which hold 64 images" in capsys.readouterr().out
+    assert "Going on after 1 complete shard with 64 images" in capsys.readouterr().out
     assert calls == [1, 2, 3, 3] and read(tmp_path / "out/pack.json")["images"]["train"] == 120
 
 

@@ -198,6 +198,19 @@ def test_label_column_none_turns_labels_off(capsys):
     assert "Labels: the bundled digits, 10 classes (0, 1, 2, 3, 4, ...)\n" in capsys.readouterr().out
 
 
+def test_an_error_about_data_names_it_once(tmp_path):
+    (tmp_path / "z.zip").touch()
+    for name, problem in (
+        ("z.zip", "a single file must be .parquet or .arrow"),
+        ("no/such/path", "no such file or folder"),
+    ):
+        data = str(tmp_path / name)
+        for streaming in ("false", "true") if "zip" not in name else ("false",):
+            with pytest.raises(RecipeError) as refused:
+                images_of(load_recipe(None, [f"data={data}", "budget=64", f"streaming={streaming}"]))
+            assert str(refused.value) == f"data={data!r}: {problem}"
+
+
 def test_columns_of_the_bundled_digits_are_refused():
     for key in ("image_column", "label_column"):
         with pytest.raises(RecipeError, match=f"{key}='x': the bundled digits have no columns"):

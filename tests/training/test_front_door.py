@@ -247,6 +247,8 @@ def test_push_before_the_end_and_too_small_sets_are_refused(tmp_path, monkeypatc
     trainer.create_model_card()
     with pytest.raises(ValueError, match=r"batch_size=16: .*has only 12 images"):
         PretrainTrainer(moco(), config(tmp_path / "run"), Tensors(12))
+    with pytest.raises(ValueError, match=r"batch_size=16: .*has only 1 image$"):
+        PretrainTrainer(moco(), config(tmp_path / "run"), Tensors(1))
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_configurations(tmp_path):
     with pytest.raises(ValueError, match="medium"):
         load_sources(str(tmp_path / "set"), config="medium")
     table(10).save_to_disk(tmp_path / "disk")
-    with pytest.raises(ValueError, match=r"data_config=small.*no configurations"):
+    with pytest.raises(ValueError, match=r"data_config=.small.: .*no configurations"):
         load_sources(str(tmp_path / "disk"), config="small")
 
 

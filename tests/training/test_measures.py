@@ -210,7 +210,8 @@ def test_measure_accuracy_warns_and_returns_what_it_did(tmp_path):
 def warned(metric: str, values: list[float], caplog, monkeypatch) -> list[str]:
     """The warnings of a run from released weights whose evaluations measure these values."""
     monkeypatch.setattr(BestCallback, "keep", lambda self: None)
-    callback, state = BestCallback(None), SimpleNamespace(log_history=[], global_step=0, is_world_process_zero=True)
+    trainer: Any = SimpleNamespace(is_in_train=True)
+    callback, state = BestCallback(trainer), SimpleNamespace(log_history=[], global_step=0, is_world_process_zero=True)
     caplog.clear()
     for step, value in enumerate(values):
         metrics = {"eval_knn_top5": 0.5, metric: value}

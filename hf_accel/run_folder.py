@@ -177,15 +177,15 @@ class RunFolder:
             fail("output_dir", str(self), f"it holds the recipe.yaml of task={task}; choose another output_dir")
         checkpoint, complete = self.last_complete_checkpoint(), self.is_complete()
         # Other tasks save no checkpoints.
-        anew = task in (None, "pretrain") and not complete and not self.has_trained()
+        restarts = task in (None, "pretrain") and not complete and not self.has_trained()
         for key, value in now.items():  # in their order, so that every process names the same key
             if rules[key] == "free" or key not in started or started[key] == value:
                 continue
             if key == "schedule" and names_file(started[key]):
                 continue  # Earlier versions recorded the path. The plan in a checkpoint tells the stages.
             new, old = f"{key}={format_value(value)}", format_value(started[key])
-            if rules[key] == "correction" and anew:
-                notes.append(f"Starting anew with {new}, as no checkpoint was saved with {old}")
+            if rules[key] == "correction" and restarts:
+                notes.append(f"Starting from the beginning with {new}, as no checkpoint was saved with {old}")
                 continue
             if rules[key] == "correction" and checkpoint and not complete:
                 notes.append(f"Continuing with {new} (until here {old})")
@@ -195,9 +195,9 @@ class RunFolder:
             if complete:
                 further = f"; to train it further, give continue_from={self} and another output_dir" * (key == "budget")
                 remedy = f"which is complete; choose another output_dir for a new run{further}"
-            elif anew:
+            elif restarts:
                 remedy = "of which no checkpoint was saved; choose another output_dir, or remove this one"
-            comma = "," if complete or anew else ";"
+            comma = "," if complete or restarts else ";"
             if key in files:
                 change = f"{describe_change(started[key], value)}{comma} {remedy}"
                 fail(key, files[key], f"{self} holds a run with other stages than this file: {change}")

@@ -134,7 +134,7 @@ def test_settings_that_may_change_and_when(state: str, tmp_path: Path):
     assert further_is_named(run, now | {"budget": 65.0}, rules) == (state == "complete")
     slower = now | {"learning_rate": 0.01}
     told = {"saved": "Continuing with learning_rate=0.01 (until here 0.1)"}
-    told["begun"] = "Starting anew with learning_rate=0.01, as no checkpoint was saved with 0.1"
+    told["begun"] = "Starting from the beginning with learning_rate=0.01, as no checkpoint was saved with 0.1"
     if state in told:
         assert run.compare_settings(slower, rules) == [told[state]]
     else:
@@ -145,23 +145,23 @@ def test_settings_that_may_change_and_when(state: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("where", "anew"),
+    ("where", "restarts"),
     [(".", False), ("kept", False), ("kept start", True), ("torn", True), ("damaged", False), ("search", False)],
 )
-def test_a_run_starts_anew_only_where_nothing_that_was_trained_was_saved(where: str, anew: bool, tmp_path: Path):
+def test_a_run_restarts_only_where_nothing_that_was_trained_was_saved(where: str, restarts: bool, tmp_path: Path):
     run, rules = RunFolder(tmp_path), cast(Any, {"learning_rate": "correction"})
     run.recipe.write_text(f"{{learning_rate: 9.0, task: {'search' if where == 'search' else 'pretrain'}}}")
     folder = tmp_path / ("kept" if "kept" in where else ".")
     if where != "search":
         saved = checkpoint(folder, 0 if "start" in where else 3, sealed=where != "torn")
         (saved / "model.safetensors").write_text("less" if where == "damaged" else "weights")
-    assert run.has_trained() == (not anew and where != "search")
+    assert run.has_trained() == (not restarts and where != "search")
     try:
         notes = run.compare_settings({"learning_rate": 1.0}, rules)
     except SettingError as error:
         notes = [str(error)]
         assert "restore the key to continue that run" in notes[0]
-    assert any(note.startswith("Starting anew with learning_rate=1, as no") for note in notes) == anew
+    assert any(note.startswith("Starting from the beginning with learning_rate=1, as no") for note in notes) == restarts
 
 
 def test_a_changed_schedule_file_is_named_with_the_change(tmp_path: Path):

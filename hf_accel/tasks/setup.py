@@ -49,7 +49,11 @@ def output_of(recipe: Recipe) -> Path:
         images = Path(str(recipe.data)).expanduser()
         if images.is_dir() and output.resolve().is_relative_to(images.resolve()):
             inside = f"it lies in data={recipe.data}, where its figures would be read as images"
-            fail("output_dir", recipe.output_dir, f"{inside}; choose a folder outside, and move there what it holds")
+            fail(
+                "output_dir",
+                recipe.output_dir,
+                f"{inside}; choose a folder outside it, and move a run that has begun to that folder",
+            )
     try:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()

@@ -67,8 +67,8 @@ def make_forward_cost(
 def read_costs(folder: RunFolder, precision: str) -> Costs | None:
     """Read the costs that the run in a folder has measured, there or in its last checkpoint. None: there are none.
 
-    A run of which nothing was saved starts anew in another `precision`, and is measured again. All processes must call
-    it.
+    A run that has saved nothing starts from the beginning in another `precision`, and its steps are timed again. All
+    processes must call this function.
     """
     costs = None
     if is_main():

@@ -510,8 +510,8 @@ def test_interrupted_by_hand_it_says_so_and_what_was_never_begun_can_be_changed(
             SystemExit, match=r"seed=1: .* holds a run with seed=0, of which no checkpoint .* remove this"
         ):
             launch(folder, tmp_path / "run", "budget=4096", "seed=1")
-    monkeypatch.setattr(PretrainTrainer, "_train", lambda *_: sys.exit("it starts anew"))
-    with pytest.raises(SystemExit, match="it starts anew"):
+    monkeypatch.setattr(PretrainTrainer, "_train", lambda *_: sys.exit("it trains"))
+    with pytest.raises(SystemExit, match="it trains"):
         launch(folder, tmp_path / "run", "learning_rate=1e-5")
     assert RunFolder(tmp_path / "run").read_recipe()["learning_rate"] == 1e-5
 

@@ -188,7 +188,7 @@ def test_a_folder_that_is_no_checkpoint_is_not_called_an_interrupted_one(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_run_that_diverged_before_its_first_checkpoint_starts_anew_with_a_lower_rate(tmp_path, capsys):
+def test_a_run_that_diverged_before_its_first_checkpoint_restarts_with_a_lower_rate(tmp_path, capsys):
     def trainer(rate: float) -> PretrainTrainer:
         return PretrainTrainer(moco(), config(tmp_path / "run", learning_rate=rate, warmup=0.0), Tensors())
 
@@ -198,7 +198,10 @@ def test_a_run_that_diverged_before_its_first_checkpoint_starts_anew_with_a_lowe
     with pytest.raises(ValueError, match="holds no complete checkpoint; leave it out to start"):
         again.train(resume_from_checkpoint=True)
     again.train()
-    assert "\nStarting anew with learning_rate=0.001, as no checkpoint was saved with 1" in capsys.readouterr().out
+    assert (
+        "\nStarting from the beginning with learning_rate=0.001, as no checkpoint was saved with 1"
+        in capsys.readouterr().out
+    )
     assert again.folder.is_complete() and again.folder.read_recipe()["learning_rate"] == 1e-3
 
 

@@ -125,7 +125,7 @@ def test_costs_are_read_from_the_folder_and_not_measured_again(timed, refused, t
     assert prepare_steps(second, time.perf_counter()) == {} and second.costs == first.costs
 
 
-def test_a_run_that_starts_anew_in_another_precision_is_measured_again(timed, tmp_path, monkeypatch):
+def test_a_run_that_restarts_in_another_precision_is_measured_again(timed, tmp_path, monkeypatch):
     prepare_steps(trainer_of(tmp_path, cost="measured", budget=1000), time.perf_counter())
     (tmp_path / "recipe.yaml").write_text("mixed_precision: bf16")
     second = trainer_of(tmp_path, cost="measured", budget=1000)
